@@ -1,0 +1,74 @@
+# What a person types. Everything runs in .venv, which is made on first use: `make test` and `make demo` need only
+# Linux x86-64, Python and make.
+#
+#   PYTHON=python3.12    another Python to make .venv with (3.10 or later)
+#   TORCH_INDEX=URL      where torch comes from, e.g. https://download.pytorch.org/whl/cpu for the smaller CPU-only build
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+WORKERS ?= 2
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test hosts compile-all lint start-cost clean
+
+help:
+	@echo "make demo         fetch SGLang 0.5.11, patch it, run its kernel and ours side by side"
+	@echo "make test         lint, types, and every test that needs no GPU"
+	@echo "make hosts        every reviewed SGLang release (downloads each once)"
+	@echo "make compile-all  every kernel for every chip, all options"
+	@echo "make lint         ruff and mypy"
+	@echo "make start-cost   what the start-up file costs an interpreter, over 200 starts"
+	@echo "make clean        remove .venv and what the tools left"
+
+# Each stamp is written last, so that a set-up that was cut short starts again.
+$(VENV)/made:
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "mla-patch is for Linux x86-64; this is $$(uname -sm)" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "no '$(PYTHON)' found: install Python 3.10 or later, or say make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "needs Python 3.10 or later, found $$($(PYTHON) -V 2>&1): say make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "this Python has no venv module: install it (Debian and Ubuntu: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and by itself: its CUDA builds pin a Triton of their own, and the tests want the one in constraints.txt.
+# pip then says that the two disagree, which is so, and goes on.
+$(VENV)/tools: $(VENV)/made constraints.txt
+	@echo "setting up $(VENV) (torch, Triton, test tools): minutes on the first run"
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
+	$(PIP) install -c constraints.txt build editables hatchling hypothesis mypy numpy pytest pytest-xdist ruff triton \
+	  packaging pluggy rich wrapt
+	@touch $@
+
+$(VENV)/project: $(VENV)/tools pyproject.toml hatch_build.py mla_patch.pth mla_patch.start
+	$(PIP) install --no-build-isolation --editable .
+	@touch $@
+
+setup: $(VENV)/project
+
+demo: setup
+	$(PY) -m mla_patch demo --fetch 0.5.11
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu"
+
+hosts: setup
+	HOSTS=all $(PY) -m pytest tests/hosts
+
+compile-all: setup
+	COMPILE=all $(PY) -m pytest -n $(WORKERS) tests/test_compile.py
+
+start-cost: setup
+	$(PY) tests/start_cost.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

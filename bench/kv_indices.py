@@ -1,0 +1,189 @@
+"""Both index builders: an arm file for the peers' measuring script, and a sweep of launch numbers.
+
+    python bench/kv_indices.py [page-table] [token-indices] [--rounds N] [--json OUT]     needs a GPU
+
+The sweep times CUDA-graph replay (median) of every configuration on every case, after checking each against the
+definition with poisoned outputs. Configurations of one case are timed in turn, so that drift in the clocks hits all
+alike. `default` is what the launcher would choose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
+
+from mla_patch.kernels.kv_indices import (
+    build_page_table,
+    build_token_indices,
+    page_table_ref,
+    token_indices_ref,
+)
+
+DEVICE = "cuda"
+WIDTH = 163_840  # as wide as the longest context of the models served
+RAGGED = "ragged"
+CASES = [(1, 8192), (1, 131072), (8, 131072), (64, 16384), (256, 4096), (256, 512), (64, RAGGED)]
+EXTRA = [(256, RAGGED), (17, 2048)]  # ours: skew that a fixed split per row cannot balance; a small mixed batch
+
+
+def page_table(case):
+    """(call, out) as the measuring script wants them: -1 past a row's end."""
+    out = torch.full((case.B, -(-case.L // 64)), -1, device=DEVICE, dtype=torch.int32)
+    return lambda: build_page_table(case.req_to_token, case.req_pool, case.lens, out), out
+
+
+def token_indices(case):
+    """(call, out): 64 lanes beyond the last id stay -1."""
+    out = torch.full((case.N + 64,), -1, device=DEVICE, dtype=torch.int64)
+    return lambda: build_token_indices(case.req_to_token, case.req_pool, case.lens, case.indptr, out), out
+
+
+def make_case(rows: int, length: int | str) -> types.SimpleNamespace:
+    wanted = [131072] + [512] * (rows - 1) if length == RAGGED else [length] * rows
+    lens = torch.tensor([max(1, n - (37 * b) % 256) for b, n in enumerate(wanted)])
+    pool = torch.randperm(512 if rows > 64 else 128)[:rows]
+    pages = torch.randint(0, 2**24, (int(pool.max()) + 1, WIDTH // 64, 1), device=DEVICE, dtype=torch.int32)
+    table = (pages * 64 + torch.arange(64, device=DEVICE, dtype=torch.int32)).view(-1, WIDTH)
+    return types.SimpleNamespace(
+        B=rows,
+        L=int(lens.max()),
+        N=int(lens.sum()),
+        req_to_token=table,
+        req_pool=pool.to(DEVICE),
+        lens=lens.to(DEVICE),
+        indptr=torch.tensor([0, *lens.tolist()]).cumsum(0).to(DEVICE, torch.int32),
+    )
+
+
+def token_configs(rows: int, sms: int) -> dict[str, dict[str, int]]:
+    configs = {}
+    for waves, cap, block, warps in itertools.product((4, 8, 16), (64, 128, 256), (512, 1024, 2048), (2, 4, 8)):
+        ctas = max(1, min(waves * sms // rows, cap))
+        if not 4 <= block // (32 * warps) <= 16:
+            continue
+        if (waves if rows == 1 else cap) != (8 if rows == 1 else 256):  # what does not differ, once
+            continue
+        configs[f"2d {block:4d}x{warps}w {waves:2d}/SM <={cap}"] = {"ctas": ctas, "BLOCK": block, "num_warps": warps}
+    for waves, (block, warps), chunk in itertools.product((4, 8), ((512, 4), (1024, 4), (2048, 8)), (128, 512)):
+        ctas = min(waves * sms, 160 * rows)
+        configs[f"1d {block:4d}x{warps}w {waves:2d}/SM  r{chunk}"] = {
+            "ctas": ctas,
+            "BLOCK": block,
+            "ROWS": chunk,
+            "num_warps": warps,
+        }
+    return configs
+
+
+def table_configs(rows: int, sms: int) -> dict[str, dict[str, int]]:
+    configs = {}
+    for waves, cap, (block, warps) in itertools.product(
+        (2, 4, 8), (8, 16, 32), ((64, 1), (64, 2), (128, 1), (128, 4), (256, 2), (256, 4), (512, 4))
+    ):
+        if rows * cap < waves * sms and waves != 8:  # the cap alone decides: once is enough
+            continue
+        ctas = max(1, min(waves * sms // rows, cap))
+        configs[f"2d {block:4d}x{warps}w {waves:2d}/SM <={cap}"] = {"ctas": ctas, "BLOCK": block, "num_warps": warps}
+    return configs
+
+
+def time_us(call, rep: int) -> float:
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(call, rep=rep, return_mode="median") * 1e3
+
+
+def sweep(what: str, rounds: int, rep: int, sms: int) -> dict[str, dict[str, float]]:
+    table: dict[str, dict[str, float]] = {}
+    for rows, length in CASES + EXTRA:
+        case, title = make_case(rows, length), f"{rows}x{length}"
+        if what == "page-table":
+            out = torch.empty(rows, -(-case.L // 64) + 3, device=DEVICE, dtype=torch.int32)
+            configs = table_configs(rows, sms)
+            want = page_table_ref(case.req_to_token, case.req_pool, case.lens, out.fill_(-1))
+
+            def build(config, case=case, out=out):
+                build_page_table(case.req_to_token, case.req_pool, case.lens, out, config=config)
+        else:
+            out = torch.empty(case.N + 64, device=DEVICE, dtype=torch.int64)
+            configs = token_configs(rows, sms)
+            want = token_indices_ref(case.req_to_token, case.req_pool, case.lens, case.indptr, out.fill_(-1))
+
+            def build(config, case=case, out=out):
+                build_token_indices(case.req_to_token, case.req_pool, case.lens, case.indptr, out, config=config)
+
+        calls = {}
+        for name, config in {"default": None, **configs}.items():
+            out.fill_(-1)
+            try:
+                build(config)
+                torch.cuda.synchronize()
+            except Exception as problem:  # one bad configuration does not end the sweep
+                print(f"{title} {name}: {problem!r:.150}", flush=True)
+                continue
+            if torch.equal(out, want):
+                calls[name] = lambda config=config, build=build: build(config)
+            else:
+                print(f"{title} {name}: WRONG in {int((out != want).sum())} places", flush=True)
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                times[name].append(time_us(call, rep))
+        for name, us in times.items():
+            table.setdefault(name, {})[title] = statistics.median(us)
+        best = min(times, key=lambda name: statistics.median(times[name]))
+        default = table["default"][title]
+        print(f"{what} {title:12s} best {table[best][title]:6.2f} us  {best}; default {default:6.2f}", flush=True)
+    return table
+
+
+def show(table: dict[str, dict[str, float]], top: int = 24) -> None:
+    """The best few: ordered by the geometric mean over the best of each case; * marks within 3% of the best."""
+    titles = [f"{rows}x{length}" for rows, length in CASES + EXTRA]
+    best = {t: min(row[t] for row in table.values() if t in row) for t in titles}
+
+    def cost(row: dict[str, float]) -> float:
+        return statistics.geometric_mean([row[t] / best[t] for t in titles if t in row]) + (len(row) < len(titles))
+
+    print(f"{'us':28s}" + "".join(f"{t:>12s}" for t in titles) + f"{'mean/best':>11s}")
+    order = sorted(table.items(), key=lambda item: cost(item[1]))
+    for name, row in order[:top] + [item for item in order[top:] if item[0] == "default"]:
+        cells = "".join(
+            f"{row[t]:11.2f}{'*' if row[t] <= 1.03 * best[t] else ' '}" if t in row else f"{'-':>11s} " for t in titles
+        )
+        print(f"{name:28s}{cells}{cost(row):11.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help="page-table, token-indices; default: both")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rep", type=int, default=10, help="milliseconds of replay per figure")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    print(properties.name, "torch", torch.__version__, "triton", triton.__version__)
+    torch.manual_seed(0)
+    tiny = torch.zeros(1, device=DEVICE)
+    print(f"launch floor (fill one element): {time_us(lambda: tiny.fill_(1), 20):.2f} us")
+    tables = {}
+    for what in args.what or ("token-indices", "page-table"):
+        tables[what] = sweep(what, args.rounds, args.rep, properties.multi_processor_count)
+        show(tables[what])
+    if args.json:
+        args.json.write_text(json.dumps(tables, indent=1))
+
+
+if __name__ == "__main__":
+    main()

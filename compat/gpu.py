@@ -1,0 +1,71 @@
+"""Devices: what can be known of them without touching CUDA, and what a call tells later."""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from mla_patch.compat.types import Gpu
+
+if TYPE_CHECKING:
+    import torch
+
+
+@lru_cache(maxsize=1)
+def from_nvml() -> Gpu | None:
+    """The first device that NVML lists, or None where there is no NVML; CUDA stays uninitialised."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        try:
+            device = pynvml.nvmlDeviceGetHandleByIndex(0)
+            return Gpu(
+                _text(pynvml.nvmlDeviceGetName(device)),
+                tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device)),
+                _text(pynvml.nvmlSystemGetDriverVersion()),
+            )
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+
+
+def from_tensor(tensor: torch.Tensor) -> Gpu | None:
+    """The device that a call's tensor lies on, or None for a CPU tensor."""
+    return _from_index(tensor.device.index or 0) if tensor.is_cuda else None
+
+
+def from_torch() -> Gpu | None:
+    """The first device as torch sees it. Initialises CUDA, so it is for our own processes only."""
+    import torch
+
+    return _from_index(0) if torch.cuda.is_available() else None
+
+
+@lru_cache(maxsize=16)
+def _from_index(index: int) -> Gpu:
+    import torch
+
+    return Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+
+
+@lru_cache(maxsize=16)
+def sm_count(index: int) -> int:
+    """Streaming multiprocessors of a device that a call already uses."""
+    import torch
+
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def capturing() -> bool:
+    """Whether the current stream records a CUDA graph; False, and CUDA untouched, before CUDA is in use."""
+    torch = sys.modules.get("torch")  # asked at every served call, and a host without torch captures nothing
+    return torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

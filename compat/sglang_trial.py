@@ -1,0 +1,358 @@
+"""Drive a real SGLang release's own code on a made-up batch, with or without a GPU.
+
+SGLang expects CUDA, its kernel packages and a loaded model. Its index builders need none of them:
+``prepare`` makes the release importable by standing in for what cannot be imported, and each route
+below hands one attention backend a few request lengths and lets *its* method launch the builder.
+
+Used by ``mla-patch demo`` and by the tests on real releases. Nothing here replaces a kernel, and
+nothing here runs in a serving process.
+"""
+
+from __future__ import annotations
+
+import dis
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+TOKEN_IDS = "create_flashinfer_kv_indices_triton"
+PAGE_TABLE = "create_flashmla_kv_indices_triton"
+
+# 1, exact pages of 32, 64 and 128, one token to either side, and rows longer than a 4096-token block
+LENGTHS = (1, 64, 4097, 63, 128, 9000, 65, 4096, 31)
+
+# Imported names that a CPU-only machine lacks; an attribute left out is a class that accepts anything.
+_STUBS: dict[str, dict[str, Any]] = {
+    "sgl_kernel": {},
+    "torchvision": {"__version__": "0.28.0"},  # transformers compares it
+    "flash_mla": {},
+    "vllm": {},
+}
+# Installed is not importable: a CPU torch beside these fails at their import, so they are tried first.
+_TRIED = ("torchvision", "sgl_kernel", "flash_mla")
+
+
+class _Anything(type):
+    """Classes stand in best for unknown names: they can be called, subclassed and used in annotations."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (_Stub,), {})
+
+
+class _Stub(metaclass=_Anything):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if len(args) == 1 and callable(args[0]) else self  # a decorator gives back what it decorates
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Stub()
+
+
+class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Yields an empty package, at any depth, for each top-level name that it was told to stand in for."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = frozenset(names)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] not in self.names:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(_STUBS.get(module.__name__, {}))
+
+        def missing(name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return _Anything(name, (_Stub,), {})
+
+        vars(module)["__getattr__"] = missing
+
+
+def prepare() -> list[str]:
+    """Make ``import sglang`` work here; the names that stubs stand in for. Installs nothing that is not needed."""
+    stubbed = [name for name in _STUBS if name not in sys.modules and not _importable(name)]
+    if stubbed:
+        sys.meta_path.insert(0, _StubFinder(stubbed))
+    _add_missing_names()
+    # 0.4.x compiles small helpers at import, which needs a C++ compiler and gains nothing here
+    os.environ.setdefault("SGLANG_ENABLE_TORCH_COMPILE", "false")
+    return stubbed
+
+
+def _importable(name: str) -> bool:
+    if importlib.util.find_spec(name) is None:
+        return False
+    if name not in _TRIED:
+        return True
+    try:
+        importlib.import_module(name)
+    except Exception:
+        for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == name]:
+            del sys.modules[loaded]
+        return False
+    return True
+
+
+def _add_missing_names() -> None:
+    """Names that old releases take from Triton and torch, and newer ones of those no longer have."""
+    import triton.runtime.cache as cache
+
+    for name in ("default_cache_dir", "default_dump_dir", "default_override_dir"):
+        if not hasattr(cache, name):
+            setattr(cache, name, lambda: os.path.expanduser("~/.triton"))
+    cpu = getattr(torch._C, "_cpu", None)
+    if cpu is not None and not hasattr(cpu, "_is_amx_tile_supported"):
+        cpu._is_amx_tile_supported = lambda: False
+
+
+class _TorchOn:
+    """``torch``, with ``torch.empty`` on the given device whatever the caller names."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.empty(*args, device=self._device, **kwargs)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests as SGLang keeps them: a wide table of token slots, one row each, in no particular order."""
+
+    lens: torch.Tensor  # [n] int64
+    rows: torch.Tensor  # [n] int64, each request's row of the table
+    table: torch.Tensor  # [rows, width] int32, token slots; those of one page are consecutive
+    lens_list: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.lens.device
+
+
+def make_batch(device: str, lens: Sequence[int] = LENGTHS, width: int = 16384, page: int = 128, seed: int = 0) -> Batch:
+    """Requests of ``lens`` tokens whose pages lie anywhere in the pool; slots past a length are poison."""
+    rng = torch.Generator().manual_seed(seed)
+    count, pages = len(lens) + 3, -(-width // page)
+    first = torch.randperm(count * pages, generator=rng).view(count, pages) * page
+    table = (first[:, :, None] + torch.arange(page)).view(count, -1)[:, :width].to(torch.int32)
+    rows = torch.randperm(count, generator=rng)[: len(lens)]
+    for row, length in zip(rows.tolist(), lens, strict=True):
+        table[row, length:] = -7
+    return Batch(torch.tensor(lens).to(device), rows.to(device), table.contiguous().to(device), tuple(lens))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one of the host's methods built, and what it ought to have built."""
+
+    route: str  # "triton_backend decode"
+    builder: str  # the kernel's name in the host
+    out: torch.Tensor
+    expected: torch.Tensor
+
+    @property
+    def wrong(self) -> int:
+        """How many entries differ from the definition."""
+        return int((self.out != self.expected).sum())
+
+
+def expected_token_ids(batch: Batch, lens: Sequence[int]) -> torch.Tensor:
+    """The definition: every request's slots, one request after the other."""
+    return torch.cat([batch.table[row, :length] for row, length in zip(batch.rows.tolist(), lens, strict=True)]).long()
+
+
+def expected_page_table(batch: Batch, page: int, width: int) -> torch.Tensor:
+    """The definition: the page of every page's first token; the host fills the rest with -1."""
+    out = torch.full((len(batch.lens_list), width), -1, dtype=torch.int32, device=batch.device)
+    for i, (row, length) in enumerate(zip(batch.rows.tolist(), batch.lens_list, strict=True)):
+        slots = batch.table[row, :length:page]
+        out[i, : len(slots)] = slots // page
+    return out
+
+
+def token_ids_decode(batch: Batch) -> Trial:
+    """Flat token ids, as the Triton backend builds them for a decode step."""
+    backend = _triton_backend(batch)
+    backend.init_forward_metadata(_forward_batch(batch, "DECODE", backend))
+    out = backend.forward_metadata.kv_indices
+    return Trial("triton_backend decode", TOKEN_IDS, out, expected_token_ids(batch, batch.lens_list))
+
+
+def token_ids_extend(batch: Batch) -> Trial:
+    """Flat token ids of the cached prefixes, as the Triton backend builds them for a prefill step."""
+    prefix = [length // 2 for length in batch.lens_list]
+    backend = _triton_backend(batch)
+    backend.init_forward_metadata(_forward_batch(batch, "EXTEND", backend, prefix))
+    out = backend.forward_metadata.kv_indices
+    return Trial("triton_backend extend", TOKEN_IDS, out, expected_token_ids(batch, prefix))
+
+
+def page_table_flashmla(batch: Batch) -> Trial:
+    """A page table of 64-token pages, as the FlashMLA backend builds it for a decode step."""
+    module = importlib.import_module("sglang.srt.layers.attention.flashmla_backend")
+    backend = _backend(module.FlashMLABackend, batch, num_q_heads=16, page_size=64, max_context_len=batch.table.shape[1])
+    # FlashMLA's own schedule is not on trial, and without its package there is none
+    with mock.patch.object(module, "get_mla_metadata", lambda *args, **kwargs: (None, None)):
+        backend.init_forward_metadata(_forward_batch(batch, "DECODE", backend))
+    out = backend.forward_metadata.block_kv_indices
+    return Trial("flashmla_backend decode", PAGE_TABLE, out, expected_page_table(batch, 64, out.shape[1]))
+
+
+def page_table_cutlass(batch: Batch) -> Trial:
+    """A page table of 128-token pages, as the Cutlass MLA backend builds it for a decode step."""
+    module = importlib.import_module("sglang.srt.layers.attention.cutlass_mla_backend")
+    backend = _backend(module.CutlassMLABackend, batch)
+    with ExitStack() as stack:
+        # the backend sizes and allocates a workspace, on "cuda" by name, which nothing here reads
+        stack.enter_context(mock.patch.object(module, "cutlass_mla_get_workspace_size", lambda *args, **kwargs: 0, create=True))
+        stack.enter_context(mock.patch.object(module, "torch", _TorchOn(batch.device)))
+        backend.init_forward_metadata(_forward_batch(batch, "DECODE", backend))
+    out = backend.forward_metadata.block_kv_indices
+    return Trial("cutlass_mla_backend decode", PAGE_TABLE, out, expected_page_table(batch, 128, out.shape[1]))
+
+
+def page_table_trtllm(batch: Batch, page: int) -> Trial:
+    """A page table of ``page``-token pages, as the TRT-LLM MLA backend builds it."""
+    module = importlib.import_module("sglang.srt.layers.attention.trtllm_mla_backend")
+    backend = _backend(module.TRTLLMMLABackend, batch, page_size=page, _kernel_page_multiplier=1)
+    given = {
+        "plan": _forward_batch(batch, "DECODE", backend).kv_loc_plan,
+        "batch_size": len(batch.lens_list),
+        "max_blocks": backend._calc_padded_blocks(max(batch.lens_list)),
+        "req_pool_indices": batch.rows,
+        "seq_lens": batch.lens,
+        "device": batch.device,
+    }
+    names = inspect.signature(backend._create_block_kv_indices).parameters
+    out = backend._create_block_kv_indices(**{name: given[name] for name in names})
+    return Trial(f"trtllm_mla_backend page {page}", PAGE_TABLE, out, expected_page_table(batch, page, out.shape[1]))
+
+
+ROUTES: dict[str, Callable[[Batch], Trial]] = {
+    "triton_backend decode": token_ids_decode,
+    "triton_backend extend": token_ids_extend,
+    "flashmla_backend decode": page_table_flashmla,
+    "cutlass_mla_backend decode": page_table_cutlass,
+    "trtllm_mla_backend page 32": lambda batch: page_table_trtllm(batch, 32),
+    "trtllm_mla_backend page 64": lambda batch: page_table_trtllm(batch, 64),
+}
+
+
+def run(route: str, batch: Batch) -> Trial:
+    """Let the host build ``batch``'s indices by one of ``routes``."""
+    with _one_rank():
+        return ROUTES[route](batch)
+
+
+def routes() -> Iterator[str]:
+    """The routes whose backend exists in the SGLang on this path."""
+    for route in ROUTES:
+        if importlib.util.find_spec(f"sglang.srt.layers.attention.{route.split()[0]}") is not None:
+            yield route
+
+
+def _triton_backend(batch: Batch) -> Any:
+    module = importlib.import_module("sglang.srt.layers.attention.triton_backend")
+    count = len(batch.lens_list)
+    return _backend(
+        module.TritonAttnBackend,
+        batch,
+        kv_indptr=torch.zeros(count + 1, dtype=torch.int32, device=batch.device),
+        qo_indptr=torch.zeros(count + 1, dtype=torch.int64, device=batch.device),
+        num_head=16,
+        num_kv_head=1,
+        v_head_dim=512,
+        max_kv_splits=8,
+        static_kv_splits=True,
+        device_core_count=0,
+        lean_total_programs=1,
+        lean_block_m=1,
+    )
+
+
+def _backend(cls: type, batch: Batch, **known: Any) -> Any:
+    """An instance with no model behind it: all that ``__init__`` would set is None, but for what is known here."""
+    backend = object.__new__(cls)
+    for base in cls.__mro__:
+        code = getattr(vars(base).get("__init__"), "__code__", None)
+        names = (step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR") if code else ()
+        vars(backend).update((name, None) for name in names if not hasattr(cls, name))
+    common = {"device": batch.device, "req_to_token": batch.table, "page_size": 1, "dcp_size": 1, "dcp_rank": 0}
+    vars(backend).update(common | known)
+    backend.kv_index_translator = _translator(batch, backend.page_size)
+    return backend
+
+
+def _translator(batch: Batch, page: int) -> Any:
+    """From 0.5.20 backends ask this class of the host's for indices; over a plain pool it calls the builder."""
+    if importlib.util.find_spec("sglang.srt.mem_cache.kv_index_translator") is None:
+        return None
+    module = importlib.import_module("sglang.srt.mem_cache.kv_index_translator")
+    given = {
+        "req_to_token": batch.table,
+        "token_to_kv_pool_allocator": None,
+        "token_to_kv_pool": None,
+        "page_size": page,
+        "device": str(batch.device),
+    }
+    names = inspect.signature(module.KVIndexTranslator).parameters
+    return module.KVIndexTranslator(**{name: value for name, value in given.items() if name in names})
+
+
+def _forward_batch(batch: Batch, mode: str, backend: Any, prefix: Sequence[int] | None = None) -> Any:
+    """What a scheduler hands ``backend`` for one step, as far as its metadata method reads it."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    prefix = list(prefix) if prefix is not None else [0] * len(batch.lens_list)
+    extend = [length - cached for length, cached in zip(batch.lens_list, prefix, strict=True)]
+    reads = {"req_pool_indices": batch.rows, "seq_lens": batch.lens, "seq_lens_cpu": batch.lens.cpu()}
+    # from 0.5.22 a step's reads are planned once, by the translator
+    plan = getattr(backend.kv_index_translator, "plan", None)
+    return SimpleNamespace(
+        forward_mode=getattr(ForwardMode, mode),
+        batch_size=len(batch.lens_list),
+        seq_lens_sum=sum(batch.lens_list),
+        extend_prefix_lens=torch.tensor(prefix, device=batch.device),
+        extend_prefix_lens_cpu=prefix,
+        extend_seq_lens=torch.tensor(extend, device=batch.device),
+        extend_seq_lens_cpu=extend,
+        kv_loc_plan=plan(**reads, write_virtual=None) if plan is not None else None,
+        spec_info=None,
+        encoder_lens=None,
+        out_cache_loc=None,
+        **reads,
+    )
+
+
+@contextmanager
+def _one_rank() -> Iterator[None]:
+    """From 0.5.16 backends ask a process-wide context how decode is split over ranks; a server publishes it."""
+    with ExitStack() as stack:
+        if importlib.util.find_spec("sglang.srt.runtime_context") is not None:
+            parallel = importlib.import_module("sglang.srt.runtime_context").get_parallel()
+            if hasattr(type(parallel), "dcp_enabled"):
+                stack.enter_context(parallel.override(dcp_enabled=False))
+        yield

@@ -1,0 +1,131 @@
+"""Triton: what differs between its releases, and how to compile a kernel with no GPU.
+
+to 3.3      the interpreter is chosen by TRITON_INTERPRET alone
+from 3.4    by triton.knobs, which reads the same variable
+from 3.6    sm_100 and newer are assembled by a second ptxas, `ptxas-blackwell`
+
+Triton decides at decoration time whether a kernel is interpreted, so ask `interpreted()` next to the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.runtime.jit import JITFunction
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+"""The compute capabilities every kernel is compiled for."""
+
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory one block may use, per compute capability."""
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One launch-table entry: a kernel and everything that Triton compiles it apart by."""
+
+    name: str
+    kernel: Any  # what @triton.jit returned
+    signature: Mapping[str, str]  # parameter -> "*i32", "i64", ...; what is in `constexprs` is left out
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    divisible: tuple[str, ...] = ()  # parameters that Triton may take to be multiples of 16
+    num_warps: int = 4
+    num_stages: int = 3
+    targets: tuple[int, ...] = TARGETS
+    stack: int = 0  # bytes of local memory allowed; a number other than 0 needs its reason beside it
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes of a multiprocessor."""
+
+    registers: int
+    stack: int
+    shared: int  # bytes, static and dynamic together
+
+
+def interpreted() -> bool:
+    """Whether kernels decorated now run in Triton's interpreter, on CPU tensors."""
+    knobs = getattr(triton, "knobs", None)
+    if knobs is not None:
+        return bool(knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def gpu_compile(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    sm: int,
+    *,
+    divisible: tuple[str, ...] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Any:
+    """Compile ``kernel`` for compute capability ``sm`` (80, 90, ...); no GPU is needed.
+
+    Returns Triton's compiled kernel: ``.asm["cubin"]``, ``.asm["ptx"]``, ``.metadata.shared``.
+
+    Raises:
+        RuntimeError: called under TRITON_INTERPRET, where language helpers such as tl.sum are interpreted too.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if interpreted():
+        raise RuntimeError("gpu_compile needs a process without TRITON_INTERPRET")
+    fn = kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn)
+    unknown = [name for name in (*signature, *constexprs, *divisible) if name not in fn.arg_names]
+    missing = [name for name in fn.arg_names if name not in signature and name not in constexprs]
+    if unknown or missing:
+        raise ValueError(f"{fn.__name__}: unknown parameters {unknown}, parameters without a type {missing}")
+    # in the kernel's own order: Triton takes the positions of a launch from it
+    full = {name: "constexpr" if name in constexprs else signature[name] for name in fn.arg_names}
+    attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(fn=fn, signature=full, constexprs=dict(constexprs), attrs=attrs)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def compile_case(case: CompileCase, sm: int) -> Any:
+    return gpu_compile(
+        case.kernel,
+        case.signature,
+        case.constexprs,
+        sm,
+        divisible=case.divisible,
+        num_warps=case.num_warps,
+        num_stages=case.num_stages,
+    )
+
+
+def cuobjdump() -> Path:
+    """The disassembler in Triton's wheel."""
+    from triton.backends import nvidia
+
+    found = sorted(Path(nvidia.__path__[0]).glob("**/cuobjdump"))
+    if not found:
+        raise FileNotFoundError("this Triton ships no cuobjdump")
+    return found[0]
+
+
+def usage(compiled: Any) -> Usage:
+    """Registers and stack as the assembler left them; shared memory as Triton will ask for it at launch."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        done = subprocess.run([cuobjdump(), "-res-usage", path], capture_output=True, text=True, check=True)
+    # ` Function name: REG:18 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:592 TEXTURE:0 ...`
+    line = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", done.stdout)
+    if line is None:
+        raise ValueError(f"no resource usage in {done.stdout!r}")
+    registers, stack, static = map(int, line.groups())
+    return Usage(registers, stack, static + compiled.metadata.shared)

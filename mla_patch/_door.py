@@ -1,0 +1,19 @@
+"""The few lines that run at interpreter start, from mla_patch.pth or mla_patch.start."""
+
+import os
+
+_OFF = ("", "0", "off", "false")
+
+
+def enter() -> None:
+    """Start the plugin where ``MLA_PATCH`` is on; never raises into the interpreter."""
+    if os.environ.get("MLA_PATCH", "").strip().lower() in _OFF:
+        return
+    try:
+        from mla_patch import startup
+
+        startup.start()
+    except Exception as problem:  # a broken plugin must not take Python down with it
+        import sys
+
+        print(f"mla-patch: not started: {problem!r}", file=sys.stderr)

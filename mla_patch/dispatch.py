@@ -1,0 +1,180 @@
+"""The one road from a host's call to a kernel: bind, decline, pick an arm, serve, count, guard.
+
+A hook says what a call is, which calls are not ours and how ours are served. Everything else
+about a call happens here, so that counting, the breaker and experiments are the same for all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import wrapt
+
+from mla_patch.compat import gpu
+from mla_patch.compat.types import Gpu
+from mla_patch.features import Counts
+
+log = logging.getLogger("mla_patch")
+
+HOST, PATCH = "host", "patch"
+Serve = Callable[[Any], Any]
+Declines = Callable[[Any], "str | None"]
+
+
+class Arms(Protocol):
+    """Who chooses, call by call, among the arms of a site. An experiment implements it."""
+
+    def choose(self, site: Site, call: Any) -> str:
+        """The arm that serves ``call``: ``host``, ``patch`` or a name in ``site.arms``."""
+
+
+@dataclass(frozen=True)
+class ArmCode:
+    """One arm of a site, resolved."""
+
+    serve: Serve
+    declines: Declines
+
+
+class Switch:
+    """What holds for all entry points of one feature in this process; read at every call."""
+
+    __slots__ = ("arms", "check", "off", "on_stop", "plain", "stopped")
+
+    def __init__(self, on_stop: Callable[[str, bool], None]) -> None:
+        self.off = False  # restored: whoever still holds ours reaches the host
+        self.stopped = ""  # the breaker's reason, or why this device is refused
+        self.arms: Arms | None = None
+        self.check: Callable[[Gpu], str | None] | None = None  # hardware, asked at the first call
+        self.on_stop = on_stop  # (reason, our fault)
+        self.plain = True  # none of the above: one test on the fast path
+
+    def set(self, **changes: Any) -> None:
+        for name, value in changes.items():
+            setattr(self, name, value)
+        self.plain = not (self.off or self.stopped or self.arms or self.check)
+
+    def trip(self, reason: str) -> None:
+        """The breaker: from now on the host serves; said once."""
+        if not self.stopped:
+            self.set(stopped=reason)
+            self.on_stop(reason, True)
+
+
+class Site:
+    """One entry point of a host in which ours has been put."""
+
+    __slots__ = ("arms", "bind", "counts", "declines", "name", "serve", "switch")
+
+    def __init__(self, name: str, bind: Callable[..., Any], arms: dict[str, ArmCode], counts: Counts, switch: Switch):
+        self.name = name
+        self.bind = bind
+        self.arms = arms
+        self.serve, self.declines = arms[PATCH].serve, arms[PATCH].declines
+        self.counts = counts
+        self.switch = switch
+
+    def dispatch(self, host: Callable[..., Any], first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve one call of the host's, or hand it to ``host``.
+
+        ``first`` goes before ``args`` when the call is bound: the instance of a method, the grid of
+        a kernel, None for a function. ``host`` has it already.
+        """
+        switch, counts = self.switch, self.counts
+        if switch.off or switch.stopped:
+            return host(*args, **kwargs)
+        try:
+            call = self.bind(*args, **kwargs) if first is None else self.bind(first, *args, **kwargs)
+        except TypeError as problem:
+            counts.decline(self._unbound(problem, kwargs))
+            return host(*args, **kwargs)
+        except Exception as problem:
+            switch.trip(f"{self.name}: bind: {problem!r}")
+            return host(*args, **kwargs)
+        serve, declines = self.serve, self.declines
+        if not switch.plain:
+            if switch.check is not None:
+                self._check_hardware(call)
+            name = switch.arms.choose(self, call) if switch.arms is not None else PATCH
+            if name == HOST or switch.stopped:
+                return host(*args, **kwargs)
+            serve, declines = self.arms[name].serve, self.arms[name].declines
+        try:
+            reason = declines(call)
+        except Exception as problem:  # nothing has been launched: the host can still serve, under capture too
+            switch.trip(f"{self.name}: declines: {problem!r}")
+            return host(*args, **kwargs)
+        if reason is not None:
+            counts.decline(reason)
+            return host(*args, **kwargs)
+        try:
+            result = serve(call)
+        except ValueError as problem:  # a launcher's refusal, before its launch
+            counts.decline(str(problem))
+            return host(*args, **kwargs)
+        except Exception as problem:
+            if gpu.capturing():
+                # part of ours may be in the graph already: the host must not record over it
+                raise
+            switch.trip(f"{self.name}: {problem!r}")
+            return host(*args, **kwargs)
+        counts.served += 1
+        if gpu.capturing():
+            counts.captured += 1
+        return result
+
+    def _unbound(self, problem: TypeError, kwargs: dict[str, Any]) -> str:
+        """What is wrong with the arguments, in words that do not change from call to call."""
+        text = str(problem)
+        _, found, rest = text.partition("unexpected keyword argument ")
+        return f"unknown argument {rest.split()[0].strip(chr(39))}" if found else f"arguments: {text}"
+
+    def _check_hardware(self, call: Any) -> None:
+        for name in getattr(type(call), "__slots__", None) or vars(call):
+            value = getattr(call, name)
+            if getattr(value, "is_cuda", False):
+                device = gpu.from_tensor(value)
+                check = self.switch.check
+                reason = check(device) if check is not None and device is not None else None
+                self.switch.set(check=None, stopped=reason or "")
+                if reason:
+                    self.switch.on_stop(reason, False)
+                return
+
+
+class FunctionStandIn(wrapt.FunctionWrapper):
+    """Takes the place of a host's function or method; looks like it in every other respect."""
+
+    def __init__(self, original: Any, site: Site) -> None:
+        super().__init__(original, site.dispatch)
+        self._self_site = site
+
+
+class KernelStandIn(wrapt.ObjectProxy):
+    """Takes the place of a host's kernel object, launched as ``kernel[grid](...)``.
+
+    ``run``, ``warmup``, ``fn`` and the rest stay the host's.
+    """
+
+    def __init__(self, original: Any, site: Site) -> None:
+        super().__init__(original)
+        self._self_site = site
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            return self._self_site.dispatch(self.__wrapped__[grid], grid, args, kwargs)
+
+        return launch
+
+
+def is_ours(value: Any) -> bool:
+    """Whether ``value`` is a stand-in of ours."""
+    return isinstance(value, (FunctionStandIn, KernelStandIn))
+
+
+def stand_in(original: Any, kind: str, site: Site) -> FunctionStandIn | KernelStandIn:
+    """What is put in ``original``'s place."""
+    return KernelStandIn(original, site) if kind == "kernel" else FunctionStandIn(original, site)

@@ -1,0 +1,115 @@
+"""What a feature is, and the words in which its fate is told.
+
+Declarations are data: importing this file, or a hook's, imports no engine and no torch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from mla_patch.compat.types import Gpu, Target, Variable
+
+
+class State(str, Enum):
+    """Where a feature stands in one process."""
+
+    OFF = "off"
+    ABSENT = "absent"
+    ARMED = "armed"
+    NATIVE = "native"
+    DRIFTED = "drifted"
+    REFUSED = "refused"
+    APPLIED = "applied"
+    FAILED = "failed"
+
+    __str__ = str.__str__
+
+
+SATISFIED = frozenset({State.APPLIED, State.NATIVE, State.ARMED})
+
+MEANING = {
+    State.OFF: "switched off by its flag, or restored",
+    State.ABSENT: "the host is not installed, or its version is outside the range",
+    State.ARMED: "everything that can be checked without importing the host is right; its module is not imported yet",
+    State.NATIVE: "the host has it already, so ours stands aside",
+    State.DRIFTED: "the host's entry point is missing or its parameters changed; the host keeps its own code",
+    State.REFUSED: "this GPU, configuration, flag or moment does not allow it",
+    State.APPLIED: "ours has taken the place of the host's",
+    State.FAILED: "an error of ours; the host keeps its own code",
+}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One replaceable piece of one host."""
+
+    name: str  # and the flag: MLA_PATCH_<NAME>
+    host: str  # a requirement, closed above: "sglang>=0.5.1,<0.5.24"
+    targets: Callable[[str | None], tuple[Target, ...]]  # version -> entry points; None: every known home
+    why: str
+    upstream: str
+    drop_when: str
+    # (target, version) -> why the host's own is good enough, or None; asked once per target
+    native: Callable[[Target, str | None], str | None] | None = None
+    # (gpu) -> why this device cannot, or None; asked at import where NVML tells, else at the first call
+    hardware: Callable[[Gpu], str | None] | None = None
+    variables: tuple[Variable, ...] = ()
+    default: str = "on"
+
+    @property
+    def flag(self) -> str:
+        return f"MLA_PATCH_{self.name.upper()}"
+
+    @property
+    def host_name(self) -> str:
+        """The distribution's name: "sglang"."""
+        return self.requirement()[0]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.host_name}"
+
+    def requirement(self) -> tuple[str, str]:
+        """The host's name and its version specifier, as text."""
+        end = next((i for i, c in enumerate(self.host) if c in "<>=!~ ["), len(self.host))
+        return self.host[:end].strip(), self.host[end:].strip()
+
+    def matches(self, name: str) -> bool:
+        """Whether ``name`` ("decode" or "decode@sglang") means this feature."""
+        return name in (self.name, self.label)
+
+
+MAX_REASONS = 64
+
+
+@dataclass
+class Counts:
+    """How often a feature's entry points served a call of the host's.
+
+    The dispatcher adds to the numbers without a lock: CPython switches threads only at calls and
+    backward jumps, so an in-place addition to an attribute is whole. A free-threaded build may lose
+    a few.
+    """
+
+    served: int = 0
+    captured: int = 0
+    replayed: int | None = None
+    declined: dict[str, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def decline(self, reason: str) -> None:
+        """Count a call that went to the host; reasons beyond the first 64 share one line."""
+        with self._lock:
+            if reason not in self.declined and len(self.declined) >= MAX_REASONS:
+                reason = "other reasons"
+            self.declined[reason] = self.declined.get(reason, 0) + 1
+
+    def reset(self) -> None:
+        """Start from nothing, as a forked child does."""
+        self._lock = threading.Lock()
+        self.served = self.captured = 0
+        self.replayed = None
+        self.declined = {}

@@ -1,0 +1,182 @@
+"""Every environment variable of ours: where a value came from, and whether it can be taken."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mla_patch.features import Feature
+
+PREFIX = "MLA_PATCH"
+MODES = ("on", "off", "ab", "shadow", "ab+shadow")
+_SWITCH = {"1": "on", "on": "on", "true": "on", "0": "off", "off": "off", "false": "off", "": "off"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One variable's value and where it came from."""
+
+    name: str
+    value: str
+    source: str  # "default", "environment", "command line", "apply()"
+    problem: str = ""  # why the value cannot be taken
+
+    @property
+    def asked_for(self) -> bool:
+        return self.source != "default"
+
+
+@dataclass
+class Flags:
+    """All settings of this process. A bad one is in ``problems``, and nothing is lost by it."""
+
+    settings: dict[str, Setting] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def feature(self, feature: Feature) -> Setting:
+        """The mode of one feature on one host: the more special name wins."""
+        return self.settings.get(feature.label) or self.settings[feature.flag]
+
+    def on(self, name: str) -> bool:
+        return self.settings[name].value == "on"
+
+    def text(self, name: str) -> str:
+        return self.settings[name].value
+
+
+@dataclass(frozen=True)
+class Known:
+    """A variable that exists: its default, how its text is read, and what to say of it."""
+
+    name: str
+    default: str
+    read: Callable[[str], str]  # raises ValueError with what was expected
+    values: str
+    help: str
+
+
+def known(features: Iterable[Feature]) -> dict[str, Known]:
+    """Every variable that means something to this set of features, by name."""
+    fixed = [
+        Known(PREFIX, "off", _read_master, "1", "turns the plugin on; unset, nothing of it is imported"),
+        Known("MLA_PATCH_STRICT", "off", _read_switch, "1", "an asked-for feature that cannot be had ends the process"),
+        Known("MLA_PATCH_REPORT", "", str, "a directory", "each process keeps its report there"),
+        Known(
+            "MLA_PATCH_AB",
+            "block=64,ratio=0.5,seed=0,warmup=128",
+            _read_ab,
+            "as the default",
+            "A/B schedule",
+        ),
+        Known("MLA_PATCH_SHADOW", "every=64,tolerance=0.02", _read_shadow, "as the default", "shadow sampling"),
+        Known("MLA_PATCH_SKIP_VERSION_CHECK", "off", _read_switch, "1", "apply outside the reviewed releases too"),
+    ]
+    flags = {flag.name: flag for flag in fixed}
+    for feature in features:
+        flags[feature.flag] = Known(feature.flag, feature.default, _read_mode, ", ".join(MODES), feature.why)
+        for variable in feature.variables:
+            name = f"{feature.flag}_{variable.name}"
+            read = _one_of(variable.values) if variable.values else str
+            flags[name] = Known(name, variable.default, read, ", ".join(variable.values) or "text", variable.help)
+    return flags
+
+
+def read(
+    environ: Mapping[str, str],
+    features: Iterable[Feature],
+    chosen: Mapping[str, str] | None = None,
+    chosen_by: str = "command line",
+) -> Flags:
+    """Settings from ``chosen`` (feature -> mode; "decode" or "decode@sglang"), the environment and the defaults."""
+    features = list(features)
+    flags = Flags()
+    table = known(features)
+    for name, flag in table.items():
+        raw = environ.get(name)
+        setting = Setting(name, flag.default, "default") if raw is None else _take(flag, raw, "environment")
+        flags.settings[name] = setting
+    for name in sorted(environ):
+        if name.startswith(PREFIX + "_") and name not in table:
+            flags.problems.append(f"{name} is not a variable of mla-patch{nearest(name, table)}")
+    names = [name for feature in features for name in (feature.name, feature.label)]
+    for name, raw in (chosen or {}).items():
+        if name not in names:
+            flags.problems.append(f"{name!r} is not a feature{nearest(name, names)}")
+            continue
+        for feature in features:
+            if feature.matches(name):
+                flag = table[feature.flag]
+                key = feature.label if "@" in name else feature.flag
+                flags.settings[key] = _take(flag, raw, chosen_by)
+    flags.problems += [setting.problem for setting in flags.settings.values() if setting.problem]
+    return flags
+
+
+def _take(flag: Known, raw: str, source: str) -> Setting:
+    try:
+        return Setting(flag.name, flag.read(raw), source)
+    except ValueError as problem:
+        return Setting(flag.name, flag.default, source, f"{flag.name}={raw}: {problem}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean X?" for the name closest to ``name``, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _one_of(values: tuple[str, ...]) -> Callable[[str], str]:
+    def read_value(raw: str) -> str:
+        text = raw.strip().lower()
+        if text not in values:
+            raise ValueError(f"expected one of {', '.join(values)}{nearest(text, values)}")
+        return text
+
+    return read_value
+
+
+def _read_mode(raw: str) -> str:
+    text = raw.strip().lower()
+    return _SWITCH[text] if text in _SWITCH else _one_of(MODES)(text)
+
+
+def _read_switch(raw: str) -> str:
+    text = raw.strip().lower()
+    if text not in _SWITCH:
+        raise ValueError("expected 1 or 0")
+    return _SWITCH[text]
+
+
+def _read_master(raw: str) -> str:
+    # the door has let any other value in, so it means on
+    return _SWITCH.get(raw.strip().lower(), "on")
+
+
+def _read_ab(raw: str) -> str:
+    values = _pairs(raw, {"block": int, "ratio": float, "seed": int, "warmup": int})
+    if values.get("block", 1) < 1 or values.get("warmup", 0) < 0 or not 0 < values.get("ratio", 0.5) < 1:
+        raise ValueError("expected block >= 1, 0 < ratio < 1, warmup >= 0")
+    return raw.strip()
+
+
+def _read_shadow(raw: str) -> str:
+    values = _pairs(raw, {"every": int, "tolerance": float})
+    if values.get("every", 1) < 1 or not values.get("tolerance", 1.0) > 0:
+        raise ValueError("expected every >= 1, tolerance > 0")
+    return raw.strip()
+
+
+def _pairs(raw: str, kinds: Mapping[str, Callable[[str], float]]) -> dict[str, float]:
+    values = {}
+    for part in filter(None, (part.strip() for part in raw.split(","))):
+        key, _, text = part.partition("=")
+        if key not in kinds:
+            raise ValueError(f"{key!r} is not one of {', '.join(kinds)}{nearest(key, kinds)}")
+        try:
+            values[key] = kinds[key](text)
+        except ValueError:
+            raise ValueError(
+                f"{key}={text}: expected {'a whole number' if kinds[key] is int else 'a number'}"
+            ) from None
+    return values

@@ -1,0 +1,338 @@
+"""KV indices for paged attention: each request's row of a wide slot table becomes pages, or flat token ids.
+
+    req_to_token  [R, W]     int32         physical token slot of (request row, position)
+    req_pool      [>= rows]  int32, int64  which row of req_to_token a request owns
+    lens          [>= rows]  int32, int64  tokens of the request; zero or less writes nothing
+    kv_start      [>= rows]  int32, int64  first position, or None for 0
+    indptr        [>= rows]  int32, int64  where the request's ids start (need not be the cumsum of lens)
+    out           page table: [>= rows, W'] int32, int64;  token ids: flat int32, int64
+
+    page table    out[r, j] = req_to_token[req_pool[r], kv_start[r] + j * page_size] // page_size
+                  for 0 <= j < cdiv(lens[r], page_size)
+    token ids     out[indptr[r] + j] = req_to_token[req_pool[r], kv_start[r] + j]
+                  for 0 <= j < lens[r]
+
+Nothing else is written. Both are one gather of `entries`, one per page or one per token, BLOCK at a time. Lengths are
+known only on the device, so the grid is sized from the row count and the GPU, never from a tensor's width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mla_patch.compat.gpu import sm_count
+from mla_patch.compat.triton import CompileCase, interpreted
+
+_INTERPRETED = interpreted()  # asked here, because decoration is when Triton decides
+
+
+def token_indices_config(rows: int, sms: int, interpret: bool = False) -> dict[str, int]:
+    """Launch numbers of `build_token_indices`; ``sms`` multiprocessors. Nothing here knows the table's width."""
+    if interpret:  # programs run one after another in Python: as few, and as wide, as will do
+        return {"ctas": 1, "BLOCK": 16384, "num_warps": 4}
+    return {"ctas": max(1, min(8 * sms // rows, 128)), "BLOCK": 1024, "num_warps": 4}
+
+
+def page_table_config(rows: int, page_size: int, sms: int, interpret: bool = False) -> dict[str, int]:
+    """Launch numbers of `build_page_table`."""
+    if page_size == 1:
+        return token_indices_config(rows, sms, interpret)
+    if interpret:
+        return {"ctas": 1, "BLOCK": 16384 // page_size, "num_warps": 4}
+    return {"ctas": max(1, min(4 * sms // rows, 16)), "BLOCK": 128, "num_warps": 4}
+
+
+@triton.jit
+def _copy_block(source, out, first, entries, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Entries [first, first + BLOCK) of one row; 64-bit once per block, 32-bit per lane."""
+    lane = tl.arange(0, BLOCK)
+    mask = lane < tl.maximum(tl.minimum(entries - first, BLOCK), 0).to(tl.int32)
+    slot = tl.load(source + first * PAGE_SIZE + lane * PAGE_SIZE, mask=mask)
+    tl.store(out + first + lane, (slot // PAGE_SIZE).to(out.dtype.element_ty), mask=mask)
+
+
+# Nothing is specialised: widths, row counts and alignments change from call to call, and one compile while
+# serving costs more than all of them could gain (the loads are one slot per lane either way).
+_CALL_ARGS = ["req_to_token", "req_pool_indices", "lens", "kv_indptr", "kv_start_idx", "out"]
+
+
+@triton.jit(do_not_specialize=["req_to_token_stride", "out_stride"], do_not_specialize_on_alignment=_CALL_ARGS)
+def _kv_indices_kernel(
+    req_to_token,
+    req_pool_indices,
+    lens,
+    kv_indptr,
+    kv_start_idx,
+    out,
+    req_to_token_stride,
+    out_stride,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    # these loads do not wait for each other
+    entries = (tl.load(lens + row).to(tl.int64) + (PAGE_SIZE - 1)) // PAGE_SIZE
+    source = req_to_token + tl.load(req_pool_indices + row).to(tl.int64) * req_to_token_stride
+    if kv_start_idx is not None:
+        source += tl.load(kv_start_idx + row).to(tl.int64)
+    if kv_indptr is not None:
+        target = out + tl.load(kv_indptr + row).to(tl.int64)
+    else:
+        target = out + row * out_stride
+    first = tl.program_id(1).to(tl.int64) * BLOCK
+    step = tl.num_programs(1).to(tl.int64) * BLOCK
+    # The first block is not inside the loop: behind the loop's branch, the assembler would hold back
+    # every load but the length, and the chain would be one memory latency longer.
+    _copy_block(source, target, first, entries, PAGE_SIZE, BLOCK)
+    first += step
+    while first < entries:
+        _copy_block(source, target, first, entries, PAGE_SIZE, BLOCK)
+        first += step
+
+
+@triton.jit(do_not_specialize=["rows", "req_to_token_stride", "out_stride"], do_not_specialize_on_alignment=_CALL_ARGS)
+def _kv_indices_balanced_kernel(
+    req_to_token,
+    req_pool_indices,
+    lens,
+    kv_indptr,
+    kv_start_idx,
+    out,
+    rows,
+    req_to_token_stride,
+    out_stride,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One line of programs over all blocks of all rows: every program finds the row of its block by itself."""
+    block = tl.program_id(0)
+    lane = tl.arange(0, ROWS)
+    top = 0
+    before = 0  # blocks in the rows above `top`
+    while top < rows:
+        row = top + lane
+        length = tl.load(lens + row, mask=row < rows, other=0).to(tl.int64)
+        blocks = ((tl.maximum(length, 0) + (PAGE_SIZE * BLOCK - 1)) // (PAGE_SIZE * BLOCK)).to(tl.int32)
+        ends = before + tl.cumsum(blocks, 0)
+        after = tl.max(ends, 0)
+        while block < after:
+            # one row holds this block; its number and its first block travel in one reduction
+            begins = ends - blocks
+            found = tl.where((begins <= block) & (block < ends), (lane.to(tl.int64) << 32) + begins, 0)
+            packed = tl.sum(found, 0)
+            r = top + (packed >> 32)
+            first = (block - (packed & 0x7FFFFFFF)) * BLOCK
+            entries = (tl.load(lens + r).to(tl.int64) + (PAGE_SIZE - 1)) // PAGE_SIZE
+            source = req_to_token + tl.load(req_pool_indices + r).to(tl.int64) * req_to_token_stride
+            if kv_start_idx is not None:
+                source += tl.load(kv_start_idx + r).to(tl.int64)
+            if kv_indptr is not None:
+                target = out + tl.load(kv_indptr + r).to(tl.int64)
+            else:
+                target = out + r * out_stride
+            _copy_block(source, target, first, entries, PAGE_SIZE, BLOCK)
+            block += tl.num_programs(0)
+        before = after
+        top += ROWS
+
+
+def build_page_table(
+    req_to_token: torch.Tensor,
+    req_pool: torch.Tensor,
+    lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    kv_start: torch.Tensor | None = None,
+    page_size: int = 64,
+    rows: int | None = None,
+    row_stride: int | None = None,
+    out_stride: int | None = None,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """Write the physical page of every page of the first ``rows`` requests into ``out``; see the module for shapes.
+
+    ``rows`` defaults to ``len(lens)``; the index tensors and ``out`` may be longer, as a graph's buffers are. The
+    strides (elements from row to row of ``req_to_token`` and ``out``) default to the tensors' own. ``page_size`` is a
+    power of two up to 4096. Entries past a request's last page, and rows of no length, keep what they held.
+    One launch on the current stream, no allocation, no sync: it can be captured in a CUDA graph. ``config`` replaces
+    the launch numbers of `page_table_config`. Returns ``out``.
+
+    Raises:
+        ValueError: a tensor's type, device, rank or layout, more rows than a tensor holds, a page size or a stride
+            out of range. Values in tensors are not looked at.
+    """
+    if page_size < 1 or page_size > 4096 or page_size & (page_size - 1):
+        raise ValueError(f"page_size: {page_size}, expected a power of two from 1 to 4096")
+    rows = _check(req_to_token, req_pool, lens, None, kv_start, out, rows)
+    row_stride = _stride("row_stride", row_stride, req_to_token, 0)
+    out_stride = _stride("out_stride", out_stride, out, rows)
+    if rows == 0:
+        return out
+    if config is None:
+        config = page_table_config(rows, page_size, _sms(out), _INTERPRETED)
+    _launch(config, rows, req_to_token, req_pool, lens, None, kv_start, out, row_stride, out_stride, page_size)
+    return out
+
+
+def build_token_indices(
+    req_to_token: torch.Tensor,
+    req_pool: torch.Tensor,
+    lens: torch.Tensor,
+    indptr: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    kv_start: torch.Tensor | None = None,
+    rows: int | None = None,
+    row_stride: int | None = None,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """Write the physical slot of every token of the first ``rows`` requests into ``out``, request r at ``indptr[r]``.
+
+    As `build_page_table` otherwise: ``rows``, ``row_stride``, graph capture, errors. ``config`` replaces the launch
+    numbers of `token_indices_config`.
+    """
+    rows = _check(req_to_token, req_pool, lens, indptr, kv_start, out, rows)
+    row_stride = _stride("row_stride", row_stride, req_to_token, 0)
+    if rows == 0:
+        return out
+    if config is None:
+        config = token_indices_config(rows, _sms(out), _INTERPRETED)
+    _launch(config, rows, req_to_token, req_pool, lens, indptr, kv_start, out, row_stride, 0, 1)
+    return out
+
+
+def page_table_ref(
+    req_to_token: torch.Tensor,
+    req_pool: torch.Tensor,
+    lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    kv_start: torch.Tensor | None = None,
+    page_size: int = 64,
+) -> torch.Tensor:
+    """The definition: what `build_page_table` must leave, given what ``out`` held before (it is not changed)."""
+    want = out.clone()
+    for r, length in enumerate(lens.tolist()):
+        start = 0 if kv_start is None else int(kv_start[r])
+        slots = req_to_token[int(req_pool[r]), start : start + max(length, 0) : page_size]
+        want[r, : slots.numel()] = torch.div(slots, page_size, rounding_mode="trunc").to(out.dtype)
+    return want
+
+
+def token_indices_ref(
+    req_to_token: torch.Tensor,
+    req_pool: torch.Tensor,
+    lens: torch.Tensor,
+    indptr: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    kv_start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The definition: what `build_token_indices` must leave, given what ``out`` held before (it is not changed)."""
+    want = out.clone()
+    for r, length in enumerate(lens.tolist()):
+        start = 0 if kv_start is None else int(kv_start[r])
+        begin, count = int(indptr[r]), max(length, 0)
+        want[begin : begin + count] = req_to_token[int(req_pool[r]), start : start + count].to(out.dtype)
+    return want
+
+
+_INT32 = (torch.int32,)
+_INDEX = (torch.int32, torch.int64)
+
+
+def _check(
+    req_to_token: torch.Tensor,
+    req_pool: torch.Tensor,
+    lens: torch.Tensor,
+    indptr: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    out: torch.Tensor,
+    rows: int | None,
+) -> int:
+    """How many rows to build, or ValueError. On the hot path of every decode step: reads metadata, each item once."""
+    device = req_to_token.device
+    if device.type != "cuda" and not _INTERPRETED:
+        raise ValueError(f"req_to_token: on {device}, expected a CUDA device (or TRITON_INTERPRET=1 at import)")
+    if rows is None:
+        rows = len(lens)
+    elif rows < 0:
+        raise ValueError(f"rows: {rows}, expected 0 or more")
+    _check_tensor("req_to_token", req_to_token, _INT32, 2, 0, device)
+    _check_tensor("req_pool", req_pool, _INDEX, 1, rows, device)
+    _check_tensor("lens", lens, _INDEX, 1, rows, device)
+    if kv_start is not None:
+        _check_tensor("kv_start", kv_start, _INDEX, 1, rows, device)
+    if indptr is not None:
+        _check_tensor("indptr", indptr, _INDEX, 1, rows, device)
+        _check_tensor("out", out, _INDEX, 1, 0, device)
+    else:
+        _check_tensor("out", out, _INDEX, 2, rows, device)
+    return rows
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], rank: int, rows: int, device: torch.device
+) -> None:
+    if (
+        tensor.dtype in dtypes
+        and tensor.dim() == rank
+        and tensor.size(0) >= rows
+        and (tensor.stride(-1) == 1 or tensor.size(-1) <= 1)  # a length of one may have any stride
+        and tensor.device == device
+    ):
+        return
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name}: {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if tensor.dim() != rank:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {rank} dimension{'s' * (rank > 1)}")
+    if tensor.size(0) < rows:
+        raise ValueError(f"{name}: {tensor.size(0)} rows, expected {rows} or more")
+    if tensor.device != device:
+        raise ValueError(f"{name}: on {tensor.device}, expected {device} as req_to_token")
+    raise ValueError(f"{name}: stride {tensor.stride(-1)} in the last dimension, expected 1")
+
+
+def _stride(name: str, stride: int | None, tensor: torch.Tensor, rows: int) -> int:
+    """A stride as the host passed it; one that is not the tensor's own must at least stay inside its memory."""
+    own = tensor.stride(0)
+    if stride is None or stride == own:
+        return own
+    room = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    last = max(rows, tensor.shape[0] if rows == 0 else 1) - 1
+    if stride < 0 or last * stride > room:
+        raise ValueError(f"{name}: {stride}, expected {own} as the tensor has, or less")
+    return stride
+
+
+def _sms(tensor: torch.Tensor) -> int:
+    return 1 if _INTERPRETED else sm_count(tensor.device.index)
+
+
+def _launch(
+    config: dict[str, int],
+    rows: int,
+    req_to_token: torch.Tensor,
+    req_pool: torch.Tensor,
+    lens: torch.Tensor,
+    indptr: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    out: torch.Tensor,
+    row_stride: int,
+    out_stride: int,
+    page_size: int,
+) -> None:
+    balanced = "ROWS" in config
+    kernel = _kv_indices_balanced_kernel if balanced else _kv_indices_kernel
+    grid = (config["ctas"],) if balanced else (rows, config["ctas"])
+    numbers = {name: value for name, value in config.items() if name != "ctas"}
+    tensors = (req_to_token, req_pool, lens, indptr, kv_start, out)
+    scalars = (rows, row_stride, out_stride) if balanced else (row_stride, out_stride)
+    if not _INTERPRETED and out.device.index != torch.cuda.current_device():
+        with torch.cuda.device(out.device):  # Triton launches on the current device, whatever the tensors say
+            kernel[grid](*tensors, *scalars, PAGE_SIZE=page_size, **numbers)
+    else:
+        kernel[grid](*tensors, *scalars, PAGE_SIZE=page_size, **numbers)

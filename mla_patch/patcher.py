@@ -1,0 +1,429 @@
+"""The only file that changes a host: it takes all entry points of a feature or none, and gives them back.
+
+Entry points are judged from source before anything is imported (``judge``), confirmed on the live
+object when their module is imported, and replaced together with every name that points at them.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+import logging
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import wrapt
+
+from mla_patch.compat import gpu
+from mla_patch.compat.types import Arm, Target, Undo
+from mla_patch.dispatch import PATCH, ArmCode, Site, Switch, is_ours, stand_in
+from mla_patch.features import Feature, State
+from mla_patch.flags import Setting
+from mla_patch.judge import Judgement, difference
+from mla_patch.reports import FeatureStatus, TargetStatus
+
+__all__ = ["Patcher", "is_ours"]
+
+log = logging.getLogger("mla_patch")
+
+
+class Mismatch(Exception):
+    """The live host is not what was reviewed; the text says where."""
+
+    def __init__(self, text: str, state: State = State.DRIFTED) -> None:
+        super().__init__(text)
+        self.state = state
+
+
+@dataclass
+class Place:
+    """A name that was bound to the host's object and is bound to ours now."""
+
+    holder: Any  # a module, a class or an instance
+    attribute: str
+    before: Any
+    ours: Any
+    inherited: bool = False  # the class had no such attribute of its own
+
+    def put_back(self) -> None:
+        """Undo, unless somebody has put something else there since."""
+        if _own(self.holder, self.attribute) is not self.ours:
+            return
+        if self.inherited:
+            delattr(self.holder, self.attribute)
+        else:
+            setattr(self.holder, self.attribute, self.before)
+
+
+@dataclass
+class Found:
+    """A target's live object, confirmed."""
+
+    target: Target
+    holder: Any
+    attribute: str
+    value: Any
+
+
+@dataclass
+class Run:
+    """One feature on one host in this process: what was decided, and what was done."""
+
+    feature: Feature
+    setting: Setting
+    status: FeatureStatus
+    switch: Switch
+    targets: list[Target] = field(default_factory=list)
+    sites: dict[str, Site] = field(default_factory=dict)  # entry point -> site, made before it is needed
+    places: list[Place] = field(default_factory=list)
+    undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
+    warned: bool = False
+
+
+class Patcher:
+    """Applies features to their hosts and restores them. One per process."""
+
+    def __init__(
+        self, arms: Iterable[Arm] = (), strict: bool = False, changed: Callable[[], None] = lambda: None
+    ) -> None:
+        self.arms = list(arms)
+        self.strict = strict
+        self.changed = changed
+        self.runs: dict[str, Run] = {}
+        self.lock = threading.RLock()
+
+    def apply(self, feature: Feature, setting: Setting, judgement: Judgement) -> None:
+        """Act on a judgement: wait for the host's modules, or replace at once in those imported already.
+
+        Raises:
+            SystemExit: strict, and an asked-for feature cannot be had.
+        """
+        with self.lock:
+            run = self.runs.get(feature.label)
+            if run is None:
+                status = FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
+                run = self.runs[feature.label] = Run(feature, setting, status, self._switch(feature))
+            elif run.status.state in (State.APPLIED, State.ARMED) and judgement.state is State.ARMED:
+                return
+            else:
+                self._undo(run)
+            run.setting = setting
+            run.warned = False
+            run.status.value, run.status.source = setting.value, setting.source
+            run.status.state, run.status.reason = judgement.state, judgement.reason
+            run.targets = judgement.targets
+            run.status.targets = [TargetStatus(t.module, t.name, t.kind) for t in judgement.targets]
+        self.changed()
+        modules = [target.module for target in run.targets] or judgement.watch
+        for module in dict.fromkeys(modules):
+            wrapt.register_post_import_hook(functools.partial(self._imported, run), module)
+        if not modules:
+            self._complain(run)
+
+    def restore(self, label: str) -> None:
+        """Put back what is still ours, newest first; whoever keeps ours all the same reaches the host through it."""
+        run = self.runs[label]
+        with self.lock:
+            self._undo(run)
+            run.status.state, run.status.reason = State.OFF, "restored"
+        self.changed()
+
+    def _switch(self, feature: Feature) -> Switch:
+        return Switch(functools.partial(self._stopped, feature.label))
+
+    def _complain(self, run: Run) -> None:
+        """Warn once of an asked-for feature that cannot be had; under strict, end the process."""
+        status, setting = run.status, run.setting
+        if run.warned or status.satisfied or not setting.asked_for or status.state is State.OFF:
+            return
+        run.warned = True
+        asked = f"{setting.name}={setting.value}, {setting.source}"
+        text = f"mla-patch: {run.feature.label} ({asked}) is {status.state}: {status.reason}"
+        if self.strict:
+            raise SystemExit(text)
+        log.warning(text)
+
+    def _stopped(self, label: str, reason: str, fault: bool) -> None:
+        """The breaker, or a device that cannot, seen at a call: the host serves from here on."""
+        run = self.runs[label]
+        run.status.state = State.FAILED if fault else State.REFUSED
+        run.status.reason = reason
+        self.changed()
+        if fault:
+            run.warned = True
+            log.warning("mla-patch: %s stopped, the host serves from here on: %s", label, reason)
+        else:
+            self._complain(run)
+
+    # what follows runs inside the host's import
+
+    def _imported(self, run: Run, module: types.ModuleType) -> None:
+        """A module of the host has been imported; nothing of ours may fail that import, strict apart."""
+        try:
+            if run.status.state in (State.ARMED, State.APPLIED):
+                self._make_sites(run, module.__name__)
+                with self.lock:
+                    self._take(run, module, late=not _initializing(module))
+        except Exception as problem:
+            with self.lock:
+                self._undo(run, lasting=True)
+                if isinstance(problem, Mismatch):
+                    run.status.state, run.status.reason = problem.state, str(problem)
+                else:
+                    run.status.state, run.status.reason = State.FAILED, repr(problem)
+                    run.warned = True
+                    log.warning("mla-patch: %s failed, the host keeps its own code", run.feature.label, exc_info=True)
+        self.changed()
+        self._complain(run)
+
+    def _make_sites(self, run: Run, module: str) -> None:
+        """Import the code of the arms, outside the lock: an import may wait for another thread's."""
+        for target in run.targets:
+            if target.module != module or target.kind == "edit" or target.name in run.sites:
+                continue
+            if target.bind is None:
+                raise TypeError(f"{target.module}.{target.name}: a target of kind {target.kind!r} needs bind")
+            patch = ArmCode(_named(target.serve), _named(target.declines) if target.declines else _declines_nothing)
+            arms = {PATCH: patch}
+            for arm in self.arms:
+                if run.feature.matches(arm.feature):
+                    arms[arm.name] = ArmCode(
+                        _named(arm.serve), _named(arm.declines) if arm.declines else patch.declines
+                    )
+            run.sites[target.name] = Site(target.name, target.bind, arms, run.status.counts, run.switch)
+
+    def _take(self, run: Run, module: types.ModuleType, late: bool) -> None:
+        targets = [target for target in run.targets if target.module == module.__name__]
+        # all are looked at before one is touched
+        found = [self._confirm(target, module, late) for target in targets if target.kind != "edit"]
+        for one in found:
+            self._replace(run, one)
+        for target in targets:
+            if target.kind == "edit" and target.name not in run.undos:
+                if target.edit is None:
+                    raise TypeError(f"{target.module}.{target.name}: an edit needs a function")
+                run.undos[target.name] = (target, target.edit(module))
+        if run.feature.hardware is not None and gpu.from_nvml() is None:
+            run.switch.set(check=run.feature.hardware)
+        for status in run.status.targets:
+            if status.module == module.__name__:
+                status.replaced_by = next(_code(target) for target in targets if target.name == status.name)
+        waiting = sorted({status.module for status in run.status.targets if status.replaced_by is None})
+        notes = [note for note in run.status.reason.split("; ") if note and not note.startswith("waiting for ")]
+        run.status.state = State.APPLIED
+        run.status.reason = "; ".join(notes + [f"waiting for {name}" for name in waiting])
+
+    def _confirm(self, target: Target, module: types.ModuleType, late: bool) -> Found:
+        """The live object and where it is bound.
+
+        Raises:
+            Mismatch: it is not what was reviewed, or somebody keeps it where it cannot be replaced.
+        """
+        holder: Any = module
+        *path, attribute = target.name.split(".")
+        for name in path:
+            holder = getattr(holder, name, None)
+        value = inspect.getattr_static(holder, attribute, None) if isinstance(holder, type) else _own(holder, attribute)
+        where = f"{target.module}.{target.name}"
+        if value is None:
+            raise Mismatch(f"{where} does not exist")
+        if target.kind == "kernel" and not hasattr(type(value), "__getitem__"):
+            raise Mismatch(f"{where} is not a kernel that is launched as kernel[grid](...)")
+        try:
+            params = _live_params(value)
+        except (TypeError, ValueError) as problem:
+            raise Mismatch(f"{where} has no signature: {problem}") from None
+        change = difference(target, params)
+        if change is not None:
+            raise Mismatch(change)
+        if late and not isinstance(holder, type) and not is_ours(value):
+            settable = [place.partition(":")[2].rpartition(".")[2] for place in target.held_by]
+            keeper = _keeper(value, settable)
+            if keeper is not None:
+                raise Mismatch(f"{where} was imported before and is kept by {keeper}", State.REFUSED)
+        return Found(target, holder, attribute, value)
+
+    def _replace(self, run: Run, found: Found) -> None:
+        site = run.sites[found.target.name]
+        left = _ours_below(found.value, found.target.name)
+        if left is not None and left._self_site.switch is run.switch:
+            return  # a second import hook of the same application
+        if left is not None:
+            # ours from before restore(), under somebody else's wrapper: it serves again
+            run.sites[found.target.name] = left._self_site
+            left._self_site.switch = run.switch
+            ours, original = left, left.__wrapped__
+        else:
+            ours, original = stand_in(found.value, found.target.kind, site), found.value
+            inherited = isinstance(found.holder, type) and found.attribute not in vars(found.holder)
+            self._bind(run, Place(found.holder, found.attribute, original, ours, inherited))
+        if isinstance(found.holder, type):
+            return  # a method is looked up on its class at every call
+        package = found.target.module.partition(".")[0]
+        for holder, attribute, before, after in _bindings(original, ours, package):
+            self._bind(run, Place(holder, attribute, before, after))
+        for place in found.target.held_by:
+            for holder, attribute in _instances(place, original):
+                self._bind(run, Place(holder, attribute, _own(holder, attribute), ours))
+
+    def _bind(self, run: Run, place: Place) -> None:
+        run.places.append(place)
+        setattr(place.holder, place.attribute, place.ours)
+
+    def _undo(self, run: Run, lasting: bool = False) -> None:
+        """Take everything back; edits of what is stored only with ``lasting``, while nothing is stored yet."""
+        run.switch.set(off=True)
+        for name, (target, undo) in reversed(list(run.undos.items())):
+            if target.lasting and not lasting:
+                continue
+            del run.undos[name]
+            try:
+                undo()
+            except Exception:
+                log.warning("mla-patch: the edit %s of %s could not be undone", name, target.module, exc_info=True)
+        for place in reversed(run.places):
+            place.put_back()
+        for place in run.places:
+            # modules imported since have taken ours by name
+            if is_ours(place.ours) and not isinstance(place.holder, type):
+                package = getattr(place.holder, "__name__", "").partition(".")[0]
+                for holder, attribute, _, after in _bindings(place.ours, place.before, package):
+                    setattr(holder, attribute, after)
+        run.places = []
+        # whoever keeps one of the old stand-ins keeps its switch, which stays off
+        run.sites = {}
+        run.switch = self._switch(run.feature)
+        for status in run.status.targets:
+            status.replaced_by = None
+
+
+def _declines_nothing(call: Any) -> None:
+    return None
+
+
+def _code(target: Target) -> str:
+    """The code that stands in for a target, as "module:function"."""
+    return f"{target.edit.__module__}:{target.edit.__qualname__}" if target.edit is not None else target.serve
+
+
+def _named(path: str) -> Any:
+    """The object that "module:function" names."""
+    module, _, name = path.partition(":")
+    return functools.reduce(getattr, name.split("."), import_module(module))
+
+
+def _live_params(value: Any) -> tuple[str, ...]:
+    names = getattr(value, "arg_names", None)
+    if names is not None:
+        return tuple(names)
+    marks: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    return tuple(marks.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values())
+
+
+def _initializing(module: types.ModuleType) -> bool:
+    """Whether the import system is still at work on ``module``, so that nobody can have kept a thing of it."""
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _own(holder: Any, attribute: str) -> Any:
+    """What ``holder`` itself binds to ``attribute``, descriptors untouched."""
+    return getattr(holder, "__dict__", {}).get(attribute)
+
+
+def _modules() -> Iterator[tuple[types.ModuleType, dict[str, Any]]]:
+    for module in list(sys.modules.values()):
+        # some programs keep other objects there, and a lazy module must not be made to load
+        if isinstance(module, types.ModuleType):
+            yield module, types.ModuleType.__getattribute__(module, "__dict__")
+
+
+def _bindings(value: Any, instead: Any, package: str) -> list[tuple[Any, str, Any, Any]]:
+    """Every module-level name, and every class attribute in ``package``, that is ``value`` itself.
+
+    Rows of (holder, attribute, bound now, what to bind instead).
+    """
+    found: list[tuple[Any, str, Any, Any]] = []
+    for module, names in _modules():
+        inside = module.__name__.partition(".")[0] == package
+        for name, bound in list(names.items()):
+            if bound is value:
+                found.append((module, name, bound, instead))
+            elif inside and type(bound) is type and bound.__module__ == module.__name__:
+                found += _class_bindings(bound, value, instead)
+    return found
+
+
+def _class_bindings(owner: type, value: Any, instead: Any) -> Iterator[tuple[Any, str, Any, Any]]:
+    for name, bound in list(vars(owner).items()):
+        if bound is value:
+            yield owner, name, bound, instead
+        elif isinstance(bound, (staticmethod, classmethod)) and bound.__func__ is value:
+            yield owner, name, bound, type(bound)(instead)
+
+
+def _instances(place: str, value: Any) -> Iterator[tuple[Any, str]]:
+    """Living instances that keep ``value`` under "module:Class.attribute"."""
+    module, _, path = place.partition(":")
+    name, _, attribute = path.partition(".")
+    owner = getattr(sys.modules.get(module), name, None)
+    if not isinstance(owner, type):
+        return
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), owner) and _own(candidate, attribute) is value:
+            yield candidate, attribute
+
+
+def _keeper(value: Any, settable: list[str]) -> str | None:
+    """Somebody who keeps ``value`` where no name can be rebound, or None.
+
+    No closure may be made over ``value`` here: it would be found, too.
+    """
+    machinery = type(value).__module__.partition(".")[0]  # a kernel object's own parts refer to it
+    module_dicts = {id(names) for _, names in _modules()}
+    for ref in gc.get_referrers(value):
+        if id(ref) in module_dicts or is_ours(ref) or isinstance(ref, (types.FrameType, staticmethod, classmethod)):
+            continue
+        owner = _owner(ref)
+        home = getattr(owner, "__module__", None) or type(owner).__module__
+        if isinstance(owner, type) or (machinery != "builtins" and home.partition(".")[0] == machinery):
+            continue
+        names = _names_for(owner, value)
+        if names and set(names) <= set(settable):
+            continue
+        what = f"attribute {names[0]} of " if names else ""
+        return f"{what}a {type(owner).__name__} {getattr(owner, '__qualname__', '')}".strip()
+    return None
+
+
+def _owner(ref: Any) -> Any:
+    """Whose a dict or a cell is: the class or instance, the function with that closure."""
+    if isinstance(ref, dict):
+        owners = [o for o in gc.get_referrers(ref) if isinstance(o, type) or getattr(o, "__dict__", None) is ref]
+        return owners[0] if owners else ref
+    if isinstance(ref, types.CellType):
+        closures = [closure for closure in gc.get_referrers(ref) if isinstance(closure, tuple)]
+        functions = [f for f in gc.get_referrers(*closures) if isinstance(f, types.FunctionType)] if closures else []
+        return functions[0] if functions else ref
+    return ref
+
+
+def _names_for(owner: Any, value: Any) -> list[str]:
+    return [name for name, bound in getattr(owner, "__dict__", {}).items() if bound is value]
+
+
+def _ours_below(value: Any, name: str) -> Any:
+    """A stand-in of ours for the entry point ``name``, in ``value`` or in what it wraps."""
+    for _ in range(32):  # wrappers can be wound in a circle
+        if is_ours(value) and value._self_site.name == name:
+            return value
+        value = getattr(value, "__wrapped__", None)
+        if value is None:
+            break
+    return None

@@ -1,0 +1,84 @@
+"""Finds the plugins and asks them what they bring. Our own hooks come in like a stranger's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module, metadata
+
+import pluggy
+
+from mla_patch import hookspecs
+from mla_patch.compat.types import Arm
+from mla_patch.features import Feature
+
+GROUP = "mla_patch"
+# where the distribution's metadata is missing (a source tree on PYTHONPATH), these stand in for it
+OWN_HOOKS = {"kv_indices": "mla_patch.hooks.sglang_kv_indices"}
+
+
+@dataclass
+class Plugins:
+    """What the plugins of this process offer, and which of them could not be used."""
+
+    features: list[Feature] = field(default_factory=list)
+    arms: list[Arm] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def load() -> Plugins:
+    """Load every plugin of the group; one that fails is named in ``problems`` and left out."""
+    found = Plugins()
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for name, value in _entry_points().items():
+        try:
+            module, _, attribute = value.partition(":")
+            loaded = import_module(module)
+            manager.register(getattr(loaded, attribute) if attribute else loaded, name)
+            manager.check_pending()
+        except Exception as problem:
+            if manager.has_plugin(name):
+                manager.unregister(name=name)
+            found.problems.append(f"plugin {name} ({value}) was left out: {problem!r}")
+    # asked one by one, so that one plugin's error costs only its own offer
+    for name, plugin in manager.list_name_plugin():
+        try:
+            one = manager.subset_hook_caller
+            others = [p for p in manager.get_plugins() if p is not plugin]
+            features = [f for offer in one("mla_patch_features", others)() for f in offer]
+            arms = [a for offer in one("mla_patch_arms", others)() for a in offer]
+            _check(features, arms)
+            clash = {f.label for f in features} & {f.label for f in found.features}
+            if clash:
+                raise ValueError(f"feature {', '.join(sorted(clash))} is declared by another plugin already")
+        except Exception as problem:
+            found.problems.append(f"plugin {name} was left out: {problem!r}")
+            continue
+        found.features += features
+        found.arms += arms
+    known = [name for f in found.features for name in (f.name, f.label)]
+    for arm in [arm for arm in found.arms if arm.feature not in known]:
+        found.arms.remove(arm)
+        found.problems.append(f"arm {arm.name} was left out: no feature is called {arm.feature}")
+    found.features.sort(key=lambda f: f.label)
+    return found
+
+
+def _entry_points() -> dict[str, str]:
+    points = {point.name: point.value for point in metadata.entry_points(group=GROUP)}
+    if not set(OWN_HOOKS.values()) & set(points.values()):
+        points = {**OWN_HOOKS, **points}
+    return dict(sorted(points.items()))
+
+
+def _check(features: list[Feature], arms: list[Arm]) -> None:
+    for feature in features:
+        if not isinstance(feature, Feature):
+            raise TypeError(f"mla_patch_features offered {feature!r}, expected a Feature")
+        if not feature.name.replace("_", "").isalnum() or feature.name != feature.name.lower():
+            raise ValueError(f"feature name {feature.name!r}: expected lower-case letters, digits and underscores")
+    for arm in arms:
+        if not isinstance(arm, Arm):
+            raise TypeError(f"mla_patch_arms offered {arm!r}, expected an Arm")
+        if arm.name in ("host", "patch"):
+            raise ValueError(f"arm name {arm.name!r} is taken")

@@ -1,0 +1,173 @@
+"""What each process tells of itself: states and counts, kept current in one JSON file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mla_patch.features import SATISFIED, Counts, State
+
+log = logging.getLogger("mla_patch")
+INTERVAL = 1.0  # seconds between two looks for something new
+
+
+@dataclass
+class TargetStatus:
+    """One entry point, and what stands there now."""
+
+    module: str
+    name: str
+    kind: str
+    replaced_by: str | None = None
+
+
+@dataclass
+class FeatureStatus:
+    """One feature on one host, in this process."""
+
+    name: str
+    host: str
+    flag: str
+    value: str
+    source: str
+    state: State = State.OFF
+    reason: str = ""
+    targets: list[TargetStatus] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.host}"
+
+    @property
+    def satisfied(self) -> bool:
+        return self.state in SATISFIED
+
+    def as_dict(self, counts: bool = True) -> dict[str, Any]:
+        row: dict[str, Any] = {key: getattr(self, key) for key in ("name", "host", "flag", "value", "source")}
+        row |= {
+            "state": str(self.state),
+            "reason": self.reason,
+            "targets": [vars(target).copy() for target in self.targets],
+        }
+        if counts:
+            c = self.counts
+            row |= {"served": c.served, "declined": dict(c.declined), "captured": c.captured, "replayed": c.replayed}
+        return row
+
+
+@dataclass
+class ProcessReport:
+    """Everything that one process has to say."""
+
+    engine: str = ""
+    pid: int = field(default_factory=os.getpid)
+    started_ns: int = field(default_factory=time.time_ns)
+    problems: list[str] = field(default_factory=list)
+    features: list[FeatureStatus] = field(default_factory=list)
+
+    def renew(self) -> None:
+        """This is another process now: a forked child counts for itself."""
+        self.pid, self.started_ns = os.getpid(), time.time_ns()
+        for status in self.features:
+            status.counts.reset()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "engine": self.engine,
+            "pid": self.pid,
+            "argv": list(getattr(sys, "orig_argv", sys.argv)),
+            "started": self.started_ns / 1e9,
+            "problems": list(self.problems),
+            "features": [status.as_dict() for status in list(self.features)],
+        }
+
+
+class Writer:
+    """Keeps one process's report file current, from a thread of its own.
+
+    The engine never waits for it and never hears of its errors but once: a full disk or a removed
+    directory costs the report, nothing else.
+    """
+
+    def __init__(self, directory: str, report: ProcessReport) -> None:
+        self.directory = Path(directory)
+        self.report = report
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._written = ""
+        self._complained = False
+        self._start()
+
+    @property
+    def path(self) -> Path:
+        r = self.report
+        return self.directory / f"{r.engine}-{socket.gethostname()}-{r.pid}-{r.started_ns}.json"
+
+    def changed(self) -> None:
+        """Ask for a write soon; called where a state changes, never per call."""
+        self._wake.set()
+
+    def flush(self) -> None:
+        """Write now, if there is something new."""
+        with self._lock:
+            try:
+                text = json.dumps(self.report.as_dict(), indent=1)
+                if text != self._written or not self.path.exists():
+                    write_atomically(self.path, text)
+                    self._written = text
+            except Exception as problem:
+                if not self._complained:
+                    self._complained = True
+                    log.warning("mla-patch: no report in MLA_PATCH_REPORT=%s: %s", self.directory, problem)
+
+    def _start(self) -> None:
+        threading.Thread(target=self._run, name="mla-patch-report", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self.flush()
+            self._wake.wait(INTERVAL)
+            self._wake.clear()
+
+    def restart(self) -> None:
+        """In a forked child: threads do not survive a fork, and locks may be held forever."""
+        self._wake, self._lock = threading.Event(), threading.Lock()
+        self._written, self._complained = "", False
+        self._start()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, never half of one; for its owner's eyes only."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(beside, path)
+
+
+def read_directory(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All reports in ``directory``, and the files that are not one, each with the reason.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    reports, broken = [], []
+    for path in sorted(p for p in directory.iterdir() if p.suffix == ".json"):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            missing = {"engine", "pid", "argv", "started", "features"} - set(report)
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            reports.append(report)
+        except (OSError, ValueError, TypeError) as problem:
+            broken.append({"file": path.name, "reason": f"not a report: {problem}"})
+    return reports, broken

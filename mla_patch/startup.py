@@ -1,0 +1,200 @@
+"""Wakes the plugin when a host appears. Imported at interpreter start: nothing heavy at module level."""
+
+import os
+import sys
+
+from mla_patch.compat import HOST_PACKAGES
+
+TYPE_CHECKING = False  # typing itself would cost a millisecond in every interpreter
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from importlib.machinery import ModuleSpec
+    from typing import Any
+
+    from mla_patch.flags import Flags
+    from mla_patch.plugins import Plugins
+    from mla_patch.reports import Writer
+
+
+class HostFinder:
+    """Finds nothing; it is asked first, and so learns that a host is about to be imported."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
+        if name in HOST_PACKAGES:
+            wake(name)
+        return None
+
+
+_finder: "HostFinder | None" = None
+_session: "Session | None" = None
+
+
+def start() -> None:
+    """Watch for the hosts; at once if one is here already. Idempotent, and cheap: no host, no work."""
+    global _finder
+    if _finder is None:
+        _finder = HostFinder()
+        sys.meta_path.insert(0, _finder)
+        for name in HOST_PACKAGES:
+            if name in sys.modules:
+                wake(name)
+
+
+def started() -> bool:
+    return _finder is not None
+
+
+def wake(package: str) -> None:
+    """A host is being imported: load plugins, judge features, wait for its modules.
+
+    Raises:
+        SystemExit: ``MLA_PATCH_STRICT=1``, and an asked-for feature cannot be had or a flag is bad.
+    """
+    try:
+        session = _get_session()
+        session.wake(package)
+    except Exception as problem:
+        print(f"mla-patch: {package} runs unpatched: {problem!r}", file=sys.stderr)
+
+
+def apply(*features: str) -> None:
+    """Apply features ("kv_indices" or "kv_indices@sglang"), or with no name all that their flags leave on.
+
+    Works before and after the host is imported. A feature that cannot be had is told in ``report()``
+    and in a warning.
+
+    Raises:
+        ValueError: a name that is no feature; says the nearest one.
+        SystemExit: ``MLA_PATCH_STRICT=1``, and a feature cannot be had.
+    """
+    session = _get_session()
+    session.check(features)
+    session.activate(dict.fromkeys(features, "on"), "apply()", lambda f: not features or any(map(f.matches, features)))
+
+
+def restore(*features: str) -> None:
+    """Give back to the host what ``features`` (none: all) took. What somebody still holds passes calls on.
+
+    Raises:
+        ValueError: a name that is no feature; says the nearest one.
+    """
+    session = _get_session()
+    session.check(features)
+    for label, run in list(session.patcher.runs.items()):
+        if not features or any(map(run.feature.matches, features)):
+            session.patcher.restore(label)
+
+
+def report() -> "dict[str, Any]":
+    """This process's report, as it stands in its file under MLA_PATCH_REPORT."""
+    return _get_session().report.as_dict()
+
+
+class Session:
+    """Plugins, flags, patcher and report of this process."""
+
+    def __init__(self, plugins: "Plugins", environ: "Mapping[str, str]") -> None:
+        from mla_patch import flags
+        from mla_patch.patcher import Patcher
+        from mla_patch.reports import ProcessReport
+
+        self.plugins = plugins
+        self.environ = environ
+        self.flags: Flags = flags.read(environ, plugins.features)
+        self.report: ProcessReport = ProcessReport(problems=[*plugins.problems, *self.flags.problems])
+        self.writer: Writer | None = None
+        self.patcher: Patcher = Patcher(plugins.arms, self.flags.on("MLA_PATCH_STRICT"), self._changed)
+        self.awake: set[str] = set()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked)
+
+    def wake(self, package: str) -> None:
+        """The features of one host, at the moment of its import."""
+        if package in self.awake:
+            return
+        self.awake.add(package)
+        self.report.engine = self.report.engine or package
+        self._start_writer()
+        self._tell_problems()
+        self.activate({}, "", lambda feature: _package(feature.host_name) == package)
+
+    def check(self, names: "tuple[str, ...]") -> None:
+        from mla_patch.flags import nearest
+
+        known = [name for feature in self.plugins.features for name in (feature.name, feature.label)]
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"{name!r} is not a feature{nearest(name, known)}; there are {', '.join(known[1::2]) or 'none'}"
+                )
+
+    def activate(self, chosen: "Mapping[str, str]", chosen_by: str, wanted: "Any") -> None:
+        """Judge the wanted features and hand them to the patcher."""
+        from mla_patch import flags
+        from mla_patch.judge import judge
+
+        settings = flags.read(self.environ, self.plugins.features, chosen, chosen_by)
+        skip = self.flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
+        for feature in filter(wanted, self.plugins.features):
+            setting = settings.feature(feature)
+            found = find_host(feature.host_name)
+            self.report.engine = self.report.engine or (found.host.package if found else "")
+            judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
+            try:
+                self.patcher.apply(feature, setting, judgement)
+            finally:
+                self.report.features = [run.status for run in self.patcher.runs.values()]
+                self._changed()
+
+    def _tell_problems(self) -> None:
+        import logging
+
+        for problem in self.report.problems:
+            if self.flags.on("MLA_PATCH_STRICT"):
+                raise SystemExit(f"mla-patch: {problem}")
+            logging.getLogger("mla_patch").warning("mla-patch: %s", problem)
+
+    def _start_writer(self) -> None:
+        from mla_patch.reports import Writer
+
+        directory = self.flags.text("MLA_PATCH_REPORT")
+        if directory and self.writer is None:
+            self.writer = Writer(directory, self.report)
+
+    def _changed(self) -> None:
+        if self.writer is not None:
+            self.writer.changed()
+
+    def _forked(self) -> None:
+        import threading
+
+        self.patcher.lock = threading.RLock()  # another thread of the parent's may have held it
+        self.report.renew()
+        if self.writer is not None:
+            self.writer.restart()
+
+
+def find_host(name: str) -> "Any":
+    """The installed host of that name, or None; imports nothing of it."""
+    from mla_patch import sources
+    from mla_patch.compat import hosts
+
+    known = hosts.host(name)
+    spec = sources.find_package(known.package, (HostFinder,))
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return hosts.installed(known, places[0] if places else None)
+
+
+def _package(host_name: str) -> str:
+    from mla_patch.compat import hosts
+
+    return hosts.host(host_name).package
+
+
+def _get_session() -> Session:
+    global _session
+    if _session is None:
+        from mla_patch import plugins
+
+        _session = Session(plugins.load(), os.environ)
+    return _session
