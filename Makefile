@@ -35,7 +35,7 @@ $(VENV)/made:
 	@touch $@
 
 # torch first and by itself: its CUDA builds pin a Triton of their own, and the tests want the one in constraints.txt.
-# pip then says that the two disagree, which is so, and goes on.
+# pip then says that the two disagree, which is so, and goes on; --no-deps below keeps it from taking that back.
 $(VENV)/tools: $(VENV)/made constraints.txt
 	@echo "setting up $(VENV) (torch, Triton, test tools): minutes on the first run"
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
@@ -44,7 +44,7 @@ $(VENV)/tools: $(VENV)/made constraints.txt
 	@touch $@
 
 $(VENV)/project: $(VENV)/tools pyproject.toml hatch_build.py mla_patch.pth mla_patch.start
-	$(PIP) install --no-build-isolation --editable .
+	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 setup: $(VENV)/project
@@ -64,7 +64,7 @@ hosts: setup
 	HOSTS=all $(PY) -m pytest tests/hosts
 
 compile-all: setup
-	COMPILE=all $(PY) -m pytest -n $(WORKERS) tests/test_compile.py
+	$(PY) tests/compile_matrix.py --every
 
 start-cost: setup
 	$(PY) tests/start_cost.py

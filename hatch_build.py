@@ -5,7 +5,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class StartFiles(BuildHookInterface):  # type: ignore[type-arg]
+class StartFiles(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
             # this replaces the wheel's force-include, which would lay a stale copy of hooks and compat in the way

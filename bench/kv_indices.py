@@ -31,8 +31,19 @@ from mla_patch.kernels.kv_indices import (
 DEVICE = "cuda"
 WIDTH = 163_840  # as wide as the longest context of the models served
 RAGGED = "ragged"
-CASES = [(1, 8192), (1, 131072), (8, 131072), (64, 16384), (256, 4096), (256, 512), (64, RAGGED)]
-EXTRA = [(256, RAGGED), (17, 2048)]  # ours: skew that a fixed split per row cannot balance; a small mixed batch
+CASES: list[tuple[int, int | str]] = [
+    (1, 8192),
+    (1, 131072),
+    (8, 131072),
+    (64, 16384),
+    (256, 4096),
+    (256, 512),
+    (64, RAGGED),
+]
+EXTRA: list[tuple[int, int | str]] = [
+    (256, RAGGED),
+    (17, 2048),
+]  # ours: skew that a fixed split per row cannot balance; a small mixed batch
 
 
 def page_table(case):
@@ -48,7 +59,7 @@ def token_indices(case):
 
 
 def make_case(rows: int, length: int | str) -> types.SimpleNamespace:
-    wanted = [131072] + [512] * (rows - 1) if length == RAGGED else [length] * rows
+    wanted = [131072] + [512] * (rows - 1) if isinstance(length, str) else [length] * rows
     lens = torch.tensor([max(1, n - (37 * b) % 256) for b, n in enumerate(wanted)])
     pool = torch.randperm(512 if rows > 64 else 128)[:rows]
     pages = torch.randint(0, 2**24, (int(pool.max()) + 1, WIDTH // 64, 1), device=DEVICE, dtype=torch.int32)

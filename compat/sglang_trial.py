@@ -39,6 +39,7 @@ _STUBS: dict[str, dict[str, Any]] = {
     "torchvision": {"__version__": "0.28.0"},  # transformers compares it
     "flash_mla": {},
     "vllm": {},
+    "IPython": {},
 }
 # Installed is not importable: a CPU torch beside these fails at their import, so they are tried first.
 _TRIED = ("torchvision", "sgl_kernel", "flash_mla")
@@ -213,7 +214,9 @@ def token_ids_extend(batch: Batch) -> Trial:
 def page_table_flashmla(batch: Batch) -> Trial:
     """A page table of 64-token pages, as the FlashMLA backend builds it for a decode step."""
     module = importlib.import_module("sglang.srt.layers.attention.flashmla_backend")
-    backend = _backend(module.FlashMLABackend, batch, num_q_heads=16, page_size=64, max_context_len=batch.table.shape[1])
+    backend = _backend(
+        module.FlashMLABackend, batch, num_q_heads=16, page_size=64, max_context_len=batch.table.shape[1]
+    )
     # FlashMLA's own schedule is not on trial, and without its package there is none
     with mock.patch.object(module, "get_mla_metadata", lambda *args, **kwargs: (None, None)):
         backend.init_forward_metadata(_forward_batch(batch, "DECODE", backend))
@@ -227,7 +230,9 @@ def page_table_cutlass(batch: Batch) -> Trial:
     backend = _backend(module.CutlassMLABackend, batch)
     with ExitStack() as stack:
         # the backend sizes and allocates a workspace, on "cuda" by name, which nothing here reads
-        stack.enter_context(mock.patch.object(module, "cutlass_mla_get_workspace_size", lambda *args, **kwargs: 0, create=True))
+        stack.enter_context(
+            mock.patch.object(module, "cutlass_mla_get_workspace_size", lambda *args, **kwargs: 0, create=True)
+        )
         stack.enter_context(mock.patch.object(module, "torch", _TorchOn(batch.device)))
         backend.init_forward_metadata(_forward_batch(batch, "DECODE", backend))
     out = backend.forward_metadata.block_kv_indices
@@ -272,6 +277,22 @@ def routes() -> Iterator[str]:
     for route in ROUTES:
         if importlib.util.find_spec(f"sglang.srt.layers.attention.{route.split()[0]}") is not None:
             yield route
+
+
+def launch(kernel: Any, builder: str, batch: Batch) -> Callable[[], None]:
+    """One launch of ``builder``, the host's kernel or what stands in for it, over buffers of its own."""
+    count, device = len(batch.lens_list), batch.device
+    if builder == TOKEN_IDS:
+        indptr = torch.tensor([0, *batch.lens_list], device=device).cumsum(0).to(torch.int32)
+        out = torch.empty(sum(batch.lens_list), dtype=torch.int64, device=device)
+        args = (batch.table, batch.rows, batch.lens, indptr, None, out, batch.table.stride(0))
+        return lambda: kernel[(count,)](*args)
+    out = torch.empty((count, -(-max(batch.lens_list) // 64)), dtype=torch.int32, device=device)
+    # from 0.5.13 the kernel wants the grid's second axis to cover the width
+    blocks = getattr(sys.modules[kernel.__module__], "get_num_kv_index_blocks_flashmla", None)
+    grid = (count,) if blocks is None else (count, blocks(out.shape[1], 64))
+    table = (batch.table, batch.rows, batch.lens, None, out, batch.table.stride(0), out.stride(0))
+    return lambda: kernel[grid](*table)
 
 
 def _triton_backend(batch: Batch) -> Any:

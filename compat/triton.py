@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.runtime.jit import JITFunction
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 """The compute capabilities every kernel is compiled for."""
@@ -75,22 +74,23 @@ def gpu_compile(
     Returns Triton's compiled kernel: ``.asm["cubin"]``, ``.asm["ptx"]``, ``.metadata.shared``.
 
     Raises:
-        RuntimeError: called under TRITON_INTERPRET, where language helpers such as tl.sum are interpreted too.
+        RuntimeError: called under TRITON_INTERPRET, where tl.sum and every other helper are interpreted too.
+        ValueError: a parameter that the kernel does not have, or one that is given neither a type nor a value.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     if interpreted():
         raise RuntimeError("gpu_compile needs a process without TRITON_INTERPRET")
-    fn = kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn)
-    unknown = [name for name in (*signature, *constexprs, *divisible) if name not in fn.arg_names]
-    missing = [name for name in fn.arg_names if name not in signature and name not in constexprs]
+    names = kernel.arg_names
+    unknown = [name for name in (*signature, *constexprs, *divisible) if name not in names]
+    missing = [name for name in names if name not in signature and name not in constexprs]
     if unknown or missing:
-        raise ValueError(f"{fn.__name__}: unknown parameters {unknown}, parameters without a type {missing}")
+        raise ValueError(f"{kernel.__name__}: unknown parameters {unknown}, parameters without a type {missing}")
     # in the kernel's own order: Triton takes the positions of a launch from it
-    full = {name: "constexpr" if name in constexprs else signature[name] for name in fn.arg_names}
-    attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(fn=fn, signature=full, constexprs=dict(constexprs), attrs=attrs)
+    full = {name: "constexpr" if name in constexprs else signature[name] for name in names}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(fn=kernel, signature=full, constexprs=dict(constexprs), attrs=attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 

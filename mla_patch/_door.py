@@ -16,4 +16,5 @@ def enter() -> None:
     except Exception as problem:  # a broken plugin must not take Python down with it
         import sys
 
-        print(f"mla-patch: not started: {problem!r}", file=sys.stderr)
+        if sys.stderr is not None:  # a daemon may have closed it
+            sys.stderr.write(f"mla-patch: not started: {problem!r}\n")

@@ -92,6 +92,11 @@ def judge(
     return Judgement(State.ARMED, "; ".join([*notes, *natives]), taken)
 
 
+def code_of(target: Target) -> str:
+    """The code that takes a target's place, as "module:function"."""
+    return f"{target.edit.__module__}:{target.edit.__qualname__}" if target.edit is not None else target.serve
+
+
 def _source_problem(target: Target, skip_finders: tuple[type, ...]) -> str | None:
     path = sources.find_module(target.module, skip_finders)
     if path is None:

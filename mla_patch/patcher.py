@@ -25,7 +25,7 @@ from mla_patch.compat.types import Arm, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, Site, Switch, is_ours, stand_in
 from mla_patch.features import Feature, State
 from mla_patch.flags import Setting
-from mla_patch.judge import Judgement, difference
+from mla_patch.judge import Judgement, code_of, difference
 from mla_patch.reports import FeatureStatus, TargetStatus
 
 __all__ = ["Patcher", "is_ours"]
@@ -213,7 +213,7 @@ class Patcher:
             run.switch.set(check=run.feature.hardware)
         for status in run.status.targets:
             if status.module == module.__name__:
-                status.replaced_by = next(_code(target) for target in targets if target.name == status.name)
+                status.replaced_by = next(code_of(target) for target in targets if target.name == status.name)
         waiting = sorted({status.module for status in run.status.targets if status.replaced_by is None})
         notes = [note for note in run.status.reason.split("; ") if note and not note.startswith("waiting for ")]
         run.status.state = State.APPLIED
@@ -307,11 +307,6 @@ def _declines_nothing(call: Any) -> None:
     return None
 
 
-def _code(target: Target) -> str:
-    """The code that stands in for a target, as "module:function"."""
-    return f"{target.edit.__module__}:{target.edit.__qualname__}" if target.edit is not None else target.serve
-
-
 def _named(path: str) -> Any:
     """The object that "module:function" names."""
     module, _, name = path.partition(":")
@@ -355,7 +350,7 @@ def _bindings(value: Any, instead: Any, package: str) -> list[tuple[Any, str, An
         for name, bound in list(names.items()):
             if bound is value:
                 found.append((module, name, bound, instead))
-            elif inside and type(bound) is type and bound.__module__ == module.__name__:
+            elif inside and issubclass(type(bound), type) and bound.__module__ == module.__name__:
                 found += _class_bindings(bound, value, instead)
     return found
 

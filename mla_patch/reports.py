@@ -154,6 +154,26 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def silent_processes(directory: Path, reported: set[int]) -> list[dict[str, Any]]:
+    """Living processes of an engine that were told to report to ``directory`` and have not. Linux only."""
+    found = []
+    proc = Path("/proc")
+    for entry in proc.iterdir() if proc.is_dir() else ():
+        if not entry.name.isdigit() or int(entry.name) in reported:
+            continue
+        try:
+            environ = (entry / "environ").read_bytes().split(b"\0")
+            argv = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
+        except OSError:  # gone, or another user's
+            continue
+        told = next((e.partition(b"=")[2] for e in environ if e.startswith(b"MLA_PATCH_REPORT=")), b"")
+        # compile workers and the like inherit the variable and never import the engine: go by the name
+        engine = any(name in " ".join(argv) for name in ("sglang::", "sglang.", "sglang serve", "vllm"))
+        if told and engine and Path(os.fsdecode(told)).absolute() == directory.absolute():
+            found.append({"pid": int(entry.name), "argv": argv, "reason": "no report: the plugin is not active in it"})
+    return found
+
+
 def read_directory(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """All reports in ``directory``, and the files that are not one, each with the reason.
 

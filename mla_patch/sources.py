@@ -41,9 +41,12 @@ def find_module(name: str, skip: tuple[type, ...] = ()) -> str | None:
             return None
         places = _places(spec)
         dotted = ".".join([head, *rest[: i + 1]])
-        spec = PathFinder.find_spec(dotted, places)
-        if spec is not None and spec.origin is None:
-            # a namespace package's own path asks sys.modules for its parent, which is not imported
+        try:
+            spec = PathFinder.find_spec(dotted, places)
+            namespace = spec is not None and spec.origin is None
+        except KeyError:  # a namespace package's own path asks sys.modules for its parent, which is not imported
+            namespace = True
+        if namespace:
             spec = ModuleSpec(dotted, None, is_package=True)
             spec.submodule_search_locations = [
                 os.path.join(p, part) for p in places if os.path.isdir(os.path.join(p, part))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from _thread import RLock  # what threading wraps, without its cost at every start
 
 from mla_patch.compat import HOST_PACKAGES
 
@@ -27,17 +28,20 @@ class HostFinder:
 
 _finder: "HostFinder | None" = None
 _session: "Session | None" = None
+_lock = RLock()
 
 
 def start() -> None:
     """Watch for the hosts; at once if one is here already. Idempotent, and cheap: no host, no work."""
     global _finder
-    if _finder is None:
+    with _lock:
+        if _finder is not None:
+            return
         _finder = HostFinder()
         sys.meta_path.insert(0, _finder)
-        for name in HOST_PACKAGES:
-            if name in sys.modules:
-                wake(name)
+    for name in HOST_PACKAGES:
+        if name in sys.modules:
+            wake(name)
 
 
 def started() -> bool:
@@ -54,7 +58,8 @@ def wake(package: str) -> None:
         session = _get_session()
         session.wake(package)
     except Exception as problem:
-        print(f"mla-patch: {package} runs unpatched: {problem!r}", file=sys.stderr)
+        if sys.stderr is not None:  # a daemon may have closed it
+            sys.stderr.write(f"mla-patch: {package} runs unpatched: {problem!r}\n")
 
 
 def apply(*features: str) -> None:
@@ -193,8 +198,9 @@ def _package(host_name: str) -> str:
 
 def _get_session() -> Session:
     global _session
-    if _session is None:
-        from mla_patch import plugins
+    with _lock:
+        if _session is None:
+            from mla_patch import plugins
 
-        _session = Session(plugins.load(), os.environ)
-    return _session
+            _session = Session(plugins.load(), os.environ)
+        return _session

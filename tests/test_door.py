@@ -39,7 +39,10 @@ def scratch(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Scratch:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Scratch:
-    return Scratch.make(tmp_path_factory.mktemp("bare") / "env")
+    made = Scratch.make(tmp_path_factory.mktemp("bare") / "env")
+    # site reads any .pth file with a codec that it imports for the purpose; that is not our doing
+    (made.site / "other.pth").write_text("# nothing\n")
+    return made
 
 
 def imported(scratch: Scratch, flag: str | None) -> set[str]:
@@ -229,10 +232,10 @@ def test_the_pth_file_is_one_line_of_code() -> None:
 
 def test_start_cost(wheel: Path, tmp_path: Path) -> None:
     """Medians of a few starts; other work on the machine is given three chances not to be in the way."""
+    costs = []
     for attempt in range(3):
-        cost = measure(wheel, tmp_path / str(attempt), starts=25)
-        on = min(cost[unit]["on_adds"] for unit in ("wall_ms", "cpu_ms"))
-        off = min(cost[unit]["off_adds"] for unit in ("wall_ms", "cpu_ms"))
-        if on < 5 and off < 1:
+        costs.append(measure(wheel, tmp_path / str(attempt), starts=25)["wall_ms"])
+        # off, the price of one more .pth file; on, what a worker that starts by the hundred may cost
+        if costs[-1]["off_adds"] < 1 and costs[-1]["on_adds"] < 5:
             return
-    pytest.fail(f"adds {off:.2f} ms while off and {on:.2f} ms while on: {cost}")
+    pytest.fail(f"milliseconds: {costs}")

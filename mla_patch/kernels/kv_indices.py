@@ -18,6 +18,9 @@ known only on the device, so the grid is sized from the row count and the GPU, n
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -167,7 +170,7 @@ def build_page_table(
     if page_size < 1 or page_size > 4096 or page_size & (page_size - 1):
         raise ValueError(f"page_size: {page_size}, expected a power of two from 1 to 4096")
     rows = _check(req_to_token, req_pool, lens, None, kv_start, out, rows)
-    row_stride = _stride("row_stride", row_stride, req_to_token, 0)
+    row_stride = _stride("row_stride", row_stride, req_to_token)
     out_stride = _stride("out_stride", out_stride, out, rows)
     if rows == 0:
         return out
@@ -195,7 +198,7 @@ def build_token_indices(
     numbers of `token_indices_config`.
     """
     rows = _check(req_to_token, req_pool, lens, indptr, kv_start, out, rows)
-    row_stride = _stride("row_stride", row_stride, req_to_token, 0)
+    row_stride = _stride("row_stride", row_stride, req_to_token)
     if rows == 0:
         return out
     if config is None:
@@ -240,6 +243,58 @@ def token_indices_ref(
     return want
 
 
+def compile_cases(every: bool = False) -> list[CompileCase]:
+    """What the launch tables can ask Triton to compile: all options off and all on, or, for ``every``, the product."""
+    types = ("*i32", "*i64")
+    off, on = ("*i32", "*i32", "*i32", "*i32", None), ("*i64", "*i64", "*i64", "*i64", "*i64")
+    options = itertools.product(types, types, types, types, (None, *types)) if every else (off, on)
+    cases = []
+    for (pool, lens, indptr, out, start), page_size in itertools.product(options, (0, 1, 16, 32, 64, 128)):
+        token_ids = page_size == 0
+        if not token_ids and every and indptr == "*i64":
+            continue  # a page table has no indptr: once is enough
+        for numbers in _launch_numbers(page_size):
+            signature = {
+                "req_to_token": "*i32",
+                "req_pool_indices": pool,
+                "lens": lens,
+                "out": out,
+                "req_to_token_stride": "i32",
+                "out_stride": "i32",
+            }
+            constexprs: dict[str, Any] = {"PAGE_SIZE": max(page_size, 1), "BLOCK": numbers["BLOCK"]}
+            if "ROWS" in numbers:
+                signature["rows"], constexprs["ROWS"] = "i32", numbers["ROWS"]
+            for name, pointer in (("kv_indptr", indptr if token_ids else None), ("kv_start_idx", start)):
+                if pointer is None:
+                    constexprs[name] = None
+                else:
+                    signature[name] = pointer
+            what = "token_indices" if token_ids else f"page_table {page_size}"
+            chosen = " ".join((pool, lens, indptr if token_ids else "", out, start or "None"))
+            cases.append(
+                CompileCase(
+                    f"{what} {numbers} {chosen}",
+                    _kernel(numbers),
+                    signature,
+                    constexprs,
+                    num_warps=numbers["num_warps"],
+                )
+            )
+    return cases
+
+
+def _launch_numbers(page_size: int) -> list[dict[str, int]]:
+    """The launch tables' distinct entries, over batch sizes and GPUs, as far as Triton compiles them apart."""
+    entries = []
+    for rows, sms in itertools.product((1, 2, 8, 64, 256, 1024, 8192), (66, 132, 188)):
+        config = page_table_config(rows, page_size, sms) if page_size else token_indices_config(rows, sms)
+        numbers = {name: value for name, value in config.items() if name != "ctas"}
+        if numbers not in entries:
+            entries.append(numbers)
+    return entries
+
+
 _INT32 = (torch.int32,)
 _INDEX = (torch.int32, torch.int64)
 
@@ -258,7 +313,7 @@ def _check(
     if device.type != "cuda" and not _INTERPRETED:
         raise ValueError(f"req_to_token: on {device}, expected a CUDA device (or TRITON_INTERPRET=1 at import)")
     if rows is None:
-        rows = len(lens)
+        rows = lens.numel()
     elif rows < 0:
         raise ValueError(f"rows: {rows}, expected 0 or more")
     _check_tensor("req_to_token", req_to_token, _INT32, 2, 0, device)
@@ -277,39 +332,38 @@ def _check(
 def _check_tensor(
     name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], rank: int, rows: int, device: torch.device
 ) -> None:
-    if (
-        tensor.dtype in dtypes
-        and tensor.dim() == rank
-        and tensor.size(0) >= rows
-        and (tensor.stride(-1) == 1 or tensor.size(-1) <= 1)  # a length of one may have any stride
-        and tensor.device == device
-    ):
-        return
+    shape = tensor.shape
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name}: {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tensor.dim() != rank:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {rank} dimension{'s' * (rank > 1)}")
-    if tensor.size(0) < rows:
-        raise ValueError(f"{name}: {tensor.size(0)} rows, expected {rows} or more")
+    if len(shape) != rank:
+        raise ValueError(f"{name}: shape {tuple(shape)}, expected {rank} dimension{'s' * (rank > 1)}")
+    if shape[0] < rows:
+        raise ValueError(f"{name}: {shape[0]} rows, expected {rows} or more")
+    # a dimension of one may have any stride; `is_contiguous` is the cheapest of the three to ask
+    if not tensor.is_contiguous() and tensor.stride(-1) != 1 and shape[-1] > 1:
+        raise ValueError(f"{name}: stride {tensor.stride(-1)} in the last dimension, expected 1")
     if tensor.device != device:
         raise ValueError(f"{name}: on {tensor.device}, expected {device} as req_to_token")
-    raise ValueError(f"{name}: stride {tensor.stride(-1)} in the last dimension, expected 1")
 
 
-def _stride(name: str, stride: int | None, tensor: torch.Tensor, rows: int) -> int:
-    """A stride as the host passed it; one that is not the tensor's own must at least stay inside its memory."""
+def _stride(name: str, stride: int | None, tensor: torch.Tensor, rows: int | None = None) -> int:
+    """A row stride as the host passed it; one that is not the tensor's own must still keep all rows in its memory."""
     own = tensor.stride(0)
     if stride is None or stride == own:
         return own
+    last = (tensor.shape[0] if rows is None else rows) - 1
     room = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
-    last = max(rows, tensor.shape[0] if rows == 0 else 1) - 1
-    if stride < 0 or last * stride > room:
-        raise ValueError(f"{name}: {stride}, expected {own} as the tensor has, or less")
+    if stride < 0 or last * stride >= max(room, 1):
+        raise ValueError(f"{name}: {stride} for {last + 1} rows, expected {own} as the tensor has, or less")
     return stride
 
 
 def _sms(tensor: torch.Tensor) -> int:
     return 1 if _INTERPRETED else sm_count(tensor.device.index)
+
+
+def _kernel(config: dict[str, int]) -> Any:
+    return _kv_indices_balanced_kernel if "ROWS" in config else _kv_indices_kernel
 
 
 def _launch(
@@ -326,7 +380,7 @@ def _launch(
     page_size: int,
 ) -> None:
     balanced = "ROWS" in config
-    kernel = _kv_indices_balanced_kernel if balanced else _kv_indices_kernel
+    kernel = _kernel(config)
     grid = (config["ctas"],) if balanced else (rows, config["ctas"])
     numbers = {name: value for name, value in config.items() if name != "ctas"}
     tensors = (req_to_token, req_pool, lens, indptr, kv_start, out)

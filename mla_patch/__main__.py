@@ -1,0 +1,3 @@
+from mla_patch.cli import main
+
+raise SystemExit(main())

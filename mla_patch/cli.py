@@ -1,0 +1,488 @@
+"""``mla-patch``: what would happen on this machine, what did happen in an engine, and proof of it.
+
+Exit status: 0 fine, 1 a finding, 2 misuse. Every command has ``--json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import mla_patch
+from mla_patch import flags as flags_
+from mla_patch import plugins as plugins_
+from mla_patch import reports
+from mla_patch.compat import gpu, hosts, sglang_fetch
+from mla_patch.features import MEANING, SATISFIED, Feature, State
+from mla_patch.judge import code_of, judge
+from mla_patch.startup import HostFinder, find_host
+
+OK, FINDING, MISUSE = 0, 1, 2
+ENTRY_POINT = "mla_patch"  # our name in the hosts' own plugin groups, and so in their filters
+BOOTSTRAP = Path(__file__).parent / "bootstrap"
+
+
+class Misuse(Exception):
+    """The command line cannot be acted on; the text says why."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return int(args.command(args))
+    except Misuse as problem:
+        print(f"mla-patch: {problem}", file=sys.stderr)
+        return MISUSE
+    except BrokenPipeError:
+        sys.stderr.close()
+        return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mla-patch", description=__doc__.partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"mla-patch {mla_patch.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument("--json", action="store_true", help="machine-readable output")
+        return sub
+
+    sub = add("doctor", doctor, "what each feature would do on this machine, and why")
+    _feature_option(sub)
+    add("list", list_features, "every feature, the releases it is for, and when it can go")
+    sub = add("explain", explain, "where a feature goes in each release, and how it stands here")
+    sub.add_argument("feature", help="a name as `mla-patch list` shows it, such as kv_indices or kv_indices@sglang")
+    sub = add("status", status, "what the processes of a running engine report")
+    sub.add_argument("directory", type=Path, help="the engine's MLA_PATCH_REPORT")
+    sub = add("run", run, "run a command with the plugin on, even where the start-up file is not read")
+    _feature_option(sub)
+    sub.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command and its arguments")
+    sub = add("demo", demo, "patch the installed engine in a fresh interpreter and compare its kernels with ours")
+    sub.add_argument(
+        "--fetch", metavar="VERSION", help="use this SGLang release, fetched into a cache, never installed"
+    )
+    return parser
+
+
+def _feature_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-f", "--feature", action="append", default=[], metavar="NAME=MODE",
+        help="a feature's flag, before the environment's: kv_indices=off, decode@sglang=on",
+    )  # fmt: skip
+
+
+# doctor, list, explain
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Judge every feature from source, import no engine."""
+    plugins, flags = _read(args.feature)
+    found = [one for one in map(find_host, hosts.HOSTS) if one is not None]
+    rows = [_would_be(feature, flags) for feature in plugins.features]
+    device = gpu.from_nvml() or _torch_gpu()
+    report = {
+        "version": mla_patch.__version__,
+        "python": sys.version.split()[0],
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "gpu": None if device is None else asdict(device) | {"sm": device.sm},
+        "hosts": [{"name": h.host.name, "version": h.version, "reviewed": h.version in h.host.reviewed} for h in found],
+        "findings": [*plugins.problems, *flags.problems, *_findings(found, flags), *_unsatisfied(rows)],
+        "features": rows,
+    }
+    if args.json:
+        _print_json(report)
+    else:
+        _show_doctor(report)
+    return FINDING if report["findings"] else OK
+
+
+def list_features(args: argparse.Namespace) -> int:
+    plugins = plugins_.load()
+    rows = [
+        {
+            "feature": feature.name,
+            "host": feature.host_name,
+            "range": feature.requirement()[1],
+            "upstream": feature.upstream,
+            "drop_when": feature.drop_when,
+            "default": feature.default,
+        }
+        for feature in plugins.features
+    ]
+    if args.json:
+        _print_json(rows)
+    else:
+        _table("features", ["feature", "host", "range", "default", "upstream", "drop_when"], rows)
+        _lines(plugins.problems, "yellow")
+    return FINDING if plugins.problems else OK
+
+
+def explain(args: argparse.Namespace) -> int:
+    plugins, flags = _read([])
+    features = [feature for feature in plugins.features if feature.matches(args.feature)]
+    if not features:
+        names = [name for feature in plugins.features for name in (feature.name, feature.label)]
+        raise Misuse(f"{args.feature!r} is not a feature{flags_.nearest(args.feature, names)}")
+    routes = [row for feature in features for row in _routes(feature)]
+    states = [_would_be(feature, flags) for feature in features]
+    for row in states:
+        row["meaning"] = MEANING[State(row["state"])]
+    if args.json:
+        _print_json({"feature": args.feature, "routes": routes, "states": states})
+        return OK
+    for feature in features:
+        _lines([f"[bold]{feature.label}[/] {feature.why}", f"from {feature.upstream}", f"until {feature.drop_when}"])
+    _table("routes", ["host", "releases", "module", "name", "kind", "replaced_by"], routes)
+    _table("here", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)
+    return OK
+
+
+def _routes(feature: Feature) -> list[dict[str, Any]]:
+    """Where the feature goes, one row per entry point and run of releases with the same home and parameters."""
+    from packaging.specifiers import SpecifierSet
+
+    name, specifier = feature.requirement()
+    reviewed = [v for v in hosts.host(name).reviewed if SpecifierSet(specifier).contains(v, prereleases=True)]
+    rows: list[dict[str, Any]] = []
+    versions: list[str | None] = [*reviewed] or [None]
+    for version in versions:
+        for target in feature.targets(version):
+            same = next((row for row in reversed(rows) if row["name"] == target.name), None)
+            if same and (same["module"], same["params"]) == (target.module, list(target.params)):
+                same["releases"] = f"{same['releases'].partition(' - ')[0]} - {version}"
+                continue
+            rows.append({
+                "host": name, "releases": version or specifier or "any", "module": target.module, "name": target.name,
+                "kind": target.kind, "params": list(target.params), "replaced_by": code_of(target),
+            })  # fmt: skip
+    return sorted(rows, key=lambda row: row["name"])
+
+
+def _read(chosen: Iterable[str]) -> tuple[plugins_.Plugins, flags_.Flags]:
+    modes = {}
+    for item in chosen:
+        name, sign, mode = item.partition("=")
+        if not sign:
+            raise Misuse(f"--feature {item}: expected NAME=MODE, such as kv_indices=off")
+        modes[name] = mode
+    plugins = plugins_.load()
+    return plugins, flags_.read(os.environ, plugins.features, modes)
+
+
+def _would_be(feature: Feature, flags: flags_.Flags) -> dict[str, Any]:
+    """The feature's row as a process of an engine on this machine would first report it."""
+    setting = flags.feature(feature)
+    skip = flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
+    host = find_host(feature.host_name)
+    verdict = judge(feature, setting, host, skip_version_check=skip, skip_finders=(HostFinder,))
+    status = reports.FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
+    status.state, status.reason = verdict.state, verdict.reason
+    status.targets = [reports.TargetStatus(t.module, t.name, t.kind, code_of(t)) for t in verdict.targets]
+    return status.as_dict(counts=False)
+
+
+def _unsatisfied(rows: list[dict[str, Any]]) -> list[str]:
+    """Features that were asked for and that no installed host gets."""
+    findings = []
+    for row in rows:
+        asked = row["source"] != "default" and row["state"] != State.OFF
+        elsewhere = any(other["name"] == row["name"] and other["state"] in SATISFIED for other in rows)
+        if asked and row["state"] not in SATISFIED and not elsewhere and not _not_installed(row):
+            findings.append(
+                f"{row['name']}@{row['host']} ({row['flag']}={row['value']}): {row['state']}, {row['reason']}"
+            )
+    return findings
+
+
+def _not_installed(row: Mapping[str, Any]) -> bool:
+    return row["state"] == State.ABSENT and find_host(row["host"]) is None
+
+
+def _findings(found: Iterable[hosts.Installed], flags: flags_.Flags) -> list[str]:
+    """What about this interpreter and environment keeps the plugin out, or makes its judgement less sure."""
+    findings = []
+    active = flags.on("MLA_PATCH")
+    if flags.on("MLA_PATCH_STRICT") and not active:
+        findings.append("MLA_PATCH_STRICT is set and MLA_PATCH is not: nothing is active, so nothing is enforced")
+    if sys.flags.no_site:
+        findings.append("Python runs with -S: the start-up file is not read, use `mla-patch run`")
+    elif active and not start_file():
+        findings.append(
+            "the start-up file mla_patch.pth is in no site directory: use `mla-patch run`, or install again"
+        )
+    for one in found:
+        name = one.host.plugin_filter
+        wanted = [part.strip() for part in os.environ.get(name, "").split(",") if part.strip()] if name else []
+        if wanted and ENTRY_POINT not in wanted:
+            findings.append(
+                f"{name}={os.environ[name]} leaves out {ENTRY_POINT}: only the start-up file can activate it"
+            )
+        if one.note:
+            findings.append(one.note)
+    return findings
+
+
+def start_file() -> Path | None:
+    """The installed mla_patch.pth, where Python reads it at start."""
+    import site
+
+    for folder in [*site.getsitepackages(), site.getusersitepackages()]:
+        path = Path(folder) / "mla_patch.pth"
+        if folder in sys.path and path.exists():
+            return path
+    return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_gpu() -> Any:
+    try:
+        return gpu.from_torch()
+    except Exception:  # no torch, or one that does not load: a device that cannot be asked is none
+        return None
+
+
+# status
+
+
+def status(args: argparse.Namespace) -> int:
+    """What every process of an engine reports, and which processes do not."""
+    try:
+        processes, missing = reports.read_directory(args.directory)
+    except OSError as problem:
+        raise Misuse(f"{args.directory}: {problem.strerror or problem}") from None
+    missing += reports.silent_processes(args.directory, {report["pid"] for report in processes})
+    findings = [problem for report in processes for problem in report.get("problems", [])]
+    for report in processes:
+        findings += [f"pid {report['pid']}: {text}" for text in _unsatisfied(report["features"])]
+    for label in sorted({f"{f['name']}@{f['host']}" for r in processes for f in r["features"]}):
+        rows = [f for r in processes for f in r["features"] if f"{f['name']}@{f['host']}" == label]
+        applied = [row for row in rows if row["state"] == State.APPLIED]
+        if applied and not any(row["served"] or row["declined"] for row in applied):
+            findings.append(f"{label} is applied, and nothing has called it yet")
+    if args.json:
+        _print_json({"processes": processes, "missing": missing, "findings": findings})
+    else:
+        _show_status(args.directory, processes, missing, findings)
+    return FINDING if findings or missing else OK
+
+
+# run
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replace this process by the command, with the plugin on in it and in all its children."""
+    command = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
+    if not command:
+        raise Misuse("run: expected a command, as in `mla-patch run -- python -m sglang.launch_server ...`")
+    plugins, flags = _read(args.feature)
+    if flags.problems:
+        raise Misuse("; ".join(flags.problems))
+    environ = dict(os.environ)
+    if not flags.on("MLA_PATCH"):
+        environ["MLA_PATCH"] = "1"
+    for item in args.feature:
+        name, _, mode = item.partition("=")
+        for feature in plugins.features:
+            if feature.matches(name):
+                environ[feature.flag] = mode
+    if start_file() is None:
+        # a sitecustomize on the path is the one other file that every interpreter reads at start
+        ours = [str(BOOTSTRAP), str(Path(mla_patch.__file__).parents[1])]
+        environ["PYTHONPATH"] = os.pathsep.join([*ours, *filter(None, [environ.get("PYTHONPATH")])])
+    if args.json:
+        changed = {key: value for key, value in environ.items() if os.environ.get(key) != value}
+        _print_json({"command": command, "environment": changed})
+        return OK
+    try:
+        os.execvpe(command[0], command, environ)
+    except OSError as problem:
+        raise Misuse(f"run: {command[0]}: {problem.strerror}") from None
+
+
+# demo
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Run the demonstration in a fresh interpreter, as an engine's process would start."""
+    if util.find_spec("torch") is None or util.find_spec("triton") is None:
+        raise Misuse("demo: it needs torch and triton; on a machine without a GPU: pip install 'mla-patch[triton]'")
+    environ = dict(os.environ) | {"MLA_PATCH": "1"}
+    if _torch_gpu() is None:
+        environ["TRITON_INTERPRET"] = "1"
+    if args.fetch:
+        try:
+            folders = [str(folder) for folder in sglang_fetch.fetch(args.fetch)]
+        except (RuntimeError, OSError) as problem:
+            raise Misuse(f"demo: {problem}") from None
+        environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "mla_patch.demo"]
+    with _progress(args.json) as tell:
+        child = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        result: dict[str, Any] | None = None
+        assert child.stdout is not None and child.stderr is not None
+        for line in child.stdout:
+            if line.startswith("demo "):
+                message = json.loads(line[5:])
+                result = message.get("result", result)
+                tell(message)
+        errors = child.stderr.read()
+        child.wait()
+    if child.returncode or result is None:
+        print(errors[-4000:], file=sys.stderr)
+        print(f"mla-patch: the demonstration ended with status {child.returncode}", file=sys.stderr)
+        return FINDING
+    if args.json:
+        _print_json(result)
+    else:
+        _show_demo(result)
+    return OK if result["equal"] else FINDING
+
+
+# printing
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1)
+    print()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # a file or a pipe has no width of its own
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _lines(lines: Iterable[str], style: str = "") -> None:
+    console = _console()
+    for line in lines:
+        console.print(line, style=style)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(column, row.get(column)) for column in columns))
+    _console().print(table)
+
+
+_COLOURS = {State.APPLIED: "green", State.ARMED: "green", State.NATIVE: "green", State.OFF: "dim", State.ABSENT: "dim"}
+
+
+def _cell(column: str, value: Any) -> str:
+    from rich.markup import escape
+
+    text = escape("" if value is None else str(value))
+    if column == "state":
+        colour = _COLOURS.get(State(value), "red")
+        return f"[{colour}]{text}[/]"
+    return text
+
+
+def _show_doctor(report: Mapping[str, Any]) -> None:
+    device = report["gpu"]
+    shown = f"{device['name']} ({device['sm']}, driver {device['driver'] or 'unknown'})" if device else "none"
+    _lines([
+        f"[bold]mla-patch {report['version']}[/]  Python {report['python']}  torch {report['torch']}  "
+        f"Triton {report['triton']}  GPU {shown}",
+    ])  # fmt: skip
+    for host in report["hosts"]:
+        note = "" if host["reviewed"] else " (unreviewed)"
+        _lines([f"{host['name']} {host['version'] or 'of an unknown version'}{note}"])
+    if not report["hosts"]:
+        _lines(["no engine is installed here"])
+    if os.environ.get("MLA_PATCH") is None:
+        _lines(["MLA_PATCH is not set: an engine started from here runs untouched. With MLA_PATCH=1:"], "dim")
+    columns = ["name", "host", "flag", "value", "source", "state", "reason"]
+    _table("features", columns, report["features"])
+    targets = [{"feature": f["name"], **target} for f in report["features"] for target in f["targets"]]
+    if targets:
+        _table("entry points", ["feature", "module", "name", "kind", "replaced_by"], targets)
+    _lines([f"finding: {text}" for text in report["findings"]], "yellow")
+
+
+def _show_status(
+    directory: Path,
+    processes: Sequence[Mapping[str, Any]],
+    missing: Sequence[Mapping[str, Any]],
+    findings: Sequence[str],
+) -> None:
+    rows = []
+    for report in processes:
+        for feature in report["features"]:
+            replays = feature.get("replayed")
+            captured = feature.get("captured", 0)
+            note = f"{captured} captured, replays not counted" if captured and replays is None else str(replays or "")
+            declined = ", ".join(f"{n} × {reason}" for reason, n in feature.get("declined", {}).items())
+            rows.append(
+                feature | {"pid": report["pid"], "engine": report["engine"], "declined": declined, "graphs": note}
+            )
+    columns = ["engine", "pid", "name", "state", "reason", "served", "declined", "graphs"]
+    if rows:
+        _table(str(directory), columns, rows)
+    else:
+        _lines([f"no reports in {directory}"])
+    for one in missing:
+        _lines([f"missing: {', '.join(f'{key} {value}' for key, value in one.items())}"], "yellow")
+    _lines([f"finding: {text}" for text in findings], "yellow")
+
+
+def _show_demo(result: Mapping[str, Any]) -> None:
+    _lines([f"[bold]{result['host'] or 'no engine installed'}[/] on {result['device']}"])
+    if result["targets"]:
+        _table("patched", ["module", "name", "replaced_by"], result["targets"])
+    _table("same input, both kernels", ["route", "builder", "equal", "us_host", "us_ours"], result["routes"])
+    equal = "[green]equal[/]" if result["equal"] else "[red]NOT equal[/]"
+    _lines([f"served {result['served']} calls of the host's; outputs {equal}", *result["notes"]])
+
+
+class _progress:
+    """A progress bar on a terminal, silence elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.progress import Progress
+
+        self.bar = Progress(disable=quiet or not sys.stderr.isatty(), transient=True, console=_stderr())
+
+    def __enter__(self) -> Callable[[Mapping[str, Any]], None]:
+        self.bar.start()
+        task = self.bar.add_task("starting", total=None)
+
+        def tell(message: Mapping[str, Any]) -> None:
+            if "step" in message:
+                self.bar.update(task, description=message["step"], completed=message["at"], total=message["of"])
+
+        return tell
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)

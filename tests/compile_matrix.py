@@ -1,0 +1,85 @@
+"""Compile every kernel for every GPU we name, on a machine that has none, and check what each takes of the chip.
+
+    python tests/compile_matrix.py [--every] [--sm 90] [--match TEXT] [--jobs N]
+
+A kernel module under mla_patch/kernels takes part by defining `compile_cases(every: bool) -> list[CompileCase]`: what
+its launch table can ask Triton to compile, with all options off and all on, or, with --every, their product.
+Runs in its own process, without TRITON_INTERPRET. Exit 1: something does not compile, needs more shared memory than
+the chip has, or spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import multiprocessing
+import os
+import pkgutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # and in the workers, which import this file
+
+import mla_patch.kernels
+from mla_patch.compat.triton import SHARED_LIMIT, TARGETS, CompileCase, compile_case, usage
+
+
+@functools.cache
+def collect(every: bool) -> list[tuple[str, CompileCase]]:
+    found = []
+    for info in pkgutil.iter_modules(mla_patch.kernels.__path__, "mla_patch.kernels."):
+        module = importlib.import_module(info.name)
+        if hasattr(module, "compile_cases"):
+            found += [(info.name.rpartition(".")[2], case) for case in module.compile_cases(every)]
+    return found
+
+
+def check(every: bool, index: int, sm: int) -> tuple[str, str, int, str]:
+    """(family, case, sm, what it takes, ending in the fault if there is one); by index, since kernels do not pickle."""
+    family, case = collect(every)[index]
+    try:
+        taken = usage(compile_case(case, sm))
+    except Exception as problem:
+        return family, case.name, sm, f"FAILED {problem!r}"
+    faults = []
+    if taken.shared > SHARED_LIMIT[sm] * 1024:
+        faults.append(f"FAILED {SHARED_LIMIT[sm]} KiB of shared memory is all there is")
+    if taken.stack != case.stack:
+        faults.append(f"FAILED expected a stack of {case.stack}")
+    return (
+        family,
+        case.name,
+        sm,
+        " ".join([f"reg {taken.registers} stack {taken.stack} shared {taken.shared}", *faults]),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", action="store_true", help="the product of all options")
+    parser.add_argument("--sm", type=int, action="append", choices=TARGETS)
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    cases = collect(args.every)
+    work = [
+        (args.every, index, sm)
+        for index, (_, case) in enumerate(cases)
+        for sm in args.sm or TARGETS
+        if sm in case.targets and args.match in case.name
+    ]
+    failed = 0
+    # spawned: a forked child inherits the locks of Triton's and torch's threads
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for family, name, sm, result in pool.map(check, *zip(*work, strict=True), chunksize=8) if work else ():
+            failed += "FAILED" in result
+            print(f"{family}: sm_{sm}  {name}: {result}", flush=True)
+    print(f"{len(work)} compiled, {failed} failed")
+    return int(failed > 0 or not work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

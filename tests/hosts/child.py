@@ -1,0 +1,103 @@
+"""One SGLang release, in a process of its own: activate ours, import the importers, drive the host's own code.
+
+    python child.py RELEASE OUT.json        with the release on PYTHONPATH and MLA_PATCH=1
+
+Judges nothing: it writes down what it saw, and the tests judge.
+"""
+
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
+
+import mla_patch  # noqa: E402
+import mla_patch.startup  # noqa: E402
+
+mla_patch.startup.start()  # PYTHONPATH overlays may come with no start-up file
+
+FEATURE = "kv_indices"
+
+
+def feature(name: str = FEATURE) -> dict:
+    return next((row for row in mla_patch.report()["features"] if row["name"] == name), {})
+
+
+def holders(builders: dict) -> dict[str, dict]:
+    """Every name that the reviewed data lists: what is bound to it, "ours", "host's" or "nothing"."""
+    from mla_patch.patcher import is_ours
+
+    seen = {}
+    for builder, era in builders.items():
+        for module in (era["home"], *era["importers"]):
+            row = {"module": module, "builder": builder, "error": None}
+            try:
+                value = getattr(importlib.import_module(module), builder, None)
+                row["holds"] = "nothing" if value is None else "ours" if is_ours(value) else "host's"
+            except Exception as problem:
+                row |= {"holds": None, "error": f"{type(problem).__name__}: {problem}".splitlines()[0]}
+            seen[f"{module}:{builder}"] = row
+    return seen
+
+
+def drive(outputs: dict | None = None) -> dict[str, dict]:
+    """Every route that the release has; ``outputs``, from an earlier drive, are compared entry by entry."""
+    from mla_patch.compat import sglang_trial
+
+    batch = sglang_trial.make_batch("cpu")
+    seen = {}
+    for route in sglang_trial.routes():
+        before, start = feature().get("served", 0), time.perf_counter()
+        trial = sglang_trial.run(route, batch)
+        row = {"builder": trial.builder, "entries": trial.out.numel(), "wrong": trial.wrong}
+        row |= {"served": feature().get("served", 0) - before, "seconds": round(time.perf_counter() - start, 2)}
+        if outputs is not None:
+            row["differs"] = int((trial.out != outputs[route]).sum()) if route in outputs else None
+        seen[route] = row | {"out": trial.out}
+    return seen
+
+
+def without_tensors(driven: dict[str, dict]) -> dict[str, dict]:
+    return {route: {key: value for key, value in row.items() if key != "out"} for route, row in driven.items()}
+
+
+def main(release: str, out: str) -> None:
+    logging.basicConfig(level=logging.WARNING)
+    start = time.perf_counter()
+    data = json.loads(Path(__file__).with_name("importers.json").read_text())
+    builders = {name: era for name, eras in data.items() for era in eras if release in era["releases"]}
+    from mla_patch.compat import sglang_trial
+
+    seen: dict = {"release": release, "stubbed": sglang_trial.prepare()}
+    if release.startswith("0.4."):
+        importlib.import_module("sglang.srt.layers.quantization")  # else its modules import one another in a ring
+    seen["holders"] = holders(builders)
+    seen["imported after"] = round(time.perf_counter() - start, 1)
+    ours = drive()
+    seen["ours"] = without_tensors(ours)
+    seen["features"] = mla_patch.report()["features"]
+
+    mla_patch.restore(FEATURE)
+    seen["holders restored"] = holders(builders)
+    seen["host"] = without_tensors(drive({route: row["out"] for route, row in ours.items()}))
+
+    mla_patch.apply(FEATURE)
+    seen["holders applied again"] = holders(builders)
+    again = drive({route: row["out"] for route, row in ours.items()})
+    seen["again"] = without_tensors(again)
+
+    import torch
+
+    seen["cuda initialized"] = torch.cuda.is_initialized()
+    seen["seconds"] = round(time.perf_counter() - start, 1)
+    Path(out).write_text(json.dumps(seen, indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # what a release leaves running at exit is not on trial

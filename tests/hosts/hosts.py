@@ -1,0 +1,122 @@
+"""Which SGLang releases are run, and how: one process each, its answers kept for the whole test session.
+
+    HOSTS    "spread" (a release of every era, the default), "all", or releases by name: HOSTS=0.5.11,0.5.23
+    HOSTS_CACHE    where releases are unpacked, about 1.5 GB for all of them
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from mla_patch.compat.sglang_fetch import fetch
+
+HERE = Path(__file__).parent
+IMPORTERS = json.loads((HERE / "importers.json").read_text())
+KNOWN = tuple(dict.fromkeys(release for eras in IMPORTERS.values() for era in eras for release in era["releases"]))
+# before the reviewed range: the builders are there, and ours accepts them when told to skip the version check
+OLD = tuple(release for release in KNOWN if release.startswith("0.4."))
+REVIEWED = tuple(release for release in KNOWN if release not in OLD)
+SPREAD = ("0.5.1", "0.5.3", "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.15", "0.5.16", "0.5.18", "0.5.20")
+SPREAD += ("0.5.22", "0.5.23")
+
+# At import it asserts that its kernels are compiled ones, which under the interpreter none is.
+_PYTHON_OPTIONS = {"0.5.4": ["-O"]}
+
+# (release, route): what is wrong in the release itself, so that its own result is no measure
+FAULTS = {
+    ("0.4.6", "flashmla_backend decode"): "one entry too many in each row that is not a full block of pages",
+    **{
+        (release, "trtllm_mla_backend page 32"): "past a row's first 64 pages, every other 64 are left out"
+        for release in ("0.5.1", "0.5.2", "0.5.3")
+    },
+}
+
+
+def chosen() -> tuple[str, ...]:
+    """The releases that this run is about."""
+    asked = os.environ.get("HOSTS") or "spread"
+    if asked == "spread":
+        return SPREAD
+    if asked == "all":
+        return KNOWN
+    releases = tuple(asked.replace(",", " ").split())
+    unknown = set(releases) - set(KNOWN)
+    if unknown:
+        raise ValueError(f"HOSTS names {', '.join(sorted(unknown))}; known are spread, all, {', '.join(KNOWN)}")
+    return releases
+
+
+def builders(release: str) -> dict[str, dict]:
+    """Each index builder's home, parameters and importers in ``release``, as they were reviewed."""
+    return {name: era for name, eras in IMPORTERS.items() for era in eras if release in era["releases"]}
+
+
+@cache
+def run(release: str) -> dict:
+    """What a process of its own saw in ``release``; see ``child.py``."""
+    folders = fetch(release)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
+    # a release is imported by one process after the other: keep its bytecode
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    env |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "MLA_PATCH": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, folders)),
+        "TRITON_INTERPRET": "1",
+    }
+    if release in OLD:
+        env["MLA_PATCH_SKIP_VERSION_CHECK"] = "1"
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "seen.json")
+        command = [sys.executable, *_PYTHON_OPTIONS.get(release, []), str(HERE / "child.py"), release, str(out)]
+        done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, timeout=300)
+        if not out.exists():
+            raise RuntimeError(f"SGLang {release}: the process ended with {done.returncode}\n{done.stdout}{done.stderr}")
+        return json.loads(out.read_text()) | {"stderr": done.stderr}
+
+
+def imports_of(source: str) -> dict[str, tuple[str, str]]:
+    """Names that a module takes from others at its top level, in whatever branch: name -> (module, name there)."""
+    names = {}
+    nodes = list(ast.parse(source).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+        elif isinstance(node, (ast.If, ast.Try)):
+            nodes += [*node.body, *node.orelse, *getattr(node, "finalbody", [])]
+            nodes += [inner for handler in getattr(node, "handlers", []) for inner in handler.body]
+    return names
+
+
+def comes_from(root: Path, module: str, name: str, home: str) -> bool:
+    """Does the source of ``module`` take ``name`` from ``home``, or from a module that takes it from there?"""
+    seen = set()
+    while module != home and module not in seen:
+        seen.add(module)
+        path = root.joinpath(*module.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if not path.exists():
+            return False
+        module, name = imports_of(path.read_text(encoding="utf-8")).get(name, ("", ""))
+    return module == home
+
+
+def importers_in(root: Path, builder: str) -> set[str]:
+    """Every module of the package that names ``builder`` in an import from another module."""
+    found = set()
+    for path in root.joinpath("sglang").rglob("*.py"):
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if builder in source and any(
+            isinstance(node, ast.ImportFrom) and builder in {alias.name for alias in node.names}
+            for node in ast.walk(ast.parse(source))
+        ):
+            found.add(".".join(path.relative_to(root).with_suffix("").parts))
+    return found

@@ -1,0 +1,61 @@
+"""docs/support-matrix.md, written from runs of real releases.
+
+    python tests/hosts/matrix.py             print it for the releases of HOSTS
+    python tests/hosts/matrix.py --write     run every known release and write the file
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hosts
+
+PATH = hosts.HERE.parents[1] / "docs" / "support-matrix.md"
+
+_HEAD = """\
+# Support matrix
+
+Written by `python tests/hosts/matrix.py --write` from runs of real SGLang releases, each in a process of its own with
+`MLA_PATCH=1`, on a CPU under Triton's interpreter; do not edit. "Holders" are the modules in which a replaced name
+is bound: how many hold ours, of how many there are. "Served" are the methods of the host that were run, each with the
+result of the host's own kernel, entry by entry, except where a fault of the host's is named.
+
+| SGLang | feature | state | holders | served | fault of the host's own |
+|---|---|---|---|---|---|
+"""
+_FOOT = """
+Releases before 0.5.1 are outside every feature's range and were run with `MLA_PATCH_SKIP_VERSION_CHECK=1`.
+"""
+
+
+def rows(seen: dict) -> list[str]:
+    """One line for each feature in one release."""
+    release = seen["release"]
+    holding = [row["holds"] == "ours" for row in seen["holders"].values()]
+    by_source = sum(row["error"] is not None for row in seen["holders"].values())
+    holders = f"{sum(holding)} of {len(holding)}" + (f", {by_source} by source" if by_source else "")
+    served = ", ".join(route for route, row in seen["ours"].items() if row["served"] and not row["wrong"])
+    faults = "; ".join(f"{route}: {what}" for (r, route), what in hosts.FAULTS.items() if r == release)
+    lines = []
+    for row in seen["features"]:
+        ours = row["name"] == "kv_indices"
+        state = f"{row['state']} ({row['reason']})" if row["reason"] else row["state"]
+        cells = (holders, served, faults) if ours else ("", "", "")
+        lines.append("| " + " | ".join((release, row["name"], state, *cells)) + " |")
+    return lines
+
+
+def page(releases: tuple[str, ...]) -> str:
+    lines = []
+    for release in releases:
+        print(f"SGLang {release}", file=sys.stderr)
+        lines += rows(hosts.run(release))
+    return _HEAD + "\n".join(lines) + "\n" + _FOOT
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PATH.write_text(page(hosts.KNOWN), encoding="utf-8")
+    else:
+        print(page(hosts.chosen()))

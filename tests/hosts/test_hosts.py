@@ -1,0 +1,100 @@
+"""Real SGLang releases on a CPU: ours is in every place it should be, and serves what the host's own code asks for."""
+
+import warnings
+from pathlib import Path
+
+import hosts
+import matrix
+import pytest
+
+from mla_patch.compat.sglang_fetch import fetch
+
+RELEASES = [pytest.param(release, marks=pytest.mark.xdist_group(f"sglang-{release}")) for release in hosts.chosen()]
+pytestmark = [pytest.mark.network, pytest.mark.slow]
+
+
+@pytest.fixture(params=RELEASES)
+def release(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def seen(release: str, record_property) -> dict:
+    seen = hosts.run(release)
+    record_property("sglang", {key: seen[key] for key in ("release", "holders", "ours", "seconds", "stubbed")})
+    return seen
+
+
+def test_applied(seen: dict) -> None:
+    row = next(row for row in seen["features"] if row["name"] == "kv_indices")
+    assert (row["state"], row["declined"]) == ("applied", {}), row
+    assert {target["name"] for target in row["targets"] if target["replaced_by"]} == set(hosts.IMPORTERS)
+    assert not seen["cuda initialized"]
+    assert "mla-patch:" not in seen["stderr"]
+
+
+def test_every_importer_holds_ours(release: str, seen: dict) -> None:
+    root = fetch(release)[0]
+    homes = {name: era["home"] for name, era in hosts.builders(release).items()}
+    judged = {row["module"]: row["error"] for row in seen["holders"].values() if row["error"]}
+    for module, error in judged.items():
+        warnings.warn(f"SGLang {release}: {module} judged by its source, since it cannot be imported: {error}", stacklevel=1)
+    wrong = [
+        f"{row['module']} holds {row['holds']} as {row['builder']}"
+        for row in seen["holders"].values()
+        if row["holds"] != "ours"
+        and not (row["error"] and hosts.comes_from(root, row["module"], row["builder"], homes[row["builder"]]))
+    ]
+    assert not wrong
+
+
+def test_the_list_of_importers_is_whole(release: str) -> None:
+    root = fetch(release)[0]
+    for builder, era in hosts.builders(release).items():
+        assert hosts.importers_in(root, builder) == set(era["importers"]), builder
+
+
+def test_builds_what_the_host_builds(release: str, seen: dict) -> None:
+    builders = set()
+    for route, ours in seen["ours"].items():
+        host = seen["host"][route]
+        assert (ours["wrong"], ours["served"]) == (0, 1), route
+        assert host["served"] == 0, route
+        if (release, route) in hosts.FAULTS:
+            assert host["wrong"] == host["differs"] > 0, f"{route}: no longer so: {hosts.FAULTS[release, route]}"
+        else:
+            assert (host["wrong"], host["differs"]) == (0, 0), route
+        builders.add(ours["builder"])
+    assert builders == set(hosts.IMPORTERS)  # each was driven by some route
+
+
+def test_restore_and_apply_again(seen: dict) -> None:
+    assert {row["holds"] for row in seen["holders restored"].values() if not row["error"]} == {"host's"}
+    assert {row["holds"] for row in seen["holders applied again"].values() if not row["error"]} == {"ours"}
+    assert {(row["wrong"], row["served"], row["differs"]) for row in seen["again"].values()} == {(0, 1, 0)}
+
+
+def test_support_matrix_is_current(release: str, seen: dict) -> None:
+    committed = matrix.PATH.read_text(encoding="utf-8").splitlines()
+    missing = [row for row in matrix.rows(seen) if row not in committed]
+    assert not missing, "docs/support-matrix.md is stale: python tests/hosts/matrix.py --write"
+
+
+def test_source_tells_where_a_name_comes_from(tmp_path: Path) -> None:
+    package = tmp_path / "sglang"
+    package.mkdir()
+    for name, source in {
+        "home": "def build(): pass",
+        "again": "from sglang.home import build",
+        "far": "try:\n    from sglang.again import build as b\nexcept ImportError:\n    b = None",
+        "elsewhere": "from other import build",
+        "ring": "from sglang.ring import build",
+    }.items():
+        (package / f"{name}.py").write_text(source)
+
+    def told(module: str, name: str = "build") -> bool:
+        return hosts.comes_from(tmp_path, f"sglang.{module}", name, "sglang.home")
+
+    assert told("again") and told("far", "b")
+    assert not told("elsewhere") and not told("ring") and not told("far") and not told("gone")
+    assert hosts.importers_in(tmp_path, "build") == {f"sglang.{n}" for n in ("again", "far", "elsewhere", "ring")}

@@ -1,0 +1,70 @@
+"""The compile tier: every launch-table entry, for every GPU we name, in its own process without the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mla_patch.compat.triton import TARGETS, gpu_compile, interpreted
+
+TESTS = Path(__file__).resolve().parent
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=TESTS, env=env, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def test_every_launch_table_entry_compiles_within_the_chip():
+    done = run("compile_matrix.py")
+    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAILED" in line) + done.stderr
+    for sm in TARGETS:
+        for builder in ("token_indices", "page_table 64"):
+            assert f"kv_indices: sm_{sm}  {builder} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "sabotage, fault",
+    [
+        ("m.SHARED_LIMIT[90] = -1", "of shared memory is all there is"),
+        ("case = dataclasses.replace(case, stack=8)", "expected a stack of 8"),
+        ("case = dataclasses.replace(case, constexprs={})", "parameters without a type"),
+    ],
+)
+def test_a_fault_is_reported(sabotage, fault):
+    code = f"""
+import dataclasses, compile_matrix as m
+family, case = m.collect(False)[0]
+{sabotage}
+m.collect = lambda every: [(family, case)]
+print(m.check(False, 0, 90)[-1])
+"""
+    done = run("-c", code)
+    assert "FAILED" in done.stdout and fault in done.stdout, done.stdout + done.stderr
+
+
+def test_nothing_that_changes_from_call_to_call_is_specialised():
+    # a specialised argument is a compile in the middle of serving, at the first batch where it is 1 or divisible by 16
+    code = """
+import compile_matrix as m
+for kernel in {id(case.kernel): case.kernel for _, case in m.collect(False)}.values():
+    for p in kernel.params:
+        loose = p.is_constexpr or p.do_not_specialize or p.do_not_specialize_on_alignment
+        print(kernel.__name__, p.name, "loose" if loose else "specialised")
+"""
+    done = run("-c", code)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("_kv_indices")]
+    assert lines, done.stdout + done.stderr
+    assert not [line for line in lines if line.endswith("specialised")]
+
+
+@pytest.mark.skipif(not interpreted(), reason="this process compiles")
+def test_the_interpreter_is_refused():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        gpu_compile(None, {}, {}, 90)

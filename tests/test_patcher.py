@@ -1,0 +1,743 @@
+"""Taking a host's entry points and giving them back: every order, each in a fresh interpreter."""
+
+import pytest
+from fake_host import FakeHost, fake_host
+
+__all__ = ["fake_host"]  # a fixture
+
+STEP = {
+    "import": "import fakehost.caller",
+    "ops": "import fakehost.ops, fakehost.kernels, fakehost.layers, fakehost.srt.layers.attend",  # not their callers
+    "apply": "mla_patch.apply()",
+    "restore": "mla_patch.restore()",
+}
+ORDERS = {
+    "import": "host",
+    "apply import": "ours",
+    "import apply": "ours",
+    "apply apply import": "ours",
+    "apply import apply": "ours",
+    "import apply apply": "ours",
+    "ops apply import": "ours",
+    "apply ops import": "ours",
+    "apply ops apply import": "ours",
+    "restore import": "host",
+    "import restore apply": "ours",
+    "apply restore import": "host",
+    "apply import restore": "host",
+    "import apply restore": "host",
+    "ops apply restore import": "host",
+    "apply ops restore import": "host",
+    "ops apply import restore": "host",
+    "apply import restore restore": "host",
+    "apply restore apply import": "ours",
+    "apply import restore apply": "ours",
+    "import apply restore apply": "ours",
+    "ops apply restore import apply": "ours",
+    "apply ops restore apply import": "ours",
+    "import apply restore apply restore": "host",
+    "apply import restore apply restore apply": "ours",
+}
+
+
+@pytest.mark.parametrize("order, served", ORDERS.items())
+def test_any_order(order: str, served: str, fake_host: FakeHost) -> None:
+    steps = "\n".join(STEP[step] for step in order.split())
+    left = fake_host.says(f"{steps}\nprint(serves())\nprint(len(left()))").splitlines()
+    assert left[0] == served
+    assert (left[1] == "0") == (served == "host")
+
+
+def test_armed_before_anything_is_imported(fake_host: FakeHost) -> None:
+    code = """
+    mla_patch.apply()
+    states("ops", "kernel", "method", "tools", "both")
+    print([name for name in sys.modules if name.startswith("fakehost")])
+    """
+    assert fake_host.says(code) == "armed armed armed armed armed\n[]"
+
+
+def test_the_report_names_what_stands_where(fake_host: FakeHost) -> None:
+    code = """
+    mla_patch.apply()
+    import fakehost.more
+    print(state("both"))
+    print(*((t["module"], t["name"], t["kind"], t["replaced_by"]) for t in row("both")["targets"]), sep="\\n")
+    import fakehost.srt.layers.attend
+    print(state("both"))
+    mla_patch.restore()
+    print(state("both"), [t["replaced_by"] for t in row("both")["targets"]])
+    """
+    assert fake_host.says(code).splitlines() == [
+        "applied: waiting for fakehost.srt.layers.attend",
+        "('fakehost.more', 'prefill', 'call', 'fakeplug:serve')",
+        "('fakehost.srt.layers.attend', 'attend', 'call', None)",
+        "applied",
+        "off: restored [None, None]",
+    ]
+
+
+def test_names_choose_features(fake_host: FakeHost) -> None:
+    code = """
+    import fakehost.caller
+    mla_patch.apply("ops", "method@fakehost")
+    print(*(f"{k}={v}" for k, v in fakehost.caller.run_all().items() if v == "ours"))
+    mla_patch.restore("ops@fakehost")
+    print(*(f"{k}={v}" for k, v in fakehost.caller.run_all().items() if v == "ours"))
+    for wrong in ("opss", "ops@sglang"):
+        try:
+            mla_patch.apply(wrong)
+        except ValueError as problem:
+            print(problem)
+    """
+    said = fake_host.says(code).splitlines()
+    assert said[:2] == ["alias=ours static=ours instance static=ours abstract=ours inherited=ours", "inherited=ours"]
+    assert said[2].startswith("'opss' is not a feature; did you mean ops?; there are both@fakehost, ")
+    assert said[3].startswith("'ops@sglang' is not a feature; did you mean ")
+
+
+def test_ours_looks_like_the_hosts(fake_host: FakeHost) -> None:
+    code = """
+    import inspect
+    import fakehost.ops as ops, fakehost.kernels as kernels
+    before = ops.decode, inspect.signature(ops.decode), kernels.indices
+    mla_patch.apply()
+    print(ops.decode is not before[0], ops.decode.__name__, ops.decode.__module__, ops.decode == before[0])
+    print(inspect.signature(ops.decode) == before[1], callable(kernels.indices), kernels.indices.arg_names)
+    print(isinstance(kernels.indices, type(before[2])), kernels.indices.fn is before[2].fn)
+    """
+    assert fake_host.says(code).splitlines() == [
+        "True decode fakehost.ops True",
+        "True True ['src', 'dst', 'n', 'BLOCK']",
+        "True True",
+    ]
+
+
+# --- kernel objects
+
+
+def test_a_launched_kernel_is_served(fake_host: FakeHost) -> None:
+    code = """
+    mla_patch.apply()
+    import fakehost.caller as c
+    print(c.launch(), row("kernel")["served"])
+    dst = []
+    c.indices[lambda meta: (1,)](None, dst, 3, BLOCK=32)
+    print(dst, row("kernel")["served"])
+    c.indices[(1,)](None, dst, 3, num_warps=4) if False else None
+    c.indices.run(None, dst, 3, grid=(1,)), c.indices.fn(None, dst, 3)
+    print(dst, c.indices.warmup(grid=(1,)), row("kernel")["served"])
+    """
+    # run, fn and warmup stay the host's
+    assert fake_host.says(code).splitlines() == [
+        "ours 1",
+        "['ours'] 2",
+        "['ours', 'host', 'host'] warmed 2",
+    ]
+
+
+def test_a_function_wrapper_on_a_kernel_would_launch_the_hosts(fake_host: FakeHost) -> None:
+    """The trap that the kernel's own stand-in is for: wrapt hands ``[grid]`` through."""
+    code = """
+    import wrapt, fakehost.kernels as k
+    calls = []
+    wrapped = wrapt.FunctionWrapper(k.indices, lambda *call: calls.append(call))
+    dst = []
+    wrapped[(1,)](None, dst, 3)
+    print(dst, calls)
+    """
+    assert fake_host.says(code) == "['host'] []"
+
+
+def test_a_kernel_that_another_kernel_calls_stays(fake_host: FakeHost) -> None:
+    fake_host.plug("""
+    INNER = target("fakehost.kernels", "inner", ("dst",), inner_call, "serve_kernel", "kernel")
+    FEATURES = [feature("inner", INNER)]
+    """)
+    code = "mla_patch.apply()\nprint(state('inner'))\nimport fakehost.kernels\nprint(left())"
+    assert fake_host.says(code).splitlines() == ["drifted: inner is called by another kernel, outer", "[]"]
+
+
+def test_a_kernel_that_became_a_function_drifted(fake_host: FakeHost) -> None:
+    fake_host.change("fakehost/kernels.py", "@jit\ndef indices", "def indices")
+    code = "mla_patch.apply()\nimport fakehost.kernels\nprint(state('kernel'))\nprint(left())"
+    assert fake_host.says(code).splitlines() == [
+        "drifted: fakehost.kernels.indices is not a kernel that is launched as kernel[grid](...)",
+        "[]",
+    ]
+
+
+TRITON = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def indices(src, dst, n, BLOCK: tl.constexpr = 64):
+    at = tl.arange(0, BLOCK)
+    tl.store(dst + at, tl.load(src + at, mask=at < n), mask=at < n)
+"""
+
+
+def test_a_real_triton_kernel(fake_host: FakeHost) -> None:
+    fake_host.write("fakehost/kernels.py", TRITON)
+    fake_host.plug("""
+    def double(call):
+        dst, src = call.args
+        dst.copy_(2 * src)
+
+    def bind(grid, src, dst, n, BLOCK=64):
+        return Call(dst, src)
+
+    FEATURES = [feature("kernel", target("fakehost.kernels", "indices", ("src", "dst", "n", "BLOCK"), bind, "double",
+                                         "kernel"))]
+    """)
+    code = """
+    import torch
+    from fakehost.kernels import indices
+    def run(**more):
+        src, dst = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+        indices[(1,)](src, dst, 4, **more)
+        return dst.tolist()
+    print(run())
+    mla_patch.apply()
+    print(state("kernel"), run(), run(BLOCK=4), run(num_warps=2), row("kernel")["declined"])
+    mla_patch.restore()
+    print(run(), torch.cuda.is_initialized())
+    """
+    assert fake_host.says(code, {"TRITON_INTERPRET": "1"}).splitlines() == [
+        "[0, 1, 2, 3]",
+        "applied [0, 2, 4, 6] [0, 2, 4, 6] [0, 1, 2, 3] {'unknown argument num_warps': 1}",
+        "[0, 1, 2, 3] False",
+    ]
+
+
+# --- someone else's wrapper on top, or below
+
+
+WRAP = {
+    "functools": """
+        import functools, fakehost.ops
+        def wrap():
+            inner = fakehost.ops.decode
+            @functools.wraps(inner)
+            def outer(*args, **kwargs):
+                return "wrapped " + inner(*args, **kwargs)
+            fakehost.ops.decode = outer
+            return outer
+    """,
+    "wrapt": """
+        import wrapt, fakehost.ops
+        def wrap():
+            def outer(wrapped, instance, args, kwargs):
+                return "wrapped " + wrapped(*args, **kwargs)
+            fakehost.ops.decode = wrapt.FunctionWrapper(fakehost.ops.decode, outer)
+            return fakehost.ops.decode
+    """,
+}
+
+
+@pytest.mark.parametrize("how", WRAP)
+@pytest.mark.parametrize(
+    "steps, served",
+    [
+        ("apply wrap", "wrapped ours"),
+        ("apply wrap restore", "wrapped host"),
+        ("apply wrap restore apply", "wrapped ours"),
+        ("apply wrap restore apply restore", "wrapped host"),
+        ("apply wrap restore apply restore apply", "wrapped ours"),
+        ("apply wrap apply", "wrapped ours"),
+        ("wrap apply", "ours"),  # ours is outside: the wrapper is the host's entry point by now
+        ("wrap apply restore", "wrapped host"),
+        ("wrap apply restore apply", "ours"),
+        ("apply wrap unwrap restore", "host"),
+    ],
+)
+def test_someone_elses_wrapper(steps: str, served: str, how: str, fake_host: FakeHost) -> None:
+    fake_host.write("wrapping.py", WRAP[how])
+    step = STEP | {
+        "apply": "mla_patch.apply('ops')",
+        "wrap": "import wrapping; top = wrapping.wrap()",
+        "unwrap": "fakehost.ops.decode = top.__wrapped__; del top",
+    }
+    code = "\n".join(["import fakehost.ops", *(step[s] for s in steps.split()), "print(fakehost.ops.decode(1, 2))"])
+    assert fake_host.says(code) == served
+
+
+def test_a_wrapper_on_top_is_left_alone(fake_host: FakeHost) -> None:
+    fake_host.write("wrapping.py", WRAP["wrapt"])
+    code = """
+    mla_patch.apply("ops")
+    import wrapping
+    top = wrapping.wrap()
+    from fakehost.caller import run
+    print(run())
+    mla_patch.restore()
+    print(fakehost.ops.decode is top, run())
+    mla_patch.apply("ops")
+    print(fakehost.ops.decode is top, run(), state("ops"))
+    """
+    assert fake_host.says(code).splitlines() == [
+        "wrapped ours",
+        "True wrapped host",
+        "True wrapped ours applied",
+    ]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["patched by name", "patched by another feature"])
+def test_an_entry_point_that_wraps_another_of_its_name(before: bool, fake_host: FakeHost) -> None:
+    """Two entry points called decode, one around the other: each feature has its own."""
+    fake_host.write(
+        "fakehost/outer.py",
+        """
+        import functools
+        from fakehost import ops
+
+        @functools.wraps(ops.decode)
+        def decode(q, kv, scale=1.0):
+            return "outer " + ops.decode(q, kv, scale)
+        """,
+    )
+    fake_host.plug("""
+    def serve_outer(call):
+        return "our outer"
+
+    OUTER = target("fakehost.outer", "decode", ("q", "kv", "scale"), decode_call, "serve_outer")
+    FEATURES = [feature("ops", DECODE), feature("outer", OUTER)]
+    """)
+    first, second = ("ops", "outer") if before else ("outer", "ops")
+    code = f"""
+    mla_patch.apply("{first}")
+    mla_patch.apply("{second}")
+    import fakehost.outer as o
+    print(o.decode(1, 2), o.ops.decode(1, 2), row("ops")["served"], row("outer")["served"])
+    mla_patch.restore("outer")
+    print(o.decode(1, 2), o.ops.decode(1, 2))
+    """
+    assert fake_host.says(code).splitlines() == ["our outer ours 1 1", "outer ours ours"]
+
+
+def test_two_features_on_one_entry_point(fake_host: FakeHost) -> None:
+    """The one that came last serves; each restores its own, in either order."""
+    fake_host.plug("""
+    def serve_second(call):
+        return "second"
+
+    SECOND = target("fakehost.ops", "decode", ("q", "kv", "scale"), decode_call, "serve_second")
+    FEATURES = [feature("ops", DECODE), feature("second", SECOND)]
+    """)
+    code = """
+    from fakehost.caller import run
+    for order in (("ops", "second"), ("second", "ops")):
+        mla_patch.apply("ops")
+        mla_patch.apply("second")
+        print(run(), row("ops")["served"], row("second")["served"])
+        for name in order:
+            mla_patch.restore(name)
+            print(run())
+    print(left())
+    """
+    assert fake_host.says(code).splitlines() == [
+        "second 0 1", "second", "host",
+        "second 0 3", "ours", "host", "[]",
+    ]  # fmt: skip
+
+
+# --- late: who keeps the host's, who keeps ours
+
+
+KEEPERS = {
+    "an instance": ("keep = c.Keeper()", "attribute decode of a Keeper"),
+    "a closure": (
+        "def make(fn):\n    def inner():\n        return fn(1, 2)\n    return inner\nkeep = make(c.decode)",
+        "a function make.<locals>.inner",
+    ),
+    "a partial": ("import functools; keep = functools.partial(c.decode, 1)", "a partial"),
+    "a default": ("def keep(fn=c.decode): pass", "a function keep"),
+    "a table": ("class Registry:\n    table = {'d': c.decode}", "a dict"),
+    "a list": ("keep = [c.decode]", "a list"),
+    "a class elsewhere": ("class Mine:\n    decode = staticmethod(c.decode)", "a class Mine"),
+    "a class's function": ("class Mine:\n    decode = c.decode", "a class Mine"),
+}
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_late_is_refused_and_names_the_holder(keeper: str, fake_host: FakeHost) -> None:
+    keep, named = KEEPERS[keeper]
+    code = f"import fakehost.caller as c\n{keep}\nmla_patch.apply()\nprint(state('ops'))\nprint(left())"
+    reason, left = fake_host.says(code).splitlines()
+    assert reason == f"refused: fakehost.ops.decode was imported before and is kept by {named}"
+    assert "decode" not in left
+
+
+def test_held_by_sets_the_instances(fake_host: FakeHost) -> None:
+    fake_host.plug("""
+    from dataclasses import replace
+    FEATURES = [feature("ops", replace(DECODE, held_by=("fakehost.caller:Keeper.decode",)))]
+    """)
+    code = """
+    import fakehost.caller as c
+    class Special(c.Keeper): pass
+    keep = [c.Keeper(), Special()]
+    mla_patch.apply()
+    print(state("ops"), [k.decode(1, 2) for k in keep])
+    mla_patch.restore()
+    print([k.decode(1, 2) for k in keep], type(keep[0].decode).__name__)
+    keep[0].decode = lambda *args: "its own"
+    mla_patch.apply()
+    print([k.decode(1, 2) for k in keep])
+    mla_patch.restore()
+    print([k.decode(1, 2) for k in keep])
+    """
+    assert fake_host.says(code).splitlines() == [
+        "applied ['ours', 'ours']",
+        "['host', 'host'] function",
+        "['its own', 'ours']",
+        "['its own', 'host']",
+    ]
+
+
+def test_held_by_is_for_that_attribute_alone(fake_host: FakeHost) -> None:
+    fake_host.plug("""
+    from dataclasses import replace
+    FEATURES = [feature("ops", replace(DECODE, held_by=("fakehost.caller:Keeper.decode",)))]
+    """)
+    code = """
+    import fakehost.caller as c
+    keep = c.Keeper()
+    keep.other = c.decode
+    mla_patch.apply()
+    print(state("ops"))
+    """
+    assert "refused: " in fake_host.says(code)
+
+
+def test_an_instance_that_keeps_ours(fake_host: FakeHost) -> None:
+    """It reaches the host after restore(), and ours again after the next apply()."""
+    code = """
+    mla_patch.apply()
+    import fakehost.caller as c
+    keep = c.Keeper()
+    print(keep.decode(1, 2))
+    mla_patch.restore()
+    print(keep.decode(1, 2), c.run())
+    mla_patch.apply()
+    print(keep.decode(1, 2), c.run(), state())
+    mla_patch.restore()
+    print(keep.decode(1, 2), c.run())
+    """
+    assert fake_host.says(code).splitlines() == ["ours", "host host", "ours ours applied", "host host"]
+
+
+def test_names_taken_while_ours_was_there(fake_host: FakeHost) -> None:
+    code = """
+    import fakehost.ops
+    mla_patch.apply()
+    import fakehost.caller  # takes ours by name
+    mla_patch.restore()
+    print(serves(), left())
+    """
+    assert fake_host.says(code) == "host []"
+
+
+def test_restore_leaves_what_is_not_ours(fake_host: FakeHost) -> None:
+    code = """
+    mla_patch.apply()
+    import fakehost.caller as c
+    def third(*args, **kwargs): return "third"
+    c.decode = third
+    mla_patch.restore()
+    print(c.run(), sys.modules["fakehost.ops"].decode(1, 2), left())
+    """
+    assert fake_host.says(code) == "third host []"
+
+
+def test_inherited_methods_leave_their_siblings(fake_host: FakeHost) -> None:
+    code = """
+    from fakehost.layers import Backend, Base, Other
+    old = Backend()
+    mla_patch.apply()
+    print(old.forward(1), Backend().forward(q=1), Backend.forward(old, 1), Other().forward(1), Base().forward(1))
+    mla_patch.restore()
+    print(old.forward(1), "forward" in vars(Backend))
+    """
+    assert fake_host.says(code).splitlines() == ["ours ours ours host host", "host False"]
+
+
+def test_classes_are_never_replaced(fake_host: FakeHost) -> None:
+    """A class that is not its own any more cannot be pickled, and a host's spawn would find out."""
+    fake_host.plug("""
+    FEATURES = [feature("method", METHOD), feature("whole", target("fakehost.layers", "Backend", (), one_call))]
+    """)
+    code = """
+    import pickle
+    import fakehost.layers as layers
+    before = layers.Backend
+    mla_patch.apply()
+    there = pickle.loads(pickle.dumps(layers.Backend()))
+    print(layers.Backend is before, type(there) is before, there.forward(1), pickle.loads(pickle.dumps(before)) is before)
+    print(state("whole"))
+    """
+    assert fake_host.says(code).splitlines() == [
+        "True True ours True",
+        "drifted: fakehost.layers has no Backend",
+    ]
+
+
+# --- edits
+
+EDITS = """
+def rename(module):
+    before = module.LIST[:]
+    module.LIST.append("ours")
+    def undo():
+        module.LIST[:] = before
+    return undo
+
+def scale(module):
+    module.SCALE *= 2
+    def undo():
+        module.SCALE /= 2
+    return undo
+
+def fails(module):
+    raise RuntimeError("boom")
+
+def undo_fails(module):
+    def undo():
+        raise RuntimeError("boom")
+    return undo
+
+LIST = Target("fakehost.ops", "the list", kind="edit", edit=rename)
+SCALE = Target("fakehost.ops", "the scale", kind="edit", edit=scale, lasting=True)
+FAILS = Target("fakehost.more", "fails", kind="edit", edit=fails)
+UNDO_FAILS = Target("fakehost.ops", "hard to undo", kind="edit", edit=undo_fails)
+"""
+STORED = "\nLIST = []\nSCALE = 1\n"
+
+
+def with_edits(fake_host: FakeHost, features: str) -> None:
+    ops = fake_host.root / "fakehost/ops.py"
+    ops.write_text(ops.read_text() + STORED)
+    fake_host.plug(EDITS + f"\nFEATURES = [{features}]\n")
+
+
+def test_edits_and_their_undo(fake_host: FakeHost) -> None:
+    with_edits(fake_host, "feature('ops', DECODE, LIST, SCALE)")
+    code = """
+    mla_patch.apply()
+    import fakehost.ops as ops
+    def now(): print(ops.LIST, ops.SCALE, ops.decode(1, 2))
+    now()
+    mla_patch.apply()
+    now()
+    mla_patch.restore()
+    now()  # what is stored was stored for the new scale
+    mla_patch.apply()
+    now()
+    mla_patch.restore()
+    mla_patch.restore()
+    now()
+    print(row("ops")["targets"][1]["kind"])
+    """
+    assert fake_host.says(code).splitlines() == [
+        "['ours'] 2 ours",
+        "['ours'] 2 ours",
+        "[] 2 host",
+        "['ours'] 2 ours",
+        "[] 2 host",
+        "edit",
+    ]
+
+
+def test_an_edit_that_fails_takes_all_back(fake_host: FakeHost) -> None:
+    with_edits(fake_host, "feature('ops', DECODE, LIST, SCALE, FAILS)")
+    code = """
+    mla_patch.apply()
+    import fakehost.ops as ops
+    print(ops.LIST, ops.SCALE)
+    import fakehost.more
+    print(ops.LIST, ops.SCALE, ops.decode(1, 2), left(), fakehost.more.prefill(1))
+    print(state())
+    """
+    done = fake_host.run(code)
+    assert done.stdout.splitlines() == ["['ours'] 2", "[] 1.0 host [] host", "failed: RuntimeError('boom')"]
+    assert done.stderr.startswith("mla-patch: ops@fakehost failed, the host keeps its own code\nTraceback")
+
+
+def test_an_undo_that_fails_holds_nothing_up(fake_host: FakeHost) -> None:
+    with_edits(fake_host, "feature('ops', DECODE, LIST, UNDO_FAILS)")
+    code = """
+    mla_patch.apply()
+    import fakehost.ops as ops
+    mla_patch.restore()
+    print(ops.LIST, ops.decode(1, 2), left())
+    """
+    done = fake_host.run(code)
+    assert done.stdout == "[] host []\n"
+    assert done.stderr.startswith("mla-patch: the edit hard to undo of fakehost.ops could not be undone\nTraceback")
+
+
+def test_the_breaker_leaves_lasting_edits(fake_host: FakeHost) -> None:
+    with_edits(
+        fake_host,
+        "feature('ops', target('fakehost.ops', 'decode', ('q', 'kv', 'scale'), decode_call, 'broken'), LIST, SCALE)",
+    )
+    code = """
+    mla_patch.apply()
+    import fakehost.ops as ops
+    print(ops.decode(1, 2), ops.decode(1, 2), ops.SCALE, state())
+    mla_patch.restore()
+    print(ops.decode(1, 2), ops.SCALE, ops.LIST, left())
+    """
+    done = fake_host.run(code)
+    assert done.stdout.splitlines() == ["host host 2 failed: decode: RuntimeError('boom')", "host 2 [] []"]
+    assert len(done.stderr.splitlines()) == 1
+
+
+# --- all or none
+
+
+DRIFT = {
+    "source": ("def attend(q):", "def attend(q, mask=None):"),
+    "source, gone": ("def attend(q):", "def attention(q):"),
+    "source, order": ("def attend(q):", "def attend(k, q):"),
+}
+
+
+@pytest.mark.parametrize("kind", DRIFT)
+def test_drifted_in_source(kind: str, fake_host: FakeHost) -> None:
+    fake_host.change("fakehost/srt/layers/attend.py", *DRIFT[kind])
+    code = "mla_patch.apply()\nprint(state('both'))\nimport fakehost.more\nprint(left(), fakehost.more.prefill(1))"
+    reason, rest = fake_host.says(code).splitlines()
+    told = {
+        "source": "drifted: fakehost.srt.layers.attend.attend has the new mask",
+        "source, gone": "drifted: fakehost.srt.layers.attend has no attend",
+        "source, order": "drifted: fakehost.srt.layers.attend.attend has the new k",
+    }
+    assert (reason, rest) == (told[kind], "[] host")
+
+
+LIVE = """
+def attend(q):
+    return "host"
+
+def wrapper(q, mask=None):
+    return attend(q)
+
+{last}
+"""
+
+
+@pytest.mark.parametrize(
+    "last, reason",
+    [
+        ("attend, wrapper = wrapper, attend", "fakehost.srt.layers.attend.attend has the new mask"),
+        ("del attend", "fakehost.srt.layers.attend.attend does not exist"),
+        ("attend = 3", "fakehost.srt.layers.attend.attend has no signature"),
+        ("class attend: pass", "fakehost.srt.layers.attend.attend lacks q"),
+    ],
+)
+@pytest.mark.parametrize("order", [("more", "srt.layers.attend"), ("srt.layers.attend", "more")], ids=str)
+def test_drifted_at_import_restores_the_first(
+    last: str, reason: str, order: tuple[str, str], fake_host: FakeHost
+) -> None:
+    fake_host.write("fakehost/srt/layers/attend.py", LIVE.format(last=last))
+    code = f"""
+    mla_patch.apply()
+    import fakehost.{order[0]}
+    states("both")
+    import fakehost.{order[1]}
+    print(state("both"))
+    print([n for n in left() if "attend" in n or "prefill" in n], fakehost.more.prefill(1), row("both")["served"])
+    """
+    first, told, rest = fake_host.says(code).splitlines()
+    assert first == ("applied" if order[0] == "more" else "drifted")
+    assert told.startswith(f"drifted: {reason}")
+    assert rest == "[] host 0"
+
+
+def test_a_method_that_is_gone(fake_host: FakeHost) -> None:
+    fake_host.change("fakehost/layers.py", "def forward", "def run")
+    code = "mla_patch.apply()\nprint(state('method'))\nimport fakehost.layers\nprint(state('method'))"
+    assert fake_host.says(code).splitlines() == ["armed", "drifted: fakehost.layers.Backend.forward does not exist"]
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_all_or_none_while_two_modules_are_imported_at_once(threads: bool, fake_host: FakeHost) -> None:
+    """The first module's kernel code is slow to import; meanwhile the second module turns out to have drifted."""
+    fake_host.write("fakehost/srt/layers/attend.py", LIVE.format(last="attend = wrapper"))
+    fake_host.write("slowkernel.py", "import time\ntime.sleep(0.4)\ndef serve(call): return 'ours'\n")
+    fake_host.plug("""
+    SLOW = Target("fakehost.more", "prefill", ("q",), bind=one_call, serve="slowkernel:serve")
+    FEATURES = [feature("both", SLOW, ATTEND)]
+    """)
+    code = f"""
+    import time
+    def load(name): importlib.import_module(name)
+    mla_patch.apply()
+    first = threading.Thread(target=load, args=("fakehost.more",))
+    first.start()
+    time.sleep(0.2) if {threads} else first.join()
+    load("fakehost.srt.layers.attend")
+    first.join()
+    states("both")
+    print(left(), sys.modules["fakehost.more"].prefill(1))
+    """
+    assert fake_host.says(code).splitlines() == ["drifted", "[] host"]
+
+
+# --- failing hooks
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize(
+    "hook, reason",
+    [
+        ("bind=one_call, serve='no_such_module:serve'", "ModuleNotFoundError"),
+        ("bind=one_call, serve='fakeplug:no_such'", "AttributeError"),
+        ("bind=one_call, serve='fakeplug:serve', declines='fakeplug:no_such'", "AttributeError"),
+        ("serve='fakeplug:serve'", "TypeError"),
+        ("bind=one_call", "ValueError"),
+        ("kind='edit'", "TypeError"),
+    ],
+)
+def test_a_hook_that_cannot_be_used(hook: str, reason: str, late: bool, fake_host: FakeHost) -> None:
+    fake_host.plug(f"FEATURES = [feature('ops', Target('fakehost.more', 'prefill', ('q',), {hook}), DECODE)]")
+    first, second = ("import fakehost.more", "mla_patch.apply()")[:: -1 if not late else 1]
+    code = f"{first}\n{second}\nimport fakehost.caller as c\nprint(c.run(), c.fill(1), left())\nprint(state())"
+    done = fake_host.run(code)
+    served, told = done.stdout.splitlines()
+    assert served == "host host []"
+    assert told.startswith(f"failed: {reason}(")
+    assert done.stderr.count("mla-patch: ") == 1
+    assert done.returncode == 0
+
+
+def test_a_bind_that_breaks(fake_host: FakeHost) -> None:
+    fake_host.plug("""
+    def bad_bind(q, kv, scale=1.0):
+        raise KeyError("boom")
+    FEATURES = [feature("ops", target("fakehost.ops", "decode", ("q", "kv", "scale"), bad_bind))]
+    """)
+    done = fake_host.run("mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), c.run())\nprint(state())")
+    assert done.stdout.splitlines() == ["host host", "failed: decode: bind: KeyError('boom')"]
+    assert done.stderr.splitlines() == [
+        "mla-patch: ops@fakehost stopped, the host serves from here on: decode: bind: KeyError('boom')"
+    ]
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "Feature('bad', 'fakehost>=1,<2', broken, '', '', '')",
+        "feature('bad', DECODE, native=lambda target, version: broken(1))",
+        "feature('bad', DECODE, host='fakehost>>1')",
+        "Feature('bad', 'fakehost>=1,<2', lambda version: None, '', '', '')",
+    ],
+)
+def test_a_declaration_that_breaks_costs_only_itself(declared: str, fake_host: FakeHost) -> None:
+    fake_host.plug(f"FEATURES = [{declared}, feature('both', PREFILL), feature('ops', DECODE)]")
+    code = "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), c.fill(1))\nprint(state('bad'))"
+    served, told = fake_host.says(code).splitlines()
+    assert served == "ours ours"
+    assert told.startswith("failed: ")
