@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # SGLang's wheels name one Python and one platform, though what is used here is Python source
-_ANY_MACHINE = ("--python-version", "3.12", "--implementation", "cp", "--platform", "manylinux_2_34_x86_64")
-_ANY_MACHINE += ("--platform", "any")
+_ANY_MACHINE = (
+    *("--python-version", "3.12", "--implementation", "cp"),
+    *("--platform", "manylinux_2_34_x86_64", "--platform", "any"),
+)
 
 # Every package that a reviewed release imports on its way to the attention backends, with its own needs: pip
 # resolves nothing. torch, Triton, NumPy, packaging and typing_extensions are the environment's.

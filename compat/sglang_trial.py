@@ -18,6 +18,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -268,8 +269,51 @@ ROUTES: dict[str, Callable[[Batch], Trial]] = {
 
 def run(route: str, batch: Batch) -> Trial:
     """Let the host build ``batch``'s indices by one of ``routes``."""
-    with _one_rank():
+    with _one_rank(), _poisoned_memory():
         return ROUTES[route](batch)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a builder, as the host made it: to be made again, by any kernel of the same parameters."""
+
+    grid: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, kernel: Any) -> None:
+        kernel[self.grid](*self.args, **self.kwargs)
+
+
+def run_recorded(route: str, batch: Batch) -> tuple[Trial, list[Launch]]:
+    """``run``, and the launches of the route's builder that the host made in it."""
+    launches: list[Launch] = []
+    with ExitStack() as stack:
+        importlib.import_module(f"sglang.srt.layers.attention.{route.split()[0]}")
+        for name, module in list(sys.modules.items()):
+            for builder in (TOKEN_IDS, PAGE_TABLE) if name.startswith("sglang.") else ():
+                if builder in vars(module):
+                    recorder = _Recorder(vars(module)[builder], launches)
+                    stack.enter_context(mock.patch.dict(vars(module), {builder: recorder}))
+        return run(route, batch), launches
+
+
+class _Recorder:
+    """A kernel that writes down how it is launched, and launches."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self._kernel = kernel
+        self._launches = launches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self._launches.append(Launch(grid, args, kwargs))
+            self._launches[-1](self._kernel)
+
+        return launch
 
 
 def routes() -> Iterator[str]:
@@ -316,7 +360,7 @@ def _triton_backend(batch: Batch) -> Any:
 
 def _backend(cls: type, batch: Batch, **known: Any) -> Any:
     """An instance with no model behind it: all that ``__init__`` would set is None, but for what is known here."""
-    backend = object.__new__(cls)
+    backend: Any = object.__new__(cls)
     for base in cls.__mro__:
         code = getattr(vars(base).get("__init__"), "__code__", None)
         names = (step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR") if code else ()
@@ -366,6 +410,19 @@ def _forward_batch(batch: Batch, mode: str, backend: Any, prefix: Sequence[int] 
         out_cache_loc=None,
         **reads,
     )
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` gives the largest number, so that an entry nobody wrote cannot be right by chance."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on a GPU, that cumsum is not among those algorithms
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
 
 
 @contextmanager

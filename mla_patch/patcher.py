@@ -23,7 +23,7 @@ import wrapt
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Arm, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, Site, Switch, is_ours, stand_in
-from mla_patch.features import Feature, State
+from mla_patch.features import Counts, Feature, State
 from mla_patch.flags import Setting
 from mla_patch.judge import Judgement, code_of, difference
 from mla_patch.reports import FeatureStatus, TargetStatus
@@ -80,7 +80,8 @@ class Run:
     status: FeatureStatus
     switch: Switch
     targets: list[Target] = field(default_factory=list)
-    sites: dict[str, Site] = field(default_factory=dict)  # entry point -> site, made before it is needed
+    sites: dict[str, Site] = field(default_factory=dict)  # entry point -> site
+    made: dict[str, Any] = field(default_factory=dict)  # entry point -> stand-in; somebody may keep it over restore()
     places: list[Place] = field(default_factory=list)
     undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
     warned: bool = False
@@ -167,9 +168,11 @@ class Patcher:
         """A module of the host has been imported; nothing of ours may fail that import, strict apart."""
         try:
             if run.status.state in (State.ARMED, State.APPLIED):
-                self._make_sites(run, module.__name__)
+                arms = self._load_arms(run, module.__name__)
                 with self.lock:
-                    self._take(run, module, late=not _initializing(module))
+                    # meanwhile another thread may have restored it, or met a module that drifted
+                    if run.status.state in (State.ARMED, State.APPLIED):
+                        self._take(run, module, arms, late=not _initializing(module))
         except Exception as problem:
             with self.lock:
                 self._undo(run, lasting=True)
@@ -182,28 +185,31 @@ class Patcher:
         self.changed()
         self._complain(run)
 
-    def _make_sites(self, run: Run, module: str) -> None:
-        """Import the code of the arms, outside the lock: an import may wait for another thread's."""
+    def _load_arms(self, run: Run, module: str) -> dict[str, dict[str, ArmCode]]:
+        """Entry point -> its arms' code. Imported outside the lock: an import may wait for another thread's."""
+        loaded: dict[str, dict[str, ArmCode]] = {}
         for target in run.targets:
-            if target.module != module or target.kind == "edit" or target.name in run.sites:
+            if target.module != module or target.kind == "edit":
                 continue
             if target.bind is None:
                 raise TypeError(f"{target.module}.{target.name}: a target of kind {target.kind!r} needs bind")
             patch = ArmCode(_named(target.serve), _named(target.declines) if target.declines else _declines_nothing)
-            arms = {PATCH: patch}
+            loaded[target.name] = {PATCH: patch}
             for arm in self.arms:
                 if run.feature.matches(arm.feature):
-                    arms[arm.name] = ArmCode(
+                    loaded[target.name][arm.name] = ArmCode(
                         _named(arm.serve), _named(arm.declines) if arm.declines else patch.declines
                     )
-            run.sites[target.name] = Site(target.name, target.bind, arms, run.status.counts, run.switch)
+        return loaded
 
-    def _take(self, run: Run, module: types.ModuleType, late: bool) -> None:
+    def _take(
+        self, run: Run, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool
+    ) -> None:
         targets = [target for target in run.targets if target.module == module.__name__]
         # all are looked at before one is touched
         found = [self._confirm(target, module, late) for target in targets if target.kind != "edit"]
         for one in found:
-            self._replace(run, one)
+            self._replace(run, one, arms[one.target.name])
         for target in targets:
             if target.kind == "edit" and target.name not in run.undos:
                 if target.edit is None:
@@ -244,23 +250,29 @@ class Patcher:
             raise Mismatch(change)
         if late and not isinstance(holder, type) and not is_ours(value):
             settable = [place.partition(":")[2].rpartition(".")[2] for place in target.held_by]
-            keeper = _keeper(value, settable)
+            keeper = _keeper(value, settable, target.module.partition(".")[0])
             if keeper is not None:
                 raise Mismatch(f"{where} was imported before and is kept by {keeper}", State.REFUSED)
         return Found(target, holder, attribute, value)
 
-    def _replace(self, run: Run, found: Found) -> None:
-        site = run.sites[found.target.name]
-        left = _ours_below(found.value, found.target.name)
-        if left is not None and left._self_site.switch is run.switch:
+    def _replace(self, run: Run, found: Found, arms: dict[str, ArmCode]) -> None:
+        target = found.target
+        ours = _ours_below(found.value, target.name, run.status.counts)
+        if ours is not None and ours._self_site.switch is run.switch:
             return  # a second import hook of the same application
-        if left is not None:
-            # ours from before restore(), under somebody else's wrapper: it serves again
-            run.sites[found.target.name] = left._self_site
-            left._self_site.switch = run.switch
-            ours, original = left, left.__wrapped__
+        kept = run.made.get(target.name)
+        if ours is None and kept is not None and kept.__wrapped__ is found.value:
+            ours = kept
+        if ours is not None:
+            # ours from before restore(), kept by an instance or under somebody else's wrapper: it serves again
+            ours._self_site.switch = run.switch
         else:
-            ours, original = stand_in(found.value, found.target.kind, site), found.value
+            assert target.bind is not None  # or its arms would not have been loaded
+            site = Site(target.name, target.bind, arms, run.status.counts, run.switch)
+            ours = run.made[target.name] = stand_in(found.value, target.kind, site)
+        run.sites[target.name] = ours._self_site
+        original = ours.__wrapped__
+        if found.value is original or found.value is ours:
             inherited = isinstance(found.holder, type) and found.attribute not in vars(found.holder)
             self._bind(run, Place(found.holder, found.attribute, original, ours, inherited))
         if isinstance(found.holder, type):
@@ -375,7 +387,7 @@ def _instances(place: str, value: Any) -> Iterator[tuple[Any, str]]:
             yield candidate, attribute
 
 
-def _keeper(value: Any, settable: list[str]) -> str | None:
+def _keeper(value: Any, settable: list[str], package: str) -> str | None:
     """Somebody who keeps ``value`` where no name can be rebound, or None.
 
     No closure may be made over ``value`` here: it would be found, too.
@@ -383,11 +395,15 @@ def _keeper(value: Any, settable: list[str]) -> str | None:
     machinery = type(value).__module__.partition(".")[0]  # a kernel object's own parts refer to it
     module_dicts = {id(names) for _, names in _modules()}
     for ref in gc.get_referrers(value):
-        if id(ref) in module_dicts or is_ours(ref) or isinstance(ref, (types.FrameType, staticmethod, classmethod)):
+        if id(ref) in module_dicts or is_ours(ref) or isinstance(ref, types.FrameType):
             continue
         owner = _owner(ref)
+        if isinstance(owner, type):
+            if not _rebindable(owner, package):
+                return f"a class {owner.__qualname__}"
+            continue
         home = getattr(owner, "__module__", None) or type(owner).__module__
-        if isinstance(owner, type) or (machinery != "builtins" and home.partition(".")[0] == machinery):
+        if machinery != "builtins" and home.partition(".")[0] == machinery:
             continue
         names = _names_for(owner, value)
         if names and set(names) <= set(settable):
@@ -397,15 +413,25 @@ def _keeper(value: Any, settable: list[str]) -> str | None:
     return None
 
 
+def _rebindable(owner: type, package: str) -> bool:
+    """Whether ``_bindings`` comes by this class."""
+    home = sys.modules.get(owner.__module__)
+    return owner.__module__.partition(".")[0] == package and getattr(home, owner.__name__, None) is owner
+
+
 def _owner(ref: Any) -> Any:
-    """Whose a dict or a cell is: the class or instance, the function with that closure."""
+    """Whose a dict, a cell, a tuple or a staticmethod is: the class or instance, the function with that closure."""
     if isinstance(ref, dict):
         owners = [o for o in gc.get_referrers(ref) if isinstance(o, type) or getattr(o, "__dict__", None) is ref]
         return owners[0] if owners else ref
+    if isinstance(ref, (staticmethod, classmethod)):
+        holders = [_owner(names) for names in gc.get_referrers(ref) if isinstance(names, dict)]
+        return next((holder for holder in holders if isinstance(holder, type)), ref)
     if isinstance(ref, types.CellType):
         closures = [closure for closure in gc.get_referrers(ref) if isinstance(closure, tuple)]
-        functions = [f for f in gc.get_referrers(*closures) if isinstance(f, types.FunctionType)] if closures else []
-        return functions[0] if functions else ref
+        return _owner(closures[0]) if closures else ref
+    if type(ref) is tuple:  # a function's closure, or its defaults
+        return next((f for f in gc.get_referrers(ref) if isinstance(f, types.FunctionType)), ref)
     return ref
 
 
@@ -413,10 +439,10 @@ def _names_for(owner: Any, value: Any) -> list[str]:
     return [name for name, bound in getattr(owner, "__dict__", {}).items() if bound is value]
 
 
-def _ours_below(value: Any, name: str) -> Any:
-    """A stand-in of ours for the entry point ``name``, in ``value`` or in what it wraps."""
+def _ours_below(value: Any, name: str, counts: Counts) -> Any:
+    """The stand-in of the feature that counts in ``counts`` for its entry point ``name``, in what ``value`` wraps."""
     for _ in range(32):  # wrappers can be wound in a circle
-        if is_ours(value) and value._self_site.name == name:
+        if is_ours(value) and value._self_site.name == name and value._self_site.counts is counts:
             return value
         value = getattr(value, "__wrapped__", None)
         if value is None:

@@ -44,7 +44,9 @@ def page_table_config(rows: int, page_size: int, sms: int, interpret: bool = Fal
         return token_indices_config(rows, sms, interpret)
     if interpret:
         return {"ctas": 1, "BLOCK": 16384 // page_size, "num_warps": 4}
-    return {"ctas": max(1, min(4 * sms // rows, 16)), "BLOCK": 128, "num_warps": 4}
+    # small pages make more entries: a block stays at about 8192 tokens of context
+    block = min(max(8192 // page_size, 128), 1024)
+    return {"ctas": max(1, min(4 * sms // rows, 16)), "BLOCK": block, "num_warps": 4}
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
 
-import mla_patch  # noqa: E402
-import mla_patch.startup  # noqa: E402
+import mla_patch
+import mla_patch.startup
 
 mla_patch.startup.start()  # PYTHONPATH overlays may come with no start-up file
 

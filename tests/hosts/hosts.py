@@ -1,7 +1,7 @@
 """Which SGLang releases are run, and how: one process each, its answers kept for the whole test session.
 
-    HOSTS    "spread" (a release of every era, the default), "all", or releases by name: HOSTS=0.5.11,0.5.23
-    HOSTS_CACHE    where releases are unpacked, about 1.5 GB for all of them
+HOSTS    "spread" (a release of every era, the default), "all", or releases by name: HOSTS=0.5.11,0.5.23
+HOSTS_CACHE    where releases are unpacked, about 1.5 GB for all of them
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def run(release: str) -> dict:
         command = [sys.executable, *_PYTHON_OPTIONS.get(release, []), str(HERE / "child.py"), release, str(out)]
         done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, timeout=300)
         if not out.exists():
-            raise RuntimeError(f"SGLang {release}: the process ended with {done.returncode}\n{done.stdout}{done.stderr}")
+            raise RuntimeError(
+                f"SGLang {release}: the process ended with {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return json.loads(out.read_text()) | {"stderr": done.stderr}
 
 

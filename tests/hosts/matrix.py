@@ -1,13 +1,12 @@
 """docs/support-matrix.md, written from runs of real releases.
 
-    python tests/hosts/matrix.py             print it for the releases of HOSTS
-    python tests/hosts/matrix.py --write     run every known release and write the file
+python tests/hosts/matrix.py             print it for the releases of HOSTS
+python tests/hosts/matrix.py --write     run every known release and write the file
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import hosts
 

@@ -38,7 +38,9 @@ def test_every_importer_holds_ours(release: str, seen: dict) -> None:
     homes = {name: era["home"] for name, era in hosts.builders(release).items()}
     judged = {row["module"]: row["error"] for row in seen["holders"].values() if row["error"]}
     for module, error in judged.items():
-        warnings.warn(f"SGLang {release}: {module} judged by its source, since it cannot be imported: {error}", stacklevel=1)
+        warnings.warn(
+            f"SGLang {release}: {module} judged by its source, since it cannot be imported: {error}", stacklevel=1
+        )
     wrong = [
         f"{row['module']} holds {row['holds']} as {row['builder']}"
         for row in seen["holders"].values()

@@ -1,0 +1,34 @@
+#!/usr/bin/env python3
+"""Text in the docs that is written from the declarations: ``python tests/generated.py [--write]``."""
+
+import sys
+from pathlib import Path
+
+from mla_patch import flags, plugins
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def flag_table() -> str:
+    """README's table of variables."""
+    rows = ["| variable | values | default | what it does |", "| --- | --- | --- | --- |"]
+    for flag in flags.known(plugins.load().features).values():
+        default = "unset" if flag.default in ("off", "") and flag.values in ("1", "a directory") else f"`{flag.default}`"
+        values = flag.values if flag.values in ("a directory", "as the default", "text") else f"`{flag.values}`"
+        rows.append(f"| `{flag.name}` | {values} | {default} | {flag.help} |")
+    return "\n".join(rows)
+
+
+def readme() -> str:
+    """README.md as it should be."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, rest = text.split("<!-- flags:", 1)
+    mark, rest = rest.split("\n", 1)
+    return f"{head}<!-- flags:{mark}\n{flag_table()}\n<!-- /flags -->{rest.split('<!-- /flags -->', 1)[1]}"
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    else:
+        print(flag_table())

@@ -1,0 +1,261 @@
+"""The command line on a machine without an engine, and with a made-up SGLang beside it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scratch import clean_env
+
+from mla_patch import cli
+from mla_patch.compat import gpu
+
+TABLE = ("req_to_token_ptr, req_pool_indices_ptr, page_kernel_lens_ptr, kv_start_idx, kv_indices_ptr, "
+         "req_to_token_ptr_stride, kv_indices_ptr_stride, PAGED_SIZE=64")  # fmt: skip
+IDS = ("req_to_token_ptr, req_pool_indices_ptr, page_kernel_lens_ptr, kv_indptr, kv_start_idx, kv_indices_ptr, "
+       "req_to_token_ptr_stride")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "from_nvml", lambda: None)
+    monkeypatch.setattr(gpu, "from_torch", lambda: None)
+
+
+def fake_sglang(where: Path, version: str | None = "0.5.11", table: str = TABLE, told: str = "") -> Path:
+    """A package that has SGLang's shape as far as the judge reads it, and fails on import."""
+    home = where / "sglang" / "srt" / "layers" / "attention"
+    home.mkdir(parents=True)
+    (where / "sglang" / "__init__.py").write_text("raise RuntimeError('the command line must not import a host')\n")
+    (where / "sglang" / "version.py").write_text(f"__version__ = {told!r}\n")
+    (home / "utils.py").write_text(
+        f"def create_flashmla_kv_indices_triton({table}): ...\ndef create_flashinfer_kv_indices_triton({IDS}): ...\n"
+    )
+    if version is not None:
+        info = where / f"sglang-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+    return where
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, Any]:
+    status = cli.main([*argv, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_no_engine_is_no_finding(capsys):
+    status, report = run(capsys, "doctor")
+    assert (status, report["hosts"], report["findings"], report["gpu"]) == (0, [], [], None)
+    assert set(report) == {"version", "python", "torch", "triton", "gpu", "hosts", "findings", "features"}
+    (feature,) = report["features"]
+    assert (feature["name"], feature["host"], feature["state"]) == ("kv_indices", "sglang", "absent")
+    assert set(feature) == {"name", "host", "flag", "value", "source", "state", "reason", "targets"}
+
+
+def test_doctor_judges_an_installed_engine_without_importing_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(fake_sglang(tmp_path)))
+    status, report = run(capsys, "doctor")
+    assert (status, report["hosts"]) == (0, [{"name": "sglang", "version": "0.5.11", "reviewed": True}])
+    (feature,) = report["features"]
+    assert feature["state"] == "armed"
+    assert {(t["name"], t["kind"], t["replaced_by"]) for t in feature["targets"]} == {
+        ("create_flashmla_kv_indices_triton", "kernel", "mla_patch.hooks.sglang_kv_indices:serve_page_table"),
+        ("create_flashinfer_kv_indices_triton", "kernel", "mla_patch.hooks.sglang_kv_indices:serve_token_indices"),
+    }
+    assert "sglang" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("version", "environ", "table", "state", "exit_status", "says"),
+    [
+        ("0.5.11", {"MLA_PATCH_KV_INDICES": "off"}, TABLE, "off", 0, ""),
+        ("0.5.11", {"MLA_PATCH_KV_INDICES": "onn"}, TABLE, "refused", 1, "did you mean on?"),
+        ("0.5.11", {"MLA_PATCH_KV_INDICES": "ab"}, TABLE, "refused", 1, "no experiments yet"),
+        ("0.5.11", {"MLA_PATCH_KV_INDICE": "on"}, TABLE, "armed", 1, "did you mean MLA_PATCH_KV_INDICES?"),
+        ("0.5.11", {"MLA_PATCH_STRICT": "1"}, TABLE, "armed", 1, "nothing is active"),
+        ("0.5.11", {"SGLANG_PLUGINS": "other"}, TABLE, "armed", 1, "SGLANG_PLUGINS=other"),
+        ("0.5.11", {"SGLANG_PLUGINS": "other, mla_patch"}, TABLE, "armed", 0, ""),
+        ("0.5.11", {}, TABLE + ", NEW=1", "drifted", 0, ""),
+        ("0.5.11", {"MLA_PATCH_KV_INDICES": "on"}, TABLE + ", NEW=1", "drifted", 1, "has the new NEW"),
+        ("0.6.0", {}, TABLE, "absent", 0, ""),
+        ("0.6.0", {"MLA_PATCH_KV_INDICES": "on"}, TABLE, "absent", 1, "0.6.0 is outside"),
+        ("0.5.11.post1", {}, TABLE, "armed", 0, ""),
+        ("0.0.0.dev0", {}, TABLE, "armed", 1, "tells nothing"),
+        (None, {}, TABLE, "armed", 1, "no metadata"),
+    ],
+)
+def test_what_doctor_finds(capsys, tmp_path, monkeypatch, version, environ, table, state, exit_status, says):
+    monkeypatch.syspath_prepend(str(fake_sglang(tmp_path, version, table)))
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    status, report = run(capsys, "doctor")
+    assert (report["features"][0]["state"], status) == (state, exit_status), report
+    assert says in " ".join(report["findings"])
+    assert bool(report["findings"]) == bool(exit_status)
+
+
+def test_an_overlay_on_pythonpath_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(fake_sglang(tmp_path, None, told="0.5.9")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    status, report = run(capsys, "doctor")
+    assert (status, report["hosts"][0]["version"]) == (1, "0.5.9")
+    assert "comes from PYTHONPATH" in report["findings"][0]
+
+
+def test_the_command_line_goes_before_the_environment(capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(fake_sglang(tmp_path)))
+    monkeypatch.setenv("MLA_PATCH_KV_INDICES", "on")
+    status, report = run(capsys, "doctor", "-f", "kv_indices@sglang=off")
+    assert (status, report["features"][0]["state"], report["features"][0]["source"]) == (0, "off", "command line")
+
+
+def test_doctor_tells_when_python_skips_the_start_up_file(tmp_path):
+    paths = [p for p in sys.path if p]
+    env = clean_env({"PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), *paths])})
+    command = [sys.executable, "-S", "-m", "mla_patch", "doctor", "--json"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert any("-S" in finding for finding in json.loads(done.stdout)["findings"])
+
+
+def test_the_printed_doctor_says_what_is_missing(capsys, monkeypatch):
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "no engine is installed here" in shown and "MLA_PATCH is not set" in shown
+
+
+def test_list(capsys):
+    status, rows = run(capsys, "list")
+    assert status == 0
+    assert set(rows[0]) == {"feature", "host", "range", "upstream", "drop_when", "default"}
+    assert ("kv_indices", "sglang", "on") in [(row["feature"], row["host"], row["default"]) for row in rows]
+    assert cli.main(["list"]) == 0
+    assert "kv_indices" in capsys.readouterr().out
+
+
+def test_explain_names_every_home(capsys):
+    status, told = run(capsys, "explain", "kv_indices")
+    assert status == 0 and set(told) == {"feature", "routes", "states"}
+    tables = [r for r in told["routes"] if r["name"] == "create_flashmla_kv_indices_triton"]
+    assert [(r["releases"], r["module"].rpartition(".")[0], r["params"][7:]) for r in tables] == [
+        ("0.5.1 - 0.5.3", "sglang.srt.layers.attention", ["NUM_PAGE_PER_BLOCK", "PAGED_SIZE"]),
+        ("0.5.4 - 0.5.12.post1", "sglang.srt.layers.attention", ["PAGED_SIZE"]),
+        ("0.5.13 - 0.5.15", "sglang.srt.layers.attention.triton_ops", ["PAGED_SIZE"]),
+        ("0.5.16", "sglang.kernels.ops.kvcache", ["PAGED_SIZE"]),
+        ("0.5.17 - 0.5.18", "sglang.kernels.ops.kvcache", ["PAGED_SIZE", "v2p_ptr", "PAGE_MULT"]),
+        ("0.5.19 - 0.5.22", "sglang.kernels.ops.kvcache", ["PAGED_SIZE"]),
+        ("0.5.23", "sglang.kernels.ops.attention", ["PAGED_SIZE"]),
+    ]
+    assert told["states"][0]["state"] == "absent"
+    assert cli.main(["explain", "kv_indices@sglang"]) == 0
+    assert "0.5.13 - 0.5.15" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["explain", "kv_index"], "did you mean kv_indices?"),
+        (["status", "no/such/folder"], "no/such/folder: No such file or directory"),
+        (["run"], "expected a command"),
+        (["run", "--", "no-such-command-of-anybody"], "No such file or directory"),
+        (["run", "-f", "kv_index=on", "--", "true"], "did you mean kv_indices?"),
+        (["run", "-f", "kv_indices=onn", "--", "true"], "did you mean on?"),
+        (["doctor", "-f", "kv_indices"], "expected NAME=MODE"),
+    ],
+)
+def test_misuse_is_2(capsys, argv, says):
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and not captured.out
+
+
+def test_unknown_commands_are_2():
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demon"])
+    assert ended.value.code == 2
+
+
+def report_file(folder: Path, pid: int, **feature: Any) -> None:
+    row = {
+        "name": "kv_indices", "host": "sglang", "flag": "MLA_PATCH_KV_INDICES", "value": "on", "source": "default",
+        "state": "applied", "reason": "", "targets": [], "served": 0, "declined": {}, "captured": 0, "replayed": None,
+    } | feature  # fmt: skip
+    report = {"engine": "sglang", "pid": pid, "argv": ["python"], "started": 1.0, "problems": [], "features": [row]}
+    (folder / f"sglang-host-{pid}-1.json").write_text(json.dumps(report))
+
+
+def test_status_reads_what_processes_left(capsys, tmp_path):
+    report_file(tmp_path, 10, state="armed")
+    report_file(tmp_path, 11, served=12, declined={"token_mapping": 3}, captured=4)
+    status, told = run(capsys, "status", str(tmp_path))
+    assert (status, [p["pid"] for p in told["processes"]], told["missing"]) == (0, [10, 11], [])
+    assert cli.main(["status", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 × token_mapping" in shown and "4 captured, replays not counted" in shown
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"served": 0}, "nothing has called it yet"),
+        ({"state": "drifted", "source": "environment", "reason": "it moved"}, "drifted, it moved"),
+    ],
+)
+def test_status_has_findings(capsys, tmp_path, row, says):
+    report_file(tmp_path, 10, **row)
+    status, told = run(capsys, "status", str(tmp_path))
+    assert status == 1 and says in " ".join(told["findings"])
+
+
+def test_a_corrupt_report_is_missing_and_the_others_are_read(capsys, tmp_path):
+    report_file(tmp_path, 10, served=1)
+    (tmp_path / "sglang-host-11-1.json").write_text('{"engine": "sgl')
+    (tmp_path / "sglang-host-12-1.json").write_text("[]")
+    status, told = run(capsys, "status", str(tmp_path))
+    assert (status, len(told["processes"])) == (1, 1)
+    assert [one["file"] for one in told["missing"]] == ["sglang-host-11-1.json", "sglang-host-12-1.json"]
+
+
+def test_status_names_a_process_that_should_report_and_does_not(capsys, tmp_path):
+    report_file(tmp_path, 1, served=1)
+    code = "import sys; print('up', flush=True); sys.stdin.read()  # sglang.launch_server"
+    env = clean_env({"MLA_PATCH_REPORT": str(tmp_path)})
+    child = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == b"up\n"
+        status, told = run(capsys, "status", str(tmp_path))
+        assert (status, [one["pid"] for one in told["missing"]]) == (1, [child.pid])
+    finally:
+        child.communicate(b"")
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["start-up file", "no start-up file"])
+def test_run_opens_the_door(tmp_path, installed):
+    """Without site-packages' start-up file, a sitecustomize opens it, and the one that was there still runs."""
+    (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.theirs = True\n")
+    code = "import builtins, sys; print(builtins.theirs, sys.modules.get('mla_patch.startup') is not None)"
+    patch = "" if installed else "cli.start_file = lambda: None; "
+    start = f"from mla_patch import cli; {patch}cli.main(['run', '--', {sys.executable!r}, '-c', {code!r}])"
+    env = clean_env({"PYTHONPATH": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-c", start], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
+def test_run_says_what_it_would_set(capsys):
+    status, told = run(capsys, "run", "-f", "kv_indices=off", "--json", "--", "true")
+    assert status == 0 and told["command"][0] == "true"
+    assert told["environment"]["MLA_PATCH"] == "1" and told["environment"]["MLA_PATCH_KV_INDICES"] == "off"
+
+
+def test_demo_without_an_engine_compares_with_the_definitions(tmp_path):
+    command = [sys.executable, "-m", "mla_patch", "demo", "--json"]
+    done = subprocess.run(
+        command, env=clean_env({"CUDA_VISIBLE_DEVICES": ""}), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert {"device", "targets", "served", "equal", "us"} <= set(told)
+    assert (told["targets"], told["served"], told["equal"], told["us"]["host"]) == ([], 0, True, None)
