@@ -76,34 +76,25 @@ def make_case(rows: int, length: int | str) -> types.SimpleNamespace:
 
 
 def token_configs(rows: int, sms: int) -> dict[str, dict[str, int]]:
+    """Leftovers of long rows kept to the row (own) or shared out over all programs, for several sizes of both."""
     configs = {}
-    for waves, cap, block, warps in itertools.product((4, 8, 16), (64, 128, 256), (512, 1024, 2048), (2, 4, 8)):
-        ctas = max(1, min(waves * sms // rows, cap))
-        if not 4 <= block // (32 * warps) <= 16:
-            continue
-        if (waves if rows == 1 else cap) != (8 if rows == 1 else 256):  # what does not differ, once
-            continue
-        configs[f"2d {block:4d}x{warps}w {waves:2d}/SM <={cap}"] = {"ctas": ctas, "BLOCK": block, "num_warps": warps}
-    for waves, (block, warps), chunk in itertools.product((4, 8), ((512, 4), (1024, 4), (2048, 8)), (128, 512)):
-        ctas = min(waves * sms, 160 * rows)
-        configs[f"1d {block:4d}x{warps}w {waves:2d}/SM  r{chunk}"] = {
-            "ctas": ctas,
-            "BLOCK": block,
-            "ROWS": chunk,
-            "num_warps": warps,
-        }
+    for (block, warps), waves, wide in itertools.product(((512, 2), (512, 4), (1024, 4)), (4, 8, 12), (1, 4)):
+        ctas = max(1, min(waves * sms // rows, 128 * 1024 // block))
+        numbers = {"ctas": ctas, "BLOCK": block, "WIDE": wide, "ROWS": 0, "num_warps": warps}
+        configs[f"own    {block:4d}x{warps}w {waves:2d}/SM x{wide}"] = numbers
+    for (block, warps), waves, wide in itertools.product(((512, 2), (1024, 2), (1024, 4)), (2, 4, 8), (1, 2)):
+        ctas = max(1, min(waves * sms // rows, 128 * 1024 // block))
+        numbers = {"ctas": ctas, "BLOCK": block, "WIDE": wide, "ROWS": 256, "num_warps": warps}
+        configs[f"shared {block:4d}x{warps}w {waves:2d}/SM x{wide}"] = numbers
     return configs
 
 
 def table_configs(rows: int, sms: int) -> dict[str, dict[str, int]]:
     configs = {}
-    for waves, cap, (block, warps) in itertools.product(
-        (2, 4, 8), (8, 16, 32), ((64, 1), (64, 2), (128, 1), (128, 4), (256, 2), (256, 4), (512, 4))
-    ):
-        if rows * cap < waves * sms and waves != 8:  # the cap alone decides: once is enough
-            continue
-        ctas = max(1, min(waves * sms // rows, cap))
-        configs[f"2d {block:4d}x{warps}w {waves:2d}/SM <={cap}"] = {"ctas": ctas, "BLOCK": block, "num_warps": warps}
+    for (block, warps), waves, wide in itertools.product(((64, 1), (128, 1), (128, 4)), (2, 4, 8), (1, 4, 8)):
+        ctas = max(1, min(waves * sms // rows, 32))
+        numbers = {"ctas": ctas, "BLOCK": block, "WIDE": wide, "ROWS": 0, "num_warps": warps}
+        configs[f"own    {block:4d}x{warps}w {waves:2d}/SM x{wide}"] = numbers
     return configs
 
 

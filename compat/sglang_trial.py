@@ -387,6 +387,10 @@ def _translator(batch: Batch, page: int) -> Any:
     return module.KVIndexTranslator(**{name: value for name, value in given.items() if name in names})
 
 
+class _ForwardBatch(SimpleNamespace):
+    """A class of its own, since 0.5.19 keeps weak references to these."""
+
+
 def _forward_batch(batch: Batch, mode: str, backend: Any, prefix: Sequence[int] | None = None) -> Any:
     """What a scheduler hands ``backend`` for one step, as far as its metadata method reads it."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -396,7 +400,7 @@ def _forward_batch(batch: Batch, mode: str, backend: Any, prefix: Sequence[int] 
     reads = {"req_pool_indices": batch.rows, "seq_lens": batch.lens, "seq_lens_cpu": batch.lens.cpu()}
     # from 0.5.22 a step's reads are planned once, by the translator
     plan = getattr(backend.kv_index_translator, "plan", None)
-    return SimpleNamespace(
+    return _ForwardBatch(
         forward_mode=getattr(ForwardMode, mode),
         batch_size=len(batch.lens_list),
         seq_lens_sum=sum(batch.lens_list),

@@ -115,7 +115,7 @@ class Patcher:
             else:
                 self._undo(run)
             run.setting = setting
-            run.warned = False
+            run.warned = bool(setting.problem)  # said with the other flags
             run.status.value, run.status.source = setting.value, setting.source
             run.status.state, run.status.reason = judgement.state, judgement.reason
             run.targets = judgement.targets
@@ -202,9 +202,7 @@ class Patcher:
                     )
         return loaded
 
-    def _take(
-        self, run: Run, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool
-    ) -> None:
+    def _take(self, run: Run, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool) -> None:
         targets = [target for target in run.targets if target.module == module.__name__]
         # all are looked at before one is touched
         found = [self._confirm(target, module, late) for target in targets if target.kind != "edit"]

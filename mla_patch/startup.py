@@ -110,6 +110,7 @@ class Session:
         self.writer: Writer | None = None
         self.patcher: Patcher = Patcher(plugins.arms, self.flags.on("MLA_PATCH_STRICT"), self._changed)
         self.awake: set[str] = set()
+        self.told = False
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forked)
 
@@ -119,8 +120,6 @@ class Session:
             return
         self.awake.add(package)
         self.report.engine = self.report.engine or package
-        self._start_writer()
-        self._tell_problems()
         self.activate({}, "", lambda feature: _package(feature.host_name) == package)
 
     def check(self, names: "tuple[str, ...]") -> None:
@@ -136,15 +135,21 @@ class Session:
     def activate(self, chosen: "Mapping[str, str]", chosen_by: str, wanted: "Any") -> None:
         """Judge the wanted features and hand them to the patcher."""
         from mla_patch import flags
-        from mla_patch.judge import judge
+        from mla_patch.features import State
+        from mla_patch.judge import Judgement, judge
 
+        self._start_writer()
+        self._tell_problems()
         settings = flags.read(self.environ, self.plugins.features, chosen, chosen_by)
         skip = self.flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
         for feature in filter(wanted, self.plugins.features):
             setting = settings.feature(feature)
             found = find_host(feature.host_name)
             self.report.engine = self.report.engine or (found.host.package if found else "")
-            judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
+            try:
+                judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
+            except Exception as problem:  # a plugin's declaration; the other features are not to suffer
+                judgement = Judgement(State.FAILED, repr(problem))
             try:
                 self.patcher.apply(feature, setting, judgement)
             finally:
@@ -154,6 +159,9 @@ class Session:
     def _tell_problems(self) -> None:
         import logging
 
+        if self.told:
+            return
+        self.told = True
         for problem in self.report.problems:
             if self.flags.on("MLA_PATCH_STRICT"):
                 raise SystemExit(f"mla-patch: {problem}")

@@ -27,9 +27,9 @@ POISON = -77
 INDEX = (torch.int32, torch.int64)
 
 # The launcher's own numbers, and small ones that give every row several programs and every program several blocks.
-SMALL = {"ctas": 3, "BLOCK": 64, "num_warps": 4}
-BALANCED = {"ctas": 5, "BLOCK": 64, "ROWS": 4, "num_warps": 4}
-CONFIGS = [pytest.param(None, id="own"), pytest.param(SMALL, id="small"), pytest.param(BALANCED, id="balanced")]
+SMALL = {"ctas": 3, "BLOCK": 64, "WIDE": 2, "ROWS": 0, "num_warps": 4}
+SHARED = {"ctas": 2, "BLOCK": 64, "WIDE": 1, "ROWS": 4, "num_warps": 4}
+CONFIGS = [pytest.param(None, id="own"), pytest.param(SMALL, id="small"), pytest.param(SHARED, id="shared")]
 
 
 def ints(values, dtype=torch.int64):
@@ -70,7 +70,7 @@ WIDTH = 9 * 4096 + 100
 EDGES = [1, 0, 4095, 4096, 4097, -1, 2 * 4096 - 1, 2 * 4096, 2 * 4096 + 1, -4096, 8 * 4096 + 1, 63, 64, 65, WIDTH]
 
 
-LARGER = [pytest.param(None, id="own"), pytest.param({**BALANCED, "BLOCK": 1024}, id="balanced")]
+LARGER = [pytest.param(None, id="own"), pytest.param({**SHARED, "BLOCK": 1024}, id="shared")]
 
 
 @pytest.mark.parametrize("config", LARGER)
@@ -113,8 +113,8 @@ def test_any_grid_gives_the_same(ctas, block):
     lens = [1000, 0, 17, 513]
     table, pool = slots(4, 1000), ints([2, 0, 3, 1])
     indptr, total = starts(lens)
-    for more in ({}, {"ROWS": 2}):
-        config = {"ctas": ctas, "BLOCK": block, "num_warps": 4, **more}
+    for wide, scanned in ((1, 0), (4, 0), (1, 2), (2, 4)):
+        config = {"ctas": ctas, "BLOCK": block, "WIDE": wide, "ROWS": scanned, "num_warps": 4}
         check_page_table(table, pool, ints(lens), poisoned(4, 70), page_size=16, config=config)
         check_token_indices(table, pool, ints(lens), indptr.to(DEVICE), poisoned(total + 1), config=config)
 
@@ -122,7 +122,7 @@ def test_any_grid_gives_the_same(ctas, block):
 @pytest.mark.parametrize("given_start", [False, True])
 @pytest.mark.parametrize("pool_t, lens_t, indptr_t, start_t, out_t", list(itertools.product(INDEX, repeat=5)))
 def test_every_index_type(pool_t, lens_t, indptr_t, start_t, out_t, given_start):
-    lens, config = [200, 0, 131], {"ctas": 2, "BLOCK": 64, "num_warps": 4}
+    lens, config = [200, 0, 131], {"ctas": 1, "BLOCK": 64, "WIDE": 1, "ROWS": 2, "num_warps": 4}
     table, pool = slots(4, 600), ints([3, 1, 0], pool_t)
     start = ints([64, 0, 320], start_t) if given_start else None
     indptr, total = starts(lens, gap=1)
@@ -212,7 +212,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(kv_indices, "_kernel", lambda config: recorder)
+    monkeypatch.setattr(kv_indices, "_kv_indices_kernel", recorder)
     return recorder.grids
 
 
@@ -239,15 +239,29 @@ def test_one_launch_that_does_not_grow_with_any_width(launches):
 def test_grids_are_bounded_by_rows_and_gpu(sms):
     for rows in [*range(1, 600), 4096, 10**6]:
         for config in (token_indices_config(rows, sms), *(page_table_config(rows, p, sms) for p in PAGE_SIZES)):
-            programs = config["ctas"] * (1 if "ROWS" in config else rows)
             assert 1 <= config["ctas"] <= 65535  # a limit of the grid's second axis
-            assert programs <= max(rows, 16 * sms)
+            assert config["ctas"] * rows <= max(rows, 8 * sms)
+
+
+def test_launch_numbers_are_those_that_were_measured():
+    ids = {"BLOCK": 1024, "WIDE": 1, "ROWS": 256, "num_warps": 4}
+    assert [token_indices_config(rows, 132) for rows in (1, 8, 64, 256, 1024)] == [
+        {"ctas": ctas, **ids} for ctas in (128, 66, 8, 2, 1)
+    ]
+    pages = {"BLOCK": 128, "WIDE": 8, "ROWS": 0, "num_warps": 1}
+    assert [page_table_config(rows, 64, 132) for rows in (1, 8, 64, 256, 1024)] == [
+        {"ctas": ctas, **pages} for ctas in (32, 32, 16, 2, 1)
+    ]
+    assert page_table_config(1, 16, 132) == {"ctas": 32, "BLOCK": 512, "WIDE": 2, "ROWS": 0, "num_warps": 4}
+    assert page_table_config(3, 1, 132) == token_indices_config(3, 132)
 
 
 def test_interpreted_programs_are_few_and_wide():
     # the interpreter runs programs one after another, in Python
     assert token_indices_config(64, 1, True)["ctas"] == 1
-    assert page_table_config(64, 64, 1, True) == {"ctas": 1, "BLOCK": 256, "num_warps": 4}
+    assert page_table_config(64, 64, 1, True) == {
+        "ctas": 1, "BLOCK": 256, "WIDE": 1, "ROWS": 0, "num_warps": 4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("config", LARGER)
@@ -281,9 +295,13 @@ def batches(draw):
     page_size = draw(st.sampled_from(PAGE_SIZES))
     lens = draw(st.lists(st.integers(-3, 700), min_size=1, max_size=9))
     first = [page_size * draw(st.integers(0, 3)) for _ in lens]
-    config = {"ctas": draw(st.integers(1, 5)), "BLOCK": draw(st.sampled_from([64, 256])), "num_warps": 4}
-    if draw(st.booleans()):
-        config["ROWS"] = 4
+    config = {
+        "ctas": draw(st.integers(1, 5)),
+        "BLOCK": draw(st.sampled_from([64, 256])),
+        "WIDE": draw(st.sampled_from([1, 2])),
+        "ROWS": draw(st.sampled_from([0, 2, 4])),
+        "num_warps": 4,
+    }
     return (
         page_size,
         lens,

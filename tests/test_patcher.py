@@ -100,11 +100,11 @@ def test_ours_looks_like_the_hosts(fake_host: FakeHost) -> None:
     code = """
     import inspect
     import fakehost.ops as ops, fakehost.kernels as kernels
-    before = ops.decode, inspect.signature(ops.decode), kernels.indices
+    name, signature, fn = id(ops.decode), inspect.signature(ops.decode), kernels.indices.fn
     mla_patch.apply()
-    print(ops.decode is not before[0], ops.decode.__name__, ops.decode.__module__, ops.decode == before[0])
-    print(inspect.signature(ops.decode) == before[1], callable(kernels.indices), kernels.indices.arg_names)
-    print(isinstance(kernels.indices, type(before[2])), kernels.indices.fn is before[2].fn)
+    print(id(ops.decode) != name, ops.decode.__name__, ops.decode.__module__, ops.decode == ops.decode.__wrapped__)
+    print(inspect.signature(ops.decode) == signature, callable(kernels.indices), kernels.indices.arg_names)
+    print(isinstance(kernels.indices, type(kernels.outer)), kernels.indices.fn is fn)
     """
     assert fake_host.says(code).splitlines() == [
         "True decode fakehost.ops True",
@@ -267,7 +267,7 @@ def test_a_wrapper_on_top_is_left_alone(fake_host: FakeHost) -> None:
     fake_host.write("wrapping.py", WRAP["wrapt"])
     code = """
     mla_patch.apply("ops")
-    import wrapping
+    import fakehost.ops, wrapping
     top = wrapping.wrap()
     from fakehost.caller import run
     print(run())

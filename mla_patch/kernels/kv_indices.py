@@ -13,7 +13,10 @@
                   for 0 <= j < lens[r]
 
 Nothing else is written. Both are one gather of `entries`, one per page or one per token, BLOCK at a time. Lengths are
-known only on the device, so the grid is sized from the row count and the GPU, never from a tensor's width.
+known only on the device, so the grid is sized from the row count and the GPU, never from a tensor's width. What of a
+long row is left over when every program has copied one block is shared out: among the row's own programs (page tables,
+which are short), or among all of them (token ids, where one long request beside many short ones would otherwise keep a
+few programs busy and the rest idle).
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ _INTERPRETED = interpreted()  # asked here, because decoration is when Triton de
 def token_indices_config(rows: int, sms: int, interpret: bool = False) -> dict[str, int]:
     """Launch numbers of `build_token_indices`; ``sms`` multiprocessors. Nothing here knows the table's width."""
     if interpret:  # programs run one after another in Python: as few, and as wide, as will do
-        return {"ctas": 1, "BLOCK": 16384, "num_warps": 4}
-    return {"ctas": max(1, min(8 * sms // rows, 128)), "BLOCK": 1024, "num_warps": 4}
+        return {"ctas": 1, "BLOCK": 16384, "WIDE": 1, "ROWS": 0, "num_warps": 4}
+    return {"ctas": max(1, min(4 * sms // rows, 128)), "BLOCK": 1024, "WIDE": 1, "ROWS": 256, "num_warps": 4}
 
 
 def page_table_config(rows: int, page_size: int, sms: int, interpret: bool = False) -> dict[str, int]:
@@ -43,10 +46,37 @@ def page_table_config(rows: int, page_size: int, sms: int, interpret: bool = Fal
     if page_size == 1:
         return token_indices_config(rows, sms, interpret)
     if interpret:
-        return {"ctas": 1, "BLOCK": 16384 // page_size, "num_warps": 4}
+        return {"ctas": 1, "BLOCK": 16384 // page_size, "WIDE": 1, "ROWS": 0, "num_warps": 4}
     # small pages make more entries: a block stays at about 8192 tokens of context
     block = min(max(8192 // page_size, 128), 1024)
-    return {"ctas": max(1, min(4 * sms // rows, 16)), "BLOCK": block, "num_warps": 4}
+    # few rows may be uneven, and idle programs cost less than a long row's loop; many rows fill the GPU by themselves
+    ctas = max(1, min((8 if rows <= 64 else 4) * sms // rows, 32))
+    return {"ctas": ctas, "BLOCK": block, "WIDE": 1024 // block, "ROWS": 0, "num_warps": max(block // 128, 1)}
+
+
+@triton.jit
+def _row(
+    req_to_token,
+    req_pool_indices,
+    lens,
+    kv_indptr,
+    kv_start_idx,
+    out,
+    row,
+    req_to_token_stride,
+    out_stride,
+    PAGE_SIZE: tl.constexpr,
+):
+    """How many entries a row has, where its first slot is, where its first entry goes."""
+    entries = (tl.load(lens + row).to(tl.int64) + (PAGE_SIZE - 1)) // PAGE_SIZE
+    source = req_to_token + tl.load(req_pool_indices + row).to(tl.int64) * req_to_token_stride
+    if kv_start_idx is not None:
+        source += tl.load(kv_start_idx + row).to(tl.int64)
+    if kv_indptr is not None:
+        target = out + tl.load(kv_indptr + row).to(tl.int64)
+    else:
+        target = out + row * out_stride
+    return entries, source, target
 
 
 @triton.jit
@@ -63,42 +93,8 @@ def _copy_block(source, out, first, entries, PAGE_SIZE: tl.constexpr, BLOCK: tl.
 _CALL_ARGS = ["req_to_token", "req_pool_indices", "lens", "kv_indptr", "kv_start_idx", "out"]
 
 
-@triton.jit(do_not_specialize=["req_to_token_stride", "out_stride"], do_not_specialize_on_alignment=_CALL_ARGS)
-def _kv_indices_kernel(
-    req_to_token,
-    req_pool_indices,
-    lens,
-    kv_indptr,
-    kv_start_idx,
-    out,
-    req_to_token_stride,
-    out_stride,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    # these loads do not wait for each other
-    entries = (tl.load(lens + row).to(tl.int64) + (PAGE_SIZE - 1)) // PAGE_SIZE
-    source = req_to_token + tl.load(req_pool_indices + row).to(tl.int64) * req_to_token_stride
-    if kv_start_idx is not None:
-        source += tl.load(kv_start_idx + row).to(tl.int64)
-    if kv_indptr is not None:
-        target = out + tl.load(kv_indptr + row).to(tl.int64)
-    else:
-        target = out + row * out_stride
-    first = tl.program_id(1).to(tl.int64) * BLOCK
-    step = tl.num_programs(1).to(tl.int64) * BLOCK
-    # The first block is not inside the loop: behind the loop's branch, the assembler would hold back
-    # every load but the length, and the chain would be one memory latency longer.
-    _copy_block(source, target, first, entries, PAGE_SIZE, BLOCK)
-    first += step
-    while first < entries:
-        _copy_block(source, target, first, entries, PAGE_SIZE, BLOCK)
-        first += step
-
-
 @triton.jit(do_not_specialize=["rows", "req_to_token_stride", "out_stride"], do_not_specialize_on_alignment=_CALL_ARGS)
-def _kv_indices_balanced_kernel(
+def _kv_indices_kernel(
     req_to_token,
     req_pool_indices,
     lens,
@@ -110,38 +106,53 @@ def _kv_indices_balanced_kernel(
     out_stride,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One line of programs over all blocks of all rows: every program finds the row of its block by itself."""
-    block = tl.program_id(0)
-    lane = tl.arange(0, ROWS)
-    top = 0
-    before = 0  # blocks in the rows above `top`
-    while top < rows:
-        row = top + lane
-        length = tl.load(lens + row, mask=row < rows, other=0).to(tl.int64)
-        blocks = ((tl.maximum(length, 0) + (PAGE_SIZE * BLOCK - 1)) // (PAGE_SIZE * BLOCK)).to(tl.int32)
-        ends = before + tl.cumsum(blocks, 0)
-        after = tl.max(ends, 0)
-        while block < after:
-            # one row holds this block; its number and its first block travel in one reduction
-            begins = ends - blocks
-            found = tl.where((begins <= block) & (block < ends), (lane.to(tl.int64) << 32) + begins, 0)
-            packed = tl.sum(found, 0)
-            r = top + (packed >> 32)
-            first = (block - (packed & 0x7FFFFFFF)) * BLOCK
-            entries = (tl.load(lens + r).to(tl.int64) + (PAGE_SIZE - 1)) // PAGE_SIZE
-            source = req_to_token + tl.load(req_pool_indices + r).to(tl.int64) * req_to_token_stride
-            if kv_start_idx is not None:
-                source += tl.load(kv_start_idx + r).to(tl.int64)
-            if kv_indptr is not None:
-                target = out + tl.load(kv_indptr + r).to(tl.int64)
-            else:
-                target = out + r * out_stride
-            _copy_block(source, target, first, entries, PAGE_SIZE, BLOCK)
-            block += tl.num_programs(0)
-        before = after
-        top += ROWS
+    row = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(1)  # per row
+    # These loads do not wait for each other. The first block is not inside a loop: behind a loop's branch, the
+    # assembler would hold back every load but the length, and the chain would be one memory latency longer.
+    if ROWS > 0:
+        lane = tl.arange(0, ROWS)
+        lengths = tl.load(lens + lane, mask=lane < rows, other=0)
+    entries, source, target = _row(
+        req_to_token, req_pool_indices, lens, kv_indptr, kv_start_idx, out,
+        row, req_to_token_stride, out_stride, PAGE_SIZE,
+    )  # fmt: skip
+    _copy_block(source, target, tl.program_id(1).to(tl.int64) * BLOCK, entries, PAGE_SIZE, BLOCK)
+    direct = programs * BLOCK  # entries of every row that are done now
+    if ROWS == 0:
+        first = direct.to(tl.int64) + tl.program_id(1).to(tl.int64) * (BLOCK * WIDE)
+        while first < entries:
+            _copy_block(source, target, first, entries, PAGE_SIZE, BLOCK * WIDE)
+            first += programs.to(tl.int64) * (BLOCK * WIDE)
+    else:
+        # What is left of all rows, in chunks, is one line of work; a program finds the rows of its chunks by itself.
+        chunk = (row * programs).to(tl.int32) + tl.program_id(1)
+        top = 0
+        before = 0  # chunks in the rows above `top`
+        while top < rows:
+            if top > 0:
+                lengths = tl.load(lens + top + lane, mask=top + lane < rows, other=0)
+            left = ((tl.maximum(lengths, 0) + (PAGE_SIZE - 1)) // PAGE_SIZE).to(tl.int32) - direct
+            chunks = (tl.maximum(left, 0) + (BLOCK * WIDE - 1)) // (BLOCK * WIDE)
+            after = before + tl.sum(chunks, 0)
+            if chunk < after:
+                begins = before + tl.cumsum(chunks, 0) - chunks
+                while chunk < after:
+                    # one row holds this chunk; its number and its first chunk travel in one reduction
+                    holds = (begins <= chunk) & (chunk < begins + chunks)
+                    packed = tl.sum(tl.where(holds, (lane.to(tl.int64) << 32) + begins, 0), 0)
+                    entries, source, target = _row(
+                        req_to_token, req_pool_indices, lens, kv_indptr, kv_start_idx, out,
+                        top + (packed >> 32), req_to_token_stride, out_stride, PAGE_SIZE,
+                    )  # fmt: skip
+                    first = direct + (chunk - (packed & 0x7FFFFFFF)) * (BLOCK * WIDE)
+                    _copy_block(source, target, first, entries, PAGE_SIZE, BLOCK * WIDE)
+                    chunk += programs * rows
+            before = after
+            top += ROWS
 
 
 def build_page_table(
@@ -261,12 +272,12 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                 "req_pool_indices": pool,
                 "lens": lens,
                 "out": out,
+                "rows": "i32",
                 "req_to_token_stride": "i32",
                 "out_stride": "i32",
             }
-            constexprs: dict[str, Any] = {"PAGE_SIZE": max(page_size, 1), "BLOCK": numbers["BLOCK"]}
-            if "ROWS" in numbers:
-                signature["rows"], constexprs["ROWS"] = "i32", numbers["ROWS"]
+            constexprs: dict[str, Any] = {"PAGE_SIZE": max(page_size, 1)}
+            constexprs |= {name: numbers[name] for name in ("BLOCK", "WIDE", "ROWS")}
             for name, pointer in (("kv_indptr", indptr if token_ids else None), ("kv_start_idx", start)):
                 if pointer is None:
                     constexprs[name] = None
@@ -277,7 +288,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
             cases.append(
                 CompileCase(
                     f"{what} {numbers} {chosen}",
-                    _kernel(numbers),
+                    _kv_indices_kernel,
                     signature,
                     constexprs,
                     num_warps=numbers["num_warps"],
@@ -364,10 +375,6 @@ def _sms(tensor: torch.Tensor) -> int:
     return 1 if _INTERPRETED else sm_count(tensor.device.index)
 
 
-def _kernel(config: dict[str, int]) -> Any:
-    return _kv_indices_balanced_kernel if "ROWS" in config else _kv_indices_kernel
-
-
 def _launch(
     config: dict[str, int],
     rows: int,
@@ -381,14 +388,11 @@ def _launch(
     out_stride: int,
     page_size: int,
 ) -> None:
-    balanced = "ROWS" in config
-    kernel = _kernel(config)
-    grid = (config["ctas"],) if balanced else (rows, config["ctas"])
+    grid = (rows, config["ctas"])
     numbers = {name: value for name, value in config.items() if name != "ctas"}
-    tensors = (req_to_token, req_pool, lens, indptr, kv_start, out)
-    scalars = (rows, row_stride, out_stride) if balanced else (row_stride, out_stride)
+    args = (req_to_token, req_pool, lens, indptr, kv_start, out, rows, row_stride, out_stride)
     if not _INTERPRETED and out.device.index != torch.cuda.current_device():
         with torch.cuda.device(out.device):  # Triton launches on the current device, whatever the tensors say
-            kernel[grid](*tensors, *scalars, PAGE_SIZE=page_size, **numbers)
+            _kv_indices_kernel[grid](*args, PAGE_SIZE=page_size, **numbers)
     else:
-        kernel[grid](*tensors, *scalars, PAGE_SIZE=page_size, **numbers)
+        _kv_indices_kernel[grid](*args, PAGE_SIZE=page_size, **numbers)
