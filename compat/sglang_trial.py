@@ -273,49 +273,6 @@ def run(route: str, batch: Batch) -> Trial:
         return ROUTES[route](batch)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a builder, as the host made it: to be made again, by any kernel of the same parameters."""
-
-    grid: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, kernel: Any) -> None:
-        kernel[self.grid](*self.args, **self.kwargs)
-
-
-def run_recorded(route: str, batch: Batch) -> tuple[Trial, list[Launch]]:
-    """``run``, and the launches of the route's builder that the host made in it."""
-    launches: list[Launch] = []
-    with ExitStack() as stack:
-        importlib.import_module(f"sglang.srt.layers.attention.{route.split()[0]}")
-        for name, module in list(sys.modules.items()):
-            for builder in (TOKEN_IDS, PAGE_TABLE) if name.startswith("sglang.") else ():
-                if builder in vars(module):
-                    recorder = _Recorder(vars(module)[builder], launches)
-                    stack.enter_context(mock.patch.dict(vars(module), {builder: recorder}))
-        return run(route, batch), launches
-
-
-class _Recorder:
-    """A kernel that writes down how it is launched, and launches."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self._kernel = kernel
-        self._launches = launches
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kernel, name)
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self._launches.append(Launch(grid, args, kwargs))
-            self._launches[-1](self._kernel)
-
-        return launch
-
-
 def routes() -> Iterator[str]:
     """The routes whose backend exists in the SGLang on this path."""
     for route in ROUTES:

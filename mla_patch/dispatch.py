@@ -89,19 +89,24 @@ class Site:
         try:
             call = self.bind(*args, **kwargs) if first is None else self.bind(first, *args, **kwargs)
         except TypeError as problem:
-            counts.decline(self._unbound(problem, kwargs))
+            counts.decline(_unbound(problem))
             return host(*args, **kwargs)
         except Exception as problem:
             switch.trip(f"{self.name}: bind: {problem!r}")
             return host(*args, **kwargs)
         serve, declines = self.serve, self.declines
         if not switch.plain:
-            if switch.check is not None:
-                self._check_hardware(call)
-            name = switch.arms.choose(self, call) if switch.arms is not None else PATCH
-            if name == HOST or switch.stopped:
+            try:
+                if switch.check is not None:
+                    self._check_hardware(call)
+                name = switch.arms.choose(self, call) if switch.arms is not None else PATCH
+                arm = None if name == HOST or switch.stopped else self.arms[name]
+            except Exception as problem:
+                switch.trip(f"{self.name}: choosing an arm: {problem!r}")
                 return host(*args, **kwargs)
-            serve, declines = self.arms[name].serve, self.arms[name].declines
+            if arm is None:
+                return host(*args, **kwargs)
+            serve, declines = arm.serve, arm.declines
         try:
             reason = declines(call)
         except Exception as problem:  # nothing has been launched: the host can still serve, under capture too
@@ -126,12 +131,6 @@ class Site:
             counts.captured += 1
         return result
 
-    def _unbound(self, problem: TypeError, kwargs: dict[str, Any]) -> str:
-        """What is wrong with the arguments, in words that do not change from call to call."""
-        text = str(problem)
-        _, found, rest = text.partition("unexpected keyword argument ")
-        return f"unknown argument {rest.split()[0].strip(chr(39))}" if found else f"arguments: {text}"
-
     def _check_hardware(self, call: Any) -> None:
         for name in getattr(type(call), "__slots__", None) or vars(call):
             value = getattr(call, name)
@@ -145,6 +144,14 @@ class Site:
                 return
 
 
+def _unbound(problem: TypeError) -> str:
+    """What is wrong with the arguments, in words that do not change from call to call."""
+    _, found, rest = str(problem).partition("unexpected keyword argument ")
+    # newer Pythons go on: 'scal'. Did you mean 'scale'?
+    name = rest.strip("'").partition("'")[0]
+    return f"unknown argument {name}" if found else f"arguments: {problem}"
+
+
 class FunctionStandIn(wrapt.FunctionWrapper):
     """Takes the place of a host's function or method; looks like it in every other respect."""
 
@@ -153,7 +160,7 @@ class FunctionStandIn(wrapt.FunctionWrapper):
         self._self_site = site
 
 
-class KernelStandIn(wrapt.ObjectProxy):
+class KernelStandIn(wrapt.CallableObjectProxy):
     """Takes the place of a host's kernel object, launched as ``kernel[grid](...)``.
 
     ``run``, ``warmup``, ``fn`` and the rest stay the host's.

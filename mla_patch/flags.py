@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mla_patch.features import Feature
 
@@ -35,8 +35,9 @@ class Flags:
     problems: list[str] = field(default_factory=list)
 
     def feature(self, feature: Feature) -> Setting:
-        """The mode of one feature on one host: the more special name wins."""
-        return self.settings.get(feature.label) or self.settings[feature.flag]
+        """The mode of one feature on one host: the more special name wins, and each host has its own default."""
+        setting = self.settings.get(feature.label) or self.settings[feature.flag]
+        return setting if setting.asked_for else replace(setting, value=feature.default)
 
     def on(self, name: str) -> bool:
         return self.settings[name].value == "on"

@@ -123,6 +123,7 @@ class Patcher:
         self.changed()
         modules = [target.module for target in run.targets] or judgement.watch
         for module in dict.fromkeys(modules):
+            _wait_for(module)
             wrapt.register_post_import_hook(functools.partial(self._imported, run), module)
         if not modules:
             self._complain(run)
@@ -180,7 +181,7 @@ class Patcher:
                     run.status.state, run.status.reason = problem.state, str(problem)
                 else:
                     run.status.state, run.status.reason = State.FAILED, repr(problem)
-                    run.warned = True
+                    run.warned = not self.strict
                     log.warning("mla-patch: %s failed, the host keeps its own code", run.feature.label, exc_info=True)
         self.changed()
         self._complain(run)
@@ -332,9 +333,18 @@ def _live_params(value: Any) -> tuple[str, ...]:
     return tuple(marks.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values())
 
 
-def _initializing(module: types.ModuleType) -> bool:
+def _initializing(module: types.ModuleType | None) -> bool:
     """Whether the import system is still at work on ``module``, so that nobody can have kept a thing of it."""
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _wait_for(module: str) -> None:
+    """Let another thread finish its import of ``module``: half of one looks as if the rest had drifted."""
+    if _initializing(sys.modules.get(module)):
+        try:
+            import_module(module)
+        except Exception:  # the host's own, told where the host imports it
+            log.debug("mla-patch: %s cannot be imported", module, exc_info=True)
 
 
 def _own(holder: Any, attribute: str) -> Any:
@@ -400,14 +410,17 @@ def _keeper(value: Any, settable: list[str], package: str) -> str | None:
             if not _rebindable(owner, package):
                 return f"a class {owner.__qualname__}"
             continue
-        home = getattr(owner, "__module__", None) or type(owner).__module__
+        if is_ours(owner):
+            continue
+        module = isinstance(owner, types.ModuleType)
+        home = owner.__name__ if module else getattr(owner, "__module__", None) or type(owner).__module__
         if machinery != "builtins" and home.partition(".")[0] == machinery:
             continue
         names = _names_for(owner, value)
         if names and set(names) <= set(settable):
             continue
         what = f"attribute {names[0]} of " if names else ""
-        return f"{what}a {type(owner).__name__} {getattr(owner, '__qualname__', '')}".strip()
+        return f"{what}a {type(owner).__name__} {home if module else getattr(owner, '__qualname__', '')}".strip()
     return None
 
 
@@ -420,8 +433,11 @@ def _rebindable(owner: type, package: str) -> bool:
 def _owner(ref: Any) -> Any:
     """Whose a dict, a cell, a tuple or a staticmethod is: the class or instance, the function with that closure."""
     if isinstance(ref, dict):
-        owners = [o for o in gc.get_referrers(ref) if isinstance(o, type) or getattr(o, "__dict__", None) is ref]
-        return owners[0] if owners else ref
+        # without its C extension, wrapt keeps what it wraps in a dict that is not the proxy's __dict__
+        owners = [
+            o for o in gc.get_referrers(ref) if is_ours(o) or isinstance(o, type) or getattr(o, "__dict__", None) is ref
+        ]
+        return owners[0] if owners else _collector(ref)
     if isinstance(ref, (staticmethod, classmethod)):
         holders = [_owner(names) for names in gc.get_referrers(ref) if isinstance(names, dict)]
         return next((holder for holder in holders if isinstance(holder, type)), ref)
@@ -430,6 +446,15 @@ def _owner(ref: Any) -> Any:
         return _owner(closures[0]) if closures else ref
     if type(ref) is tuple:  # a function's closure, or its defaults
         return next((f for f in gc.get_referrers(ref) if isinstance(f, types.FunctionType)), ref)
+    return ref
+
+
+def _collector(ref: Any) -> Any:
+    """The module or instance that has the container ``ref`` as an attribute, else ``ref``."""
+    for holder in gc.get_referrers(ref):
+        holder = next((o for o in gc.get_referrers(holder) if getattr(o, "__dict__", None) is holder), holder)
+        if not isinstance(holder, dict) and any(bound is ref for bound in getattr(holder, "__dict__", {}).values()):
+            return holder
     return ref
 
 

@@ -10,6 +10,7 @@ import pluggy
 from mla_patch import hookspecs
 from mla_patch.compat.types import Arm
 from mla_patch.features import Feature
+from mla_patch.flags import known
 
 GROUP = "mla_patch"
 # where the distribution's metadata is missing (a source tree on PYTHONPATH), these stand in for it
@@ -30,7 +31,7 @@ def load() -> Plugins:
     found = Plugins()
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    for name, value in _entry_points().items():
+    for name, value in _entry_points():
         try:
             module, _, attribute = value.partition(":")
             loaded = import_module(module)
@@ -48,33 +49,38 @@ def load() -> Plugins:
             features = [f for offer in one("mla_patch_features", others)() for f in offer]
             arms = [a for offer in one("mla_patch_arms", others)() for a in offer]
             _check(features, arms)
-            clash = {f.label for f in features} & {f.label for f in found.features}
+            labels = [f.label for f in (*found.features, *features)]
+            clash = sorted({label for label in labels if labels.count(label) > 1})
             if clash:
-                raise ValueError(f"feature {', '.join(sorted(clash))} is declared by another plugin already")
+                raise ValueError(f"feature {', '.join(clash)} is declared already")
         except Exception as problem:
             found.problems.append(f"plugin {name} was left out: {problem!r}")
             continue
         found.features += features
         found.arms += arms
-    known = [name for f in found.features for name in (f.name, f.label)]
-    for arm in [arm for arm in found.arms if arm.feature not in known]:
+    names = [name for f in found.features for name in (f.name, f.label)]
+    for arm in [arm for arm in found.arms if arm.feature not in names]:
         found.arms.remove(arm)
         found.problems.append(f"arm {arm.name} was left out: no feature is called {arm.feature}")
     found.features.sort(key=lambda f: f.label)
     return found
 
 
-def _entry_points() -> dict[str, str]:
-    points = {point.name: point.value for point in metadata.entry_points(group=GROUP)}
-    if not set(OWN_HOOKS.values()) & set(points.values()):
-        points = {**OWN_HOOKS, **points}
-    return dict(sorted(points.items()))
+def _entry_points() -> list[tuple[str, str]]:
+    """Name and value of every plugin. Distributions choose names alone, so one taken twice is told apart."""
+    points = {point.value: point.name for point in metadata.entry_points(group=GROUP)}
+    if not set(OWN_HOOKS.values()) & set(points):
+        points |= {value: name for name, value in OWN_HOOKS.items()}
+    names = list(points.values())
+    return sorted((f"{name} of {value}" if names.count(name) > 1 else name, value) for value, name in points.items())
 
 
 def _check(features: list[Feature], arms: list[Arm]) -> None:
     for feature in features:
         if not isinstance(feature, Feature):
             raise TypeError(f"mla_patch_features offered {feature!r}, expected a Feature")
+        if feature.flag in known([]):
+            raise ValueError(f"feature name {feature.name!r} is taken: {feature.flag} is a variable of its own")
         if not feature.name.replace("_", "").isalnum() or feature.name != feature.name.lower():
             raise ValueError(f"feature name {feature.name!r}: expected lower-case letters, digits and underscores")
     for arm in arms:

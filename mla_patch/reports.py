@@ -16,7 +16,7 @@ from typing import Any
 from mla_patch.features import SATISFIED, Counts, State
 
 log = logging.getLogger("mla_patch")
-INTERVAL = 1.0  # seconds between two looks for something new
+INTERVAL = 0.25  # seconds between two looks for something new; an engine kills its processes without a word
 
 
 @dataclass

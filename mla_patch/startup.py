@@ -138,7 +138,6 @@ class Session:
         from mla_patch.features import State
         from mla_patch.judge import Judgement, judge
 
-        self._start_writer()
         self._tell_problems()
         settings = flags.read(self.environ, self.plugins.features, chosen, chosen_by)
         skip = self.flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
@@ -154,6 +153,7 @@ class Session:
                 self.patcher.apply(feature, setting, judgement)
             finally:
                 self.report.features = [run.status for run in self.patcher.runs.values()]
+                self._start_writer()
                 self._changed()
 
     def _tell_problems(self) -> None:
@@ -171,7 +171,7 @@ class Session:
         from mla_patch.reports import Writer
 
         directory = self.flags.text("MLA_PATCH_REPORT")
-        if directory and self.writer is None:
+        if directory and self.writer is None and self.report.engine:
             self.writer = Writer(directory, self.report)
 
     def _changed(self) -> None:

@@ -291,7 +291,7 @@ class FakeHost:
         return subprocess.run(
             [sys.executable, "-c", head + "from told import *\n" + dedent(code)],
             env=clean_env(changes | dict(env or {})),
-            cwd=self.root,
+            cwd=self.root.parent,
             capture_output=True,
             text=True,
             timeout=60,

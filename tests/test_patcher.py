@@ -124,7 +124,6 @@ def test_a_launched_kernel_is_served(fake_host: FakeHost) -> None:
     dst = []
     c.indices[lambda meta: (1,)](None, dst, 3, BLOCK=32)
     print(dst, row("kernel")["served"])
-    c.indices[(1,)](None, dst, 3, num_warps=4) if False else None
     c.indices.run(None, dst, 3, grid=(1,)), c.indices.fn(None, dst, 3)
     print(dst, c.indices.warmup(grid=(1,)), row("kernel")["served"])
     """
@@ -474,7 +473,8 @@ def test_classes_are_never_replaced(fake_host: FakeHost) -> None:
     before = layers.Backend
     mla_patch.apply()
     there = pickle.loads(pickle.dumps(layers.Backend()))
-    print(layers.Backend is before, type(there) is before, there.forward(1), pickle.loads(pickle.dumps(before)) is before)
+    again = pickle.loads(pickle.dumps(layers.Backend))
+    print(layers.Backend is before, type(there) is before, there.forward(1), again is before)
     print(state("whole"))
     """
     assert fake_host.says(code).splitlines() == [
@@ -741,3 +741,374 @@ def test_a_declaration_that_breaks_costs_only_itself(declared: str, fake_host: F
     served, told = fake_host.says(code).splitlines()
     assert served == "ours ours"
     assert told.startswith("failed: ")
+
+
+# --- which host, which release
+
+
+def as_sglang(fake_host: FakeHost, version: str = "0.5.11", metadata: bool = True) -> None:
+    """An engine with a reviewed list, which wakes the plugin when it is imported."""
+    fake_host.write("sglang/__init__.py", "")
+    fake_host.write("sglang/ops.py", "def decode(q, kv, scale=1.0):\n    return 'host'\n")
+    if metadata:
+        fake_host.install("sglang", version)
+    fake_host.plug("""
+    OPS = target("sglang.ops", "decode", ("q", "kv", "scale"), decode_call)
+    FEATURES = [feature("ops", OPS, host="sglang>=0.5.1,<0.5.24")]
+    """)
+
+
+WAKE = "import sglang\nprint(state())\nfrom sglang.ops import decode\nprint(decode(1, 2), state())"
+
+
+@pytest.mark.parametrize(
+    "version, armed, served",
+    [
+        ("0.5.11", "armed", "ours applied"),
+        ("0.5.11.post3", "armed: sglang 0.5.11.post3 is unreviewed", "ours applied: sglang 0.5.11.post3 is unreviewed"),
+        ("0.5.24", "absent: sglang 0.5.24 is outside >=0.5.1,<0.5.24", None),
+        ("0.4.6", "absent: sglang 0.4.6 is outside >=0.5.1,<0.5.24", None),
+        ("0.5.11+local", "armed: sglang 0.5.11+local is unreviewed", "ours applied: sglang 0.5.11+local is unreviewed"),
+        ("0.5.12rc1", "armed: sglang 0.5.12rc1 is unreviewed", "ours applied: sglang 0.5.12rc1 is unreviewed"),
+        ("banana", "armed: version banana cannot be read; every known home is tried", None),
+        (
+            "0.0.0.dev0",
+            "armed: its metadata says 0.0.0.dev0, which tells nothing; every known home is tried",
+            "ours applied: its metadata says 0.0.0.dev0, which tells nothing; every known home is tried",
+        ),
+    ],
+)
+def test_releases(version: str, armed: str, served: str | None, fake_host: FakeHost) -> None:
+    as_sglang(fake_host, version)
+    served = served or (f"host {armed}" if armed.startswith("absent") else f"ours {armed.replace('armed', 'applied')}")
+    assert fake_host.says(WAKE, door=True).splitlines() == [armed, served]
+
+
+def test_skip_the_version_check(fake_host: FakeHost) -> None:
+    as_sglang(fake_host, "0.5.99")
+    assert fake_host.says(WAKE, {"MLA_PATCH_SKIP_VERSION_CHECK": "1"}, door=True).splitlines() == [
+        "armed: outside >=0.5.1,<0.5.24: unreviewed, applied on request",
+        "ours applied: outside >=0.5.1,<0.5.24: unreviewed, applied on request",
+    ]
+
+
+def test_skipping_the_version_check_keeps_the_signature_check(fake_host: FakeHost) -> None:
+    as_sglang(fake_host, "0.5.99")
+    fake_host.write("sglang/ops.py", "def decode(q, kv):\n    return 'host'\n")
+    assert fake_host.says(WAKE, {"MLA_PATCH_SKIP_VERSION_CHECK": "1"}, door=True).splitlines() == [
+        "drifted: sglang.ops.decode lacks scale",
+        "host drifted: sglang.ops.decode lacks scale",
+    ]
+
+
+def test_no_metadata(fake_host: FakeHost) -> None:
+    as_sglang(fake_host, metadata=False)
+    armed, served = fake_host.says(WAKE, door=True).splitlines()
+    assert armed.startswith("armed: sglang comes from PYTHONPATH (")
+    assert armed.endswith(") and has no metadata; its version cannot be told; every known home is tried")
+    assert served.startswith("ours applied")
+
+
+def test_an_overlay_over_an_installed_release(fake_host: FakeHost) -> None:
+    """The release's metadata is there, but Python imports another folder; its version file tells."""
+    as_sglang(fake_host, "0.4.6")
+    fake_host.write("overlay/sglang/__init__.py", "")
+    fake_host.write("overlay/sglang/ops.py", "def decode(q, kv, scale=1.0):\n    return 'overlay'\n")
+    fake_host.write("overlay/sglang/version.py", "__version__ = '0.5.11'\n")
+    over = str(fake_host.root / "overlay")
+    armed, served = fake_host.says(WAKE, door=True, path=(over,)).splitlines()
+    assert armed == f"armed: sglang comes from PYTHONPATH ({over}) and has no metadata"
+    assert served.startswith("ours applied")
+
+
+def test_a_host_that_is_not_installed(fake_host: FakeHost) -> None:
+    fake_host.plug("FEATURES = [feature('ops', DECODE, host='nosuchhost>=1,<2')]")
+    assert fake_host.says("mla_patch.apply()\nprint(state())") == "absent: nosuchhost is not installed"
+
+
+def test_the_first_import_wakes_and_no_other(fake_host: FakeHost) -> None:
+    as_sglang(fake_host)
+    code = """
+    import json, fakehost
+    print(any(n.startswith("mla_patch.") and n not in ("mla_patch._door", "mla_patch.startup", "mla_patch.compat")
+              for n in sys.modules if n in early))
+    import sglang
+    print(state())
+    """
+    code = "early = set(sys.modules)\n" + code.replace("\n    ", "\n")
+    done = fake_host.run("pass", door=True)
+    assert done.stderr == ""
+    assert fake_host.says(code, door=True).splitlines() == ["False", "armed"]
+
+
+def test_without_the_door_a_host_stays_as_it_is(fake_host: FakeHost) -> None:
+    as_sglang(fake_host)
+    assert fake_host.says("import sglang.ops\nprint(sglang.ops.decode(1, 2))") == "host"
+
+
+def test_another_home(fake_host: FakeHost) -> None:
+    """Of two homes of one entry point, the one that is there is taken."""
+    fake_host.plug("""
+    OLD = target("fakehost.old.ops", "decode", ("q", "kv"), decode_call)
+    FEATURES = [feature("ops", OLD, DECODE)]
+    """)
+    code = (
+        "mla_patch.apply()\nfrom fakehost.caller import run\nprint(run(), [t['module'] for t in row('ops')['targets']])"
+    )
+    assert fake_host.says(code) == "ours ['fakehost.ops']"
+
+
+def test_native(fake_host: FakeHost) -> None:
+    fake_host.plug("""
+    def native(target, version):
+        return f"{version} has it" if target.name == "decode" else None
+    FEATURES = [feature("ops", DECODE, native=native), feature("more", DECODE, PREFILL, native=native)]
+    """)
+    code = """
+    mla_patch.apply()
+    import fakehost.caller as c
+    print(c.run(), c.fill(1))
+    print(state("ops"))
+    print(state("more"))
+    mla_patch.apply("ops")
+    print(c.run(), state("ops"))
+    """
+    assert fake_host.says(code).splitlines() == [
+        "host ours",
+        "native: decode: 1.5 has it",
+        "applied: decode: 1.5 has it",
+        "ours applied",
+    ]
+    code = "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), state('ops'))"
+    assert fake_host.says(code, {"MLA_PATCH_OPS": "on"}) == "ours applied"
+
+
+NVML = """
+    class NVMLError(Exception): pass
+    def nvmlInit(): {init}
+    def nvmlShutdown(): pass
+    def nvmlDeviceGetHandleByIndex(index): return index
+    def nvmlDeviceGetName(device): return b"Fake"
+    def nvmlDeviceGetCudaComputeCapability(device): return (8, 6)
+    def nvmlSystemGetDriverVersion(): return "1.0"
+"""
+HARDWARE = """
+FEATURES = [feature("ops", DECODE, hardware=lambda gpu: f"{gpu.sm} is too small" if gpu.capability < (9, 0) else None)]
+"""
+
+
+def test_hardware_is_told_by_nvml(fake_host: FakeHost) -> None:
+    fake_host.write("pynvml.py", NVML.format(init="pass"))
+    fake_host.plug(HARDWARE)
+    code = "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), state())\nprint('torch' in sys.modules)"
+    assert fake_host.says(code).splitlines() == ["host refused: sm_86 is too small", "False"]
+
+
+def test_hardware_without_nvml_waits_for_a_call(fake_host: FakeHost) -> None:
+    fake_host.write("pynvml.py", NVML.format(init="raise NVMLError('no driver')"))
+    fake_host.plug(HARDWARE + "decode_call = lambda q, kv, scale=1.0: one_call(q)\n")
+    fake_host.change("fakeplug.py", '__slots__ = ("args", "options")', '__slots__ = ("args", "options", "q")')
+    fake_host.change("fakeplug.py", "self.args = args", "self.args = args; self.q = args[0]")
+    code = """
+    mla_patch.apply("ops")
+    import fakehost.caller as c
+    from types import SimpleNamespace
+    from mla_patch.compat import gpu
+    from mla_patch.compat.types import Gpu
+    gpu._from_index = lambda index: Gpu("Fake", (8, 6))
+    tensor = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=None))
+    print(c.run(), state())
+    print(c.decode(tensor, 2), c.run(), c.decode(tensor, 2), state())
+    """
+    done = fake_host.run(code)
+    assert done.stdout.splitlines() == ["ours applied", "host host host refused: sm_86 is too small"]
+    assert done.stderr == ("mla-patch: ops@fakehost (MLA_PATCH_OPS=on, apply()) is refused: sm_86 is too small\n")
+
+
+# --- what is said, and to whom
+
+
+def unsatisfied(fake_host: FakeHost, kind: str) -> str:
+    """A feature of sglang's that cannot be had; returns the state."""
+    as_sglang(fake_host, "0.5.24" if kind == "absent" else "0.5.11")
+    if kind == "drifted":
+        fake_host.write("sglang/ops.py", "def decode(q):\n    return 'host'\n")
+    if kind == "drifted live":
+        fake_host.write(
+            "sglang/ops.py", "def decode(q, kv, scale=1.0):\n    return 'host'\ndecode = lambda q: 'host'\n"
+        )
+    if kind == "failed":
+        fake_host.change("fakeplug.py", 'serve=f"fakeplug:{serve}"', 'serve="fakeplug:none"')
+    if kind == "refused":
+        fake_host.write("pynvml.py", NVML.format(init="pass"))
+        fake_host.change("fakeplug.py", 'host="sglang>=0.5.1,<0.5.24"', 'host="sglang>=0.5.1,<0.5.24", hardware=str')
+    return kind.split()[0]
+
+
+UNSATISFIED = ["absent", "drifted", "drifted live", "refused", "failed"]
+ENGINE = """
+import sglang
+print("imported")
+import sglang.ops
+print("imported", sglang.ops.decode(1) if "drifted" in state() else "")
+import sglang.ops
+states("ops")
+"""
+
+
+@pytest.mark.parametrize("kind", UNSATISFIED)
+def test_asked_for_and_not_had_warns_once(kind: str, fake_host: FakeHost) -> None:
+    state = unsatisfied(fake_host, kind)
+    done = fake_host.run(ENGINE, {"MLA_PATCH_OPS": "on"}, door=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, state)
+    told = [line for line in done.stderr.splitlines() if line.startswith("mla-patch: ")]
+    assert len(told) == 1
+    if state == "failed":
+        assert told[0] == "mla-patch: ops@sglang failed, the host keeps its own code"
+    else:
+        assert told[0].startswith(f"mla-patch: ops@sglang (MLA_PATCH_OPS=on, environment) is {state}: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", UNSATISFIED)
+def test_a_default_never_warns_or_ends_anything(kind: str, fake_host: FakeHost) -> None:
+    state = unsatisfied(fake_host, kind)
+    done = fake_host.run(ENGINE, {"MLA_PATCH_STRICT": "1"}, door=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, state)
+    if kind != "failed":  # an error of ours is told whoever asked
+        assert done.stderr == ""
+
+
+@pytest.mark.parametrize("kind", UNSATISFIED)
+def test_strict_ends_the_process_with_the_reason(kind: str, fake_host: FakeHost) -> None:
+    state = unsatisfied(fake_host, kind)
+    env = {"MLA_PATCH_OPS": "on", "MLA_PATCH_STRICT": "1"}
+    done = fake_host.run(ENGINE, env, door=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        f"mla-patch: ops@sglang (MLA_PATCH_OPS=on, environment) is {state}: "
+    )
+    # when the host imports the target, not before; a host that we do not know has no such moment
+    assert done.stdout == ("" if kind == "absent" else "imported\n")
+
+
+@pytest.mark.parametrize("value", ["on", "off", None])
+def test_strict_is_content_with_what_it_asked_for(value: str | None, fake_host: FakeHost) -> None:
+    as_sglang(fake_host)
+    said = fake_host.says(WAKE, {"MLA_PATCH_OPS": value, "MLA_PATCH_STRICT": "1"}, door=True).splitlines()
+    off = "off: MLA_PATCH_OPS=off (environment)"
+    assert said == ([off, f"host {off}"] if value == "off" else ["armed", "ours applied"])
+
+
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("MLA_PATCH_OSP", "on", "MLA_PATCH_OSP is not a variable of mla-patch; did you mean MLA_PATCH_OPS?"),
+        ("MLA_PATCH_OPS", "onn", "MLA_PATCH_OPS=onn: expected one of on, off, ab, shadow, ab+shadow; did you mean on?"),
+        ("MLA_PATCH_AB", "blocks=2", "MLA_PATCH_AB=blocks=2: 'blocks' is not one of block, ratio, seed, warmup;"),
+    ],
+)
+def test_bad_flags_are_told_once_when_a_host_appears(name: str, value: str, told: str, fake_host: FakeHost) -> None:
+    as_sglang(fake_host)
+    for code in (ENGINE, "mla_patch.apply()\nmla_patch.apply()"):
+        done = fake_host.run(code, {name: value}, door=True)
+        assert done.returncode == 0
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(f"mla-patch: {told}")
+    assert fake_host.says("import json; print(1)", {name: value}, door=True) == "1"
+
+    done = fake_host.run(ENGINE, {name: value, "MLA_PATCH_STRICT": "1"}, door=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"mla-patch: {told}")
+
+
+def test_a_bad_value_is_refused_and_the_rest_goes_on(fake_host: FakeHost) -> None:
+    done = fake_host.run(
+        "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), c.fill(1), state())", {"MLA_PATCH_OPS": "maybe"}
+    )
+    assert done.stdout.startswith("host ours refused: MLA_PATCH_OPS=maybe: expected one of on, off, ab, ")
+
+
+@pytest.mark.parametrize("mode", ["ab", "shadow", "ab+shadow"])
+def test_experiments_are_refused_for_now(mode: str, fake_host: FakeHost) -> None:
+    done = fake_host.run(
+        "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), state())", {"MLA_PATCH_OPS": mode}
+    )
+    assert done.stdout == f"host refused: MLA_PATCH_OPS={mode}: this version has no experiments yet; set on or off\n"
+    assert len(done.stderr.splitlines()) == 1
+
+
+# --- threads
+
+
+def test_modules_imported_by_many_threads(fake_host: FakeHost) -> None:
+    code = """
+    names = ["fakehost.ops", "fakehost.more", "fakehost.kernels", "fakehost.layers", "fakehost.srt.layers.attend",
+             "fakehost.caller"]
+    gate = threading.Barrier(2 * len(names) + 4)
+    errors = []
+    def go(act, *args):
+        gate.wait()
+        try:
+            act(*args)
+        except BaseException as problem:
+            errors.append(problem)
+    threads = [threading.Thread(target=go, args=(importlib.import_module, name)) for name in names * 2]
+    threads += [threading.Thread(target=go, args=(mla_patch.apply,)) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(30)
+    print(errors, any(thread.is_alive() for thread in threads))
+    mla_patch.apply()
+    print(serves())
+    states("ops", "kernel", "method", "tools", "both")
+    mla_patch.restore()
+    print(serves(), left())
+    """
+    said = fake_host.says("mla_patch.apply()\n" + code.replace("\n    ", "\n")).splitlines()
+    assert said == ["[] False", "ours", "applied applied applied applied applied", "host []"]
+
+
+def test_apply_and_restore_by_many_threads(fake_host: FakeHost) -> None:
+    code = """
+    import random
+    import fakehost.caller
+    errors = []
+    def work(seed):
+        choose = random.Random(seed)
+        try:
+            for _ in range(20):
+                choose.choice([mla_patch.apply, mla_patch.restore])()
+                fakehost.caller.run_all()
+        except BaseException as problem:
+            errors.append(problem)
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(30)
+    print(errors)
+    mla_patch.apply()
+    print(serves())
+    mla_patch.restore()
+    print(serves(), left())
+    """
+    assert fake_host.says(code).splitlines() == ["[]", "ours", "host []"]
+
+
+def test_a_module_that_another_thread_is_importing(fake_host: FakeHost) -> None:
+    """It is there, but half made: what it lacks yet has not drifted."""
+    fake_host.write("gate.py", "import threading\nentered, go_on = threading.Event(), threading.Event()\n")
+    ops = fake_host.root / "fakehost/ops.py"
+    ops.write_text("import gate\ngate.entered.set()\ngate.go_on.wait(5)\n" + ops.read_text())
+    code = """
+    import gate
+    mla_patch.report()
+    thread = threading.Thread(target=importlib.import_module, args=("fakehost.ops",))
+    thread.start()
+    gate.entered.wait()
+    threading.Timer(0.2, gate.go_on.set).start()
+    mla_patch.apply()
+    thread.join()
+    from fakehost.caller import run
+    print(run(), state())
+    """
+    assert fake_host.says(code) == "ours applied"

@@ -7,6 +7,8 @@ python tests/hosts/matrix.py --write     run every known release and write the f
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 
 import hosts
 
@@ -17,7 +19,7 @@ _HEAD = """\
 
 Written by `python tests/hosts/matrix.py --write` from runs of real SGLang releases, each in a process of its own with
 `MLA_PATCH=1`, on a CPU under Triton's interpreter; do not edit. "Holders" are the modules in which a replaced name
-is bound: how many hold ours, of how many there are. "Served" are the methods of the host that were run, each with the
+is bound: how many hold ours, of how many there are. "Served" are the host's backends that were driven, each with the
 result of the host's own kernel, entry by entry, except where a fault of the host's is named.
 
 | SGLang | feature | state | holders | served | fault of the host's own |
@@ -34,22 +36,28 @@ def rows(seen: dict) -> list[str]:
     holding = [row["holds"] == "ours" for row in seen["holders"].values()]
     by_source = sum(row["error"] is not None for row in seen["holders"].values())
     holders = f"{sum(holding)} of {len(holding)}" + (f", {by_source} by source" if by_source else "")
-    served = ", ".join(route for route, row in seen["ours"].items() if row["served"] and not row["wrong"])
+    served: dict[str, list[str]] = {}
+    for route, row in seen["ours"].items():
+        if row["served"] and not row["wrong"]:
+            backend, _, method = route.partition(" ")
+            served.setdefault(backend.removesuffix("_backend"), []).append(method)
     faults = "; ".join(f"{route}: {what}" for (r, route), what in hosts.FAULTS.items() if r == release)
     lines = []
     for row in seen["features"]:
         ours = row["name"] == "kv_indices"
         state = f"{row['state']} ({row['reason']})" if row["reason"] else row["state"]
-        cells = (holders, served, faults) if ours else ("", "", "")
+        methods = "; ".join(f"{backend} {', '.join(names)}" for backend, names in served.items())
+        cells = (holders, methods, faults) if ours else ("", "", "")
         lines.append("| " + " | ".join((release, row["name"], state, *cells)) + " |")
     return lines
 
 
 def page(releases: tuple[str, ...]) -> str:
     lines = []
-    for release in releases:
-        print(f"SGLang {release}", file=sys.stderr)
-        lines += rows(hosts.run(release))
+    with tempfile.TemporaryDirectory() as kept:
+        for release in releases:
+            print(f"SGLang {release}", file=sys.stderr)
+            lines += rows(hosts.run(release, Path(kept)))
     return _HEAD + "\n".join(lines) + "\n" + _FOOT
 
 

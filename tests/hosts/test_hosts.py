@@ -1,5 +1,6 @@
 """Real SGLang releases on a CPU: ours is in every place it should be, and serves what the host's own code asks for."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -9,18 +10,24 @@ import pytest
 
 from mla_patch.compat.sglang_fetch import fetch
 
-RELEASES = [pytest.param(release, marks=pytest.mark.xdist_group(f"sglang-{release}")) for release in hosts.chosen()]
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 
-@pytest.fixture(params=RELEASES)
+@pytest.fixture(params=hosts.chosen())
 def release(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where answers are kept for this run; with several workers, the folder above all of theirs."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture
-def seen(release: str, record_property) -> dict:
-    seen = hosts.run(release)
+def seen(release: str, kept: Path, record_property) -> dict:
+    seen = hosts.run(release, kept)
     record_property("sglang", {key: seen[key] for key in ("release", "holders", "ours", "seconds", "stubbed")})
     return seen
 

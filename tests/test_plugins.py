@@ -1,0 +1,233 @@
+"""Plugins come in by entry point; one that is no good is left out and named, and the others work."""
+
+import re
+from pathlib import Path
+
+import pytest
+from fake_host import PLUGIN, FakeHost, fake_host
+from scratch import ROOT
+
+__all__ = ["fake_host"]  # a fixture
+
+SAMPLE = ROOT / "tests" / "sample_plugin"
+SERVED = "mla_patch.apply()\nfrom fakehost.caller import run\nprint(run(), *mla_patch.report()['problems'], sep='\\n')"
+
+
+def add(fake_host: FakeHost, text: str, name: str = "other", value: str = "other") -> None:
+    """One more plugin, beside the one that replaces decode."""
+    fake_host.write("other.py", PLUGIN.replace("fakeplug:", "other:") + text)
+    fake_host.install("other", "1.0", f"{name} = {value}")
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("import no_such_module", "ModuleNotFoundError"),
+        ("raise RuntimeError('boom')", "RuntimeError('boom')"),
+        ("def broken(:", "SyntaxError"),
+        ("FEATURES = [3]", "TypeError('mla_patch_features offered 3, expected a Feature')"),
+        ("FEATURES = 3", "TypeError"),
+        ("", "NameError"),
+        ("FEATURES = [feature('Upper', PREFILL)]", "expected lower-case letters, digits and underscores"),
+        ("FEATURES = [feature('', PREFILL)]", "expected lower-case letters, digits and underscores"),
+        ("FEATURES = [feature('with-dash', PREFILL)]", "expected lower-case letters, digits and underscores"),
+        ("FEATURES = [feature('ops', DECODE)]", "feature ops@fakehost is declared already"),
+        ("FEATURES = [feature('new', PREFILL), feature('new', ATTEND)]", "feature new@fakehost is declared"),
+        ("FEATURES = [feature('strict', PREFILL)]", "feature name 'strict' is taken"),
+        ("FEATURES = [feature('report', PREFILL)]", "feature name 'report' is taken"),
+        (
+            "FEATURES = [feature('new', PREFILL)]\n@hookimpl\ndef mla_patch_arms():\n    return ['fast']",
+            "TypeError(\"mla_patch_arms offered 'fast', expected an Arm\")",
+        ),
+        (
+            "FEATURES = [feature('new', PREFILL)]\n@hookimpl\ndef mla_patch_arms():\n"
+            "    return [Arm('host', 'ops', 'other:serve')]",
+            "ValueError(\"arm name 'host' is taken\")",
+        ),
+        (
+            "FEATURES = [feature('new', PREFILL)]\n@hookimpl\ndef mla_patch_featurs():\n    return []",
+            "unknown hook 'mla_patch_featurs'",
+        ),
+        (
+            "FEATURES = []\n@hookimpl\ndef mla_patch_arms(what):\n    return []",
+            "can not be found in the hookspec",
+        ),
+    ],
+)
+def test_a_plugin_that_is_no_good(text: str, reason: str, fake_host: FakeHost) -> None:
+    add(fake_host, text)
+    done = fake_host.run(SERVED)
+    served, *problems = done.stdout.splitlines()
+    assert (served, done.returncode) == ("ours", 0)
+    assert problems[0].startswith("plugin other")
+    assert reason in "\n".join(problems)
+    assert done.stderr.startswith("mla-patch: plugin other ")
+    assert done.stderr.count("mla-patch: ") == 1
+    names = fake_host.run("print(*(r['name'] for r in (mla_patch.apply(), mla_patch.report())[1]['features']))")
+    assert names.stdout.split() == ["both", "kernel", "kv_indices", "method", "ops", "tools"]
+
+
+@pytest.mark.parametrize("value", ["no_such_module", "other:no_such", "other.deeper"])
+def test_an_entry_point_that_leads_nowhere(value: str, fake_host: FakeHost) -> None:
+    add(fake_host, "FEATURES = []", value=value)
+    served, *problems = fake_host.run(SERVED).stdout.splitlines()
+    assert served == "ours"
+    assert len(problems) == 1 and problems[0].startswith(f"plugin other ({value}) was left out: ")
+
+
+@pytest.mark.parametrize("offer", ["[]", "None", "(x for x in ())", "()"])
+def test_a_plugin_may_offer_nothing(offer: str, fake_host: FakeHost) -> None:
+    add(fake_host, f"FEATURES = {offer}")
+    assert fake_host.says(SERVED) == "ours"
+
+
+def test_an_entry_point_may_name_an_object(fake_host: FakeHost) -> None:
+    add(
+        fake_host,
+        """
+class Plugin:
+    @hookimpl
+    def mla_patch_features(self):
+        return [feature("filled", PREFILL)]
+
+mine = Plugin()
+del mla_patch_features
+""",
+        value="other:mine",
+    )
+    code = "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.fill(1), state('filled'), state('ops'))"
+    fake_host.plug("FEATURES = [feature('ops', DECODE)]")
+    assert fake_host.says(code) == "ours applied applied"
+
+
+def test_two_plugins_whose_entry_points_have_one_name(fake_host: FakeHost) -> None:
+    """Distributions choose these names alone; neither may vanish."""
+    fake_host.plug("FEATURES = [feature('ops', DECODE)]")
+    add(fake_host, "FEATURES = [feature('filled', PREFILL)]", name="fakeplug")
+    code = "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), c.fill(1), mla_patch.report()['problems'])"
+    assert fake_host.says(code) == "ours ours []"
+
+
+def test_a_strangers_kv_indices_leaves_ours(fake_host: FakeHost) -> None:
+    fake_host.plug("FEATURES = [feature('ops', DECODE)]")
+    add(fake_host, "FEATURES = [feature('filled', PREFILL)]", name="kv_indices")
+    code = "mla_patch.apply()\nprint(*(r['name'] for r in mla_patch.report()['features']))"
+    assert fake_host.says(code).split() == ["filled", "kv_indices", "ops"]
+
+
+def test_plugins_load_when_a_host_appears_and_not_before(fake_host: FakeHost) -> None:
+    fake_host.write("sglang/__init__.py", "")
+    fake_host.write("fakeplug.py", "print('loaded')\n")
+    assert fake_host.says("print('first')\nimport sglang\nimport sglang", door=True) == "first\nloaded"
+    assert fake_host.says("print('first')", door=True) == "first"
+
+
+def test_declaring_imports_neither_host_nor_torch(fake_host: FakeHost) -> None:
+    code = (
+        "mla_patch.apply()\nprint([n for n in ('torch', 'triton', 'fakehost', 'sglang', 'numpy') if n in sys.modules])"
+    )
+    assert fake_host.says(code) == "[]"
+
+
+ARMS = """
+from dataclasses import replace
+
+@hookimpl
+def mla_patch_arms():
+    return [
+        Arm("tuned", "ops", "fakeplug:serve_tuned"),
+        Arm("picky", "ops@fakehost", "fakeplug:serve_tuned", declines="fakeplug:never"),
+        Arm("elsewhere", "kernel", "fakeplug:serve_tuned"),
+        Arm("lost", "no_such_feature", "fakeplug:serve_tuned"),
+    ]
+
+def serve_tuned(call):
+    return "tuned"
+
+def never(call):
+    return "never"
+
+def fussy(call):
+    return "too small" if call.args[2] < 1 else None
+
+FEATURES = [feature("ops", replace(DECODE, declines="fakeplug:fussy")), feature("kernel", KERNEL)]
+"""
+
+
+def test_arms(fake_host: FakeHost) -> None:
+    fake_host.plug(ARMS)
+    code = """
+    mla_patch.apply()
+    import fakehost.caller as c
+    site = c.decode._self_site
+    print(sorted(site.arms), mla_patch.report()["problems"])
+
+    class Take:
+        def __init__(self, name): self.name = name
+        def choose(self, site, call): return self.name
+
+    def take(name): site.switch.set(arms=name and Take(name))
+    print(c.run())
+    for name in ("host", "patch", "tuned", "picky"):
+        take(name)
+        print(name, c.run(), c.decode(1, 2, 0.5))
+    take(None)
+    print(c.run(), row("ops")["served"], row("ops")["declined"])
+    """
+    done = fake_host.run(code)
+    problem = "arm lost was left out: no feature is called no_such_feature"
+    assert done.stderr == f"mla-patch: {problem}\n"
+    assert done.stdout.splitlines() == [
+        f"['patch', 'picky', 'tuned'] ['{problem}']",
+        "ours",
+        "host host host",
+        "patch ours host",
+        "tuned tuned host",
+        "picky host host",
+        "ours 4 {'too small': 2, 'never': 2}",
+    ]
+
+
+# --- the sample plugin, and the page that shows it
+
+
+def test_the_sample_plugin_serves(fake_host: FakeHost, tmp_path: Path) -> None:
+    """From its source folder and its own metadata, with its own kernel, on the fake host's tensors."""
+    text = (SAMPLE / "pyproject.toml").read_text()
+    entry_points = re.search(r"(?s)\[project.entry-points.mla_patch\]\n(.*?)\n\n", text)
+    assert entry_points
+    fake_host.install("fakehost_scale_rows", "0.1", entry_points[1].replace('"', ""))
+    fake_host.write(
+        "fakehost/norm.py",
+        """
+        def scale_rows(x, weight):
+            return x * weight[:, None]
+        """,
+    )
+    code = """
+    import torch
+    assert "fakehost" not in sys.modules
+    mla_patch.apply()
+    assert "triton" not in sys.modules
+    from fakehost.norm import scale_rows
+    x, weight = torch.randn(5, 7), torch.randn(5)
+    ours = scale_rows(x, weight)
+    print(torch.equal(ours, x * weight[:, None]), row("scale_rows")["served"])
+    print(torch.equal(scale_rows(x.t(), weight[:7].repeat(2)[:7]), x.t() * weight[:7].repeat(2)[:7][:, None]))
+    print(row("scale_rows")["served"], row("scale_rows")["declined"], state("scale_rows"))
+    """
+    said = fake_host.says(code, {"TRITON_INTERPRET": "1"}, path=(str(SAMPLE),)).splitlines()
+    assert said == ["True 1", "True", "1 {'not contiguous': 1} applied"]
+
+
+def test_the_sample_plugin_is_short() -> None:
+    lines = [line for path in SAMPLE.glob("*.py") for line in path.read_text().splitlines()]
+    assert 0 < len(lines) < 40
+
+
+def test_the_page_shows_the_sample_as_it_is() -> None:
+    page = (ROOT / "docs" / "plugins.md").read_text()
+    for path in (*SAMPLE.glob("*.py"), SAMPLE / "pyproject.toml"):
+        kind = "python" if path.suffix == ".py" else "toml"
+        assert f"`{path.name}`" in page
+        assert f"```{kind}\n{path.read_text()}```\n" in page
