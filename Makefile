@@ -50,7 +50,7 @@ $(VENV)/project: $(VENV)/tools pyproject.toml hatch_build.py mla_patch.pth mla_p
 setup: $(VENV)/project
 
 demo: setup
-	$(PY) -m mla_patch demo --fetch 0.5.11
+	@$(PY) -m mla_patch demo --fetch 0.5.11
 
 lint: setup
 	$(PY) -m ruff check .
@@ -58,10 +58,11 @@ lint: setup
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu"
+	$(PY) -m pytest -n $(WORKERS) -m "not gpu" --ignore=tests/hosts
+	$(PY) -m pytest -n $(WORKERS) -m "not gpu" tests/hosts
 
 hosts: setup
-	HOSTS=all $(PY) -m pytest tests/hosts
+	HOSTS=$${HOSTS:-all} $(PY) -m pytest -n $(WORKERS) tests/hosts
 
 compile-all: setup
 	$(PY) tests/compile_matrix.py --every

@@ -120,6 +120,7 @@ class Session:
             return
         self.awake.add(package)
         self.report.engine = self.report.engine or package
+        self._start_writer()
         self.activate({}, "", lambda feature: _package(feature.host_name) == package)
 
     def check(self, names: "tuple[str, ...]") -> None:

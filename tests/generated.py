@@ -13,7 +13,8 @@ def flag_table() -> str:
     """README's table of variables."""
     rows = ["| variable | values | default | what it does |", "| --- | --- | --- | --- |"]
     for flag in flags.known(plugins.load().features).values():
-        default = "unset" if flag.default in ("off", "") and flag.values in ("1", "a directory") else f"`{flag.default}`"
+        switch = flag.values in ("1", "a directory")  # off by not being set
+        default = "unset" if switch else f"`{flag.default}`"
         values = flag.values if flag.values in ("a directory", "as the default", "text") else f"`{flag.values}`"
         rows.append(f"| `{flag.name}` | {values} | {default} | {flag.help} |")
     return "\n".join(rows)

@@ -134,6 +134,22 @@ def test_the_breaker(parts: dict[str, Any], reason: str) -> None:
     assert (patched.counts.served, patched.counts.declined) == (0, {})
 
 
+def test_the_breaker_is_told_once_of_calls_in_flight() -> None:
+    both = threading.Barrier(2)
+
+    def fails_together(call: Any) -> Any:
+        both.wait(10)
+        raise RuntimeError("boom")
+
+    patched = Patched(patch=fails_together)
+    threads = [threading.Thread(target=patched.call, args=(1, 2)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert patched.stops == [("decode: RuntimeError('boom')", True)]
+
+
 def test_the_breaker_leaves_what_is_not_an_error() -> None:
     patched = Patched()
     with pytest.raises(KeyboardInterrupt):
