@@ -152,7 +152,23 @@ def _unbound(problem: TypeError) -> str:
     return f"unknown argument {name}" if found else f"arguments: {problem}"
 
 
-class FunctionStandIn(wrapt.FunctionWrapper):
+class _Named:
+    """Copied and pickled as functions are: itself, and by its name. A bare proxy would raise in a host that does it."""
+
+    __slots__ = ()
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        original = self.__wrapped__  # type: ignore[attr-defined]
+        return getattr(original, "__qualname__", original.__name__)
+
+
+class FunctionStandIn(_Named, wrapt.FunctionWrapper):
     """Takes the place of a host's function or method; looks like it in every other respect."""
 
     def __init__(self, original: Any, site: Site) -> None:
@@ -160,7 +176,7 @@ class FunctionStandIn(wrapt.FunctionWrapper):
         self._self_site = site
 
 
-class KernelStandIn(wrapt.CallableObjectProxy):
+class KernelStandIn(_Named, wrapt.CallableObjectProxy):
     """Takes the place of a host's kernel object, launched as ``kernel[grid](...)``.
 
     ``run``, ``warmup``, ``fn`` and the rest stay the host's.

@@ -483,6 +483,40 @@ def test_classes_are_never_replaced(fake_host: FakeHost) -> None:
     ]
 
 
+def test_what_a_host_copies_and_sends(fake_host: FakeHost) -> None:
+    """wrapt's own proxies raise here; functions are copied as themselves, and pickled by name."""
+    fake_host.write(
+        "spawned.py",
+        """
+        import copy, multiprocessing, pickle
+        import mla_patch
+        from fakehost.caller import Keeper, decode, indices
+
+        def call(fn, queue):
+            queue.put(fn(1, 2))
+
+        if __name__ == "__main__":
+            mla_patch.apply()
+            keep = copy.deepcopy({"decode": decode, "indices": indices})
+            print(keep["decode"] is decode, keep["indices"] is indices, copy.copy(decode) is decode)
+            print(copy.deepcopy(Keeper()).decode(1, 2))
+            print(pickle.loads(pickle.dumps(decode)) is decode, pickle.loads(pickle.dumps(indices)) is indices)
+            spawn = multiprocessing.get_context("spawn")
+            queue = spawn.Queue()
+            child = spawn.Process(target=call, args=(decode, queue))
+            child.start()
+            print(queue.get(), child.join(), child.exitcode)
+        """,
+    )
+    code = """
+    import subprocess
+    print(subprocess.run([sys.executable, sys.path[1] + "/spawned.py"], capture_output=True, text=True))
+    """
+    said = fake_host.says(code)
+    # the child is a process of its own: nobody has said apply() there
+    assert "stdout='True True True\\nours\\nTrue True\\nhost None 0\\n', stderr=''" in said
+
+
 # --- edits
 
 EDITS = """
