@@ -247,9 +247,10 @@ class Patcher:
         change = difference(target, params)
         if change is not None:
             raise Mismatch(change)
-        if late and not isinstance(holder, type) and not is_ours(value):
+        if late and not is_ours(value):
             settable = [place.partition(":")[2].rpartition(".")[2] for place in target.held_by]
-            keeper = _keeper(value, settable, target.module.partition(".")[0])
+            function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+            keeper = _keeper(function, settable, target.module.partition(".")[0], holder)
             if keeper is not None:
                 raise Mismatch(f"{where} was imported before and is kept by {keeper}", State.REFUSED)
         return Found(target, holder, attribute, value)
@@ -395,8 +396,8 @@ def _instances(place: str, value: Any) -> Iterator[tuple[Any, str]]:
             yield candidate, attribute
 
 
-def _keeper(value: Any, settable: list[str], package: str) -> str | None:
-    """Somebody who keeps ``value`` where no name can be rebound, or None.
+def _keeper(value: Any, settable: list[str], package: str, holder: Any) -> str | None:
+    """Somebody who keeps ``value`` where no name can be rebound, or None. ``holder`` is where it is looked up.
 
     No closure may be made over ``value`` here: it would be found, too.
     """
@@ -407,7 +408,8 @@ def _keeper(value: Any, settable: list[str], package: str) -> str | None:
             continue
         owner = _owner(ref)
         if isinstance(owner, type):
-            if not _rebindable(owner, package):
+            # a method is found on its class, or on the one that it is inherited from
+            if not (isinstance(holder, type) and issubclass(holder, owner)) and not _rebindable(owner, package):
                 return f"a class {owner.__qualname__}"
             continue
         if is_ours(owner):

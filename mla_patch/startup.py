@@ -55,8 +55,11 @@ def wake(package: str) -> None:
         SystemExit: ``MLA_PATCH_STRICT=1``, and an asked-for feature cannot be had or a flag is bad.
     """
     try:
-        session = _get_session()
-        session.wake(package)
+        from mla_patch import sources
+
+        if sources.find_package(package, (HostFinder,)) is None:
+            return  # somebody only asks whether it is there
+        _get_session().wake(package)
     except Exception as problem:
         if sys.stderr is not None:  # a daemon may have closed it
             sys.stderr.write(f"mla-patch: {package} runs unpatched: {problem!r}\n")

@@ -368,6 +368,40 @@ def test_late_is_refused_and_names_the_holder(keeper: str, fake_host: FakeHost) 
     assert "decode" not in left
 
 
+METHOD_KEEPERS = {
+    "a bound method": ("class Mine:\n    pass\nkeep = Mine(); keep.fn = old.forward", "a method"),
+    "a class elsewhere": ("class Mine:\n    forward = Backend.forward", "a class Mine"),
+}
+
+
+@pytest.mark.parametrize("keeper", METHOD_KEEPERS)
+def test_a_method_kept_elsewhere_is_late_too(keeper: str, fake_host: FakeHost) -> None:
+    fake_host.plug("FEATURES = [feature('layers', METHOD)]")
+    keep, named = METHOD_KEEPERS[keeper]
+    code = f"from fakehost.layers import Backend\nold = Backend()\n{keep}\nmla_patch.apply()\nprint(state('layers'))"
+    assert fake_host.says(code).startswith(
+        f"refused: fakehost.layers.Backend.forward was imported before and is kept by {named}"
+    )
+
+
+def test_what_made_a_kernel_may_keep_it(fake_host: FakeHost) -> None:
+    """A compiler holds its kernels, and copies of their modules' names, in places that nobody launches from."""
+    fake_host.plug("FEATURES = [feature('kernels', KERNEL)]")
+    code = """
+    import fakehost.kernels as k
+    class Compiler:
+        def __init__(self, names): self.scope = dict(names)
+    compiler = Compiler(vars(k))
+    machinery = {names!r}
+    for name in machinery: setattr(eval(name), "__module__", "compiler.parts")
+    mla_patch.apply()
+    print(state("kernels"))
+    """.replace("{names!r}", '["type(k.indices)", "Compiler"]')
+    assert fake_host.says(code) == "applied"
+    theirs = code.replace('"Compiler"]', "]")
+    assert fake_host.says(theirs).startswith("refused: fakehost.kernels.indices was imported before and is kept by a ")
+
+
 def test_held_by_sets_the_instances(fake_host: FakeHost) -> None:
     fake_host.plug("""
     from dataclasses import replace
@@ -858,6 +892,21 @@ def test_an_overlay_over_an_installed_release(fake_host: FakeHost) -> None:
 def test_a_host_that_is_not_installed(fake_host: FakeHost) -> None:
     fake_host.plug("FEATURES = [feature('ops', DECODE, host='nosuchhost>=1,<2')]")
     assert fake_host.says("mla_patch.apply()\nprint(state())") == "absent: nosuchhost is not installed"
+
+
+def test_looking_for_a_host_that_is_not_there_is_no_event(fake_host: FakeHost) -> None:
+    """Engines try each other's packages: even strict, and asked for, nothing is said or ended."""
+    as_sglang(fake_host)
+    fake_host.plug("FEATURES = [feature('ops', DECODE, host='vllm>=1,<2')]")
+    code = """
+    try:
+        import vllm
+    except ImportError:
+        print("absent", "pluggy" in sys.modules)
+    """
+    env = {"MLA_PATCH_OPS": "on", "MLA_PATCH_STRICT": "1"}
+    done = fake_host.run(code, env, door=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("absent False\n", "", 0)
 
 
 def test_the_first_import_wakes_and_no_other(fake_host: FakeHost) -> None:
