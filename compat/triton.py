@@ -2,6 +2,7 @@
 
 to 3.3      the interpreter is chosen by TRITON_INTERPRET alone
 from 3.4    by triton.knobs, which reads the same variable
+from 3.4    programmatic dependent launch: `launch_pdl`, and gdc_wait and gdc_launch_dependents for kernels
 from 3.6    sm_100 and newer are assembled by a second ptxas, `ptxas-blackwell`
 
 Triton decides at decoration time whether a kernel is interpreted, so ask `interpreted()` next to the kernel.
@@ -19,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an older Triton, or one that a test has cut down: kernels ask HAS_PDL first
+    gdc_launch_dependents = gdc_wait = None
+HAS_PDL = gdc_wait is not None
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 """The compute capabilities every kernel is compiled for."""

@@ -1,0 +1,628 @@
+"""MLA decode: one query token per request attends to its rows of the paged latent cache.
+
+    q          [B, H, 576]          bfloat16 or float16; 512 latent and 64 rope values
+    kv         [N, 576] (or [N, 1, 576])  dtype of q, float8_e4m3fn or float8_e5m2; V is the first 512 values of K
+    out        [B, H, 512]          bfloat16, float16 or float32
+    indptr     [>= B + 1]           int32 or int64; request b owns token_ids[indptr[b] : indptr[b + 1]]
+    token_ids  [>= indptr[B]]       int32 or int64, physical rows of kv in any order, repeats allowed
+    sinks      [H]                  float32 or bfloat16, or None
+
+    s_bhj = q_bh . kv[slot_bj] * sm_scale * k_scale;   cap * tanh(s / cap) where there is a cap;
+            * log2(L_b - 1) / log2(xai_len) where L_b - 1 > xai_len > 0
+    out_bh = v_scale * sum_j exp(s_bhj) kv[slot_bj, :512] / (sum_j exp(s_bhj) + exp(sink_h));   0 where L_b = 0
+
+Every row of the cache is read once per tile of query heads. An 8-bit row is read as 288 pairs of bytes: one copy in
+shared memory serves both products, and each register of pairs becomes one operand of even and one of odd values, both
+float16 and exact. q and the probabilities stay 16-bit, so the error does not grow as attention sharpens.
+
+The keys of all requests, in tiles, are one line of work that is cut into equal pieces, one per program; a program finds
+its requests on the device, so a captured graph stays right when lengths change. A request that one program has to
+itself is written at once; the others leave at most two partials per program, which a second kernel merges: the programs
+that shared a long request share the work of merging it, too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from mla_patch.compat.gpu import sm_count
+from mla_patch.compat.triton import HAS_PDL, gdc_launch_dependents, gdc_wait, interpreted
+
+_INTERPRETED = interpreted()  # asked here, because decoration is when Triton decides
+
+# how a cache's bytes become operands; E4M3_BITS where the chip has no conversion
+DIRECT, E4M3, E4M3_BITS, E5M2 = 0, 1, 2, 3
+_PLAIN = tl.constexpr(_INTERPRETED)  # the interpreter knows no assembler
+
+
+def decode_config(heads: int, eight_bit: bool, capability: tuple[int, int], interpret: bool = False) -> dict[str, int]:
+    """Launch numbers by architecture and shape class; ``PER_SM`` programs fit on a multiprocessor."""
+    if interpret:  # few programs, and small tiles that tests can fill
+        return {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": 3, "num_warps": 4}
+    if heads > 16 and capability[0] >= 9 and capability[0] != 12:
+        return {"BLOCK_H": 32, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 1, "num_warps": 8}
+    if eight_bit:
+        # two pairs of buffers and q are 95 KiB: two programs where there are 227, one elsewhere
+        per_sm = 2 if capability in ((9, 0), (10, 0), (10, 3)) else 1
+        return {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": per_sm, "num_warps": 4}
+    if capability[0] in (9, 10):
+        return {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 1, "num_warps": 4}
+    return {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 5, "PER_SM": 1, "num_warps": 4}
+
+
+@triton.jit
+def _halves(x, KIND: tl.constexpr):
+    """int16 pairs of 8-bit values -> (even, odd) float16 values, exact; NaN stays NaN."""
+    if KIND == 3:  # e5m2 is the upper half of a float16
+        even = ((x & 0xFF) << 8).to(tl.float16, bitcast=True)
+        odd = (x & -256).to(tl.float16, bitcast=True)
+    elif _PLAIN:
+        even, odd = _e4m3(x & 0xFF), _e4m3((x >> 8) & 0xFF)
+    elif KIND == 1:
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            .reg .b16 a, b;
+            prmt.b32 t, $2, 0, 0x3120;
+            mov.b32 {a, b}, t;
+            cvt.rn.f16x2.e4m3x2 $0, a;
+            cvt.rn.f16x2.e4m3x2 $1, b;
+            }""",
+            "=r,=r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        # Two values at a time, as in `_e4m3`. Adding one to a magnitude of 0x7f carries into its sign's place; prmt
+        # spreads that bit over the half, which makes the NaN.
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, s, m, n, c;
+            mov.b32 c, 0x5c005c00;
+            shl.b32 t, $2, 8;
+            and.b32 s, t, 0x80008000;
+            and.b32 m, t, 0x7f007f00;
+            add.u32 n, m, 0x01000100;
+            prmt.b32 n, n, 0, 0xbb99;
+            and.b32 n, n, 0x7e007e00;
+            shr.u32 m, m, 1;
+            mul.f16x2 m, m, c;
+            or.b32 m, m, n;
+            or.b32 $0, m, s;
+            and.b32 s, $2, 0x80008000;
+            and.b32 m, $2, 0x7f007f00;
+            add.u32 n, m, 0x01000100;
+            prmt.b32 n, n, 0, 0xbb99;
+            and.b32 n, n, 0x7e007e00;
+            shr.u32 m, m, 1;
+            mul.f16x2 m, m, c;
+            or.b32 m, m, n;
+            or.b32 $1, m, s;
+            }""",
+            "=&r,=&r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    return even, odd
+
+
+@triton.jit
+def _e4m3(byte):
+    """e4m3 by integer arithmetic: shifted into a float16's place it is 2**-8 of its value."""
+    magnitude = byte & 0x7F
+    value = (((byte & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where(magnitude == 0x7F, float("nan"), value).to(tl.float16)
+
+
+@triton.jit
+def _largest(x0, x1, x2, x3, xr):
+    """The largest magnitude in each row of five pieces, float32."""
+    top = tl.maximum(tl.max(tl.abs(x0.to(tl.float32)), 1), tl.max(tl.abs(x1.to(tl.float32)), 1))
+    top = tl.maximum(top, tl.maximum(tl.max(tl.abs(x2.to(tl.float32)), 1), tl.max(tl.abs(x3.to(tl.float32)), 1)))
+    return tl.maximum(top, tl.max(tl.abs(xr.to(tl.float32)), 1))
+
+
+@triton.jit
+def _half(x, unit):
+    return (x.to(tl.float32) / unit[:, None]).to(tl.float16)
+
+
+@triton.jit
+def _tanh(x):
+    t = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    return tl.where(x < 0, -1.0, 1.0) * (1.0 - t) / (1.0 + t)
+
+
+@triton.jit
+def _requests(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Every request's tiles, and where they end on the line of all tiles."""
+    lane = tl.arange(0, ROWS)
+    begin = tl.load(indptr + lane, mask=lane < B, other=0)
+    end = tl.load(indptr + 1 + lane, mask=lane < B, other=0)
+    tiles = (tl.maximum(end - begin, 0).to(tl.int32) + (BLOCK_N - 1)) // BLOCK_N
+    return lane, tiles
+
+
+@triton.jit
+def _store_chunk(pointer, one, other, factor, mask, KIND: tl.constexpr):
+    """128 values of every head, from the two operands that a chunk is read as."""
+    c = tl.arange(0, 64)
+    one, other = one * factor[:, None], other * factor[:, None]
+    kind = pointer.dtype.element_ty
+    if KIND == 0:
+        tl.store(pointer + c[None, :], one.to(kind), mask=mask[:, None])
+        tl.store(pointer + 64 + c[None, :], other.to(kind), mask=mask[:, None])
+    else:
+        d = tl.arange(0, 128)
+        tl.store(pointer + d[None, :], tl.interleave(one, other).to(kind), mask=mask[:, None])
+
+
+@triton.jit
+def _load_chunk(row, c, KIND: tl.constexpr):
+    """128 values of every key as two operands: even and odd values of an 8-bit cache, else one half and the other."""
+    one = tl.load(row + c[None, :])
+    if KIND == 0:
+        other = tl.load(row + c.shape[0] + c[None, :])
+    else:
+        one, other = _halves(one, KIND)
+    return one, other
+
+
+_CHANGING = ["B", "sm_scale", "v_scale", "logit_cap", "xai_len"]
+_CALL_ARGS = ["q", "out", "indptr", "token_ids", "sinks"]
+
+
+@triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_CALL_ARGS)
+def _decode_kernel(
+    q,
+    kv,
+    out,
+    indptr,
+    token_ids,
+    sinks,
+    partial,
+    partial_lse,
+    spans,
+    requests,
+    B,
+    H,
+    sm_scale,
+    v_scale,
+    logit_cap,
+    xai_len,
+    q_stride_b,
+    q_stride_h,
+    kv_stride,
+    out_stride_b,
+    out_stride_h,
+    KIND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    XAI: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()  # the merge may be set up; it waits for the end of this kernel before it reads
+    # A row is four chunks of 128 values and 64 of rope, each read as two operands. In an 8-bit cache these are even and
+    # odd values, and the row has half as many elements, of two bytes.
+    STEP: tl.constexpr = 1 if KIND == 0 else 2
+    CHUNK: tl.constexpr = 128 // STEP  # elements of the cache
+    OTHER: tl.constexpr = 64 if KIND == 0 else 1  # from one operand's first value to the other's
+    OTHER_ROPE: tl.constexpr = 32 if KIND == 0 else 1
+    lane, tiles = _requests(indptr, B, ROWS, BLOCK_N)
+    total = tl.sum(tiles, 0)
+    each = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
+    start = program * each
+    stop = tl.minimum(start + each, total)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_head = head < H
+    span = spans + program * 4  # which request this program shares with those before it, and with how many
+    tl.store(span, -1)
+    # nobody else comes by a request of no keys
+    for empty in range(program, B, tl.num_programs(0)):
+        if tl.load(indptr + empty + 1) <= tl.load(indptr + empty):
+            zero = tl.zeros([BLOCK_H, 512], out.dtype.element_ty)
+            to = out + tl.cast(empty, tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
+            tl.store(to + tl.arange(0, 512)[None, :], zero, mask=is_head[:, None])
+            tl.store(requests + 2 * empty + 1, -1)  # nothing to merge
+    n = tl.arange(0, BLOCK_N)
+    c = tl.arange(0, 64)
+    r = tl.arange(0, 32)
+    position = start
+    while position < stop:
+        # counted anew for every request, so that the counts hold no registers while keys are read
+        lane, tiles = _requests(indptr, B, ROWS, BLOCK_N)
+        ends = tl.cumsum(tiles, 0)
+        b = tl.sum(((ends <= position) & (lane < B)).to(tl.int32), 0)
+        end = tl.sum(tl.where(lane == b, ends, 0), 0)
+        first = tl.load(indptr + b).to(tl.int64)
+        length = (tl.load(indptr + b + 1).to(tl.int64) - first).to(tl.int32)
+        begin = end - (length + (BLOCK_N - 1)) // BLOCK_N
+        count = tl.minimum(stop, end) - position
+        ids = token_ids + first
+        source = q + b.to(tl.int64) * q_stride_b + head[:, None].to(tl.int64) * q_stride_h
+        mask = is_head[:, None]
+        if XAI:
+            # log2(0) of a single key is not selected
+            last = tl.maximum(length - 1, 1).to(tl.float32)
+            temperature = tl.where(length - 1 > xai_len, tl.log2(last) / tl.log2(xai_len.to(tl.float32)), 1.0)
+        m = tl.full([BLOCK_H], -float("inf"), tl.float32)
+        weights = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+        a0 = tl.zeros([BLOCK_H, 64], tl.float32)
+        a1 = tl.zeros([BLOCK_H, 64], tl.float32)
+        a2 = tl.zeros([BLOCK_H, 64], tl.float32)
+        a3 = tl.zeros([BLOCK_H, 64], tl.float32)
+        b0 = tl.zeros([BLOCK_H, 64], tl.float32)
+        b1 = tl.zeros([BLOCK_H, 64], tl.float32)
+        b2 = tl.zeros([BLOCK_H, 64], tl.float32)
+        b3 = tl.zeros([BLOCK_H, 64], tl.float32)
+        q0 = tl.load(source + STEP * c[None, :], mask=mask, other=0.0)
+        q1 = tl.load(source + 128 + STEP * c[None, :], mask=mask, other=0.0)
+        q2 = tl.load(source + 256 + STEP * c[None, :], mask=mask, other=0.0)
+        q3 = tl.load(source + 384 + STEP * c[None, :], mask=mask, other=0.0)
+        qr = tl.load(source + 512 + STEP * r[None, :], mask=mask, other=0.0)
+        p0 = tl.load(source + OTHER + STEP * c[None, :], mask=mask, other=0.0)
+        p1 = tl.load(source + 128 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
+        p2 = tl.load(source + 256 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
+        p3 = tl.load(source + 384 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
+        pr = tl.load(source + 512 + OTHER_ROPE + STEP * r[None, :], mask=mask, other=0.0)
+        # The other operand's q is negated: Triton chains dot + dot into one, and here two chains run side by side.
+        scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
+        if KIND == 0:
+            p0, p1, p2, p3, pr = -p0, -p1, -p2, -p3, -pr
+        else:
+            # a power of two takes every head's q into float16's range, and loses nothing
+            largest = tl.maximum(_largest(q0, q1, q2, q3, qr), _largest(p0, p1, p2, p3, pr))
+            unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            unit = tl.where(unit > 0, unit, 1.0)
+            scale = (scale * unit)[:, None]
+            q0, q1, q2, q3, qr = _half(q0, unit), _half(q1, unit), _half(q2, unit), _half(q3, unit), _half(qr, unit)
+            p0, p1, p2, p3, pr = (
+                _half(p0, -unit),
+                _half(p1, -unit),
+                _half(p2, -unit),
+                _half(p3, -unit),
+                _half(pr, -unit),
+            )
+        for i in tl.range(0, count, num_stages=STAGES):
+            j = (position - begin + i) * BLOCK_N + n
+            # a key past the end reads the last one again: its weight is 0, and 0 times a stranger's NaN is NaN
+            slot = tl.load(ids + tl.minimum(j, length - 1)).to(tl.int64)
+            row = kv + slot[:, None] * kv_stride
+            k0, l0 = _load_chunk(row, c, KIND)
+            k1, l1 = _load_chunk(row + CHUNK, c, KIND)
+            k2, l2 = _load_chunk(row + 2 * CHUNK, c, KIND)
+            k3, l3 = _load_chunk(row + 3 * CHUNK, c, KIND)
+            kr, lr = _load_chunk(row + 4 * CHUNK, r, KIND)
+            s = tl.dot(qr, kr.T)
+            t = tl.dot(pr, lr.T)
+            s = tl.dot(q0, k0.T, s)
+            t = tl.dot(p0, l0.T, t)
+            s = tl.dot(q1, k1.T, s)
+            t = tl.dot(p1, l1.T, t)
+            s = tl.dot(q2, k2.T, s)
+            t = tl.dot(p2, l2.T, t)
+            s = tl.dot(q3, k3.T, s)
+            t = tl.dot(p3, l3.T, t)
+            s = (s - t) * scale
+            if CAPPED:
+                s = (logit_cap * 1.4426950408889634) * _tanh(s / logit_cap)
+            if XAI:
+                s = s * temperature
+            s = tl.where((j < length)[None, :], s, -float("inf"))
+            top = tl.maximum(m, tl.max(s, 1))
+            keep = tl.exp2(m - top)
+            p = tl.exp2(s - top[:, None])
+            weights = weights * keep[:, None] + p
+            m = top
+            keep = keep[:, None]
+            p = p.to(k0.dtype)
+            a0 = tl.dot(p, k0, a0 * keep)
+            b0 = tl.dot(p, l0, b0 * keep)
+            a1 = tl.dot(p, k1, a1 * keep)
+            b1 = tl.dot(p, l1, b1 * keep)
+            a2 = tl.dot(p, k2, a2 * keep)
+            b2 = tl.dot(p, l2, b2 * keep)
+            a3 = tl.dot(p, k3, a3 * keep)
+            b3 = tl.dot(p, l3, b3 * keep)
+        denominator = tl.sum(weights, 1)
+        if (position == begin) & (position + count == end):
+            tl.store(requests + 2 * b + 1, -1)
+            if sinks is not None:
+                sink = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32)
+                denominator += tl.exp2(sink * 1.4426950408889634 - m)
+            factor = v_scale / denominator
+            final = out + b.to(tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
+            _store_chunk(final, a0, b0, factor, is_head, KIND)
+            _store_chunk(final + 128, a1, b1, factor, is_head, KIND)
+            _store_chunk(final + 256, a2, b2, factor, is_head, KIND)
+            _store_chunk(final + 384, a3, b3, factor, is_head, KIND)
+        else:
+            if position == begin:
+                tl.store(requests + 2 * b, program)
+                tl.store(requests + 2 * b + 1, (end - 1) // each)
+            else:
+                tl.store(span, b)
+                tl.store(span + 1, begin // each)
+                tl.store(span + 2, (end - 1) // each)
+            # a request that began before this piece goes to the even place, one that begins inside it to the odd one
+            place = (2 * program + (position == begin).to(tl.int32)).to(tl.int64) * H
+            factor = 1.0 / denominator
+            part = partial + (place + head[:, None]) * 512
+            _store_chunk(part, a0, b0, factor, is_head, KIND)
+            _store_chunk(part + 128, a1, b1, factor, is_head, KIND)
+            _store_chunk(part + 256, a2, b2, factor, is_head, KIND)
+            _store_chunk(part + 384, a3, b3, factor, is_head, KIND)
+            tl.store(partial_lse + place + head, m + tl.log2(denominator), mask=is_head)
+        position += count
+
+
+@triton.jit
+def _merge_columns(partial, partial_lse, first, last, h, H, m, d, BLOCK_S: tl.constexpr):
+    """The weighted sum of a request's partials in columns ``d``; ``m`` is the largest log-sum-exp."""
+    acc = tl.zeros([d.shape[0]], tl.float32)
+    for at in range(first, last + 1, BLOCK_S):
+        some = at + tl.arange(0, BLOCK_S)
+        place = _place(some, first, H) + h
+        weight = tl.exp2(tl.load(partial_lse + place, mask=some <= last, other=-float("inf")) - m)
+        part = tl.load(partial + place[:, None] * 512 + d[None, :], mask=(some <= last)[:, None], other=0.0)
+        acc += tl.sum(part * weight[:, None], 0)
+    return acc
+
+
+@triton.jit
+def _place(program, first, H):
+    """Where a program left its part of a request: the odd one of its two places where the request begins."""
+    return (2 * program + (program == first).to(tl.int32)).to(tl.int64) * H
+
+
+@triton.jit(do_not_specialize=["v_scale"], do_not_specialize_on_alignment=["out", "sinks"])
+def _merge_kernel(
+    out,
+    sinks,
+    partial,
+    partial_lse,
+    spans,
+    requests,
+    H,
+    v_scale,
+    out_stride_b,
+    out_stride_h,
+    PARTIALS: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Some columns of one head of one request, from what several programs left of it.
+
+    With SLICES, a request has that many programs of its own. Without, program p looks after the request that its
+    namesake shared with programs before it: up to sixteen partials are the work of the second of them alone, more that
+    of sixteen with 32 columns each, so that one long request among many short ones finds many hands.
+    """
+    program, h = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_wait()
+    if SLICES > 0:
+        b = program // SLICES
+        mine = program % SLICES
+        first = tl.load(requests + 2 * b)
+        last = tl.load(requests + 2 * b + 1)
+        wanted = last >= 0  # else one program had all of it, and wrote it
+    else:
+        b = tl.load(spans + program * 4)
+        first = tl.load(spans + program * 4 + 1)
+        last = tl.load(spans + program * 4 + 2)
+        mine = program - first - 1
+        wanted = (b >= 0) & ((mine == 0) | ((last - first >= 16) & (mine < 16)))
+    if wanted:
+        s = first + tl.arange(0, PARTIALS)
+        lse = tl.load(partial_lse + _place(s, first, H) + h, mask=s <= last, other=-float("inf"))
+        m = tl.max(lse, 0)
+        denominator = tl.sum(tl.exp2(lse - m), 0)
+        if sinks is not None:
+            denominator += tl.exp2(tl.load(sinks + h).to(tl.float32) * 1.4426950408889634 - m)
+        factor = v_scale / denominator
+        to = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
+        kind = out.dtype.element_ty
+        if SLICES > 0:
+            d = mine * (512 // SLICES) + tl.arange(0, 512 // SLICES)
+            acc = _merge_columns(partial, partial_lse, first, last, h, H, m, d, BLOCK_S)
+            tl.store(to + d, (acc * factor).to(kind))
+        elif last - first < 16:
+            d = tl.arange(0, 512)
+            acc = _merge_columns(partial, partial_lse, first, last, h, H, m, d, 4)
+            tl.store(to + d, (acc * factor).to(kind))
+        else:
+            few = mine * 32 + tl.arange(0, 32)
+            part = _merge_columns(partial, partial_lse, first, last, h, H, m, few, BLOCK_S)
+            tl.store(to + few, (part * factor).to(kind))
+
+
+def merge_config(batch: int) -> dict[str, int]:
+    """Launch numbers of the merge. Few requests have many partials each; among many, few have any."""
+    if batch == 1:
+        return {"SLICES": 16, "BLOCK_S": 128, "num_warps": 4}
+    if batch <= 8:
+        return {"SLICES": 8, "BLOCK_S": 64, "num_warps": 2}
+    if batch <= 32:
+        return {"SLICES": 4, "BLOCK_S": 16, "num_warps": 1}
+    return {"SLICES": 0, "BLOCK_S": 128, "num_warps": 4}
+
+
+def mla_decode(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    out: torch.Tensor,
+    indptr: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    sm_scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    xai_temperature_len: int = -1,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """Attend from every request's query to its cached rows; see the module for shapes and the formula.
+
+    ``q``, ``kv`` and ``out`` may be strided but for their last dimension. A request of no rows gets zeros; no requests
+    launch nothing. Two launches on the current stream, no sync; the scratch (17 MB, whatever the lengths) is allocated
+    at a device's and stream's first call and kept, so later calls, and replays of a captured graph, allocate nothing.
+    Equal inputs give equal outputs. ``config`` replaces the launch numbers of `decode_config`. Returns ``out``.
+
+    Raises:
+        ValueError: a tensor's shape, type, device or layout, or a scale that is not finite and positive. Values in
+            tensors are not looked at.
+    """
+    kind = _check(q, kv, out, indptr, token_ids, sinks)
+    _check_scale("k_scale", k_scale)
+    _check_scale("v_scale", v_scale)
+    batch, heads = q.shape[0], q.shape[1]
+    if batch == 0:
+        return out
+    if kind != DIRECT:
+        kv = kv.view(torch.int16)
+    capability, sms = (0, 0), 1
+    if not _INTERPRETED:
+        capability, sms = torch.cuda.get_device_capability(q.device), sm_count(q.device.index)
+    if kind == E4M3 and capability < (8, 9):
+        kind = E4M3_BITS
+    numbers = dict(config or decode_config(heads, kind != DIRECT, capability, _INTERPRETED))
+    tiles = triton.cdiv(heads, numbers["BLOCK_H"])
+    programs = max(1, numbers.pop("PER_SM") * sms // tiles)
+    partial, partial_lse, spans, requests = _scratch(q.device, programs, heads, batch)
+    # measured: with few requests the merge's early programs only stand in the way
+    pdl = capability >= (9, 0) and HAS_PDL and batch >= 64
+    rows = next(rows for rows in (16, 64, 256, 1024, 4096, triton.next_power_of_2(batch)) if rows >= batch)
+    _decode_kernel[(programs, tiles)](
+        q, kv, out, indptr, token_ids, sinks, partial, partial_lse, spans, requests, batch, heads,
+        float(sm_scale * k_scale), float(v_scale), float(logit_cap), int(xai_temperature_len),
+        q.stride(0), q.stride(1), kv.stride(0), out.stride(0), out.stride(1),
+        KIND=kind, CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0,
+        ROWS=rows, PDL=pdl, **numbers,
+    )  # fmt: skip
+    merge = merge_config(batch)
+    if pdl:
+        merge["launch_pdl"] = True
+    _merge_kernel[(batch * merge["SLICES"] or programs, heads)](
+        out, sinks, partial, partial_lse, spans, requests, heads, float(v_scale), out.stride(0), out.stride(1),
+        PARTIALS=max(triton.next_power_of_2(programs), 2), PDL=pdl, **merge,
+    )  # fmt: skip
+    return out
+
+
+def mla_decode_ref(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indptr: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    sm_scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    xai_temperature_len: int = -1,
+) -> torch.Tensor:
+    """The definition, in float64 on the stored bytes: [B, H, 512]."""
+    batch, heads = q.shape[:2]
+    out = torch.zeros(batch, heads, 512, dtype=torch.float64, device=q.device)
+    bounds = indptr[: batch + 1].tolist()
+    for b in range(batch):
+        length = bounds[b + 1] - bounds[b]
+        if length <= 0:
+            continue
+        keys = kv.reshape(kv.shape[0], -1)[token_ids[bounds[b] : bounds[b + 1]].long()].double()
+        s = q[b].double() @ keys.T * (sm_scale * k_scale)
+        if logit_cap > 0:
+            s = logit_cap * torch.tanh(s / logit_cap)
+        if xai_temperature_len > 0 and length - 1 > xai_temperature_len:
+            s = s * (math.log2(length - 1) / math.log2(xai_temperature_len))
+        total = s.logsumexp(-1)
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks.double())
+        out[b] = torch.exp(s - total[:, None]) @ keys[:, :512] * v_scale
+    return out
+
+
+_Scratch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_scratches: dict[tuple[torch.device, int], _Scratch] = {}
+
+
+def _scratch(device: torch.device, programs: int, heads: int, batch: int) -> _Scratch:
+    """Two partials per program and head, and who shares which request. One stream's calls share them."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    have = _scratches.get((device, stream))
+    places = 2 * programs * heads
+    if have is None or have[1].numel() < places or have[2].numel() < 4 * programs or have[3].numel() < 2 * batch:
+        have = (
+            torch.empty(places * 512, dtype=torch.float32, device=device),
+            torch.empty(places, dtype=torch.float32, device=device),
+            torch.empty(4 * programs, dtype=torch.int32, device=device),
+            torch.empty(2 * max(batch, 4096), dtype=torch.int32, device=device),
+        )
+        _scratches[device, stream] = have
+    return have
+
+
+_EIGHT_BIT = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
+_INDEX = (torch.int32, torch.int64)
+
+
+def _check(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    out: torch.Tensor,
+    indptr: torch.Tensor,
+    token_ids: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> int:
+    """How the cache is read, or ValueError. On the hot path: reads metadata only."""
+    if not q.is_cuda and not _INTERPRETED:
+        raise ValueError(f"q: on {q.device}, expected a CUDA device (or TRITON_INTERPRET=1 at import)")
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"q: {q.dtype}, expected torch.bfloat16 or torch.float16")
+    if q.dim() != 3 or q.shape[2] != 576 or q.stride(2) != 1:
+        raise ValueError(f"q: shape {tuple(q.shape)}, strides {q.stride()}, expected [B, H, 576], the last contiguous")
+    if not 1 <= q.shape[1] <= 128:
+        raise ValueError(f"q: {q.shape[1]} heads, expected 1 to 128")
+    if kv.dim() not in (2, 3) or kv.shape[-1] != 576 or kv.stride(-1) != 1 or (kv.dim() == 3 and kv.shape[1] != 1):
+        raise ValueError(f"kv: shape {tuple(kv.shape)}, strides {kv.stride()}, expected [N, 1, 576] or [N, 576]")
+    if kv.dtype is not q.dtype and kv.dtype not in _EIGHT_BIT:
+        raise ValueError(f"kv: {kv.dtype}, expected {q.dtype} as q, torch.float8_e4m3fn or torch.float8_e5m2")
+    if kv.dtype is not q.dtype and kv.stride(0) % 2:
+        raise ValueError(f"kv: {kv.stride(0)} bytes from row to row, expected an even number")
+    if out.shape[:2] != q.shape[:2] or out.shape[2:] != (512,) or out.stride(2) != 1:
+        raise ValueError(f"out: shape {tuple(out.shape)}, strides {out.stride()}, expected {[*q.shape[:2], 512]}")
+    if out.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"out: {out.dtype}, expected torch.bfloat16, torch.float16 or torch.float32")
+    for name, index, least in (("indptr", indptr, q.shape[0] + 1), ("token_ids", token_ids, 0)):
+        if index.dtype not in _INDEX or index.dim() != 1 or index.shape[0] < least or not index.is_contiguous():
+            found = f"{index.dtype}, shape {tuple(index.shape)}"
+            raise ValueError(f"{name}: {found}, expected int32 or int64, contiguous, at least {least} long")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
+        raise ValueError(
+            f"sinks: {sinks.dtype}, shape {tuple(sinks.shape)}, expected a float for each of {q.shape[1]} heads"
+        )
+    for name, tensor in (("kv", kv), ("out", out), ("indptr", indptr), ("token_ids", token_ids), ("sinks", sinks)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {q.device} as q")
+    return DIRECT if kv.dtype is q.dtype else _EIGHT_BIT[kv.dtype]
+
+
+def _check_scale(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: {value}, expected a finite number above 0")

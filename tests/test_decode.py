@@ -1,0 +1,332 @@
+"""MLA decode against its definition: in Triton's interpreter, or on a GPU with TRITON_INTERPRET=0."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_patch.compat.triton import interpreted
+from mla_patch.kernels import decode as module
+from mla_patch.kernels.decode import decode_config, merge_config, mla_decode, mla_decode_ref
+
+DEVICE = "cpu" if interpreted() else "cuda"
+# the interpreter's tl.dot is wrong on bfloat16
+DTYPES = [torch.float16] if interpreted() else [torch.float16, torch.bfloat16]
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+SCALE = 576**-0.5
+
+
+class Case:
+    """A batch over a cache whose unowned rows are NaN, as unwritten slots of a pool may be."""
+
+    def __init__(self, lens, heads, dtype=DTYPES[0], cache=None, index=torch.int64, gain=1.0, spare=7):
+        rows = sum(max(n, 0) for n in lens)
+        self.lens = lens
+        self.q = (torch.randn(len(lens), heads, 576) * gain).to(DEVICE, dtype)
+        kv = torch.full((rows + spare, 1, 576), math.nan)
+        slots = torch.randperm(rows + spare)[:rows]
+        kv[slots] = torch.randn(rows, 1, 576)
+        self.kv = kv.to(cache or dtype).to(DEVICE)
+        self.ids = slots.to(DEVICE, index)
+        self.indptr = torch.tensor([0, *lens]).cumsum(0).to(DEVICE, torch.int32)
+        self.out = torch.full((len(lens), heads, 512), math.nan, dtype=dtype, device=DEVICE)
+
+    def run(self, **options):
+        got = mla_decode(self.q, self.kv, self.out, self.indptr, self.ids, sm_scale=SCALE, **options)
+        assert got is self.out
+        return got
+
+    def check(self, **options):
+        got = self.run(**options).double()
+        options.pop("config", None)
+        want = mla_decode_ref(self.q, self.kv, self.indptr, self.ids, sm_scale=SCALE, **options)
+        assert torch.isfinite(got).all()
+        for b, length in enumerate(self.lens):
+            if length <= 0:
+                assert (got[b] == 0).all()
+            else:
+                # q and the probabilities are 16-bit: bfloat16's 2**-9 of each, and the rounding of the output
+                assert (got[b] - want[b]).norm() <= 4e-3 * want[b].norm(), f"request {b} of {length}"
+
+
+def test_caches_and_types():
+    for dtype in DTYPES:
+        for cache in (None, E4M3, E5M2):
+            Case([70, 1, 0, 33], 3, dtype, cache).check()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8, 16, 17, 20, 32, 40, 64, 128])
+def test_heads(heads):
+    Case([37, 5], heads, cache=E4M3 if heads % 2 else None).check()
+
+
+@pytest.mark.parametrize("cache", [None, E4M3], ids=str)
+@pytest.mark.parametrize(
+    "lens",
+    [[1], [31], [32], [33], [200], [0], [0, 0], [0, 64, 0], [1, 1, 1], [300, 2, 1, 0, 40], [5] * 40, [1, 700]],
+    ids=str,
+)
+def test_lengths(lens, cache):
+    Case(lens, 2, cache=cache).check()
+
+
+def test_bounds_that_run_backwards_own_nothing():
+    case = Case([5, 9], 2)
+    case.indptr = torch.tensor([5, 2, 11], dtype=torch.int32, device=DEVICE)
+    got = case.run().double()
+    want = mla_decode_ref(case.q, case.kv, case.indptr, case.ids, sm_scale=SCALE)
+    assert (got[0] == 0).all() and (got - want).norm() <= 4e-3 * want.norm()
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("lens", [[500], [96, 64, 32], [3, 400, 3], [32] * 9, [250, 0, 250, 1]], ids=str)
+def test_any_cut_of_the_work(programs, lens):
+    """Requests that one program has, that two share, that many share, that begin where a piece begins."""
+    config = {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": programs, "num_warps": 4}
+    Case(lens, 3, cache=E4M3).check(config=config, sinks=torch.randn(3, device=DEVICE))
+
+
+@pytest.mark.parametrize("merge", [merge_config(1), merge_config(4), merge_config(16), merge_config(64)], ids=str)
+@pytest.mark.parametrize("lens", [[1300], [1, 1200, 2, 0, 600]], ids=str)
+def test_every_merge(merge, lens, monkeypatch):
+    monkeypatch.setattr(module, "merge_config", lambda batch: dict(merge))
+    config = {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": 30, "num_warps": 4}
+    Case(lens, 2).check(config=config, v_scale=0.5)
+
+
+@pytest.mark.parametrize("cache", [None, E4M3], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k_scale": 0.5, "v_scale": 2.0},
+        {"logit_cap": 0.7},
+        {"xai_temperature_len": 16},
+        {"xai_temperature_len": 70},
+        {"logit_cap": 2.0, "xai_temperature_len": 8, "k_scale": 1.5},
+    ],
+    ids=str,
+)
+def test_options(options, cache):
+    Case([90, 1, 17], 5, cache=cache).check(**options, sinks=torch.randn(5, device=DEVICE))
+
+
+def test_sinks():
+    sinks = torch.tensor([0.0, 3.0, -3.0, math.inf, -math.inf], device=DEVICE)
+    for config in (None, {**decode_config(5, False, (9, 0), True), "PER_SM": 5}):
+        case = Case([90, 1], 5)
+        case.check(sinks=sinks, config=config)
+        assert (case.out[:, 3] == 0).all()
+        plain = Case([90, 1], 5)
+        plain.q, plain.kv, plain.ids = case.q, case.kv, case.ids
+        assert torch.equal(plain.run(config=config)[:, 4], case.out[:, 4])
+        case.check(sinks=sinks.bfloat16(), config=config)
+
+
+@pytest.mark.parametrize("cache", [None, E4M3, E5M2], ids=str)
+def test_one_key_is_exact_to_one_rounding(cache):
+    case = Case([1, 1], 3, cache=cache)
+    got = case.run(v_scale=2.0)
+    want = (case.kv[case.ids.long(), 0, :512].double() * 2.0).to(case.out.dtype)
+    assert torch.equal(got, want[:, None].expand_as(got))
+
+
+def test_every_byte_becomes_its_value():
+    """Every finite code of both types, each as a value of the only key."""
+    for cache in (E4M3, E5M2):
+        codes = torch.arange(256, dtype=torch.uint8).repeat(3)[:576].view(cache).float()
+        row = torch.where(torch.isfinite(codes), codes, 0.0).to(cache).view(1, 1, 576).to(DEVICE)
+        q = torch.zeros(1, 1, 576, dtype=DTYPES[0], device=DEVICE)
+        out = torch.full((1, 1, 512), math.nan, dtype=torch.float32, device=DEVICE)
+        mla_decode(q, row, out, torch.tensor([0, 1], device=DEVICE), torch.tensor([0], device=DEVICE), sm_scale=1.0)
+        assert torch.equal(out[0, 0], row[0, 0, :512].float())
+
+
+def test_a_nan_in_the_cache_is_not_hidden():
+    for cache in (E4M3, E5M2):
+        case = Case([40], 2, cache=cache)
+        case.kv.view(torch.uint8)[case.ids[7].long(), 0, 100] = 0x7F
+        assert torch.isnan(case.run()[..., 100]).all()
+
+
+def test_heads_do_not_see_each_other():
+    for cache in (None, E4M3):
+        case = Case([50, 300], 6, cache=cache)
+        want = case.run().clone()
+        case.q[:, 1], case.q[:, 4] = math.nan, math.inf
+        got = case.run()
+        for head in (0, 2, 3, 5):
+            assert torch.equal(got[:, head], want[:, head])
+        assert torch.isnan(got[:, 1]).all()
+
+
+def test_large_and_small_queries_keep_their_bits():
+    """bfloat16 reaches further than float16: q is brought into its range by a power of two for each head."""
+    if torch.bfloat16 not in DTYPES:
+        dtype, gains = torch.float16, (2.0**-12, 1.0, 2.0**8)
+    else:
+        dtype, gains = torch.bfloat16, (2.0**-60, 1.0, 2.0**60)
+    case = Case([64], 3, dtype, E4M3)
+    case.q *= torch.tensor(gains, device=DEVICE, dtype=torch.float32)[None, :, None].to(dtype)
+    keys = case.kv[case.ids.long(), 0].double()
+    got = mla_decode(case.q, case.kv, case.out, case.indptr, case.ids, sm_scale=1.0)
+    want = (case.q[0].double() @ keys.T).softmax(-1) @ keys[:, :512]
+    assert (got[0].double() - want).norm() <= 4e-3 * want.norm()
+
+
+def test_strides_and_index_types():
+    for index in (torch.int32, torch.int64):
+        case = Case([40, 9], 3, cache=E4M3, index=index)
+        wide = torch.randn(2, 5, 600).to(DEVICE, case.q.dtype)
+        case.q = wide[:, 1:4, 8:584]
+        padded = torch.full((2, 3, 640), math.nan, dtype=case.q.dtype, device=DEVICE)
+        case.out = padded[..., 64:576]
+        rows = torch.zeros(case.kv.shape[0], 1, 640, dtype=torch.uint8, device=DEVICE)
+        rows[..., :576] = case.kv.view(torch.uint8)
+        case.kv = rows.view(E4M3)[..., :576]
+        case.indptr = torch.cat([case.indptr, case.indptr[-1:] + 1000])  # longer than the batch: not read
+        case.check()
+        assert torch.isnan(padded[..., :64]).all() and torch.isnan(padded[..., 576:]).all()
+
+
+def test_float32_output_and_a_flat_cache():
+    case = Case([40, 0], 3)
+    case.out = torch.full((2, 3, 512), math.nan, device=DEVICE)
+    case.kv = case.kv[:, 0]
+    case.check()
+
+
+def test_repeated_rows_and_equal_inputs():
+    case = Case([60], 4, cache=E4M3)
+    case.ids[:] = case.ids[0]
+    case.check()
+    assert torch.equal(case.run().clone(), case.run())
+
+
+def test_no_requests():
+    assert Case([], 4).run().numel() == 0
+
+
+@pytest.mark.parametrize("gain", [1, 4, 8])
+def test_peaked_attention_is_as_exact(gain):
+    Case([300], 4, cache=E4M3, gain=gain).check()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lens=st.lists(st.one_of(st.integers(0, 5), st.integers(20, 150)), min_size=1, max_size=7),
+    heads=st.integers(1, 18),
+    cache=st.sampled_from([None, E4M3, E5M2]),
+    programs=st.integers(1, 12),
+    sink=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_batch(lens, heads, cache, programs, sink, seed):
+    torch.manual_seed(seed)
+    config = {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": programs, "num_warps": 4}
+    sinks = torch.randn(heads, device=DEVICE) if sink else None
+    Case(lens, heads, cache=cache).check(config=config, sinks=sinks)
+
+
+def bad(name, spoil, message):
+    return pytest.param(name, spoil, message, id=f"{name}: {message[:30]}")
+
+
+BAD = [
+    bad("q", lambda x: x.float(), "q: torch.float32, expected torch.bfloat16 or torch.float16"),
+    bad("q", lambda x: x[..., :512], r"q: shape \(2, 3, 512\)"),
+    bad("q", lambda x: x[0], r"q: shape \(3, 576\)"),
+    bad("q", lambda x: x.repeat(1, 50, 1), "q: 150 heads, expected 1 to 128"),
+    bad("q", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "q: shape .*the last contiguous"),
+    bad("kv", lambda x: x[..., :512], r"kv: shape \(.*, 1, 512\)"),
+    bad("kv", lambda x: x.repeat(1, 2, 1), r"kv: shape \(.*, 2, 576\)"),
+    bad("kv", lambda x: x.to(torch.float32), "kv: torch.float32, expected torch.float16 as q"),
+    bad("out", lambda x: x[..., :500], "out: shape"),
+    bad("out", lambda x: x[:1], "out: shape"),
+    bad("out", lambda x: x.double(), "out: torch.float64"),
+    bad("indptr", lambda x: x[:2], "indptr: torch.int32, shape \\(2,\\), expected .* at least 3 long"),
+    bad("indptr", lambda x: x.float(), "indptr: torch.float32"),
+    bad("token_ids", lambda x: x.float(), "token_ids: torch.float32"),
+    bad("token_ids", lambda x: x[None], "token_ids: torch.int64, shape \\(1, "),
+    bad("sinks", lambda x: torch.zeros(2, device=DEVICE), "sinks: torch.float32, shape \\(2,\\), expected a float"),
+    bad("k_scale", lambda x: 0.0, "k_scale: 0.0, expected a finite number above 0"),
+    bad("v_scale", lambda x: math.nan, "v_scale: nan"),
+    bad("k_scale", lambda x: -1.0, "k_scale: -1.0"),
+]
+
+
+@pytest.mark.parametrize("name, spoil, message", BAD)
+def test_misuse(name, spoil, message):
+    case = Case([4, 5], 3)
+    args = {"q": case.q, "kv": case.kv, "out": case.out, "indptr": case.indptr, "token_ids": case.ids}
+    args |= {"sm_scale": SCALE}
+    args[name] = spoil(args.get(name))
+    with pytest.raises(ValueError, match=message):
+        mla_decode(**args)
+    assert torch.isnan(case.out).all()
+
+
+def test_launch_numbers_are_those_that_were_measured():
+    eight = {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 2, "num_warps": 4}
+    assert decode_config(16, True, (9, 0)) == eight
+    assert decode_config(16, False, (9, 0)) == eight | {"PER_SM": 1}
+    assert merge_config(1)["SLICES"] == 16 and merge_config(128)["SLICES"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("cache", [None, E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("heads", [16, 20, 128])
+@pytest.mark.parametrize("lens", [[40000], [1, 9000, 64, 0, 4097, 63], [700] * 40 + [20000] + [3] * 90], ids=len)
+def test_real_shapes(lens, heads, cache):
+    Case(lens, heads, torch.bfloat16, cache).check(sinks=torch.randn(heads, device=DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+def test_the_conversion_without_the_instruction(monkeypatch):
+    monkeypatch.setitem(module._EIGHT_BIT, E4M3, module.E4M3_BITS)
+    Case([300, 1, 0, 77], 16, torch.bfloat16, E4M3).check()
+    test_every_byte_becomes_its_value()
+    test_a_nan_in_the_cache_is_not_hidden()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("cache", [None, E4M3], ids=str)
+@pytest.mark.parametrize("batch", [1, 6, 20, 70])
+def test_a_graph_follows_its_buffers(batch, cache):
+    """Captured with lengths of one, as engines do, and replayed with others."""
+    case = Case([3000] * batch, 16, torch.bfloat16, cache)
+    full = case.indptr.clone()
+    case.indptr.copy_(torch.arange(batch + 1, device=DEVICE))
+    case.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.run()
+    for _ in range(3):
+        lens = torch.randint(0, 3001, (batch,))
+        lens[torch.randint(0, batch, (1,))] = 0
+        case.lens = lens.tolist()
+        case.indptr.copy_(torch.tensor([0, *case.lens]).cumsum(0))
+        case.out.fill_(math.nan)
+        graph.replay()
+        want = mla_decode_ref(case.q, case.kv, case.indptr, case.ids, sm_scale=SCALE)
+        assert (case.out.double() - want).norm() <= 4e-3 * want.norm() + 1e-9
+    assert int(full[-1]) == 3000 * batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_a_pool_beyond_31_bits(index):
+    rows = 2**31 // 576 + 5000  # elements; bytes of an 8-bit cache
+    kv = torch.zeros(rows, 1, 576, dtype=torch.uint8, device=DEVICE).view(E4M3)
+    case = Case([200], 16, torch.bfloat16, E4M3, index)
+    far = torch.arange(rows - 200, rows, device=DEVICE)
+    kv[far] = case.kv[case.ids.long()]
+    case.kv, case.ids = kv, far.to(index)
+    case.check()
