@@ -22,7 +22,8 @@ from typing import Any
 import triton
 
 try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.language.extra.cuda import gdc_launch_dependents as gdc_launch_dependents
+    from triton.language.extra.cuda import gdc_wait as gdc_wait
 except ImportError:  # an older Triton, or one that a test has cut down: kernels ask HAS_PDL first
     gdc_launch_dependents = gdc_wait = None
 HAS_PDL = gdc_wait is not None
@@ -46,7 +47,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     targets: tuple[int, ...] = TARGETS
-    stack: int = 0  # bytes of local memory allowed; a number other than 0 needs its reason beside it
+    stack: int = 0  # bytes of local memory allowed at most; a number other than 0 needs its reason beside it
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ def check(every: bool, index: int, sm: int) -> tuple[str, str, int, str]:
     faults = []
     if taken.shared > SHARED_LIMIT[sm] * 1024:
         faults.append(f"FAILED {SHARED_LIMIT[sm]} KiB of shared memory is all there is")
-    if taken.stack != case.stack:
-        faults.append(f"FAILED expected a stack of {case.stack}")
+    if taken.stack > case.stack:
+        faults.append(f"FAILED expected a stack of at most {case.stack}")
     return (
         family,
         case.name,

@@ -33,7 +33,7 @@ def test_every_launch_table_entry_compiles_within_the_chip():
     "sabotage, fault",
     [
         ("m.SHARED_LIMIT[90] = -1", "of shared memory is all there is"),
-        ("case = dataclasses.replace(case, stack=8)", "expected a stack of 8"),
+        ("case = dataclasses.replace(case, stack=-1)", "expected a stack of at most -1"),
         ("case = dataclasses.replace(case, constexprs={})", "parameters without a type"),
     ],
 )

@@ -273,6 +273,8 @@ def test_launch_numbers_are_those_that_were_measured():
     eight = {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 2, "num_warps": 4}
     assert decode_config(16, True, (9, 0)) == eight
     assert decode_config(16, False, (9, 0)) == eight | {"PER_SM": 1}
+    assert decode_config(128, True, (9, 0)) == eight
+    assert decode_config(128, False, (9, 0))["BLOCK_H"] == 32
     assert merge_config(1)["SLICES"] == 16 and merge_config(128)["SLICES"] == 0
 
 

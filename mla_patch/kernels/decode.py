@@ -23,14 +23,16 @@ that shared a long request share the work of merging it, too.
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from mla_patch.compat.gpu import sm_count
-from mla_patch.compat.triton import HAS_PDL, gdc_launch_dependents, gdc_wait, interpreted
+from mla_patch.compat.triton import HAS_PDL, TARGETS, CompileCase, gdc_launch_dependents, gdc_wait, interpreted
 
 _INTERPRETED = interpreted()  # asked here, because decoration is when Triton decides
 
@@ -43,7 +45,8 @@ def decode_config(heads: int, eight_bit: bool, capability: tuple[int, int], inte
     """Launch numbers by architecture and shape class; ``PER_SM`` programs fit on a multiprocessor."""
     if interpret:  # few programs, and small tiles that tests can fill
         return {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": 3, "num_warps": 4}
-    if heads > 16 and capability[0] >= 9 and capability[0] != 12:
+    if capability == (9, 0) and not eight_bit and heads > 16:
+        # an 8-bit cache's conversion costs more than reading it half as often gains
         return {"BLOCK_H": 32, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 1, "num_warps": 8}
     if eight_bit:
         # two pairs of buffers and q are 95 KiB: two programs where there are 227, one elsewhere
@@ -152,17 +155,15 @@ def _requests(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _store_chunk(pointer, one, other, factor, mask, KIND: tl.constexpr):
+def _store_chunk(pointer, one, other, mask, KIND: tl.constexpr):
     """128 values of every head, from the two operands that a chunk is read as."""
-    c = tl.arange(0, 64)
-    one, other = one * factor[:, None], other * factor[:, None]
     kind = pointer.dtype.element_ty
     if KIND == 0:
-        tl.store(pointer + c[None, :], one.to(kind), mask=mask[:, None])
-        tl.store(pointer + 64 + c[None, :], other.to(kind), mask=mask[:, None])
+        c = tl.arange(0, 64)
+        tl.store(pointer + c[None, :], one.to(kind), mask=mask)
+        tl.store(pointer + 64 + c[None, :], other.to(kind), mask=mask)
     else:
-        d = tl.arange(0, 128)
-        tl.store(pointer + d[None, :], tl.interleave(one, other).to(kind), mask=mask[:, None])
+        tl.store(pointer + tl.arange(0, 128)[None, :], tl.interleave(one, other).to(kind), mask=mask)
 
 
 @triton.jit
@@ -230,13 +231,6 @@ def _decode_kernel(
     is_head = head < H
     span = spans + program * 4  # which request this program shares with those before it, and with how many
     tl.store(span, -1)
-    # nobody else comes by a request of no keys
-    for empty in range(program, B, tl.num_programs(0)):
-        if tl.load(indptr + empty + 1) <= tl.load(indptr + empty):
-            zero = tl.zeros([BLOCK_H, 512], out.dtype.element_ty)
-            to = out + tl.cast(empty, tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
-            tl.store(to + tl.arange(0, 512)[None, :], zero, mask=is_head[:, None])
-            tl.store(requests + 2 * empty + 1, -1)  # nothing to merge
     n = tl.arange(0, BLOCK_N)
     c = tl.arange(0, 64)
     r = tl.arange(0, 32)
@@ -338,17 +332,21 @@ def _decode_kernel(
             a3 = tl.dot(p, k3, a3 * keep)
             b3 = tl.dot(p, l3, b3 * keep)
         denominator = tl.sum(weights, 1)
-        if (position == begin) & (position + count == end):
+        lse = m + tl.log2(denominator)
+        whole = (position == begin) & (position + count == end)
+        if sinks is not None:
+            sink = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32)
+            denominator += tl.where(whole, tl.exp2(sink * 1.4426950408889634 - m), 0.0)
+        factor = (tl.where(whole, v_scale, 1.0) / denominator)[:, None]
+        a0, a1, a2, a3 = a0 * factor, a1 * factor, a2 * factor, a3 * factor
+        b0, b1, b2, b3 = b0 * factor, b1 * factor, b2 * factor, b3 * factor
+        if whole:
             tl.store(requests + 2 * b + 1, -1)
-            if sinks is not None:
-                sink = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32)
-                denominator += tl.exp2(sink * 1.4426950408889634 - m)
-            factor = v_scale / denominator
             final = out + b.to(tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
-            _store_chunk(final, a0, b0, factor, is_head, KIND)
-            _store_chunk(final + 128, a1, b1, factor, is_head, KIND)
-            _store_chunk(final + 256, a2, b2, factor, is_head, KIND)
-            _store_chunk(final + 384, a3, b3, factor, is_head, KIND)
+            _store_chunk(final, a0, b0, mask, KIND)
+            _store_chunk(final + 128, a1, b1, mask, KIND)
+            _store_chunk(final + 256, a2, b2, mask, KIND)
+            _store_chunk(final + 384, a3, b3, mask, KIND)
         else:
             if position == begin:
                 tl.store(requests + 2 * b, program)
@@ -359,14 +357,20 @@ def _decode_kernel(
                 tl.store(span + 2, (end - 1) // each)
             # a request that began before this piece goes to the even place, one that begins inside it to the odd one
             place = (2 * program + (position == begin).to(tl.int32)).to(tl.int64) * H
-            factor = 1.0 / denominator
             part = partial + (place + head[:, None]) * 512
-            _store_chunk(part, a0, b0, factor, is_head, KIND)
-            _store_chunk(part + 128, a1, b1, factor, is_head, KIND)
-            _store_chunk(part + 256, a2, b2, factor, is_head, KIND)
-            _store_chunk(part + 384, a3, b3, factor, is_head, KIND)
-            tl.store(partial_lse + place + head, m + tl.log2(denominator), mask=is_head)
+            _store_chunk(part, a0, b0, mask, KIND)
+            _store_chunk(part + 128, a1, b1, mask, KIND)
+            _store_chunk(part + 256, a2, b2, mask, KIND)
+            _store_chunk(part + 384, a3, b3, mask, KIND)
+            tl.store(partial_lse + place + head, lse, mask=is_head)
         position += count
+    # nobody else comes by a request of no keys
+    for empty in range(program, B, tl.num_programs(0)):
+        if tl.load(indptr + empty + 1) <= tl.load(indptr + empty):
+            zero = tl.zeros([BLOCK_H, 512], out.dtype.element_ty)
+            to = out + tl.cast(empty, tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
+            tl.store(to + tl.arange(0, 512)[None, :], zero, mask=is_head[:, None])
+            tl.store(requests + 2 * empty + 1, -1)  # nothing to merge
 
 
 @triton.jit
@@ -498,8 +502,8 @@ def mla_decode(
     capability, sms = (0, 0), 1
     if not _INTERPRETED:
         capability, sms = torch.cuda.get_device_capability(q.device), sm_count(q.device.index)
-    if kind == E4M3 and capability < (8, 9):
-        kind = E4M3_BITS
+    if kind == E4M3:
+        kind = _kinds(capability)[1]
     numbers = dict(config or decode_config(heads, kind != DIRECT, capability, _INTERPRETED))
     tiles = triton.cdiv(heads, numbers["BLOCK_H"])
     programs = max(1, numbers.pop("PER_SM") * sms // tiles)
@@ -558,6 +562,67 @@ def mla_decode_ref(
     return out
 
 
+def compile_cases(every: bool = False) -> list[CompileCase]:
+    """What the launch tables can ask Triton to compile: all options off and all on, or, for ``every``, the product."""
+    switches = (
+        list(itertools.product((False, True), repeat=3)) if every else [(False, False, False), (True, True, True)]
+    )
+    cases = []
+    for sm in TARGETS:
+        capability = (sm // 10, sm % 10)
+        for kind, heads, (capped, xai, sinks) in itertools.product(_kinds(capability), (16, 128), switches):
+            numbers = decode_config(heads, kind != DIRECT, capability)
+            if heads > 16 and numbers == decode_config(16, kind != DIRECT, capability):
+                continue
+            del numbers["PER_SM"]
+            warps = numbers.pop("num_warps")
+            index = "*i64" if sinks else "*i32"
+            pointers = {"q": "*bf16", "kv": "*bf16" if kind == DIRECT else "*i16", "out": "*fp32" if sinks else "*bf16"}
+            pointers |= {"indptr": index, "token_ids": index, "partial": "*fp32", "partial_lse": "*fp32"}
+            pointers |= {"spans": "*i32", "requests": "*i32"} | ({"sinks": "*fp32"} if sinks else {})
+            scalars = dict.fromkeys(("B", "H", "xai_len", *_STRIDES), "i32")
+            scalars |= dict.fromkeys(("sm_scale", "v_scale", "logit_cap"), "fp32")
+            options: dict[str, Any] = {
+                "KIND": kind,
+                "CAPPED": capped,
+                "XAI": xai,
+                "ROWS": 256,
+                "PDL": sm >= 90 and sinks,
+            }
+            if not sinks:
+                options["sinks"] = None
+            what = f"{('direct', 'e4m3', 'e4m3 bits', 'e5m2')[kind]}, {heads} heads, {capped} {xai} {sinks}"
+            cases.append(
+                CompileCase(
+                    f"decode {what}",
+                    _decode_kernel,
+                    pointers | scalars,
+                    options | numbers,
+                    ("kv", "partial", "partial_lse", "H", *_STRIDES),
+                    warps,
+                    targets=(sm,),
+                    # bounds and pointers that the loop over keys has no use for: stored before it, loaded after it
+                    stack=192,
+                )
+            )
+    for batch, sinks in itertools.product((1, 4, 16, 64), (False, True)):
+        numbers = merge_config(batch)
+        warps = numbers.pop("num_warps")
+        pointers = {"out": "*bf16", "partial": "*fp32", "partial_lse": "*fp32", "spans": "*i32", "requests": "*i32"}
+        pointers |= {"sinks": "*fp32"} if sinks else {}
+        scalars = {"H": "i32", "v_scale": "fp32", "out_stride_b": "i32", "out_stride_h": "i32"}
+        options = {"PARTIALS": 512, "PDL": False} | ({} if sinks else {"sinks": None})
+        name = f"merge {numbers} {sinks}"
+        cases.append(CompileCase(name, _merge_kernel, pointers | scalars, options | numbers, num_warps=warps))
+    return cases
+
+
+def _kinds(capability: tuple[int, int]) -> tuple[int, ...]:
+    """How caches are read on a chip: e4m3 has an instruction from sm_89 on."""
+    return (DIRECT, E4M3 if capability >= (8, 9) else E4M3_BITS, E5M2)
+
+
+_STRIDES = ("q_stride_b", "q_stride_h", "kv_stride", "out_stride_b", "out_stride_h")
 _Scratch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _scratches: dict[tuple[torch.device, int], _Scratch] = {}
 
