@@ -314,18 +314,17 @@ class DecodeTrial:
         self.backend = _triton_backend(
             batch, num_head=heads, use_mla=True, use_pdl=False, token_to_kv_pool=self.pool, enable_lean_attention=False,
             is_draft_runner=False, enable_deterministic=False, allow_bidirectional_attention_in_extend=False,
-            decode_attention_fwd=torch.compiler.disable(_imported_decode()),
+            decode_attention_fwd=torch.compiler.disable(_imported("decode")),
             extend_attention_fwd=self._extended, use_verify_splitkv=False, use_verify_shared_kv=False,
         )  # fmt: skip
         self.prefix_scales: tuple[Any, ...] = ()
-        last = torch.tensor(lens, device=device).cumsum(0) - 1
-        self.last = last
+        self.last = torch.tensor(lens, device=device).cumsum(0) - 1
         self._store_prompts()
 
     def _extended(self, *args: Any, **kwargs: Any) -> None:
         """In the place of the extend kernel: what it was told to scale a stored prefix by."""
-        # from 0.5.10: (..., max_extend_len, k_scale, v_scale, sm_scale)
-        self.prefix_scales = (*args[13:15],) if len(args) > 14 else (1.0, 1.0)
+        given = dict(zip(inspect.signature(_imported("extend")).parameters, args, strict=False)) | kwargs
+        self.prefix_scales = given.get("k_scale", 1.0), given.get("v_scale", 1.0)
 
     def _store_prompts(self) -> None:
         """All tokens but the last of each request, as a prefill step without a prefix stores them."""
@@ -340,8 +339,9 @@ class DecodeTrial:
 
     def _step(self, mode: str, slots: torch.Tensor) -> Any:
         step = _forward_batch(self.batch, mode, self.backend)
-        vars(step).update(token_to_kv_pool=self.pool, out_cache_loc=slots, out_cache_loc_is_physical=True)
-        vars(step).update(mha_one_shot=False)
+        vars(step).update(
+            token_to_kv_pool=self.pool, out_cache_loc=slots, out_cache_loc_is_physical=True, mha_one_shot=False
+        )
         return step
 
     def decode(self) -> torch.Tensor:
@@ -380,15 +380,11 @@ class _Metadata(SimpleNamespace):
         return None
 
 
-def _imported_decode() -> Any:
-    """``decode_attention_fwd`` from where ``TritonAttnBackend.__init__`` imports it."""
-    homes = ("sglang.kernels.ops.attention.decode_attention", "sglang.srt.layers.attention.triton_ops.decode_attention")
-    for home in homes:
-        try:
-            return importlib.import_module(home).decode_attention_fwd
-        except ModuleNotFoundError:
-            continue
-    raise ModuleNotFoundError(homes[-1])
+def _imported(what: str) -> Any:
+    """``decode_attention_fwd`` or its sister, from where ``TritonAttnBackend.__init__`` imports it."""
+    homes = ("sglang.kernels.ops.attention", "sglang.srt.layers.attention.triton_ops")
+    home = homes[0] if importlib.util.find_spec("sglang.kernels") is not None else homes[1]
+    return getattr(importlib.import_module(f"{home}.{what}_attention"), f"{what}_attention_fwd")
 
 
 def _latent_pool(batch: Batch, dtype: torch.dtype) -> Any:
