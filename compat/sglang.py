@@ -50,6 +50,7 @@ Scales of an fp8 latent cache (V is the first 512 of the same stored row, so one
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -268,77 +269,63 @@ def kv_indices_targets(version: str | None) -> tuple[Target, ...]:
 
 
 class DecodeCall:
-    """One decode step of one layer, whatever the release; see ``kernels.decode`` for shapes."""
+    """One decode step of one layer, whatever the release; see ``kernels.decode`` for shapes.
+
+    Takes a call of 0.5.12 and later as it comes, in the newest release's order. The scratch and its splits are the
+    host's: ours brings its own. PDL and page_size only say how the host's kernel works, and only ROCm looks at the lean
+    arguments.
+    """
 
     __slots__ = (
-        "extra", "indptr", "k", "k_scale", "logit_cap", "out", "q", "sinks", "sm_scale", "token_ids", "v", "v_scale",
+        "extra", "indptr", "k", "k_scale", "logit_cap", "out", "q", "sinks", "sm_scale", "token_ids", "v_scale",
         "xai_temperature_len",
     )  # fmt: skip
 
     def __init__(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        out: Any,
-        indptr: Any,
-        token_ids: Any,
-        sm_scale: float,
-        k_scale: float,
-        v_scale: float,
-        logit_cap: float,
-        sinks: Any,
-        xai_temperature_len: int,
-        extra: str | None,
-    ) -> None:
+        self, q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits,
+        sm_scale, k_scale, v_scale, logit_cap=0.0, sinks=None, xai_temperature_len=-1, has_mla=False, use_pdl=False,
+        page_size=1, score_mod=None, aux_tensors=None, enable_lean=None, lean_Mp=None, lean_Lp=None, lean_Op=None,
+        lean_locks=None, uneven_batch=None,
+    ):  # fmt: skip
         self.q = q
-        self.k = k  # [slots, 1, 576]
-        self.v = v  # the first 512 of k
-        self.out = out
-        self.indptr = indptr
-        self.token_ids = token_ids
+        self.k = k_buffer  # [slots, 1, 576]
+        self.out = o
+        self.indptr = kv_indptr
+        self.token_ids = kv_indices
         self.sm_scale = sm_scale
         self.k_scale = k_scale
         self.v_scale = v_scale
         self.logit_cap = logit_cap
         self.sinks = sinks
         self.xai_temperature_len = xai_temperature_len
-        self.extra = extra  # what of this release's arguments ours does not do
+        # what of this call ours does not do; with has_mla the host, too, reads values from k_buffer
+        if has_mla and score_mod is None:
+            self.extra = None
+        else:
+            self.extra = "score_mod" if has_mla else "no has_mla: the caller may read attn_lse"
 
 
-# The scratch and its splits are the host's: ours brings its own. PDL and page_size only say how the host's kernel
-# works, and only ROCm looks at the lean arguments.
+def decode_call_0510(
+    q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
+    k_scale, v_scale, logit_cap=0.0, sinks=None, xai_temperature_len=-1,
+):  # fmt: skip
+    call = DecodeCall(
+        q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
+        k_scale, v_scale, logit_cap, sinks, xai_temperature_len, True,
+    )  # fmt: skip
+    k, v = k_buffer, v_buffer
+    if v.data_ptr() != k.data_ptr() or v.stride() != k.stride() or v.shape[-1] != 512:
+        call.extra = "v_buffer is not the first 512 of k_buffer"
+    return call
 
 
 def decode_call_046(
     q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
     logit_cap=0.0, sinks=None, xai_temperature_len=-1,
 ):  # fmt: skip
-    return DecodeCall(
-        q, k_buffer, v_buffer, o, kv_indptr, kv_indices, sm_scale, 1.0, 1.0, logit_cap, sinks, xai_temperature_len, None
-    )
-
-
-def decode_call_0510(
-    q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
-    k_scale, v_scale, logit_cap=0.0, sinks=None, xai_temperature_len=-1, has_mla=False, use_pdl=False,
-):  # fmt: skip
-    return DecodeCall(
-        q, k_buffer, v_buffer, o, kv_indptr, kv_indices, sm_scale, k_scale, v_scale, logit_cap, sinks,
-        xai_temperature_len, None,
-    )  # fmt: skip
-
-
-def decode_call_0515(
-    q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
-    k_scale, v_scale, logit_cap=0.0, sinks=None, xai_temperature_len=-1, has_mla=False, use_pdl=False, page_size=1,
-    score_mod=None, aux_tensors=None, enable_lean=None, lean_Mp=None, lean_Lp=None, lean_Op=None, lean_locks=None,
-    uneven_batch=None,
-):  # fmt: skip
-    extra = "score_mod" if score_mod is not None else None if has_mla else "no has_mla: the caller may read attn_lse"
-    return DecodeCall(
-        q, k_buffer, v_buffer, o, kv_indptr, kv_indices, sm_scale, k_scale, v_scale, logit_cap, sinks,
-        xai_temperature_len, extra,
+    return decode_call_0510(
+        q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
+        1.0, 1.0, logit_cap, sinks, xai_temperature_len,
     )  # fmt: skip
 
 
@@ -355,11 +342,11 @@ _DECODE_HOMES: _Eras = (
     ("0", "sglang.srt.layers.attention.triton_ops.decode_attention"),
 )
 _DECODE: _Eras = (
-    ("0.5.23", ((*_LEAN, "uneven_batch"), decode_call_0515)),
-    ("0.5.19", (_LEAN, decode_call_0515)),
-    ("0.5.16", (_MOD, decode_call_0515)),
-    ("0.5.15", ((*_MLA, "page_size"), decode_call_0515)),
-    ("0.5.12", (_MLA, decode_call_0510)),
+    ("0.5.23", ((*_LEAN, "uneven_batch"), DecodeCall)),
+    ("0.5.19", (_LEAN, DecodeCall)),
+    ("0.5.16", (_MOD, DecodeCall)),
+    ("0.5.15", ((*_MLA, "page_size"), DecodeCall)),
+    ("0.5.12", (_MLA, DecodeCall)),
     ("0.5.10", (_SCALED, decode_call_0510)),
     ("0.5.1", ((*_DECODE_FIRST, "logit_cap", "sinks", "xai_temperature_len"), decode_call_046)),
     ("0", ((*_DECODE_FIRST, "logit_cap"), decode_call_046)),
@@ -387,6 +374,23 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
     return tuple(targets)
 
 
+_said: set[str] = set()
+
+
+def _say_once(what: str, text: str, *values: Any) -> None:
+    """A warning of scales, once in a process, whatever is restored and applied again."""
+    if what not in _said:
+        _said.add(what)
+        log.warning("mla-patch: " + text, *values)
+
+
+def _is_compiling() -> Callable[[], bool]:
+    """True inside torch.compile, which must not be made to break its graph for a warning."""
+    import torch
+
+    return torch.compiler.is_compiling
+
+
 class _Unscaled:
     """A layer as the backend reads it, but for its scales."""
 
@@ -405,16 +409,16 @@ def leave_scales_out(module: ModuleType) -> Undo:
     Dividing before the store, as 0.5.12 does, would leave the prompts wrong that MHA prefill stores, and would change
     bytes that other processes may read. What is stored stays what the release stores.
     """
-    warned: list[bool] = []
+    compiling = _is_compiling()
 
     def read(backend: Any, layer: Any) -> Any:
         if layer.k_scale is None or not backend.use_mla:
             return layer
-        if not warned and (layer.k_scale_float, layer.v_scale_float) not in ((1.0, 1.0), (1.0, None)):
-            warned.append(True)
-            log.warning(
-                "mla-patch: the checkpoint's scales (k_scale %s, v_scale %s, layer %s) are not used: this release of "
-                "SGLang stores latents without them",
+        if not compiling() and (layer.k_scale_float, layer.v_scale_float) not in ((1.0, 1.0), (1.0, None)):
+            _say_once(
+                "unused",
+                "the checkpoint's scales (k_scale %s, v_scale %s, layer %s) are not used: this release of SGLang "
+                "stores latents without them",
                 layer.k_scale_float, layer.v_scale_float, layer.layer_id,
             )  # fmt: skip
         return _Unscaled(layer)
@@ -437,21 +441,18 @@ def scale_problem(k_scale: float | None, v_scale: float | None) -> str | None:
 def watch_scales(module: ModuleType) -> Undo:
     """From 0.5.12 the host's scales are its own: say once where it cannot be right with them."""
     seen: set[int] = set()
-    warned: list[bool] = []
+    compiling = _is_compiling()
 
     def look(backend: Any, layer: Any) -> Any:
-        if layer.layer_id not in seen:
-            seen.add(layer.layer_id)
+        if not compiling() and id(layer) not in seen:  # a draft model's layers are numbered from 0, too
+            seen.add(id(layer))
             scales = layer.k_scale_float, layer.v_scale_float
             problem = scale_problem(*scales)
             if problem is None and scales not in ((None, None), (1.0, 1.0)):
                 problem = f"k_scale {scales[0]}: prompts that MHA prefill stores are not divided by it"
-            if problem is not None and backend.use_mla and not warned:
-                warned.append(True)
-                log.warning(
-                    "mla-patch: SGLang's fp8 latent cache is not consistent with layer %s's scales: %s",
-                    layer.layer_id, problem,
-                )  # fmt: skip
+            if problem is not None and backend.use_mla:
+                text = "SGLang's fp8 latent cache is not consistent with layer %s's scales: %s"
+                _say_once("inconsistent", text, layer.layer_id, problem)
         return layer
 
     return _wrap_methods(module.TritonAttnBackend, ("forward_decode",), look)
@@ -469,6 +470,9 @@ def _wrap_methods(owner: type, names: tuple[str, ...], seen_as: Callable[[Any, A
         return forward
 
     before = {name: vars(owner)[name] for name in names}
+    for name, method in before.items():
+        if tuple(inspect.signature(method).parameters)[:5] != ("self", "q", "k", "v", "layer"):
+            raise TypeError(f"{owner.__qualname__}.{name} does not take (q, k, v, layer, ...)")
     ours = {name: wrap(method) for name, method in before.items()}
     for name, method in ours.items():
         setattr(owner, name, method)

@@ -314,7 +314,7 @@ class DecodeTrial:
         self.backend = _triton_backend(
             batch, num_head=heads, use_mla=True, use_pdl=False, token_to_kv_pool=self.pool, enable_lean_attention=False,
             is_draft_runner=False, enable_deterministic=False, allow_bidirectional_attention_in_extend=False,
-            decode_attention_fwd=torch.compiler.disable(_imported("decode")),
+            decode_attention_fwd=torch.compiler.disable(imported("decode")),
             extend_attention_fwd=self._extended, use_verify_splitkv=False, use_verify_shared_kv=False,
         )  # fmt: skip
         self.prefix_scales: tuple[Any, ...] = ()
@@ -323,7 +323,7 @@ class DecodeTrial:
 
     def _extended(self, *args: Any, **kwargs: Any) -> None:
         """In the place of the extend kernel: what it was told to scale a stored prefix by."""
-        given = dict(zip(inspect.signature(_imported("extend")).parameters, args, strict=False)) | kwargs
+        given = dict(zip(inspect.signature(imported("extend")).parameters, args, strict=False)) | kwargs
         self.prefix_scales = given.get("k_scale", 1.0), given.get("v_scale", 1.0)
 
     def _store_prompts(self) -> None:
@@ -380,7 +380,7 @@ class _Metadata(SimpleNamespace):
         return None
 
 
-def _imported(what: str) -> Any:
+def imported(what: str) -> Any:
     """``decode_attention_fwd`` or its sister, from where ``TritonAttnBackend.__init__`` imports it."""
     homes = ("sglang.kernels.ops.attention", "sglang.srt.layers.attention.triton_ops")
     home = homes[0] if importlib.util.find_spec("sglang.kernels") is not None else homes[1]
