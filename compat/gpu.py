@@ -54,6 +54,14 @@ def _from_index(index: int) -> Gpu:
 
 
 @lru_cache(maxsize=16)
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a device that a call already uses."""
+    import torch
+
+    return torch.cuda.get_device_capability(index)
+
+
+@lru_cache(maxsize=16)
 def sm_count(index: int) -> int:
     """Streaming multiprocessors of a device that a call already uses."""
     import torch

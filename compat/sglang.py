@@ -20,15 +20,48 @@ KV-index builders, two Triton kernels launched as ``kernel[grid](...)``:
         0.5.19            ENTRY_PAGE_SIZE=1
         0.5.20 - 0.5.21   ENTRY_PAGE_SIZE=1, TOKEN_BLOCK_PARALLEL=False
         from 0.5.22       ENTRY_PAGE_SIZE=1, TOKEN_BLOCK_PARALLEL=False, token_mapping=None
+
+MLA decode, decode_attention_fwd, a function that only TritonAttnBackend.__init__ imports. It keeps it in an attribute
+of the instance, inside torch.compiler.disable, so a backend that was built before ours came keeps the host's:
+
+    to 0.5.15      srt.layers.attention.triton_ops.decode_attention
+    from 0.5.16    kernels.ops.attention.decode_attention
+
+    q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale, then
+        0.4.6 - 0.4.10    logit_cap=0.0
+        0.5.1 - 0.5.9     logit_cap=0.0, sinks=None, xai_temperature_len=-1
+        0.5.10 - 0.5.11   k_scale and v_scale, required, before logit_cap
+        0.5.12 - 0.5.14   has_mla=False, use_pdl=False after them
+        0.5.15            page_size=1
+        0.5.16 - 0.5.18   score_mod=None, aux_tensors=None
+        0.5.19 - 0.5.22   enable_lean=None and four lean tensors, which only ROCm reads
+        from 0.5.23       uneven_batch=None, likewise
+
+    From 0.5.15 decode context parallelism calls it without has_mla and reads attn_lse afterwards.
+
+Scales of an fp8 latent cache (V is the first 512 of the same stored row, so one scale is the only right number):
+
+    to 0.5.9          stored without, read without: consistent, whatever the checkpoint says
+    0.5.10 - 0.5.11   stored without, decode and extend read with the layer's scales: wrong unless they are 1
+    from 0.5.12       decode and extend store K / k_scale and read with both scales, or with none unless both exist;
+                      MHA prefill stores the same rows without
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from packaging.version import Version
 
-from mla_patch.compat.types import Host, Target
+from mla_patch.compat.types import Host, Target, Undo
+
+log = logging.getLogger("mla_patch")
 
 # read one by one; a post release is applied when its signatures match, and called unreviewed
 _REVIEWED = (
@@ -233,3 +266,220 @@ def kv_indices_targets(version: str | None) -> tuple[Target, ...]:
         *_builders("create_flashmla_kv_indices_triton", _TABLE, _PAGE_TABLE, version, "serve_page_table"),
         *_builders("create_flashinfer_kv_indices_triton", _IDS, _TOKEN_INDICES, version, "serve_token_indices"),
     )
+
+
+class DecodeCall:
+    """One decode step of one layer, whatever the release; see ``kernels.decode`` for shapes.
+
+    Takes a call of 0.5.12 and later as it comes, in the newest release's order. The scratch and its splits are the
+    host's: ours brings its own. PDL and page_size only say how the host's kernel works, and only ROCm looks at the lean
+    arguments.
+    """
+
+    __slots__ = (
+        "extra", "indptr", "k", "k_scale", "logit_cap", "out", "q", "sinks", "sm_scale", "token_ids", "v_scale",
+        "xai_temperature_len",
+    )  # fmt: skip
+
+    def __init__(
+        self, q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits,
+        sm_scale, k_scale, v_scale, logit_cap=0.0, sinks=None, xai_temperature_len=-1, has_mla=False, use_pdl=False,
+        page_size=1, score_mod=None, aux_tensors=None, enable_lean=None, lean_Mp=None, lean_Lp=None, lean_Op=None,
+        lean_locks=None, uneven_batch=None,
+    ):  # fmt: skip
+        self.q = q
+        self.k = k_buffer  # [slots, 1, 576]
+        self.out = o
+        self.indptr = kv_indptr
+        self.token_ids = kv_indices
+        self.sm_scale = sm_scale
+        self.k_scale = k_scale
+        self.v_scale = v_scale
+        self.logit_cap = logit_cap
+        self.sinks = sinks
+        self.xai_temperature_len = xai_temperature_len
+        # what of this call ours does not do; with has_mla the host, too, reads values from k_buffer
+        if has_mla and score_mod is None:
+            self.extra = None
+        else:
+            self.extra = "score_mod" if has_mla else "no has_mla: the caller may read attn_lse"
+
+
+def decode_call_0510(
+    q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
+    k_scale, v_scale, logit_cap=0.0, sinks=None, xai_temperature_len=-1,
+):  # fmt: skip
+    call = DecodeCall(
+        q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
+        k_scale, v_scale, logit_cap, sinks, xai_temperature_len, True,
+    )  # fmt: skip
+    k, v = k_buffer, v_buffer
+    if v.data_ptr() != k.data_ptr() or v.stride() != k.stride() or v.shape[-1] != 512:
+        call.extra = "v_buffer is not the first 512 of k_buffer"
+    return call
+
+
+def decode_call_046(
+    q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
+    logit_cap=0.0, sinks=None, xai_temperature_len=-1,
+):  # fmt: skip
+    return decode_call_0510(
+        q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
+        1.0, 1.0, logit_cap, sinks, xai_temperature_len,
+    )  # fmt: skip
+
+
+_DECODE_FIRST = (
+    "q", "k_buffer", "v_buffer", "o", "kv_indptr", "kv_indices", "attn_logits", "attn_lse", "num_kv_splits",
+    "max_kv_splits", "sm_scale",
+)  # fmt: skip
+_SCALED = (*_DECODE_FIRST, "k_scale", "v_scale", "logit_cap", "sinks", "xai_temperature_len")
+_MLA = (*_SCALED, "has_mla", "use_pdl")
+_MOD = (*_MLA, "page_size", "score_mod", "aux_tensors")
+_LEAN = (*_MOD, "enable_lean", "lean_Mp", "lean_Lp", "lean_Op", "lean_locks")
+_DECODE_HOMES: _Eras = (
+    ("0.5.16", "sglang.kernels.ops.attention.decode_attention"),
+    ("0", "sglang.srt.layers.attention.triton_ops.decode_attention"),
+)
+_DECODE: _Eras = (
+    ("0.5.23", ((*_LEAN, "uneven_batch"), DecodeCall)),
+    ("0.5.19", (_LEAN, DecodeCall)),
+    ("0.5.16", (_MOD, DecodeCall)),
+    ("0.5.15", ((*_MLA, "page_size"), DecodeCall)),
+    ("0.5.12", (_MLA, DecodeCall)),
+    ("0.5.10", (_SCALED, decode_call_0510)),
+    ("0.5.1", ((*_DECODE_FIRST, "logit_cap", "sinks", "xai_temperature_len"), decode_call_046)),
+    ("0", ((*_DECODE_FIRST, "logit_cap"), decode_call_046)),
+)
+
+
+def has_mla_decode(version: str | None) -> bool:
+    """Whether the release's own decode is written for MLA; an unknown one is taken for a new one."""
+    return version is None or Version(version) >= Version("0.5.12")
+
+
+def decode_targets(version: str | None) -> tuple[Target, ...]:
+    """MLA decode of ``version``, and the scales that the backend around it reads with."""
+    hook = "mla_patch.hooks.sglang_decode"
+    targets = [
+        Target(home, "decode_attention_fwd", params, bind=bind, declines=f"{hook}:declines", serve=f"{hook}:serve")
+        for home in _of(_DECODE_HOMES, version)
+        for params, bind in _of(_DECODE, version)
+    ]
+    backend, name = "sglang.srt.layers.attention.triton_backend", "TritonAttnBackend.scales"
+    if version is None or has_mla_decode(version):
+        targets.append(Target(backend, name, kind="edit", edit=watch_scales))
+    elif Version(version) >= Version("0.5.10"):
+        targets.append(Target(backend, name, kind="edit", edit=leave_scales_out, lasting=True))
+    return tuple(targets)
+
+
+_said: set[str] = set()
+
+
+def _say_once(what: str, text: str, *values: Any) -> None:
+    """A warning of scales, once in a process, whatever is restored and applied again."""
+    if what not in _said:
+        _said.add(what)
+        log.warning("mla-patch: " + text, *values)
+
+
+def _is_compiling() -> Callable[[], bool]:
+    """True inside torch.compile, which must not be made to break its graph for a warning."""
+    import torch
+
+    return torch.compiler.is_compiling
+
+
+class _Unscaled:
+    """A layer as the backend reads it, but for its scales."""
+
+    k_scale = v_scale = k_scale_float = v_scale_float = None
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def leave_scales_out(module: ModuleType) -> Undo:
+    """0.5.10 and 0.5.11 store latents without a scale: read them without, in decode and extend, on either arm.
+
+    Dividing before the store, as 0.5.12 does, would leave the prompts wrong that MHA prefill stores, and would change
+    bytes that other processes may read. What is stored stays what the release stores.
+    """
+    compiling = _is_compiling()
+
+    def read(backend: Any, layer: Any) -> Any:
+        if layer.k_scale is None or not backend.use_mla:
+            return layer
+        if not compiling() and (layer.k_scale_float, layer.v_scale_float) not in ((1.0, 1.0), (1.0, None)):
+            _say_once(
+                "unused",
+                "the checkpoint's scales (k_scale %s, v_scale %s, layer %s) are not used: this release of SGLang "
+                "stores latents without them",
+                layer.k_scale_float, layer.v_scale_float, layer.layer_id,
+            )  # fmt: skip
+        return _Unscaled(layer)
+
+    return _wrap_methods(module.TritonAttnBackend, ("forward_decode", "forward_extend"), read)
+
+
+def scale_problem(k_scale: float | None, v_scale: float | None) -> str | None:
+    """Why these two cannot be the scale of one stored latent, or None; None is a scale that the checkpoint lacks."""
+    if k_scale is None and v_scale is None:
+        return None
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            return f"{name} {scale}"
+    if k_scale is None or v_scale is None:
+        return f"no {'k_scale' if k_scale is None else 'v_scale'}"
+    return None if v_scale == k_scale else f"v_scale {v_scale} is not k_scale {k_scale}"
+
+
+def watch_scales(module: ModuleType) -> Undo:
+    """From 0.5.12 the host's scales are its own: say once where it cannot be right with them."""
+    seen: set[int] = set()
+    compiling = _is_compiling()
+
+    def look(backend: Any, layer: Any) -> Any:
+        if not compiling() and id(layer) not in seen:  # a draft model's layers are numbered from 0, too
+            seen.add(id(layer))
+            scales = layer.k_scale_float, layer.v_scale_float
+            problem = scale_problem(*scales)
+            if problem is None and scales not in ((None, None), (1.0, 1.0)):
+                problem = f"k_scale {scales[0]}: prompts that MHA prefill stores are not divided by it"
+            if problem is not None and backend.use_mla:
+                text = "SGLang's fp8 latent cache is not consistent with layer %s's scales: %s"
+                _say_once("inconsistent", text, layer.layer_id, problem)
+        return layer
+
+    return _wrap_methods(module.TritonAttnBackend, ("forward_decode",), look)
+
+
+def _wrap_methods(owner: type, names: tuple[str, ...], seen_as: Callable[[Any, Any], Any]) -> Undo:
+    """Let ``owner``'s forward methods see ``seen_as(self, layer)`` as their layer. Methods, since the class is bound
+    elsewhere by value."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(self: Any, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+            return original(self, q, k, v, seen_as(self, layer), *args, **kwargs)
+
+        return forward
+
+    before = {name: vars(owner)[name] for name in names}
+    for name, method in before.items():
+        if tuple(inspect.signature(method).parameters)[:5] != ("self", "q", "k", "v", "layer"):
+            raise TypeError(f"{owner.__qualname__}.{name} does not take (q, k, v, layer, ...)")
+    ours = {name: wrap(method) for name, method in before.items()}
+    for name, method in ours.items():
+        setattr(owner, name, method)
+
+    def undo() -> None:
+        for name, method in ours.items():
+            if vars(owner).get(name) is method:  # or somebody has put something else there since
+                setattr(owner, name, before[name])
+
+    return undo

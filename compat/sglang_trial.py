@@ -1,8 +1,9 @@
 """Drive a real SGLang release's own code on a made-up batch, with or without a GPU.
 
-SGLang expects CUDA, its kernel packages and a loaded model. Its index builders need none of them:
-``prepare`` makes the release importable by standing in for what cannot be imported, and each route
-below hands one attention backend a few request lengths and lets *its* method launch the builder.
+SGLang expects CUDA, its kernel packages and a loaded model. Its index builders and its Triton backend need
+none of them: ``prepare`` makes the release importable by standing in for what cannot be imported, each route
+below hands one attention backend a few request lengths and lets *its* method launch the builder, and
+``DecodeTrial`` stores latents through the backend's own methods into the host's own pool and decodes from there.
 
 Used by ``mla-patch demo`` and by the tests on real releases. Nothing here replaces a kernel, and
 nothing here runs in a serving process.
@@ -280,6 +281,123 @@ def routes() -> Iterator[str]:
             yield route
 
 
+# name -> dtype of the cache, and the scale of every layer; the models' own dtype is float16
+CACHES: dict[str, tuple[torch.dtype, float | None]] = {
+    "float16": (torch.float16, None),
+    "e4m3": (torch.float8_e4m3fn, None),
+    "e5m2": (torch.float8_e5m2, None),
+    "e4m3 k_scale 0.5": (torch.float8_e4m3fn, 0.5),
+}
+DECODE_LENGTHS = (1, 32, 97, 64, 130)
+
+
+class DecodeTrial:
+    """One decode step through the host's ``TritonAttnBackend`` over latents that it stored in its own pool."""
+
+    def __init__(
+        self, cache: str, device: str = "cpu", heads: int = 16, lens: Sequence[int] = DECODE_LENGTHS, seed: int = 0
+    ) -> None:
+        dtype, self.scale = CACHES[cache]
+        rng = torch.Generator().manual_seed(seed)
+        self.batch = batch = make_batch(device, lens, width=256, page=64)
+        self.q = torch.randn(len(lens), heads * 576, generator=rng).to(device, torch.float16)
+        self.slots = expected_token_ids(batch, lens)
+        self.latents = torch.randn(len(self.slots), 1, 576, generator=rng).to(device, torch.float16)
+        self.layer = SimpleNamespace(
+            layer_id=0, tp_q_head_num=heads, tp_k_head_num=1, tp_v_head_num=1, qk_head_dim=576, v_head_dim=512,
+            scaling=0.0417, logit_cap=0.0, logit_capping_method="tanh", sliding_window_size=-1, xai_temperature_len=-1,
+            k_scale=None if self.scale is None else torch.tensor(self.scale, device=device), k_scale_float=self.scale,
+            is_cross_attention=False, attn_type=None, orig_v_head_dim=512,
+        )  # fmt: skip
+        self.layer.v_scale, self.layer.v_scale_float = self.layer.k_scale, self.scale
+        self.pool = _latent_pool(batch, dtype)
+        self.backend = _triton_backend(
+            batch, num_head=heads, use_mla=True, use_pdl=False, token_to_kv_pool=self.pool, enable_lean_attention=False,
+            is_draft_runner=False, enable_deterministic=False, allow_bidirectional_attention_in_extend=False,
+            decode_attention_fwd=torch.compiler.disable(imported("decode")),
+            extend_attention_fwd=self._extended, use_verify_splitkv=False, use_verify_shared_kv=False,
+        )  # fmt: skip
+        self.prefix_scales: tuple[Any, ...] = ()
+        self.last = torch.tensor(lens, device=device).cumsum(0) - 1
+        self._store_prompts()
+
+    def _extended(self, *args: Any, **kwargs: Any) -> None:
+        """In the place of the extend kernel: what it was told to scale a stored prefix by."""
+        given = dict(zip(inspect.signature(imported("extend")).parameters, args, strict=False)) | kwargs
+        self.prefix_scales = given.get("k_scale", 1.0), given.get("v_scale", 1.0)
+
+    def _store_prompts(self) -> None:
+        """All tokens but the last of each request, as a prefill step without a prefix stores them."""
+        prompt = torch.ones(len(self.slots), dtype=torch.bool, device=self.batch.device)
+        prompt[self.last] = False
+        k = self.latents[prompt]
+        step = self._step("EXTEND", self.slots[prompt])
+        self.backend.forward_metadata = _Metadata()
+        q = self.q.new_zeros(len(k), self.q.shape[1])
+        with _one_rank():
+            self.backend.forward_extend(q, k.clone(), k[..., :512].clone(), self.layer, step)
+
+    def _step(self, mode: str, slots: torch.Tensor) -> Any:
+        step = _forward_batch(self.batch, mode, self.backend)
+        vars(step).update(
+            token_to_kv_pool=self.pool, out_cache_loc=slots, out_cache_loc_is_physical=True, mha_one_shot=False
+        )
+        return step
+
+    def decode(self) -> torch.Tensor:
+        """The step: the host stores each request's last token and calls its decode; [requests, heads, 512]."""
+        with _one_rank():
+            step = self._step("DECODE", self.slots[self.last])
+            self.backend.init_forward_metadata(step)
+            k = self.latents[self.last]
+            out = self.backend.forward_decode(self.q, k.clone(), k[..., :512].clone(), self.layer, step)
+        return out.view(len(self.last), -1, 512)
+
+    def factor(self) -> float:
+        """What the stored latents have to be multiplied by to be those that were given: 1, or the layer's scale."""
+        stored = self.pool.get_key_buffer(0)[self.slots].double()
+        near = {s: float((stored * s - self.latents.double()).norm()) for s in (1.0, self.scale or 1.0)}
+        return min(near, key=near.__getitem__)
+
+    def expected(self) -> torch.Tensor:
+        """The definition, in float64, over the bytes that were stored."""
+        latents = self.pool.get_key_buffer(0)[self.slots].double()[:, 0] * self.factor()
+        q = self.q.double().view(len(self.last), -1, 576)
+        rows = latents.split(list(self.batch.lens_list))
+        out = [(one @ row.T * self.layer.scaling).softmax(-1) @ row[:, :512] for one, row in zip(q, rows, strict=True)]
+        return torch.stack(out)
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+class _Metadata(SimpleNamespace):
+    """A prefill step's metadata, which only the attention kernel would read."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def imported(what: str) -> Any:
+    """``decode_attention_fwd`` or its sister, from where ``TritonAttnBackend.__init__`` imports it."""
+    homes = ("sglang.kernels.ops.attention", "sglang.srt.layers.attention.triton_ops")
+    home = homes[0] if importlib.util.find_spec("sglang.kernels") is not None else homes[1]
+    return getattr(importlib.import_module(f"{home}.{what}_attention"), f"{what}_attention_fwd")
+
+
+def _latent_pool(batch: Batch, dtype: torch.dtype) -> Any:
+    """The host's own pool for one layer of latents; slots that nobody stores to are zero, as the host leaves them."""
+    pool = importlib.import_module("sglang.srt.mem_cache.memory_pool").MLATokenToKVPool
+    size = int(batch.table.max()) + 1
+    given = {
+        "size": size, "page_size": 1, "dtype": dtype, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "layer_num": 1,
+        "device": str(batch.device), "enable_memory_saver": False,
+    }  # fmt: skip
+    return pool(**given)
+
+
 def launch(kernel: Any, builder: str, batch: Batch) -> Callable[[], None]:
     """One launch of ``builder``, the host's kernel or what stands in for it, over buffers of its own."""
     count, device = len(batch.lens_list), batch.device
@@ -296,23 +414,22 @@ def launch(kernel: Any, builder: str, batch: Batch) -> Callable[[], None]:
     return lambda: kernel[grid](*table)
 
 
-def _triton_backend(batch: Batch) -> Any:
+def _triton_backend(batch: Batch, **known: Any) -> Any:
     module = importlib.import_module("sglang.srt.layers.attention.triton_backend")
     count = len(batch.lens_list)
-    return _backend(
-        module.TritonAttnBackend,
-        batch,
-        kv_indptr=torch.zeros(count + 1, dtype=torch.int32, device=batch.device),
-        qo_indptr=torch.zeros(count + 1, dtype=torch.int64, device=batch.device),
-        num_head=16,
-        num_kv_head=1,
-        v_head_dim=512,
-        max_kv_splits=8,
-        static_kv_splits=True,
-        device_core_count=0,
-        lean_total_programs=1,
-        lean_block_m=1,
-    )
+    usual: dict[str, Any] = {
+        "kv_indptr": torch.zeros(count + 1, dtype=torch.int32, device=batch.device),
+        "qo_indptr": torch.zeros(count + 1, dtype=torch.int64, device=batch.device),
+        "num_head": 16,
+        "num_kv_head": 1,
+        "v_head_dim": 512,
+        "max_kv_splits": 8,
+        "static_kv_splits": True,
+        "device_core_count": 0,
+        "lean_total_programs": 1,
+        "lean_block_m": 1,
+    }
+    return _backend(module.TritonAttnBackend, batch, **usual | known)
 
 
 def _backend(cls: type, batch: Batch, **known: Any) -> Any:

@@ -46,11 +46,17 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, Any]:
     return status, json.loads(capsys.readouterr().out)
 
 
+def row_of(report: dict[str, Any], name: str = "kv_indices") -> dict[str, Any]:
+    (row,) = [row for row in report["features"] if row["name"] == name]
+    return row
+
+
 def test_no_engine_is_no_finding(capsys):
     status, report = run(capsys, "doctor")
     assert (status, report["hosts"], report["findings"], report["gpu"]) == (0, [], [], None)
     assert set(report) == {"version", "python", "torch", "triton", "gpu", "hosts", "findings", "features"}
-    (feature,) = report["features"]
+    feature = row_of(report)
+    assert {row["state"] for row in report["features"]} == {"absent"}
     assert (feature["name"], feature["host"], feature["state"]) == ("kv_indices", "sglang", "absent")
     assert set(feature) == {"name", "host", "flag", "value", "source", "state", "reason", "targets"}
 
@@ -59,7 +65,7 @@ def test_doctor_judges_an_installed_engine_without_importing_it(capsys, tmp_path
     monkeypatch.syspath_prepend(str(fake_sglang(tmp_path)))
     status, report = run(capsys, "doctor")
     assert (status, report["hosts"]) == (0, [{"name": "sglang", "version": "0.5.11", "reviewed": True}])
-    (feature,) = report["features"]
+    feature = row_of(report)
     assert feature["state"] == "armed"
     assert {(t["name"], t["kind"], t["replaced_by"]) for t in feature["targets"]} == {
         ("create_flashmla_kv_indices_triton", "kernel", "mla_patch.hooks.sglang_kv_indices:serve_page_table"),
@@ -92,7 +98,7 @@ def test_what_doctor_finds(capsys, tmp_path, monkeypatch, version, environ, tabl
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     status, report = run(capsys, "doctor")
-    assert (report["features"][0]["state"], status) == (state, exit_status), report
+    assert (row_of(report)["state"], status) == (state, exit_status), report
     assert says in " ".join(report["findings"])
     assert bool(report["findings"]) == bool(exit_status)
 
@@ -109,7 +115,7 @@ def test_the_command_line_goes_before_the_environment(capsys, tmp_path, monkeypa
     monkeypatch.syspath_prepend(str(fake_sglang(tmp_path)))
     monkeypatch.setenv("MLA_PATCH_KV_INDICES", "on")
     status, report = run(capsys, "doctor", "-f", "kv_indices@sglang=off")
-    assert (status, report["features"][0]["state"], report["features"][0]["source"]) == (0, "off", "command line")
+    assert (status, row_of(report)["state"], row_of(report)["source"]) == (0, "off", "command line")
 
 
 def test_doctor_tells_when_python_skips_the_start_up_file(tmp_path):

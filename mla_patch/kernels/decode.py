@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_patch.compat.gpu import sm_count
+from mla_patch.compat import gpu
 from mla_patch.compat.triton import HAS_PDL, TARGETS, CompileCase, gdc_launch_dependents, gdc_wait, interpreted
 
 _INTERPRETED = interpreted()  # asked here, because decoration is when Triton decides
@@ -501,7 +501,7 @@ def mla_decode(
         kv = kv.view(torch.int16)
     capability, sms = (0, 0), 1
     if not _INTERPRETED:
-        capability, sms = torch.cuda.get_device_capability(q.device), sm_count(q.device.index)
+        capability, sms = gpu.capability(q.device.index), gpu.sm_count(q.device.index)
     if kind == E4M3:
         kind = _kinds(capability)[1]
     numbers = dict(config or decode_config(heads, kind != DIRECT, capability, _INTERPRETED))

@@ -61,6 +61,35 @@ def drive(outputs: dict | None = None) -> dict[str, dict]:
     return seen
 
 
+class Decodes:
+    """A decode step over every kind of cache, and what each arm makes of the same stored latents."""
+
+    def __init__(self) -> None:
+        from mla_patch.compat import sglang_trial
+
+        self.error = sglang_trial.relative_error
+        self.trials = {cache: sglang_trial.DecodeTrial(cache) for cache in sglang_trial.CACHES}
+
+    def run(self, *caches: str) -> dict[str, dict]:
+        seen = {}
+        for cache in caches or self.trials:
+            trial = self.trials[cache]
+            before, start = feature("decode").get("served", 0), time.perf_counter()
+            out = trial.decode()
+            row = {"error": self.error(out, trial.expected()), "served": feature("decode").get("served", 0) - before}
+            row |= {"stored": trial.factor(), "prefix": trial.prefix_scales}
+            seen[cache] = row | {"seconds": round(time.perf_counter() - start, 2)}
+        return seen
+
+
+def decode_holder() -> str:
+    """What the one module that defines SGLang's decode holds under that name."""
+    from mla_patch.compat import sglang_trial
+    from mla_patch.patcher import is_ours
+
+    return "ours" if is_ours(sglang_trial.imported("decode")) else "host's"
+
+
 def without_tensors(driven: dict[str, dict]) -> dict[str, dict]:
     return {route: {key: value for key, value in row.items() if key != "out"} for route, row in driven.items()}
 
@@ -79,6 +108,8 @@ def main(release: str, out: str) -> None:
     seen["imported after"] = round(time.perf_counter() - start, 1)
     ours = drive()
     seen["ours"] = without_tensors(ours)
+    decodes = Decodes()
+    decoded = {"ours": decodes.run(), "holders": [decode_holder()]}
     seen["features"] = mla_patch.report()["features"]
 
     mla_patch.restore(FEATURE)
@@ -89,6 +120,17 @@ def main(release: str, out: str) -> None:
     seen["holders applied again"] = holders(builders)
     again = drive({route: row["out"] for route, row in ours.items()})
     seen["again"] = without_tensors(again)
+
+    mla_patch.restore("decode")
+    decoded["holders"].append(decode_holder())
+    decoded["host"] = decodes.run()
+    mla_patch.apply("decode")
+    decoded["holders"].append(decode_holder())
+    decoded["again"] = decodes.run()
+    # the breaker, in the middle of a request
+    mla_patch.startup._get_session().patcher.runs["decode@sglang"].switch.trip("a test")
+    decoded["tripped"] = decodes.run("e4m3 k_scale 0.5")
+    seen["decode"] = decoded | {"tripped state": feature("decode")["state"]}
 
     import torch
 

@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from packaging.version import Version
+
 from mla_patch.compat.sglang_fetch import fetch
 
 HERE = Path(__file__).parent
@@ -28,6 +30,10 @@ SPREAD += ("0.5.22", "0.5.23")
 
 # At import it asserts that its kernels are compiled ones, which under the interpreter none is.
 _PYTHON_OPTIONS = {"0.5.4": ["-O"]}
+
+# read without scales; stored without and read with; divided when stored
+UNSCALED = tuple(release for release in KNOWN if release in OLD or Version(release) < Version("0.5.10"))
+MISREAD = ("0.5.10", "0.5.11")
 
 # (release, route): what is wrong in the release itself, so that its own result is no measure
 FAULTS = {
@@ -78,6 +84,7 @@ def _start(release: str) -> dict:
     env |= {
         "CUDA_VISIBLE_DEVICES": "",
         "MLA_PATCH": "1",
+        "MLA_PATCH_DECODE": "on",  # forced, where the release has an MLA decode of its own
         "PYTHONPATH": os.pathsep.join(map(str, fetch(release))),
         "TRITON_INTERPRET": "1",
     }

@@ -32,12 +32,54 @@ def seen(release: str, kept: Path, record_property) -> dict:
     return seen
 
 
-def test_applied(seen: dict) -> None:
+def test_applied(release: str, seen: dict) -> None:
     row = next(row for row in seen["features"] if row["name"] == "kv_indices")
     assert (row["state"], row["declined"]) == ("applied", {}), row
     assert {target["name"] for target in row["targets"] if target["replaced_by"]} == set(hosts.IMPORTERS)
     assert not seen["cuda initialized"]
-    assert "mla-patch:" not in seen["stderr"]
+    said = [line for line in seen["stderr"].splitlines() if "mla-patch:" in line]
+    assert len(said) == (1 if release in hosts.UNSCALED else 2), said  # of scales, once, and of the breaker
+    assert "a test" in said[-1] and all("k_scale 0.5" in line for line in said[:-1])
+
+
+def test_decode_applied(release: str, seen: dict) -> None:
+    row = next(row for row in seen["features"] if row["name"] == "decode")
+    assert (row["state"], row["declined"], row["served"]) == ("applied", {}, len(seen["decode"]["ours"])), row
+    assert all(target["replaced_by"] for target in row["targets"])
+    edits = [target["replaced_by"].rpartition(":")[2] for target in row["targets"] if target["kind"] == "edit"]
+    own = "leave_scales_out" if release in hosts.MISREAD else "watch_scales"
+    assert edits == ([] if release in hosts.UNSCALED else [own])
+    assert seen["decode"]["holders"] == ["ours", "host's", "ours"]
+
+
+def test_only_the_triton_backend_takes_decode(release: str) -> None:
+    """A name bound elsewhere at import would be seen, too; this one is taken when a backend is built."""
+    root = fetch(release)[0]
+    takes = hosts.importers_in(root, "decode_attention_fwd")
+    assert takes - {"sglang.srt.layers.attention.wave_backend"} == {"sglang.srt.layers.attention.triton_backend"}
+
+
+def test_decodes_what_was_stored(release: str, seen: dict) -> None:
+    told = seen["decode"]
+    for cache, ours in told["ours"].items():
+        host, again = told["host"][cache], told["again"][cache]
+        assert (ours["served"], host["served"], again["served"]) == (1, 0, 1), cache
+        # float16 results, and products of 16-bit numbers or better
+        assert max(ours["error"], again["error"]) < 4e-3, cache
+        # the host rounds probabilities to fp8, from 0.5.12 the query too, and the interpreter rounds toward zero
+        assert host["error"] < {"float16": 1e-3, "e5m2": 0.1}.get(cache, 0.06), cache
+
+
+def test_scales_are_read_as_they_are_stored(release: str, seen: dict) -> None:
+    divided = release not in (*hosts.UNSCALED, *hosts.MISREAD)
+    for arm in ("ours", "host", "again", "tripped"):
+        row = seen["decode"][arm]["e4m3 k_scale 0.5"]
+        assert row["stored"] == (0.5 if divided else 1.0), arm
+        assert row["prefix"] == [row["stored"]] * 2, arm  # the host's extend kernel is told the same
+    assert seen["decode"]["tripped state"] == "failed"
+    assert seen["decode"]["tripped"]["e4m3 k_scale 0.5"]["served"] == 0
+    # in the middle of a request: the host's arm, and the same latents
+    assert seen["decode"]["tripped"]["e4m3 k_scale 0.5"]["error"] == seen["decode"]["host"]["e4m3 k_scale 0.5"]["error"]
 
 
 def test_every_importer_holds_ours(release: str, seen: dict) -> None:

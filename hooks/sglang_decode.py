@@ -1,0 +1,99 @@
+"""SGLang's MLA decode, served by mla_patch.kernels.decode.
+
+Why: the host's kernel reads the latent cache once per 16 query heads, and its split scratch grows with rows x heads x
+splits. From 0.5.12 the host has an MLA kernel of its own; there the table below says on which GPUs ours is faster.
+
+Scales of an fp8 cache. What is stored is never ours to change: MHA prefill, other processes and the host's own arm
+read the same bytes. So ours reads what the release stores:
+
+* to 0.5.9 latents are stored and read without scales, and the prefix half of the host's extend kernel takes none;
+* 0.5.10 and 0.5.11 store without and read with: the scales are left out of reading, in decode and extend, by an edit
+  that holds for both arms and outlives the breaker and restore;
+* from 0.5.12 both scales come with the call. V is part of the stored K, so only k_scale == v_scale can be right; any
+  other pair is declined, and the host says of its own cache what it says without us. Where the checkpoint has one scale
+  of the two, the call shows 1 and 1: that, and what MHA prefill stores undivided, is warned of once.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from mla_patch.compat import gpu, sglang
+from mla_patch.compat.sglang import DecodeCall
+from mla_patch.compat.types import Gpu, Target
+from mla_patch.features import Feature
+from mla_patch.hookspecs import hookimpl
+
+# compute capability -> ours is faster than SGLang's own MLA decode (docs/performance.md); no row: not measured
+FASTER = {(9, 0): True}
+
+
+def native(target: Target, version: str | None) -> str | None:
+    """Why the host's own MLA decode is kept, or None. Asked at import, so CUDA cannot be."""
+    if not sglang.has_mla_decode(version):
+        return None
+    device = gpu.from_nvml()
+    if device is None:
+        return "the host has an MLA decode, and without NVML the GPU is not known"
+    faster = FASTER.get(device.capability)
+    if faster is None:
+        return f"not measured on {device.sm}"
+    return None if faster else f"the host's own is faster on {device.sm}"
+
+
+def hardware(device: Gpu) -> str | None:
+    """Why this device cannot, or None."""
+    return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
+
+
+FEATURE = Feature(
+    name="decode",
+    host="sglang>=0.5.1,<0.5.24",
+    targets=sglang.decode_targets,
+    why="the host reads the latent cache once per 16 query heads, into scratch for every split",
+    upstream="https://github.com/sgl-project/sglang/pull/20479",
+    drop_when="the host reads the latent cache once per request, at least as fast",
+    native=native,
+    hardware=hardware,
+)
+
+
+@hookimpl
+def mla_patch_features() -> list[Feature]:
+    return [FEATURE]
+
+
+def declines(call: DecodeCall) -> str | None:
+    """Why this call goes to the host, or None. What is left of shapes and dtypes is the launcher's to refuse."""
+    if call.extra is not None:
+        return call.extra
+    slots = call.k.shape
+    if len(slots) != 3:
+        return f"{len(slots)}-D cache view"
+    if slots[2] != 576 or slots[1] != 1:
+        return f"{slots[1]} kv heads of {slots[2]}, not one of 512 + 64"
+    if call.q.shape[1] == 1:
+        return "MHA group size 1"
+    k_scale = call.k_scale
+    # false of NaN too
+    if not (k_scale == call.v_scale and 0.0 < k_scale < inf):
+        return sglang.scale_problem(k_scale, call.v_scale)
+    return None
+
+
+def serve(call: DecodeCall) -> None:
+    from mla_patch.kernels.decode import mla_decode
+
+    mla_decode(
+        call.q,
+        call.k,
+        call.out,
+        call.indptr,
+        call.token_ids,
+        sm_scale=call.sm_scale,
+        k_scale=call.k_scale,
+        v_scale=call.v_scale,
+        logit_cap=call.logit_cap,
+        sinks=call.sinks,
+        xai_temperature_len=call.xai_temperature_len,
+    )

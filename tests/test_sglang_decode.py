@@ -1,0 +1,405 @@
+"""SGLang's MLA decode: what every release's call means to us, what is declined, and which scales are read."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import wrapt
+
+from mla_patch.compat import gpu, sglang
+from mla_patch.compat.types import Gpu, Target
+from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
+from mla_patch.features import Counts
+from mla_patch.hooks import sglang_decode
+from mla_patch.hooks.sglang_decode import FEATURE, native
+
+ERAS = ["0.4.10", "0.5.1", "0.5.9", "0.5.10", "0.5.11", "0.5.12", "0.5.14", "0.5.15", "0.5.16", "0.5.18", "0.5.19"]
+ERAS += ["0.5.22", "0.5.23"]
+LENS = (3, 0, 1)
+
+
+def target_of(version: str | None) -> Target:
+    return next(one for one in sglang.decode_targets(version) if one.kind == "call")
+
+
+def arguments(version: str, heads: int = 16, **changes: Any) -> dict[str, Any]:
+    """A call as TritonAttnBackend makes it: every parameter of the release by its name, in its order."""
+    rows = sum(LENS)
+    k = torch.randn(rows + 5, 1, 576, generator=torch.Generator().manual_seed(0)).half()
+    given = {
+        "q": torch.randn(len(LENS), heads, 576, generator=torch.Generator().manual_seed(1)).half(),
+        "k_buffer": k, "v_buffer": k[..., :512], "o": torch.full((len(LENS), heads, 512), torch.nan).half(),
+        "kv_indptr": torch.tensor([0, *LENS]).cumsum(0).int(), "kv_indices": torch.arange(rows).flip(0),
+        "attn_logits": torch.empty(0), "attn_lse": torch.empty(0), "num_kv_splits": torch.empty(0),
+        "max_kv_splits": 8, "sm_scale": 0.05, "k_scale": 1.0, "v_scale": 1.0, "logit_cap": 0.0, "sinks": None,
+        "xai_temperature_len": -1, "has_mla": True, "use_pdl": True, "page_size": 64, "score_mod": None,
+        "aux_tensors": None, "enable_lean": True, "lean_locks": torch.empty(0), "uneven_batch": torch.empty(0),
+    } | changes  # fmt: skip
+    return {name: given.get(name) for name in target_of(version).params}
+
+
+def reason(version: str = "0.5.23", **changes: Any) -> str | None:
+    return sglang_decode.declines(target_of(version).bind(**arguments(version, **changes)))  # type: ignore[misc]
+
+
+class Served:
+    """The dispatcher over one release's entry point; the host's arm answers "host"."""
+
+    def __init__(self, version: str, serve: Callable[..., Any] = sglang_decode.serve) -> None:
+        target = target_of(version)
+        assert target.bind is not None
+        self.counts = Counts()
+        self.switch = Switch(lambda reason, fault: None)
+        site = Site(
+            target.name, target.bind, {"patch": ArmCode(serve, sglang_decode.declines)}, self.counts, self.switch
+        )
+        self.call = stand_in(lambda *args, **kwargs: "host", "call", site)
+
+
+@pytest.mark.parametrize("version", ERAS)
+def test_every_release_binds_its_own_parameters_in_its_order(version: str) -> None:
+    target = target_of(version)
+    assert target.bind is not None
+    names = tuple(inspect.signature(target.bind).parameters)
+    assert names[: len(target.params)] == target.params
+    given = arguments(version)
+    by_position, by_name = target.bind(*given.values()), target.bind(**given)
+    for slot in type(by_name).__slots__:
+        assert getattr(by_position, slot) is getattr(by_name, slot), slot
+    assert by_name.k is given["k_buffer"] and by_name.token_ids is given["kv_indices"] and by_name.out is given["o"]
+    assert (by_name.sm_scale, by_name.k_scale, by_name.v_scale, by_name.extra) == (0.05, 1.0, 1.0, None)
+
+
+@pytest.mark.parametrize("version", ERAS)
+def test_served(version: str) -> None:
+    served, given = Served(version), arguments(version)
+    assert served.call(*given.values()) is None
+    assert (served.counts.served, served.counts.declined) == (1, {})
+    ids, rows = given["kv_indices"].split(LENS), given["k_buffer"][:, 0].double()
+    for q, out, mine in zip(given["q"].double(), given["o"].double(), ids, strict=True):
+        want = (q @ rows[mine].T * 0.05).softmax(-1) @ rows[mine][:, :512]
+        torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)  # float16, values about 1
+    assert not given["o"][1].any()
+
+
+def test_an_unknown_argument_is_the_hosts() -> None:
+    served = Served("0.5.23")
+    assert served.call(**arguments("0.5.23"), tree_mask=None) == "host"
+    assert served.counts.declined == {"unknown argument tree_mask": 1}
+
+
+def test_options_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_patch.kernels import decode
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(decode, "mla_decode", lambda *tensors, **options: seen.update(options, tensors=tensors))
+    sinks = torch.zeros(16)
+    options = {"logit_cap": 30.0, "sinks": sinks, "xai_temperature_len": 8, "k_scale": 0.5, "v_scale": 0.5}
+    served, given = Served("0.5.23"), arguments("0.5.23", **options)
+    served.call(**given)
+    names = ("q", "k_buffer", "o", "kv_indptr", "kv_indices")
+    assert all(one is given[name] for one, name in zip(seen.pop("tensors"), names, strict=True))
+    assert seen == options | {"sm_scale": 0.05}
+
+
+POOL = torch.zeros(9, 1, 576).half()
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "says"),
+    [
+        ("0.5.23", {"score_mod": print}, "score_mod"),
+        ("0.5.15", {"has_mla": False}, "no has_mla: the caller may read attn_lse"),
+        ("0.5.23", {"o": torch.zeros(3, 16, 512), "has_mla": False}, "no has_mla: the caller may read attn_lse"),
+        ("0.5.23", {"heads": 1}, "MHA group size 1"),
+        ("0.5.23", {"k_buffer": torch.zeros(9, 8, 128).half()}, "8 kv heads of 128, not one of 512 + 64"),
+        ("0.5.23", {"score_mod": print, "has_mla": False}, "no has_mla: the caller may read attn_lse"),
+        ("0.5.23", {"k_buffer": torch.zeros(9, 2, 576).half()}, "2 kv heads of 576, not one of 512 + 64"),
+        ("0.5.23", {"k_buffer": torch.zeros(9, 64, 1, 576).half()}, "4-D cache view"),
+        ("0.5.11", {"v_buffer": torch.zeros(9, 1, 512).half()}, "v_buffer is not the first 512 of k_buffer"),
+        ("0.5.11", {"k_buffer": POOL, "v_buffer": POOL[..., :256]}, "v_buffer is not the first 512 of k_buffer"),
+        ("0.5.9", {"k_buffer": POOL, "v_buffer": POOL[:1, :, 64:]}, "v_buffer is not the first 512 of k_buffer"),
+        ("0.5.14", {"has_mla": False}, "no has_mla: the caller may read attn_lse"),
+        ("0.5.23", {"k_scale": 0.5, "v_scale": 0.25}, "v_scale 0.25 is not k_scale 0.5"),
+        ("0.5.23", {"k_scale": math.nan, "v_scale": math.nan}, "k_scale nan"),
+        ("0.5.23", {"k_scale": math.inf, "v_scale": math.inf}, "k_scale inf"),
+        ("0.5.23", {"k_scale": 0.0, "v_scale": 0.0}, "k_scale 0.0"),
+        ("0.5.23", {"k_scale": -1.0, "v_scale": -1.0}, "k_scale -1.0"),
+        ("0.5.23", {"k_scale": 0.5, "v_scale": 0.5}, None),
+        ("0.5.11", {}, None),
+    ],
+)
+def test_declines(version: str, changes: dict[str, Any], says: str | None) -> None:
+    assert reason(version, **changes) == says
+
+
+def test_what_the_launcher_refuses_is_declined() -> None:
+    served = Served("0.5.23")
+    assert served.call(**arguments("0.5.23", q=torch.zeros(3, 16, 64).half())) == "host"
+    assert not served.switch.stopped and sum(served.counts.declined.values()) == 1
+
+
+# where the host has an MLA decode of its own
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "why"),
+    [
+        ("0.5.11", None, None),
+        ("0.5.11", (8, 0), None),
+        ("0.5.12", (9, 0), None),
+        ("0.5.23", (9, 0), None),
+        ("0.5.12", (8, 0), "not measured on sm_80"),
+        ("0.5.23", (10, 0), "not measured on sm_100"),
+        ("0.5.23", None, "the host has an MLA decode, and without NVML the GPU is not known"),
+        (None, (8, 9), "not measured on sm_89"),
+    ],
+)
+def test_native(
+    version: str | None, capability: tuple[int, int] | None, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "from_nvml", lambda: None if capability is None else Gpu("a GPU", capability))
+    assert {native(target, version) for target in FEATURE.targets(version)} == {why}
+
+
+# scales, on the backend's methods
+
+
+class Backend:
+    use_mla = True
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
+        return "extend", layer.k_scale, layer.v_scale, layer.layer_id
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, sinks=None):
+        return "decode", layer.k_scale, layer.v_scale, layer.layer_id
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A release's triton_backend, before anybody edited it or was warned."""
+    monkeypatch.setattr(sglang, "_said", set())
+    module = ModuleType("triton_backend")
+    vars(module)["TritonAttnBackend"] = type("TritonAttnBackend", (Backend,), dict(vars(Backend)))
+    return module
+
+
+def layer(k_scale: float | None, v_scale: float | None, layer_id: int = 7) -> Any:
+    scales = {"k_scale": k_scale, "v_scale": v_scale, "k_scale_float": k_scale, "v_scale_float": v_scale}
+    return SimpleNamespace(layer_id=layer_id, **scales)
+
+
+def forward(module: ModuleType, one: Any, use_mla: bool = True) -> list[Any]:
+    backend = module.TritonAttnBackend()
+    backend.use_mla = use_mla
+    return [
+        backend.forward_decode(1, 2, 3, one, None, save_kv_cache=False),
+        backend.forward_extend(1, 2, 3, layer=one, forward_batch=None),
+    ]
+
+
+@pytest.mark.parametrize("version", ERAS)
+def test_each_release_has_the_edit_for_its_scales(version: str) -> None:
+    edits = [(one.edit, one.lasting) for one in sglang.decode_targets(version) if one.kind == "edit"]
+    release = tuple(map(int, version.split(".")))
+    if release < (0, 5, 10):
+        assert edits == []
+    elif release < (0, 5, 12):
+        assert edits == [(sglang.leave_scales_out, True)]
+    else:
+        assert edits == [(sglang.watch_scales, False)]
+
+
+def test_scales_that_were_never_stored_are_left_out(module: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    undo = sglang.leave_scales_out(module)
+    unscaled = [("decode", None, None, 7), ("extend", None, None, 7)]
+    assert forward(module, layer(None, None)) == unscaled
+    assert forward(module, layer(1.0, 1.0)) == unscaled and not caplog.records
+    for one in (layer(0.5, 0.5), layer(0.5, None), layer(math.nan, 2.0), layer(0.0, 0.0)):
+        assert forward(module, one) == unscaled
+    assert len(caplog.records) == 1 and "k_scale 0.5, v_scale 0.5, layer 7" in caplog.text
+    # without MLA the release stores with scales
+    assert forward(module, layer(0.5, 0.25), use_mla=False) == [("decode", 0.5, 0.25, 7), ("extend", 0.5, 0.25, 7)]
+    undo()
+    assert forward(module, layer(0.5, 0.5)) == [("decode", 0.5, 0.5, 7), ("extend", 0.5, 0.5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("scales", "says"),
+    [
+        ((None, None), None),
+        ((1.0, 1.0), None),
+        ((0.5, 0.5), "k_scale 0.5: prompts that MHA prefill stores are not divided by it"),
+        ((0.5, 0.25), "v_scale 0.25 is not k_scale 0.5"),
+        ((0.5, None), "no v_scale"),
+        ((None, 0.5), "no k_scale"),
+        ((math.inf, math.inf), "k_scale inf"),
+        ((1.0, 0.0), "v_scale 0.0"),
+    ],
+)
+def test_scales_that_the_host_cannot_be_right_with_are_said_once(
+    scales: tuple[float | None, float | None], says: str | None, module: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    undo = sglang.watch_scales(module)
+    one = layer(*scales)
+    for _ in range(3):
+        assert forward(module, one)[0] == ("decode", *scales, 7)
+    undo()
+    sglang.watch_scales(module)
+    forward(module, one), forward(module, layer(*scales, layer_id=8))
+    assert [record.getMessage().endswith(f"layer 7's scales: {says}") for record in caplog.records] == [True] * bool(
+        says
+    )
+    assert forward(module, layer(0.5, 0.5), use_mla=False)[0][1] == 0.5
+
+
+@pytest.mark.parametrize("edit", [sglang.leave_scales_out, sglang.watch_scales])
+def test_an_edit_leaves_what_others_put_there(edit: Callable[[ModuleType], Any], module: ModuleType) -> None:
+    before = dict(vars(module.TritonAttnBackend))
+    undo = edit(module)
+    undo()
+    assert dict(vars(module.TritonAttnBackend)) == before
+    undo = edit(module)
+    module.TritonAttnBackend.forward_decode = theirs = lambda *args: "theirs"
+    undo()
+    assert vars(module.TritonAttnBackend)["forward_decode"] is theirs
+    module.TritonAttnBackend.forward_decode = lambda self, q, layer: None
+    with pytest.raises(TypeError, match=r"forward_decode does not take"):
+        edit(module)
+
+
+def test_an_edit_does_not_break_a_compiled_graph(module: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    sglang.watch_scales(module)
+    sglang.leave_scales_out(module)
+    backend, one = module.TritonAttnBackend(), layer(0.5, 0.25)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x + (backend.forward_decode(x, x, x, one, None)[1] is None)
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
+    assert not [record for record in caplog.records if record.name == "mla_patch"]
+
+
+# a backend keeps the function that it found when it was built
+
+HOST = {
+    "sglang/__init__.py": "",
+    "sglang/srt/layers/attention/triton_ops/decode_attention.py": """
+def decode_attention_fwd(
+    q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
+    k_scale, v_scale, logit_cap=0.0, sinks=None, xai_temperature_len=-1,
+):
+    return "host"
+""",
+    "sglang/srt/layers/attention/triton_backend.py": """
+import torch
+
+
+class TritonAttnBackend:
+    use_mla = True
+
+    def __init__(self):
+        from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
+
+        self.decode_attention_fwd = torch.compiler.disable(decode_attention_fwd)
+
+    def forward_extend(self, q, k, v, layer, forward_batch):
+        pass
+
+    def forward_decode(self, q, k, v, layer, forward_batch):
+        pool = torch.zeros(4, 1, 576)
+        starts, ids, out = torch.tensor([0, 2]), torch.tensor([1, 2]), torch.ones(1, 4, 512)
+        args = (torch.zeros(1, 4, 576), pool, pool[..., :512], out, starts, ids, None, None, None, 8, 0.1, 1.0, 1.0)
+        return self.decode_attention_fwd(*args) or "ours"
+""",
+    "sglang-0.5.11.dist-info/METADATA": "Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.11\n",
+}
+LOOK = """
+import mla_patch
+from types import SimpleNamespace
+layer = SimpleNamespace(k_scale=None)
+def state():
+    row = next(row for row in mla_patch.report()["features"] if row["name"] == "decode")
+    return row["state"], row["served"], row["reason"]
+from sglang.srt.layers.attention import triton_backend
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        (["mla_patch.apply('decode')", "b = triton_backend.TritonAttnBackend()"], ("ours", "applied", 1, "")),
+        (
+            ["b = triton_backend.TritonAttnBackend()", "mla_patch.apply('decode')"],
+            (
+                "host",
+                "refused",
+                0,
+                "decode_attention_fwd was imported before and is kept by attribute __wrapped__ of a function",
+            ),
+        ),
+        (
+            ["mla_patch.apply('decode')", "b = triton_backend.TritonAttnBackend()", "mla_patch.restore('decode')"],
+            ("host", "off", 0, "restored"),
+        ),
+        (
+            [
+                "mla_patch.apply('decode')",
+                "b = triton_backend.TritonAttnBackend()",
+                "mla_patch.restore('decode')",
+                "mla_patch.apply('decode')",
+            ],
+            ("ours", "applied", 1, ""),
+        ),
+    ],
+    ids=["in time", "too late", "restored", "applied again"],
+)
+def test_a_backend_that_was_built_before(steps: list[str], says: tuple[Any, ...], tmp_path, run_python) -> None:
+    for name, text in HOST.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    code = [LOOK, *steps, "print(b.forward_decode(1, 2, 3, layer, None), *state(), sep='|')"]
+    done = run_python("\n".join(code), check=True)
+    arm, state, served, why = done.stdout.strip().split("|")
+    assert (arm, state, int(served)) == says[:3], done.stdout
+    assert says[3] in why
+
+
+# Where wrapt alone adds 0.6; a slower machine is given as many of its own. test_dispatch.py allows 1.5 with no torch
+# loaded; asking a loaded one whether it captures takes 0.1 more, and tensors' own metadata is not free.
+LIMIT_US = 1.7
+LIMIT_WRAPTS = 2.8
+
+
+def test_cost_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
+    """Dispatcher, bind and declines of a call as 0.5.13 makes it: 13 arguments by position, 5 by name."""
+    given = arguments("0.5.13")
+    args, kwargs = tuple(given.values())[:13], dict(list(given.items())[13:])
+    served = Served("0.5.13", serve=lambda call: None)
+    host = served.call.__wrapped__
+    bare = wrapt.FunctionWrapper(host, lambda wrapped, instance, args, kwargs: wrapped(*args, **kwargs))
+    calls = {"host": host, "wrapt": bare, "ours": served.call}
+    for _ in range(4):  # a machine at work is given three more chances
+        best = dict.fromkeys(calls, math.inf)
+        for _ in range(20):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                for _ in range(500):
+                    call(*args, **kwargs)
+                best[name] = min(best[name], (time.perf_counter() - start) * 2e3)
+        added, wrapts = best["ours"] - best["host"], best["wrapt"] - best["host"]
+        limit = max(LIMIT_US, LIMIT_WRAPTS * wrapts)
+        if added <= limit:
+            break
+    with capsys.disabled():
+        print(f"\n  decode's 18 arguments: {added:.2f} us added, {wrapts:.2f} of it wrapt's")
+    assert served.counts.served and added <= limit
