@@ -332,7 +332,8 @@ class TritonAttnBackend:
     def forward_decode(self, q, k, v, layer, forward_batch):
         pool = torch.zeros(4, 1, 576).half()
         starts, ids, out = torch.tensor([0, 2]), torch.tensor([1, 2]), torch.ones(1, 4, 512).half()
-        args = (torch.zeros(1, 4, 576).half(), pool, pool[..., :512], out, starts, ids, None, None, None, 8, 0.1, 1.0, 1.0)
+        q = torch.zeros(1, 4, 576).half()
+        args = (q, pool, pool[..., :512], out, starts, ids, None, None, None, 8, 0.1, 1.0, 1.0)
         return self.decode_attention_fwd(*args) or "ours"
 """,
     "sglang-0.5.11.dist-info/METADATA": "Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.11\n",
