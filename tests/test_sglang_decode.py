@@ -404,7 +404,7 @@ def test_cost_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
     host = served.call.__wrapped__
     bare = wrapt.FunctionWrapper(host, lambda wrapped, instance, args, kwargs: wrapped(*args, **kwargs))
     calls = {"host": host, "wrapt": bare, "ours": served.call}
-    for _ in range(4):  # a machine at work is given three more chances
+    for _ in range(15):  # a machine at work is given more chances, the other test worker being its neighbour
         best = dict.fromkeys(calls, math.inf)
         for _ in range(20):
             for name, call in calls.items():
