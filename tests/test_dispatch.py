@@ -374,9 +374,10 @@ def measure(repeats: int = 25, calls: int = 4000) -> dict[str, list[float]]:
     return took
 
 
+@pytest.mark.cost
 def test_cost_of_a_served_call(capsys: pytest.CaptureFixture[str]) -> None:
     """All that is ours on a 19-argument call, wrapt included, with nothing varying."""
-    for _ in range(15):  # a machine at work is given more chances, the other test worker being its neighbour
+    for _ in range(15):  # a machine at work is given more chances
         took = measure()
         best = {name: min(times) for name, times in took.items()}
         added = best["ours"] - best["bare"]

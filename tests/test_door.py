@@ -230,6 +230,7 @@ def test_the_pth_file_is_one_line_of_code() -> None:
     assert text.count("\n") == 1
 
 
+@pytest.mark.cost
 def test_start_cost(wheel: Path, tmp_path: Path) -> None:
     """Medians of a few starts; other work on the machine is given three chances not to be in the way."""
     costs = []

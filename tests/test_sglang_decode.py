@@ -396,6 +396,7 @@ LIMIT_US = 1.7
 LIMIT_WRAPTS = 2.8
 
 
+@pytest.mark.cost
 def test_cost_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
     """Dispatcher, bind and declines of a call as 0.5.13 makes it: 13 arguments by position, 5 by name."""
     given = arguments("0.5.13")
@@ -404,7 +405,7 @@ def test_cost_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
     host = served.call.__wrapped__
     bare = wrapt.FunctionWrapper(host, lambda wrapped, instance, args, kwargs: wrapped(*args, **kwargs))
     calls = {"host": host, "wrapt": bare, "ours": served.call}
-    for _ in range(15):  # a machine at work is given more chances, the other test worker being its neighbour
+    for _ in range(15):  # a machine at work is given more chances
         best = dict.fromkeys(calls, math.inf)
         for _ in range(20):
             for name, call in calls.items():
