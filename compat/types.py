@@ -7,7 +7,7 @@ declarations and never a host's version; the files beside this one know the vers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Undo = Callable[[], None]
@@ -78,7 +78,6 @@ class Host:
     distributions: tuple[str, ...]  # names under which it is installed
     reviewed: tuple[str, ...] = ()  # releases whose entry points were read
     plugin_filter: str = ""  # environment variable that narrows the host's own plugins
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def key_targets(targets: Iterable[Target]) -> dict[str, tuple[Target, ...]]:

@@ -80,7 +80,6 @@ class Run:
     status: FeatureStatus
     switch: Switch
     targets: list[Target] = field(default_factory=list)
-    sites: dict[str, Site] = field(default_factory=dict)  # entry point -> site
     made: dict[str, Any] = field(default_factory=dict)  # entry point -> stand-in; somebody may keep it over restore()
     places: list[Place] = field(default_factory=list)
     undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
@@ -270,7 +269,6 @@ class Patcher:
             assert target.bind is not None  # or its arms would not have been loaded
             site = Site(target.name, target.bind, arms, run.status.counts, run.switch)
             ours = run.made[target.name] = stand_in(found.value, target.kind, site)
-        run.sites[target.name] = ours._self_site
         original = ours.__wrapped__
         if found.value is original or found.value is ours:
             inherited = isinstance(found.holder, type) and found.attribute not in vars(found.holder)
@@ -309,7 +307,6 @@ class Patcher:
                     setattr(holder, attribute, after)
         run.places = []
         # whoever keeps one of the old stand-ins keeps its switch, which stays off
-        run.sites = {}
         run.switch = self._switch(run.feature)
         for status in run.status.targets:
             status.replaced_by = None

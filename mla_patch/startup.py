@@ -145,9 +145,12 @@ class Session:
         self._tell_problems()
         settings = flags.read(self.environ, self.plugins.features, chosen, chosen_by)
         skip = self.flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
+        hosts: dict[str, Any] = {}  # looked up once, however many features a host has
         for feature in filter(wanted, self.plugins.features):
             setting = settings.feature(feature)
-            found = find_host(feature.host_name)
+            if feature.host_name not in hosts:
+                hosts[feature.host_name] = find_host(feature.host_name)
+            found = hosts[feature.host_name]
             self.report.engine = self.report.engine or (found.host.package if found else "")
             try:
                 judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
