@@ -1,7 +1,7 @@
 """Two kernels in one running engine: which arm runs a step, what it cost, whether the numbers agree.
 
 schedule   step number -> arm, from the seed alone          assign    the same, with live commands and the breaker
-timing     device events, harvested without a sync          shadow    both arms on the same inputs, compared on the device
+timing     device events, harvested without a sync          shadow    both arms on the same inputs, compared
 record     what each process keeps on disk, and its reader  analysis  records -> verdicts
 control    commands to a running engine                     html      verdicts -> one page
 breaker    back to the host
