@@ -70,6 +70,25 @@ def test_every_place_of_a_group_is_as_likely(ratio: float) -> None:
         assert sum(group[place] == PATCH for group in drawn) == pytest.approx(2000 * ratio, abs=90)  # 4 sigma
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.25, 0.3, 0.7, 0.9, 0.03])
+def test_as_many_blocks_are_compared_of_each_arm_and_a_coin_tells_which(ratio: float) -> None:
+    plan = Plan(ratio=ratio, block=1, warmup=0)
+    schedule = Schedule(plan)
+    first, spread = Counter(), Counter()
+    for group in range(1000):
+        turns = [schedule.turn(group * schedule.size + i) for i in range(schedule.size)]
+        compared = [turn for turn in turns if turn.block != OUTSIDE]
+        arms = Counter(turn.arm for turn in compared)
+        assert arms[HOST] == arms[PATCH] == min(Counter(turn.arm for turn in turns).values())
+        assert {turn.group for turn in compared} == {group * schedule.size}
+        first[compared[0].arm] += 1
+        lead = sum(turn.block if turn.arm == PATCH else -turn.block for turn in compared)
+        spread["after" if lead > 0 else "before" if lead < 0 else "mirrored"] += 1
+    assert abs(first[HOST] - first[PATCH]) < 130  # 4 sigma
+    assert abs(spread["after"] - spread["before"]) < 130
+    assert spread["mirrored"] == 1000 or ratio not in (0.2, 0.8)
+
+
 def test_tried_arms_share_their_ratio() -> None:
     drawn = groups(Plan(ratio=0.4, arms=("host", "a", "b")), 100)
     total = Counter(arm for group in drawn for arm in group)

@@ -2,7 +2,8 @@
 
     ratio 0.5    groups of an order and its mirror, every arm equally often: ABBA or BAAB, ABCCBA, ...
     other        groups of ten blocks, mirrored as far as the numbers allow; longer below 0.1 and above 0.9,
-                 so that no group lacks an arm
+                 so that no group lacks an arm. Compared are as many blocks of the one arm as of the other, drawn
+                 with the order; the rest carries its share of the traffic and is in no comparison
 
 Nothing is carried from one step to the next, so every rank picks the same arm with no communication, also
 one that starts late. What drifts in a straight line hits both arms of a mirrored group alike; what does not
@@ -84,7 +85,8 @@ class Schedule:
         else:
             size = max(10, -(-tried * _WHOLE // self._share), -(-_WHOLE // (_WHOLE - self._share)))
             self.size = size + size % 2  # even, so that a mirror has no middle
-        self._group, self._order = -1, plan.arms
+        self._group = -1
+        self._order: list[tuple[str, bool]] = []  # of the blocks of a group: arm, compared
         self._since, self._until, self._turn = 0, 0, Turn(plan.arms[0], OUTSIDE, OUTSIDE)  # the cache, empty
 
     def turn(self, step: int) -> Turn:
@@ -104,15 +106,17 @@ class Schedule:
             self._group, self._order = group, self._draw_order(group)
         self._since = first + block * plan.block
         self._until = self._since + plan.block
-        self._turn = Turn(self._order[place], self._since, first + group * self.size * plan.block)
+        arm, compared = self._order[place]
+        start = first + group * self.size * plan.block
+        self._turn = Turn(arm, self._since, start) if compared else Turn(arm, OUTSIDE, OUTSIDE)
         return self._turn
 
-    def _draw_order(self, group: int) -> tuple[str, ...]:
+    def _draw_order(self, group: int) -> list[tuple[str, bool]]:
         plan = self.plan
         bits = _draw(plan.seed, plan.salt, group)
         if plan.ratio == 0.5:
             order, _ = _shuffled(plan.arms, bits)
-            return (*order, *order[::-1])
+            return [(arm, True) for arm in (*order, *order[::-1])]
         # whole blocks in each group; what is left over goes to later groups
         before, after = (number * self._share * self.size // _WHOLE for number in (group, group + 1))
         pairs, bits = _shuffled(tuple((i, self.size - 1 - i) for i in range(self.size // 2)), bits)
@@ -120,10 +124,14 @@ class Schedule:
         for pair in pairs:
             sides, bits = _shuffled(pair, bits)
             places += sides
-        order = [plan.arms[0]] * self.size
-        for number, place in zip(range(before, after), places, strict=False):
-            order[place] = plan.arms[1 + number % (len(plan.arms) - 1)]
-        return tuple(order)
+        turns = [(plan.arms[0], False)] * self.size
+        count = after - before
+        fewer = min(count, self.size - count)
+        for i, place in enumerate(places):
+            tried = plan.arms[1 + (before + i) % (len(plan.arms) - 1)]
+            # around the border, so that which arm got which of these places is a fair coin
+            turns[place] = (tried if i < count else plan.arms[0], count - fewer <= i < count + fewer)
+        return turns
 
 
 def _draw(seed: int, salt: str, number: int) -> int:

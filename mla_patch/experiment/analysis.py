@@ -1,0 +1,314 @@
+"""Records to verdicts: per bucket, which arm is faster, and how sure that is.
+
+1. A block's figure is the median of its steps' times in the bucket.
+2. A group of blocks (ABBA) gives one effect: mean log time of the arm's blocks less that of the host's. What
+   drifts in a straight line cancels; groups in which an arm is missing are left out.
+3. The ratio is the mean effect without the highest and the lowest fifth, so that a stall that fills a block does
+   not decide; its interval is bootstrapped over the groups, widened for their small number.
+4. The test is Wilcoxon's signed rank on the effects. When the arms do the same, which of them had which of a
+   group's blocks was a toss of the seed's coin, so each effect is as likely negative as positive, however the
+   latencies are distributed, drift or hang together. (With a third arm and a ratio other than 0.5: nearly so.)
+5. Several buckets are several chances of a false verdict, so the p values are adjusted by Holm's method: at most
+   one report in twenty names a difference anywhere when there is none.
+6. "faster" and "slower" need both: the adjusted p below 0.05 and an interval without 1.
+7. "drifting": the effect itself changed between the halves of the run, so that one ratio does not describe it.
+   Latency that drifts with both arms is no such thing; it is stated beside.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import NormalDist, fmean, median
+from typing import Any
+
+from mla_patch.experiment.record import Error, Merged, Timing
+from mla_patch.experiment.schedule import HOST, OUTSIDE
+
+ALPHA = 0.05
+DRIFT_ALPHA = 0.01
+MIN_GROUPS = 8  # two-sided p can then reach 2 / 2**8
+MIN_STEPS = 4  # of a bucket in a block, for its median to count
+MAX_EFFECTS = 100  # more are averaged in order, for a bounded time
+RESAMPLES = 1000
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+FASTER, SLOWER, EVEN = "faster", "slower", "no difference found"
+TOO_FEW, DRIFTING = "not enough blocks", "drifting"
+
+
+@dataclass
+class Comparison:
+    """One arm against the host's in one bucket. Ratios are times: below 1 is faster."""
+
+    feature: str
+    bucket: str
+    arm: str
+    host_us: float  # median of the block medians
+    arm_us: float
+    groups: int  # with both arms in them
+    blocks: int
+    steps: int
+    ratio: float | None = None
+    interval: tuple[float, float] | None = None  # 95%, of this bucket by itself
+    p: float | None = None
+    p_adjusted: float | None = None
+    drift: dict[str, float | None] = field(default_factory=dict)
+    verdict: str = TOO_FEW
+    text: str = ""
+
+
+def analyse(merged: Merged) -> dict[str, Any]:
+    """Everything that a report says of one run, ready for JSON."""
+    comparisons = compare(merged.timings)
+    return {
+        "run": merged.run,
+        "ranks": merged.ranks,
+        "alpha": ALPHA,
+        "comparisons": [asdict(one) for one in comparisons],
+        "shadow": shadow(merged.errors),
+        "notes": [row._asdict() for row in merged.notes],
+        "steps": len({row.step for row in merged.timings}),
+        "outside": len({row.step for row in merged.timings if row.block == OUTSIDE}),
+        "differed": merged.differed,
+        "lost": merged.lost,
+        "damaged": merged.damaged,
+    }
+
+
+def compare(timings: Iterable[Timing]) -> list[Comparison]:
+    """Every arm against the host's, by feature and bucket, with verdicts."""
+    # feature, bucket -> group -> block -> arm, times
+    times: dict[tuple[str, str], dict[int, dict[int, tuple[str, list[float]]]]] = {}
+    for row in timings:
+        if row.block != OUTSIDE and row.us > 0 and math.isfinite(row.us):
+            groups = times.setdefault((row.feature, row.bucket), defaultdict(dict))
+            groups[row.group].setdefault(row.block, (row.arm, []))[1].append(row.us)
+    found, effects = [], []
+    for (feature, bucket), groups in sorted(times.items()):
+        arms = sorted({arm for blocks in groups.values() for arm, _ in blocks.values()} - {HOST})
+        for arm in arms:
+            one, its_effects = _compare(feature, bucket, arm, groups)
+            found.append(one)
+            effects.append(its_effects)
+    judge(found, effects)
+    return found
+
+
+def _compare(
+    feature: str, bucket: str, arm: str, groups: dict[int, dict[int, tuple[str, list[float]]]]
+) -> tuple[Comparison, list[float]]:
+    effects: list[float] = []
+    medians: dict[str, list[float]] = {HOST: [], arm: []}
+    steps = 0
+    for _, blocks in sorted(groups.items()):
+        here: dict[str, list[float]] = {HOST: [], arm: []}
+        for _, (name, values) in sorted(blocks.items()):
+            if name in here and len(values) >= MIN_STEPS:
+                here[name].append(median(values))
+                steps += len(values)
+        if here[HOST] and here[arm]:
+            effects.append(effect(here[HOST], here[arm]))
+        for name in here:
+            medians[name] += here[name]
+    us = {name: median(values) if values else 0.0 for name, values in medians.items()}
+    one = Comparison(feature, bucket, arm, us[HOST], us[arm], len(effects), sum(map(len, medians.values())), steps)
+    host = medians[HOST]
+    if len(host) >= 4:
+        one.drift["latency"] = median(host[len(host) // 2 :]) / median(host[: len(host) // 2])
+    return one, effects
+
+
+def effect(host: Sequence[float], arm: Sequence[float]) -> float:
+    """One group's: the log of the ratio of the (geometric) mean block medians."""
+    return fmean(map(math.log, arm)) - fmean(map(math.log, host))
+
+
+def judge(comparisons: Sequence[Comparison], effects: Sequence[Sequence[float]]) -> None:
+    """Fill in ratio, interval, p and verdict of comparisons that are made together."""
+    enough = [(one, pooled(values)) for one, values in zip(comparisons, effects, strict=True) if _enough(values)]
+    for one, values in enough:
+        one.ratio = math.exp(middle(values))
+        low, high = bootstrap(values)
+        one.interval = math.exp(low), math.exp(high)
+        one.p = signed_rank(values)
+        half = len(values) // 2
+        one.drift["p"] = rank_sum(values[:half], values[half:])
+        one.drift["first"], one.drift["second"] = (math.exp(median(part)) for part in (values[:half], values[half:]))
+    adjusted = holm([one.p or 0.0 for one, _ in enough])
+    drifts = holm([one.drift["p"] or 0.0 for one, _ in enough])
+    for (one, _), p, drift in zip(enough, adjusted, drifts, strict=True):
+        one.p_adjusted = p
+        one.drift["p"] = drift
+        one.verdict = _verdict(one, p, drift)
+    for one in comparisons:
+        one.text = _text(one)
+
+
+def _enough(effects: Sequence[float]) -> bool:
+    return len(effects) >= MIN_GROUPS
+
+
+def _verdict(one: Comparison, p: float, drift: float) -> str:
+    low, high = one.interval or (0.0, 0.0)
+    sure = p < ALPHA and not low <= 1 <= high
+    first, second = one.drift["first"] or 1.0, one.drift["second"] or 1.0
+    # of one mind in both halves: the size changes, the answer does not
+    if drift < DRIFT_ALPHA and not (sure and (first < 1) == (second < 1)):
+        return DRIFTING
+    if not sure:
+        return EVEN
+    return FASTER if high < 1 else SLOWER
+
+
+def _text(one: Comparison) -> str:
+    if one.ratio is None or one.interval is None:
+        return f"{TOO_FEW}: {one.groups} groups in which both arms ran this bucket, {MIN_GROUPS} needed"
+    low, high = one.interval
+    figures = f"{one.ratio:.3f} of {HOST}'s time, 95% interval {low:.3f} to {high:.3f}, {one.groups} groups"
+    if one.verdict == DRIFTING:
+        first, second = one.drift["first"], one.drift["second"]
+        return f"{DRIFTING}: {first:.3f} of {HOST}'s time in the first half, {second:.3f} in the second"
+    if one.verdict == EVEN:
+        return f"{EVEN}: {figures}"
+    return f"{one.arm} is {one.verdict}: {figures}"
+
+
+# -- statistics, without NumPy: these run wherever the report is read
+
+
+def pooled(effects: Sequence[float]) -> list[float]:
+    """At most `MAX_EFFECTS` effects, neighbours averaged; sums of even coins are even coins."""
+    size = -(-len(effects) // MAX_EFFECTS)
+    return [fmean(effects[i : i + size]) for i in range(0, len(effects), size)]
+
+
+def middle(effects: Sequence[float]) -> float:
+    """The mean without the highest and the lowest fifth."""
+    cut = len(effects) // 5
+    kept = sorted(effects)[cut : len(effects) - cut]
+    return sum(kept) / len(kept)
+
+
+def bootstrap(effects: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """A 95% interval of `middle`: percentiles over resampled groups, widened as Student's t widens the normal's."""
+    n = len(effects)
+    draw = random.Random(seed).choices
+    means = sorted(middle(draw(effects, k=n)) for _ in range(RESAMPLES))
+    tail = NormalDist().cdf(math.sqrt(n / (n - 1)) * _student(ALPHA / 2, n - 1))
+    at = int(tail * RESAMPLES)
+    return means[at], means[-1 - at]
+
+
+def _student(p: float, df: int) -> float:
+    """Student's t quantile by Fisher's expansion; to three digits from 5 degrees of freedom."""
+    z = NormalDist().inv_cdf(p)
+    return (
+        z
+        + (z**3 + z) / (4 * df)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    )
+
+
+def _ranks(values: Sequence[float]) -> list[int]:
+    """Twice the rank of each value, so that ties share one and stay whole."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and values[order[end]] == values[order[start]]:
+            end += 1
+        for i in order[start:end]:
+            ranks[i] = start + end + 1
+        start = end
+    return ranks
+
+
+def signed_rank(effects: Sequence[float]) -> float:
+    """Wilcoxon's two-sided p that the effects lie evenly about 0; exact up to 25 of them, with ties."""
+    values = [value for value in effects if value]
+    if not values:
+        return 1.0
+    ranks = _ranks([abs(value) for value in values])
+    total = sum(ranks)
+    plus = sum(rank for rank, value in zip(ranks, values, strict=True) if value > 0)
+    low = min(plus, total - plus)
+    if len(values) <= 25:
+        ways = [1] + [0] * total  # how many of the 2**n sign patterns sum to i
+        for rank in ranks:
+            for i in range(total, rank - 1, -1):
+                ways[i] += ways[i - rank]
+        return min(1.0, 2 * sum(ways[: low + 1]) / 2 ** len(values))
+    sd = math.sqrt(sum(rank * rank for rank in ranks)) / 2
+    return min(1.0, 2 * NormalDist().cdf((low - total / 2 + 1) / sd))  # + 1: half a rank, for continuity
+
+
+def rank_sum(first: Sequence[float], second: Sequence[float]) -> float:
+    """Mann and Whitney's two-sided p that both lie alike, in the normal approximation."""
+    a, b = len(first), len(second)
+    ranks = _ranks([*first, *second])
+    mean = fmean(ranks)
+    spread = sum((rank - mean) ** 2 for rank in ranks)
+    if not spread:
+        return 1.0
+    sd = math.sqrt(a * b / ((a + b) * (a + b - 1)) * spread)
+    off = abs(sum(ranks[:a]) - a * mean)
+    return min(1.0, 2 * NormalDist().cdf(-max(off - 1, 0.0) / sd))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values adjusted for their number: all below alpha are right together, but for one time in 1 / alpha."""
+    adjusted = [0.0] * len(ps)
+    worst = 0.0
+    for place, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        worst = max(worst, min(1.0, ps[i] * (len(ps) - place)))
+        adjusted[i] = worst
+    return adjusted
+
+
+# -- agreement
+
+
+def shadow(errors: Iterable[Error], points: int = 400) -> list[dict[str, Any]]:
+    """Per feature: quantiles of the errors, NaN counts, and the worst error over time for a plot."""
+    by_feature: dict[str, list[Error]] = defaultdict(list)
+    for row in errors:
+        by_feature[row.feature].append(row)
+    found = []
+    for feature, rows in sorted(by_feature.items()):
+        finite = sorted(row.relative for row in rows if math.isfinite(row.relative))
+        largest = sorted(row.max_abs for row in rows if math.isfinite(row.max_abs))
+        found.append(
+            {
+                "feature": feature,
+                "comparisons": len(rows),
+                "steps": len({row.step for row in rows}),
+                "relative": {str(q): quantile(finite, q) for q in QUANTILES},
+                "max_abs": {str(q): quantile(largest, q) for q in QUANTILES},
+                "nan": sum(row.nan for row in rows),
+                "not_finite": len(rows) - len(finite),
+                "over_time": _worst(rows, points),
+            }
+        )
+    return found
+
+
+def quantile(ordered: Sequence[float], q: float) -> float | None:
+    """The smallest value that is no less than a share ``q`` of them; none of none."""
+    return ordered[max(math.ceil(q * len(ordered)) - 1, 0)] if ordered else None
+
+
+def _worst(rows: Sequence[Error], points: int) -> list[tuple[int, float]]:
+    """(step, worst relative error) in order, at most ``points`` of them."""
+    worst: dict[int, float] = {}
+    for row in rows:
+        if math.isfinite(row.relative):
+            worst[row.step] = max(worst.get(row.step, 0.0), row.relative)
+    steps = sorted(worst)
+    size = max(1, -(-len(steps) // points))
+    chunks = (steps[i : i + size] for i in range(0, len(steps), size))
+    return [(chunk[0], max(worst[step] for step in chunk)) for chunk in chunks]
