@@ -1,6 +1,6 @@
 """How far two arms are apart, reduced on the device and fetched without a sync.
 
-    rows   [slots, 7] float64   sequence, step, tag, max |d|, |d|, |h| (Frobenius), elements bad in ours alone
+    rows   [slots, 7] float64   sequence, step, tag, max abs d, norm of d, norm of the host, elements bad in ours
     count  [1] int64            rows written so far, on the device: a replayed graph writes on where it left off
     step   [1] float64          set before the step, outside any graph
 
