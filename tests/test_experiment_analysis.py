@@ -207,6 +207,12 @@ def test_buckets_features_and_arms_are_apart() -> None:
     assert compare(rows(10, tried=AGAIN))[0].arm == AGAIN
 
 
+def test_buckets_are_in_order_of_size() -> None:
+    names = ["eager/8/512", "graph/4/1024", "graph/4/8192", "graph/4/131072", "graph/16/1024", "odd"]
+    found = [one.bucket for one in compare([row for name in reversed(names) for row in rows(1, bucket=name)])]
+    assert found == names
+
+
 def test_three_arms() -> None:
     plan = Plan(block=8, arms=(HOST, PATCH, "mine"))
     timings = [row._replace(us=row.us * (1 / 0.9 if row.arm == "mine" else 1)) for row in rows(20, 0.9, plan=plan)]

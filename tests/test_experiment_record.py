@@ -168,6 +168,19 @@ def test_a_full_disk_loses_rows_and_nothing_else(
     assert ([row.step for row in log.rows], log.damaged, log.lost) == ([1, 5], 1, 3)
 
 
+def test_a_header_that_was_torn_is_written_again(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:20]) if len(data) > 20 else 1 / 0)
+    recorder.add(timing(1))
+    recorder.flush()
+    assert recorder.path.stat().st_size > 0
+    monkeypatch.undo()
+    recorder.add(timing(2))
+    recorder.flush()
+    log = read_log(recorder.path)
+    assert ([row.step for row in log.rows], log.lost) == ([2], 1)
+
+
 def test_a_removed_directory_loses_what_was_in_it(recorder: Recorder) -> None:
     recorder.add(timing(1))
     recorder.flush()

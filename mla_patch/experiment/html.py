@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from mla_patch.experiment.analysis import ALPHA, MIN_GROUPS
-from mla_patch.experiment.schedule import HOST
+from mla_patch.experiment.schedule import HOST, PATCH
 
 # the policy keeps even a mistake of ours from the network
 _HEAD = """<!doctype html>
@@ -27,7 +27,7 @@ h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6
 p.note, figcaption, footer { color: var(--soft); font-size: .87rem; } figure { margin: 0 0 1.2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .87rem; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } code { font-size: .84rem; }
+td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } code { font-size: .84rem; }
 .faster { color: var(--good); font-weight: 600; } .slower, .drifting { color: var(--bad); font-weight: 600; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem; }
 svg { display: block; width: 100%; height: auto; background: var(--wash); border-radius: 6px; }
@@ -89,16 +89,20 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], classes: Mapping[
 
     def cell(value: Any) -> str:
         text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-        kind = "n" if isinstance(value, (int, float)) else (classes or {}).get(text, "")
+        kind = "n" if _is_number(value) else (classes or {}).get(text, "")
         return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
 
-    numbers = [isinstance(value, (int, float)) for value in rows[0]]
+    numbers = [_is_number(value) for value in rows[0]]
     top = "".join(
         f'<th class="n">{escape(name)}</th>' if number else f"<th>{escape(name)}</th>"
         for name, number in zip(head, numbers, strict=True)
     )
     lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>\n{lines}</tbody></table></div>'
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, str) and value.replace(".", "", 1).isdecimal())
 
 
 def _verdicts(comparisons: Sequence[Mapping[str, Any]]) -> str:
@@ -118,9 +122,10 @@ def _verdicts(comparisons: Sequence[Mapping[str, Any]]) -> str:
     ]
     rows = []
     for one in comparisons:
-        low_high = "{:.3f} to {:.3f}".format(*one["interval"]) if one["interval"] else ""
+        ratio = f"{one['ratio']:.3f}" if one["ratio"] else None
+        low_high = "{:.3f} – {:.3f}".format(*one["interval"]) if one["interval"] else ""
         rows.append([one["feature"], bucket_text(one["bucket"]), one["arm"], one["verdict"], float(one["host_us"]),
-                     float(one["arm_us"]), one["ratio"], low_high, one["p_adjusted"], one["groups"]])  # fmt: skip
+                     float(one["arm_us"]), ratio, low_high, one["p_adjusted"], one["groups"]])  # fmt: skip
     return "<h2>Verdicts</h2>" + _table(head, rows, {name: name for name in ("faster", "slower", "drifting")})
 
 
@@ -177,7 +182,7 @@ def _path(points: Sequence[tuple[float, float]], kind: str) -> str:
 
 
 def _colours(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    arms = [HOST, *sorted({one["arm"] for one in comparisons})]
+    arms = [HOST, PATCH, *sorted({one["arm"] for one in comparisons} - {PATCH})]
     return {arm: f"c{min(i, 3)}" for i, arm in enumerate(arms)}
 
 
@@ -234,7 +239,7 @@ def _panel(
 ) -> str:
     contexts = sorted({max(context, 1) for values in arms.values() for context in values})
     top = max(us for values in arms.values() for us in values.values()) * 1.08
-    x, y = _scale(contexts[0], contexts[-1], 62, 300, log=True), _scale(0, top, 196, 30)
+    x, y = _scale(contexts[0], contexts[-1], 62, 290, log=True), _scale(0, top, 196, 30)
     parts = []
     for tick in _ticks(0, top):
         parts += [_line(50, y(tick), 312, y(tick), "grid"), _says(44, y(tick) + 4, f"{tick:g}", "end")]

@@ -95,7 +95,6 @@ class Recorder:
         self._queue: deque[Row] = deque()
         self._file = -1
         self._size = self._rows = 0
-        self._torn = False
         self._complained = False
         self._lock = threading.Lock()
         self._start()
@@ -161,10 +160,9 @@ class Recorder:
         lost = self.lost
         if lost != self._told:
             lines.append(["lost", lost])
-        text = "\n" * self._torn + "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-        self._torn = True
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
         self._put(text.encode())
-        self._torn, self._told, self._complained = False, lost, False
+        self._told, self._complained = lost, False
         self._rows += len(rows)
 
     def _open(self) -> None:
@@ -172,8 +170,9 @@ class Recorder:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.open(self.path, flags, 0o600)
         self._size = os.fstat(self._file).st_size
-        self._rows, self._told, self._torn = 0, 0, self._size > 0
-        self._put(b"\n" * self._torn + json.dumps(self.header).encode() + b"\n")
+        self._rows = self._told = 0
+        # what a failed write has left stays on a line of its own
+        self._put(b"\n" * (self._size > 0) + json.dumps(self.header).encode() + b"\n")
 
     def _put(self, data: bytes) -> None:
         while data:  # a disk that fills up takes a part, then raises
