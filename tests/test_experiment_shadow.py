@@ -88,6 +88,9 @@ def test_padded_rows_do_not_count(ring: Ring, drain: Drain) -> None:
     assert (two.max_abs, two.relative, two.nan) == (0.0, 0.0, 0)
     assert (three.max_abs, three.nan) == (99.0, 0)
     assert three.relative == pytest.approx(99 / math.sqrt(18))
+    host[0, 0, 0] = ours[0, 0, 0] = NAN  # the host's own, in a real row
+    ring.compare(host, ours, rows=real)
+    assert fetch(ring, drain)[0].nan == 0
 
 
 def test_inputs_are_left_alone(ring: Ring) -> None:
@@ -180,6 +183,13 @@ def test_rows_that_were_overwritten_are_counted(ring: Ring, drain: Drain) -> Non
     put(ring, 40)
     assert [error.step for error in fetch(ring, drain)] == [40]
     assert drain.lost == 25
+
+
+def test_a_row_that_is_not_itself_is_lost(ring: Ring, drain: Drain) -> None:
+    put(ring, 1, 2, 3)
+    ring.rows[1, 0] = 17
+    assert [error.step for error in fetch(ring, drain)] == [1, 3]
+    assert drain.lost == 1
 
 
 class Slow:

@@ -113,6 +113,19 @@ def test_an_event_that_never_completes_is_given_up(device: Device, lost: object)
     assert device.made <= 2 * (8 + 1)
 
 
+def test_lost_pairs_are_replaced(device: Device) -> None:
+    pool = EventPool(device.event, capacity=2, patience=1)
+    for step in range(10):
+        run(pool, device, "lost")
+        pool._pending[-1][2][1].lost = True
+        device.reached = device.clock
+        for _ in range(3):
+            pool.begin()  # untimed: a step that is left
+        pool.harvest()
+        assert pool._pending == type(pool._pending)(), step
+    assert pool.dropped >= 10
+
+
 def test_a_step_that_was_left_is_no_time(device: Device) -> None:
     pool = EventPool(device.event)
     pool.begin()  # and the engine raised

@@ -32,6 +32,7 @@ ALPHA = 0.05
 DRIFT_ALPHA = 0.01
 MIN_GROUPS = 8  # two-sided p can then reach 2 / 2**8
 MIN_STEPS = 4  # of a bucket in a block, for its median to count
+EXACT = 25  # effects up to which the signed rank's distribution is counted out
 MAX_EFFECTS = 100  # more are averaged in order, for a bounded time
 RESAMPLES = 1000
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -235,7 +236,7 @@ def _ranks(values: Sequence[float]) -> list[int]:
 
 
 def signed_rank(effects: Sequence[float]) -> float:
-    """Wilcoxon's two-sided p that the effects lie evenly about 0; exact up to 25 of them, with ties."""
+    """Wilcoxon's two-sided p that the effects lie evenly about 0; exact up to `EXACT` of them, with ties."""
     values = [value for value in effects if value]
     if not values:
         return 1.0
@@ -243,7 +244,7 @@ def signed_rank(effects: Sequence[float]) -> float:
     total = sum(ranks)
     plus = sum(rank for rank, value in zip(ranks, values, strict=True) if value > 0)
     low = min(plus, total - plus)
-    if len(values) <= 25:
+    if len(values) <= EXACT:
         ways = [1] + [0] * total  # how many of the 2**n sign patterns sum to i
         for rank in ranks:
             for i in range(total, rank - 1, -1):
