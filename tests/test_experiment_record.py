@@ -243,7 +243,7 @@ def test_a_forked_child_writes_its_own_file(recorder: Recorder) -> None:
 
 
 def test_bytes_of_a_row(recorder: Recorder) -> None:
-    """The bound in steps that the docs state follows from it."""
+    """32 MiB are then 350000 steps, as the module says."""
     recorder.add(timing(1000000, "patch", block=999936, group=999808, bucket="graph/128/131072", us=2731.51953125))
     recorder.flush()
     assert len(recorder.path.read_text().splitlines()[1]) < 96
