@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from mla_patch.dispatch import ArmCode, Site, Switch
 from mla_patch.experiment import control
 from mla_patch.experiment.assign import Assigner
 from mla_patch.experiment.breaker import Breaker
 from mla_patch.experiment.control import SIZE, SLOT_BYTES, SLOTS_AT, Command, Control, ControlError, Controller
 from mla_patch.experiment.record import Error
-from mla_patch.experiment.schedule import OUTSIDE, Plan, Schedule
+from mla_patch.experiment.schedule import OUTSIDE, PATCH, Plan, Schedule
+from mla_patch.features import Counts
 
 ABOUT = {"run": "r", "features": {"decode": ["host", "patch"], "kv_indices": ["host", "patch", "mine"]}}
 
@@ -93,7 +95,7 @@ def test_every_command(path: Path) -> None:
     assert turns[1020].block == 1020
     tried = sum(turn.arm == "patch" for turn in turns[2000:4000]) / 2000
     assert tried == 0.9
-    assert turns[2000].group == 2000
+    assert {turn.group for turn in turns[2000:2100]} == {2000, OUTSIDE}
     assert set(turns[4000:]) == {("patch", OUTSIDE, OUTSIDE)}
     assert [command.kind for command in assigner.taken] == ["stop", "start", "ratio", "arm"]
 
@@ -343,6 +345,18 @@ def test_a_spoilt_heartbeat_is_nobody(path: Path) -> None:
     assert send(path, "decode", "stop", at=None).at == control.MARGIN
 
 
+def test_a_rank_that_has_gone_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = rank(path, 0), rank(path, 1)
+    one.step, two.step = 10**9, 500
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - 11 * 10**9)
+    one.poll()  # the last that was heard of it
+    monkeypatch.undo()
+    two.poll()
+    assert [beat.rank for beat in control.read(path)[1]] == [1]
+    assert send(path, "decode", "stop", at=None).at == 500 + control.MARGIN
+
+
 def test_old_commands_make_room_and_the_breakers_stay(path: Path) -> None:
     one = rank(path)
     one.trip("decode", "x" * 400)
@@ -388,6 +402,20 @@ def test_the_breaker_stops_this_rank_at_once_and_the_others_at_a_step(
     send(path, "decode", "arm", "patch", at=2000)
     one.poll(), two.poll()
     assert {mine.turn(2500).arm, other.turn(2500).arm} == {"host"}  # for good
+
+
+def test_an_exception_in_ours_reaches_the_other_ranks(path: Path) -> None:
+    """Wired to the dispatcher's switch, in whichever of the two it starts."""
+    one = rank(path)
+    switch = Switch(lambda reason, fault: breaker.trip(reason))
+    breaker = Breaker(0.02, switch.trip, lambda reason: one.trip("decode", reason))
+    assigner = Assigner("decode", Plan(), one, breaker)
+    site = Site("decode", lambda: (), {PATCH: ArmCode(lambda call: 1 / 0, lambda call: None)}, Counts(), switch)
+    assert site.dispatch(lambda: "host", None, (), {}) == "host"
+    one.poll()
+    assert assigner.turn(1000) == ("host", OUTSIDE, OUTSIDE)
+    (command,) = control.read(path)[0].commands
+    assert command.reason == "decode: ZeroDivisionError('division by zero')" == switch.stopped
 
 
 def test_the_breaker_works_without_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

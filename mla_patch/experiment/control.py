@@ -41,6 +41,7 @@ NEVER = 1 << 62  # a step that does not come
 INTERVAL = 0.05  # seconds between two looks
 LEAD = 1.0  # seconds that a command is given to reach every rank
 MARGIN = 64  # steps, where that is more
+GONE = 10.0  # seconds without a beat, beside a rank that beats, after which one is not waited for
 WAIT = 2.0  # seconds that a writer waits for another
 KINDS = {
     "start": "run the schedule, from its warmup on",
@@ -201,7 +202,8 @@ def _heartbeats(file: int) -> list[Heartbeat]:
         cell = data[at : at + CELL.size]
         if any(cell) and CRC.unpack_from(data, at + CELL.size)[0] == zlib.crc32(cell):
             found.append(Heartbeat(*CELL.unpack(cell)))
-    return found
+    newest = max((beat.ns for beat in found), default=0)
+    return [beat for beat in found if newest - beat.ns <= GONE * 1e9]
 
 
 def _publish(path: Path, make: Callable[[Content, list[Heartbeat]], Command]) -> Command:
