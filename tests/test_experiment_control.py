@@ -1,5 +1,6 @@
 """Live control: what cannot be trusted is ignored and told, and all ranks change arms at the same step."""
 
+import fcntl
 import logging
 import os
 import re
@@ -15,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from mla_patch.dispatch import ArmCode, Site, Switch
-from mla_patch.experiment import control
+from mla_patch.experiment import control, control_file
 from mla_patch.experiment.assign import Assigner
 from mla_patch.experiment.breaker import Breaker
-from mla_patch.experiment.control import SIZE, SLOT_BYTES, SLOTS_AT, Command, Control, ControlError, Controller
+from mla_patch.experiment.control import Control, Controller
+from mla_patch.experiment.control_file import SIZE, SLOT_BYTES, SLOTS_AT, Command, ControlError
 from mla_patch.experiment.record import Error
 from mla_patch.experiment.schedule import OUTSIDE, PATCH, Plan, Schedule
 from mla_patch.features import Counts
@@ -29,13 +31,13 @@ ABOUT = {"run": "r", "features": {"decode": ["host", "patch"], "kv_indices": ["h
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "reports" / "r.control"
-    control.create(path, ABOUT)
+    control_file.create(path, ABOUT)
     return path
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "WAIT", 0.05)
+    monkeypatch.setattr(control_file, "WAIT", 0.05)
 
 
 def rank(path: Path, number: int = 0) -> Control:
@@ -50,8 +52,8 @@ def send(path: Path, *args, **more) -> Command:
 
 def test_the_file_is_made_once_and_for_its_owner(path: Path) -> None:
     send(path, "decode", "arm", "patch")
-    control.create(path, {"run": "another"})
-    content, beats = control.read(path)
+    control_file.create(path, {"run": "another"})
+    content, beats = control_file.read(path)
     assert (content.about, len(content.commands), beats) == (ABOUT, 1, [])
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.stat().st_size == SIZE
@@ -128,7 +130,7 @@ def test_a_command_takes_effect_through_the_thread(path: Path) -> None:
     try:
         assigner.turn(5000)
         end = time.monotonic() + 10
-        while not any(beat.step == 5000 for beat in control.read(path)[1]):
+        while not any(beat.step == 5000 for beat in control_file.read(path)[1]):
             assert time.monotonic() < end
             time.sleep(0.01)
         with Controller(path) as controller:
@@ -179,7 +181,7 @@ def test_what_cannot_be_sent(path: Path, args: tuple, at: int, problem: str) -> 
     with pytest.raises((ControlError, ValueError)) as caught:
         send(path, *args, at=at)
     assert str(caught.value) == problem
-    assert control.read(path)[0].commands == ()
+    assert control_file.read(path)[0].commands == ()
 
 
 def test_two_controllers_at_once(path: Path) -> None:
@@ -203,7 +205,7 @@ def test_writers_wait_for_each_other(path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    commands = control.read(path)[0].commands
+    commands = control_file.read(path)[0].commands
     assert [command.seq for command in commands] == list(range(1, 21))
     assert sorted({command.by for command in commands}) == ["rank 0", "rank 1", "rank 2", "rank 3"]
 
@@ -217,8 +219,8 @@ def send_many(path: Path, number: int) -> None:
 
 
 def test_a_writer_that_hangs_is_told_of(path: Path) -> None:
-    with control._opened(path, os.O_RDWR) as file:
-        control.fcntl.flock(file, control.fcntl.LOCK_EX)
+    with control_file.opened(path, os.O_RDWR) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ControlError, match="locked by another process"):
             send(path, "decode", "stop")
 
@@ -297,7 +299,7 @@ def test_an_older_file_in_its_place_is_refused(path: Path) -> None:
     send(path, "decode", "arm", "patch", at=10)
     one.poll()
     path.unlink()
-    control.create(path, ABOUT)
+    control_file.create(path, ABOUT)
     one.poll()
     assert one.problem.endswith("generation 1 after 2: replaced")
 
@@ -322,14 +324,14 @@ def test_a_torn_write_is_never_acted_on(path: Path, cut: int, monkeypatch: pytes
 def test_every_flipped_bit_is_seen(path: Path) -> None:
     send(path, "decode", "arm", "patch", at=10)
     whole = path.read_bytes()
-    used = len(control._pack(control.read(path)[0]))
+    used = len(control_file._pack(control_file.read(path)[0]))
     for at in range(SLOTS_AT, SLOTS_AT + used, 7):  # generation 2 lies in slot 0
         spoil(path, at, bytes([whole[at] ^ 1 << at % 8]))
-        assert control.read(path)[0].generation == 1, at
+        assert control_file.read(path)[0].generation == 1, at
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("at, step", [(-1, 0), (1.5, 0), (True, 0), (control.NEVER, 0)])
+@pytest.mark.parametrize("at, step", [(-1, 0), (1.5, 0), (True, 0), (control_file.NEVER, 0)])
 def test_a_step_that_cannot_be(at: object, step: int) -> None:
     with pytest.raises(ValueError, match="at="):
         Command("decode", "stop", at, 1)  # type: ignore[arg-type]
@@ -339,9 +341,9 @@ def test_a_spoilt_heartbeat_is_nobody(path: Path) -> None:
     one = rank(path, 5)
     one.step = 1000
     one.poll()
-    assert [(beat.rank, beat.step) for beat in control.read(path)[1]] == [(5, 1000)]
-    spoil(path, control.CELLS_AT + 5 * control.CELL_BYTES + 4, struct.pack("<Q", 1 << 60))
-    assert control.read(path)[1] == []
+    assert [(beat.rank, beat.step) for beat in control_file.read(path)[1]] == [(5, 1000)]
+    spoil(path, control_file.CELLS_AT + 5 * control_file.CELL_BYTES + 4, struct.pack("<Q", 1 << 60))
+    assert control_file.read(path)[1] == []
     assert send(path, "decode", "stop", at=None).at == control.MARGIN
 
 
@@ -353,7 +355,7 @@ def test_a_rank_that_has_gone_is_not_waited_for(path: Path, monkeypatch: pytest.
     one.poll()  # the last that was heard of it
     monkeypatch.undo()
     two.poll()
-    assert [beat.rank for beat in control.read(path)[1]] == [1]
+    assert [beat.rank for beat in control_file.read(path)[1]] == [1]
     assert send(path, "decode", "stop", at=None).at == 500 + control.MARGIN
 
 
@@ -363,7 +365,7 @@ def test_old_commands_make_room_and_the_breakers_stay(path: Path) -> None:
     one.poll()
     for number in range(200):
         send(path, "decode", "stop", at=number + 1000)
-    commands = control.read(path)[0].commands
+    commands = control_file.read(path)[0].commands
     assert 50 < len(commands) < 200
     assert [commands[0].kind, commands[-1].at] == ["trip", 1199]
 
@@ -393,7 +395,7 @@ def test_the_breaker_stops_this_rank_at_once_and_the_others_at_a_step(
         if step >= tripped_at:
             assert a == ("host", OUTSIDE, OUTSIDE)
         differed += [step] * (a.arm != b.arm)
-    (command,) = control.read(path)[0].commands
+    (command,) = control_file.read(path)[0].commands
     assert (command.kind, command.by) == ("trip", "rank 0")
     assert command.at == tripped_at - 1 + control.MARGIN
     assert differed and set(differed) <= set(range(tripped_at, command.at))  # what the records leave out
@@ -414,7 +416,7 @@ def test_an_exception_in_ours_reaches_the_other_ranks(path: Path) -> None:
     assert site.dispatch(lambda: "host", None, (), {}) == "host"
     one.poll()
     assert assigner.turn(1000) == ("host", OUTSIDE, OUTSIDE)
-    (command,) = control.read(path)[0].commands
+    (command,) = control_file.read(path)[0].commands
     assert command.reason == "decode: ZeroDivisionError('division by zero')" == switch.stopped
 
 

@@ -6,14 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-from mla_patch.experiment import analysis, control, record
+from mla_patch.experiment import analysis, control, control_file, record
 from mla_patch.experiment.html import report_html
 
 # What an engine's integration does at each step. The barrier stands for its collectives, the clock for its device.
 RANK = """
 import multiprocessing, os, random, sys, time
 from pathlib import Path
-from mla_patch.experiment import control, record
+from mla_patch.experiment import control, control_file, record
 from mla_patch.experiment.assign import Assigner
 from mla_patch.experiment.breaker import Breaker
 from mla_patch.experiment.schedule import Plan
@@ -51,7 +51,7 @@ def rank(number, folder, barrier, stop):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    control.create(folder / "r.control", {"run": "r", "features": {"decode": ["host", "patch"]}})
+    control_file.create(folder / "r.control", {"run": "r", "features": {"decode": ["host", "patch"]}})
     fork = multiprocessing.get_context("fork")
     barrier, stop = fork.Barrier(2), fork.Value("q", 0)
     ranks = [fork.Process(target=rank, args=(n, folder, barrier, stop)) for n in range(2)]
@@ -64,7 +64,7 @@ if __name__ == "__main__":
 
 def reach(path: Path, step: int) -> None:
     end = time.monotonic() + 60
-    while not (path.exists() and max((beat.step for beat in control.read(path)[1]), default=0) >= step):
+    while not (path.exists() and max((beat.step for beat in control_file.read(path)[1]), default=0) >= step):
         assert time.monotonic() < end, f"step {step} was not reached"
         time.sleep(0.02)
 
@@ -80,7 +80,7 @@ def test_from_a_running_engine_to_the_page(tmp_path: Path) -> None:
         reach(path, forced + 50)
         (tmp_path / "wrong").touch()
         end = time.monotonic() + 60
-        while not (trips := [c for c in control.read(path)[0].commands if c.kind == "trip"]):
+        while not (trips := [c for c in control_file.read(path)[0].commands if c.kind == "trip"]):
             assert time.monotonic() < end
             time.sleep(0.02)
         engine.communicate(f"{trips[0].at + 50}\n", timeout=60)

@@ -6,7 +6,8 @@ import logging
 from dataclasses import replace
 
 from mla_patch.experiment.breaker import Breaker
-from mla_patch.experiment.control import Command, Control, Inbox
+from mla_patch.experiment.control import Control, Inbox
+from mla_patch.experiment.control_file import Command
 from mla_patch.experiment.schedule import OUTSIDE, Plan, Schedule, Turn
 
 log = logging.getLogger("mla_patch")
