@@ -10,9 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mla_patch.experiment import analysis
+from mla_patch.experiment import analysis, stats
 from mla_patch.experiment.analysis import DRIFTING, EVEN, FASTER, SLOWER, TOO_FEW, Comparison, compare, effect, judge
-from mla_patch.experiment.record import Error, Merged, Note, Timing
+from mla_patch.experiment.merge import Merged
+from mla_patch.experiment.record import Error, Note, Timing
 from mla_patch.experiment.schedule import AGAIN, HOST, OUTSIDE, PATCH, Plan, Schedule
 
 
@@ -249,7 +250,7 @@ def test_signed_rank_is_the_enumeration(values: list[float]) -> None:
     mine = sum(rank for rank, value in zip(ranks, kept, strict=True) if value > 0)
     off = abs(mine - sum(ranks) / 2)
     extreme = sum(abs(one - sum(ranks) / 2) >= off for one in plus)
-    assert analysis.signed_rank(values) == pytest.approx(extreme / len(plus))
+    assert stats.signed_rank(values) == pytest.approx(extreme / len(plus))
 
 
 def test_signed_rank_beyond_goes_on_smoothly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,32 +258,32 @@ def test_signed_rank_beyond_goes_on_smoothly(monkeypatch: pytest.MonkeyPatch) ->
     off = []
     for _ in range(50):
         values = [draw.gauss(0.4, 1) for _ in range(25)]
-        exact = analysis.signed_rank(values)
+        exact = stats.signed_rank(values)
         with monkeypatch.context() as patch:
-            patch.setattr(analysis, "EXACT", 0)
-            off.append(analysis.signed_rank(values) - exact)
+            patch.setattr(stats, "EXACT", 0)
+            off.append(stats.signed_rank(values) - exact)
     assert max(map(abs, off)) < 0.008  # without the continuity correction: 0.015
-    assert analysis.signed_rank([0.0] * 30) == 1.0
-    assert analysis.signed_rank([1.0] * 30) < 1e-6
+    assert stats.signed_rank([0.0] * 30) == 1.0
+    assert stats.signed_rank([1.0] * 30) < 1e-6
 
 
 def test_known_figures() -> None:
     # R: p.adjust(c(0.01, 0.04, 0.03, 0.5), "holm"); qt(0.025, c(7, 31))
-    assert analysis.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
-    assert analysis.holm([]) == []
-    assert analysis._student(0.025, 7) == pytest.approx(-2.3646, abs=2e-3)
-    assert analysis._student(0.025, 31) == pytest.approx(-2.0395, abs=1e-4)
-    assert analysis.rank_sum([1, 2, 3, 4], [5, 6, 7, 8]) == pytest.approx(0.0304, abs=1e-4)
-    assert analysis.rank_sum([1, 1], [1, 1]) == 1.0
-    assert analysis.middle([1, 2, 3, 4, 1000]) == 3
+    assert stats.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert stats.holm([]) == []
+    assert stats._student(0.025, 7) == pytest.approx(-2.3646, abs=2e-3)
+    assert stats._student(0.025, 31) == pytest.approx(-2.0395, abs=1e-4)
+    assert stats.rank_sum([1, 2, 3, 4], [5, 6, 7, 8]) == pytest.approx(0.0304, abs=1e-4)
+    assert stats.rank_sum([1, 1], [1, 1]) == 1.0
+    assert stats.middle([1, 2, 3, 4, 1000]) == 3
 
 
 def test_many_groups_are_pooled() -> None:
     values = [random.Random(i).gauss(0.01, 1) for i in range(1234)]
-    pooled = analysis.pooled(values)
-    assert len(pooled) <= analysis.MAX_EFFECTS
+    pooled = stats.pooled(values)
+    assert len(pooled) <= stats.MAX_EFFECTS
     assert pooled[0] == pytest.approx(sum(values[:13]) / 13)
-    assert analysis.pooled(values[:50]) == values[:50]
+    assert stats.pooled(values[:50]) == values[:50]
 
 
 # -- agreement

@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mla_patch.experiment import analysis, html
+from mla_patch.experiment import analysis, html, svg
 from mla_patch.experiment.html import report_html
-from mla_patch.experiment.record import Error, Merged, Note, Timing
+from mla_patch.experiment.merge import Merged
+from mla_patch.experiment.record import Error, Note, Timing
 from mla_patch.experiment.schedule import HOST, PATCH, Plan, Schedule
 
 VOID = {"meta", "br", "link", "img", "input"}
@@ -190,7 +191,7 @@ def test_extreme_ratios_stay_in_the_picture(ratio: float) -> None:
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 3127.5), (0.97, 1.03), (0.2, 5), (0, 1e-9)])
 def test_ticks(low: float, high: float) -> None:
-    ticks = html._ticks(low, high)
+    ticks = svg.ticks(low, high)
     assert 3 <= len(ticks) <= 9
     assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks)
 

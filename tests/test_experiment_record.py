@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from mla_patch.experiment import record
-from mla_patch.experiment.record import Error, Log, Note, Recorder, Timing, bucket, merge, read_log, read_runs
+from mla_patch.experiment.merge import Log, merge, read_log, read_runs
+from mla_patch.experiment.record import Error, Note, Recorder, Timing, bucket
 
 
 def timing(step: int, arm: str = "host", **more) -> Timing:

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from mla_patch.experiment import analysis, control, control_file, record
+from mla_patch.experiment import analysis, control, control_file, merge
 from mla_patch.experiment.html import report_html
 
 # What an engine's integration does at each step. The barrier stands for its collectives, the clock for its device.
@@ -88,7 +88,7 @@ def test_from_a_running_engine_to_the_page(tmp_path: Path) -> None:
         engine.kill()
     assert engine.returncode == 0
 
-    (run,), problems = record.read_runs(tmp_path)
+    (run,), problems = merge.read_runs(tmp_path)
     assert problems == []
     assert (run.ranks, run.lost, run.damaged) == ([0, 1], 0, 0)
     # rank 1 tripped and ran the host's at once; rank 0 followed at the published step, and not one step later

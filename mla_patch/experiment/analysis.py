@@ -18,23 +18,21 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import NormalDist, fmean, median
+from statistics import fmean, median
 from typing import Any
 
-from mla_patch.experiment.record import Error, Merged, Timing
+from mla_patch.experiment import stats
+from mla_patch.experiment.merge import Merged
+from mla_patch.experiment.record import Error, Timing
 from mla_patch.experiment.schedule import HOST, OUTSIDE
+from mla_patch.experiment.stats import ALPHA
 
-ALPHA = 0.05
 DRIFT_ALPHA = 0.01
 MIN_GROUPS = 8  # two-sided p can then reach 2 / 2**8
 MIN_STEPS = 4  # of a bucket in a block, for its median to count
-EXACT = 25  # effects up to which the signed rank's distribution is counted out
-MAX_EFFECTS = 100  # more are averaged in order, for a bounded time
-RESAMPLES = 1000
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 FASTER, SLOWER, EVEN = "faster", "slower", "no difference found"
 TOO_FEW, DRIFTING = "not enough blocks", "drifting"
@@ -135,17 +133,17 @@ def effect(host: Sequence[float], arm: Sequence[float]) -> float:
 
 def judge(comparisons: Sequence[Comparison], effects: Sequence[Sequence[float]]) -> None:
     """Fill in ratio, interval, p and verdict of comparisons that are made together."""
-    enough = [(one, pooled(values)) for one, values in zip(comparisons, effects, strict=True) if _enough(values)]
+    enough = [(one, stats.pooled(values)) for one, values in zip(comparisons, effects, strict=True) if _enough(values)]
     for one, values in enough:
-        one.ratio = math.exp(middle(values))
-        low, high = bootstrap(values)
+        one.ratio = math.exp(stats.middle(values))
+        low, high = stats.bootstrap(values)
         one.interval = math.exp(low), math.exp(high)
-        one.p = signed_rank(values)
+        one.p = stats.signed_rank(values)
         half = len(values) // 2
-        one.drift["p"] = rank_sum(values[:half], values[half:])
+        one.drift["p"] = stats.rank_sum(values[:half], values[half:])
         one.drift["first"], one.drift["second"] = (math.exp(median(part)) for part in (values[:half], values[half:]))
-    adjusted = holm([one.p or 0.0 for one, _ in enough])
-    drifts = holm([one.drift["p"] or 0.0 for one, _ in enough])
+    adjusted = stats.holm([one.p or 0.0 for one, _ in enough])
+    drifts = stats.holm([one.drift["p"] or 0.0 for one, _ in enough])
     for (one, _), p, drift in zip(enough, adjusted, drifts, strict=True):
         one.p_adjusted = p
         one.drift["p"] = drift
@@ -181,103 +179,6 @@ def _text(one: Comparison) -> str:
     if one.verdict == EVEN:
         return f"{EVEN}: {figures}"
     return f"{one.arm} is {one.verdict}: {figures}"
-
-
-# -- statistics, without NumPy: these run wherever the report is read
-
-
-def pooled(effects: Sequence[float]) -> list[float]:
-    """At most `MAX_EFFECTS` effects, neighbours averaged; sums of even coins are even coins."""
-    size = -(-len(effects) // MAX_EFFECTS)
-    return [fmean(effects[i : i + size]) for i in range(0, len(effects), size)]
-
-
-def middle(effects: Sequence[float]) -> float:
-    """The mean without the highest and the lowest fifth."""
-    cut = len(effects) // 5
-    kept = sorted(effects)[cut : len(effects) - cut]
-    return sum(kept) / len(kept)
-
-
-def bootstrap(effects: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """A 95% interval of `middle`: percentiles over resampled groups, widened as Student's t widens the normal's."""
-    n = len(effects)
-    draw = random.Random(seed).choices
-    means = sorted(middle(draw(effects, k=n)) for _ in range(RESAMPLES))
-    tail = NormalDist().cdf(math.sqrt(n / (n - 1)) * _student(ALPHA / 2, n - 1))
-    at = int(tail * RESAMPLES)
-    return means[at], means[-1 - at]
-
-
-def _student(p: float, df: int) -> float:
-    """Student's t quantile by Fisher's expansion; to three digits from 5 degrees of freedom."""
-    z = NormalDist().inv_cdf(p)
-    return (
-        z
-        + (z**3 + z) / (4 * df)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
-    )
-
-
-def _ranks(values: Sequence[float]) -> list[int]:
-    """Twice the rank of each value, so that ties share one and stay whole."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        while end < len(order) and values[order[end]] == values[order[start]]:
-            end += 1
-        for i in order[start:end]:
-            ranks[i] = start + end + 1
-        start = end
-    return ranks
-
-
-def signed_rank(effects: Sequence[float]) -> float:
-    """Wilcoxon's two-sided p that the effects lie evenly about 0; exact up to `EXACT` of them, with ties."""
-    values = [value for value in effects if value]
-    if not values:
-        return 1.0
-    ranks = _ranks([abs(value) for value in values])
-    total = sum(ranks)
-    plus = sum(rank for rank, value in zip(ranks, values, strict=True) if value > 0)
-    low = min(plus, total - plus)
-    if len(values) <= EXACT:
-        ways = [1] + [0] * total  # how many of the 2**n sign patterns sum to i
-        for rank in ranks:
-            for i in range(total, rank - 1, -1):
-                ways[i] += ways[i - rank]
-        return min(1.0, 2 * sum(ways[: low + 1]) / 2 ** len(values))
-    sd = math.sqrt(sum(rank * rank for rank in ranks)) / 2
-    return min(1.0, 2 * NormalDist().cdf((low - total / 2 + 1) / sd))  # + 1: half a rank, for continuity
-
-
-def rank_sum(first: Sequence[float], second: Sequence[float]) -> float:
-    """Mann and Whitney's two-sided p that both lie alike, in the normal approximation."""
-    a, b = len(first), len(second)
-    ranks = _ranks([*first, *second])
-    mean = fmean(ranks)
-    spread = sum((rank - mean) ** 2 for rank in ranks)
-    if not spread:
-        return 1.0
-    sd = math.sqrt(a * b / ((a + b) * (a + b - 1)) * spread)
-    off = abs(sum(ranks[:a]) - a * mean)
-    return min(1.0, 2 * NormalDist().cdf(-max(off - 1, 0.0) / sd))
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """p values adjusted for their number: all below alpha are right together, but for one time in 1 / alpha."""
-    adjusted = [0.0] * len(ps)
-    worst = 0.0
-    for place, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        worst = max(worst, min(1.0, ps[i] * (len(ps) - place)))
-        adjusted[i] = worst
-    return adjusted
-
-
-# -- agreement
 
 
 def shadow(errors: Iterable[Error], points: int = 400) -> list[dict[str, Any]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mla_patch.experiment.analysis import ALPHA, MIN_GROUPS
+from mla_patch.experiment import svg
+from mla_patch.experiment.analysis import MIN_GROUPS
 from mla_patch.experiment.schedule import HOST, PATCH
+from mla_patch.experiment.stats import ALPHA
 
 # the policy keeps even a mistake of ours from the network
 _HEAD = """<!doctype html>
@@ -142,45 +144,6 @@ def _split(bucket: str) -> tuple[str, int, int]:
     return bucket, 0, 0
 
 
-# -- plots
-
-
-def _scale(low: float, high: float, start: float, end: float, log: bool = False) -> Callable[[float], float]:
-    """Values to coordinates."""
-    move: Callable[[float], float] = (lambda v: math.log(max(v, 1e-300))) if log else float
-    a, b = move(low), move(high)
-    return lambda value: start + (end - start) * ((move(value) - a) / (b - a) if b > a else 0.5)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers from ``low`` to ``high``."""
-    span = (high - low) or abs(high) or 1.0
-    step = 10 ** math.floor(math.log10(span / 4))
-    step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= 8)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
-
-
-def _says(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
-
-
-def _dot(x: float, y: float, kind: str, hint: str) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="{kind}"><title>{escape(hint)}</title></circle>'
-
-
-def _path(points: Sequence[tuple[float, float]], kind: str) -> str:
-    return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
-
-
 def _colours(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     arms = [HOST, PATCH, *sorted({one["arm"] for one in comparisons} - {PATCH})]
     return {arm: f"c{min(i, 3)}" for i, arm in enumerate(arms)}
@@ -195,21 +158,21 @@ def _ratios(comparisons: Sequence[Mapping[str, Any]]) -> str:
     widest = max(max(abs(math.log(end)) for end in one["interval"]) for one in shown)
     reach = math.exp(min(max(widest * 1.1, 0.02), 5))
     left, right, row = 300, 700, 24
-    x = _scale(1 / reach, reach, left, right, log=True)
+    x = svg.scale(1 / reach, reach, left, right, log=True)
     height = 44 + row * len(shown)
     parts = []
-    for tick in _ticks(1 / reach, reach):
+    for tick in svg.ticks(1 / reach, reach):
         if 1 / reach <= tick <= reach:
-            parts.append(_line(x(tick), 24, x(tick), height - 16, "one" if tick == 1 else "grid"))
-            parts.append(_says(x(tick), 16, f"{tick:g}", "middle"))
+            parts.append(svg.line(x(tick), 24, x(tick), height - 16, "one" if tick == 1 else "grid"))
+            parts.append(svg.says(x(tick), 16, f"{tick:g}", "middle"))
     for i, one in enumerate(shown):
         y, kind = 40 + row * i, colours[one["arm"]]
         low, ratio, high = (min(max(x(v), left), right) for v in (one["interval"][0], one["ratio"], one["interval"][1]))
         name = f"{one['feature']} {one['arm']}: {bucket_text(one['bucket'])}"
-        parts.append(_says(left - 12, y + 4, name, "end", "ink"))
-        parts.append(_line(low, y, high, y, kind) + _dot(ratio, y, kind, one["text"]))
-        parts.append(_says(right + 12, y + 4, f"{one['ratio']:.3f}  {one['verdict']}", "start", "ink"))
-    plot = _svg(880, height, "Ratio of times with interval, by bucket", parts)
+        parts.append(svg.says(left - 12, y + 4, name, "end", "ink"))
+        parts.append(svg.line(low, y, high, y, kind) + svg.dot(ratio, y, kind, one["text"]))
+        parts.append(svg.says(right + 12, y + 4, f"{one['ratio']:.3f}  {one['verdict']}", "start", "ink"))
+    plot = svg.plot(880, height, "Ratio of times with interval, by bucket", parts)
     caption = f"Arm's time over {HOST}'s, 95% interval; left of 1 is faster."
     return f"<h2>Ratio of times</h2>{_figure(plot, caption)}"
 
@@ -239,21 +202,21 @@ def _panel(
 ) -> str:
     contexts = sorted({max(context, 1) for values in arms.values() for context in values})
     top = max(us for values in arms.values() for us in values.values()) * 1.08
-    x, y = _scale(contexts[0], contexts[-1], 62, 290, log=True), _scale(0, top, 196, 30)
+    x, y = svg.scale(contexts[0], contexts[-1], 62, 290, log=True), svg.scale(0, top, 196, 30)
     parts = []
-    for tick in _ticks(0, top):
-        parts += [_line(50, y(tick), 312, y(tick), "grid"), _says(44, y(tick) + 4, f"{tick:g}", "end")]
+    for tick in svg.ticks(0, top):
+        parts += [svg.line(50, y(tick), 312, y(tick), "grid"), svg.says(44, y(tick) + 4, f"{tick:g}", "end")]
     for context in contexts[:: -(-len(contexts) // 5)]:
-        parts.append(_says(x(context), 212, f"{context}", "middle"))
+        parts.append(svg.says(x(context), 212, f"{context}", "middle"))
     for i, (arm, values) in enumerate(sorted(arms.items(), key=lambda item: item[0] != HOST)):
         points = [(x(max(context, 1)), y(us)) for context, us in sorted(values.items())]
         kind = colours[arm]
-        parts.append(_path(points, kind))
+        parts.append(svg.path(points, kind))
         for (px, py), (context, us) in zip(points, sorted(values.items()), strict=True):
-            parts.append(_dot(px, py, kind, f"{arm}: {us:.1f} us at context {context}"))
-        parts.append(_says(56 + 84 * i, 18, arm[:14], "start", kind))
+            parts.append(svg.dot(px, py, kind, f"{arm}: {us:.1f} us at context {context}"))
+        parts.append(svg.says(56 + 84 * i, 18, arm[:14], "start", kind))
     name = f"{feature}: {mode}, batch {batch}" if batch else f"{feature}: {mode}"
-    plot = _svg(320, 220, f"{name}, step time in us by context", parts)
+    plot = svg.plot(320, 220, f"{name}, step time in us by context", parts)
     return _figure(plot, f"{name}; us, by context")
 
 
@@ -276,26 +239,29 @@ def _errors(one: Mapping[str, Any], tolerance: float | None) -> str:
     values = [error for _, error in points] + ([tolerance] if tolerance else [])
     low = 10 ** math.floor(math.log10(min(values)))
     high = 10 ** (math.floor(math.log10(max(values))) + 1)
-    x, y = _scale(points[0][0], points[-1][0], 62, 860), _scale(low, high, 176, 14, log=True)
+    x, y = svg.scale(points[0][0], points[-1][0], 62, 860), svg.scale(low, high, 176, 14, log=True)
     parts = []
     exponents = range(round(math.log10(low)), round(math.log10(high)) + 1)
     for exponent in exponents[:: -(-len(exponents) // 6)]:
         at = y(10.0**exponent)
-        parts += [_line(54, at, 868, at, "grid"), _says(48, at + 4, f"1e{exponent}", "end")]
+        parts += [svg.line(54, at, 868, at, "grid"), svg.says(48, at + 4, f"1e{exponent}", "end")]
     if tolerance:
-        parts += [_line(54, y(tolerance), 868, y(tolerance), "limit"), _says(866, y(tolerance) - 4, "tolerance", "end")]
+        parts += [
+            svg.line(54, y(tolerance), 868, y(tolerance), "limit"),
+            svg.says(866, y(tolerance) - 4, "tolerance", "end"),
+        ]
     for step in (points[0][0], points[-1][0]):
         parts.append(
-            _says(
+            svg.says(
                 x(step),
                 192,
                 f"step {step}",
                 "middle" if len(points) == 1 else "start" if step == points[0][0] else "end",
             )
         )
-    parts.append(_path([(x(step), y(error)) for step, error in points], "c1"))
-    parts += [_dot(x(step), y(error), "c1", f"step {step}: {error:.3g}") for step, error in points[:400]]
-    plot = _svg(880, 200, f"{one['feature']}: relative error by step", parts)
+    parts.append(svg.path([(x(step), y(error)) for step, error in points], "c1"))
+    parts += [svg.dot(x(step), y(error), "c1", f"step {step}: {error:.3g}") for step, error in points[:400]]
+    plot = svg.plot(880, 200, f"{one['feature']}: relative error by step", parts)
     return _figure(plot, f"{one['feature']}: worst relative error of a step")
 
 
