@@ -152,6 +152,19 @@ def test_light_dark_and_paper() -> None:
         assert set(re.findall(r"(--\w+):", scheme)) >= used - {"--c"}
 
 
+def test_an_effect_that_changes_is_shown_by_half() -> None:
+    merged = sample(groups=40)
+    merged.timings = [
+        row._replace(us=row.us * (1 if row.arm == HOST or row.step % 10**6 < 640 else 1.5)) for row in merged.timings
+    ]
+    report = analysis.analyse(merged)
+    one = report["comparisons"][0]
+    assert one["verdict"] == "drifting"
+    first, second = one["drift"]["first"], one["drift"]["second"]
+    said = " ".join(Page(report_html(report)).text)
+    assert f"{first:.3f}, {second:.3f}" in said and second > first + 0.3
+
+
 EVIL = "<script>alert('&\"1\"')</script>"
 
 

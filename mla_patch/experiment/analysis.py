@@ -9,7 +9,8 @@
    group's blocks was a toss of the seed's coin, so each effect is as likely negative as positive, however the
    latencies are distributed, drift or hang together. (With a third arm and a ratio other than 0.5: nearly so.)
 5. Several buckets are several chances of a false verdict, so the p values are adjusted by Holm's method: at most
-   one report in twenty names a difference anywhere when there is none.
+   one report in twenty names a difference anywhere when there is none. This is said of one look, at a time that
+   does not depend on the figures; looking until a verdict comes finds false ones more often.
 6. "faster" and "slower" need both: the adjusted p below 0.05 and an interval without 1.
 7. "drifting": the effect itself changed between the halves of the run, so that one ratio does not describe it.
    Latency that drifts with both arms is no such thing; it is stated beside.

@@ -72,7 +72,9 @@ order; a group gives one ratio, the reported one is their trimmed mean, its 95% 
 &ldquo;Faster&rdquo; and &ldquo;slower&rdquo; need an interval without 1, and a signed-rank p below {ALPHA:g} after
 Holm's adjustment for all comparisons of this page: where no arm differs, at most one page in {1 / ALPHA:.0f} names a
 difference. Fewer than {MIN_GROUPS} groups give no verdict. &ldquo;No difference found&rdquo; is no proof of none: the
-interval tells what size would have gone unseen. Ratios are of whole steps, not of the kernels alone.</p>"""
+interval tells what size would have gone unseen. &ldquo;Drifting&rdquo;: the ratio was another one in each half of the
+run. All this is said of one look; who looks again and again until a verdict comes will see false ones more often.
+Ratios are of whole steps, not of the kernels alone.</p>"""
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -110,24 +112,16 @@ def _is_number(value: Any) -> bool:
 def _verdicts(comparisons: Sequence[Mapping[str, Any]]) -> str:
     if not comparisons:
         return "<h2>Verdicts</h2><p>No step of these records belongs to a comparison.</p>"
-    head = [
-        "feature",
-        "bucket",
-        "arm",
-        "verdict",
-        f"{HOST}, us",
-        "arm, us",
-        "ratio",
-        "95% interval",
-        "p, adjusted",
-        "groups",
-    ]
+    head = f"feature|bucket|arm|verdict|{HOST}, us|arm, us|ratio|95% interval|by half|p|groups".split("|")
     rows = []
     for one in comparisons:
-        ratio = f"{one['ratio']:.3f}" if one["ratio"] else None
-        low_high = "{:.3f} – {:.3f}".format(*one["interval"]) if one["interval"] else ""
-        rows.append([one["feature"], bucket_text(one["bucket"]), one["arm"], one["verdict"], float(one["host_us"]),
-                     float(one["arm_us"]), ratio, low_high, one["p_adjusted"], one["groups"]])  # fmt: skip
+        ratio = interval = halves = None
+        if one["ratio"]:
+            ratio = f"{one['ratio']:.3f}"
+            interval = "{:.3f} – {:.3f}".format(*one["interval"])
+            halves = f"{one['drift']['first']:.3f}, {one['drift']['second']:.3f}"
+        rows.append([one["feature"], bucket_text(one["bucket"]), one["arm"], one["verdict"], float(one["host_us"])])
+        rows[-1] += [float(one["arm_us"]), ratio, interval, halves, one["p_adjusted"], one["groups"]]
     return "<h2>Verdicts</h2>" + _table(head, rows, {name: name for name in ("faster", "slower", "drifting")})
 
 
