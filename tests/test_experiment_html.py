@@ -162,7 +162,7 @@ def test_an_effect_that_changes_is_shown_by_half() -> None:
     assert one["verdict"] == "drifting"
     first, second = one["drift"]["first"], one["drift"]["second"]
     said = " ".join(Page(report_html(report)).text)
-    assert f"{first:.3f}, {second:.3f}" in said and second > first + 0.3
+    assert f"{first:.3f}\u00a0→\u00a0{second:.3f}" in said and second > first + 0.3
 
 
 EVIL = "<script>alert('&\"1\"')</script>"

@@ -23,7 +23,7 @@ _STYLE = """
   --c0: #7a8594; --c1: #0b7a75; --c2: #b4540a; --c3: #6d4bc3; --good: #0b7a3b; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e6e9ee; --soft: #9aa5b3; --line: #333a44;
   --wash: #1c2127; --c0: #97a3b3; --c1: #3cc2ba; --c2: #f0944a; --c3: #a990f0; --good: #5ccf88; --bad: #ff8a80; } }
-body { margin: 2rem auto; padding: 0 1rem; max-width: 62rem; background: var(--page); color: var(--ink);
+body { margin: 2rem auto; padding: 0 1rem; max-width: 72rem; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 p.note, figcaption, footer { color: var(--soft); font-size: .87rem; } figure { margin: 0 0 1.2rem; }
@@ -118,8 +118,8 @@ def _verdicts(comparisons: Sequence[Mapping[str, Any]]) -> str:
         ratio = interval = halves = None
         if one["ratio"]:
             ratio = f"{one['ratio']:.3f}"
-            interval = "{:.3f} – {:.3f}".format(*one["interval"])
-            halves = f"{one['drift']['first']:.3f}, {one['drift']['second']:.3f}"
+            interval = "{:.3f}\u00a0–\u00a0{:.3f}".format(*one["interval"])
+            halves = f"{one['drift']['first']:.3f}\u00a0→\u00a0{one['drift']['second']:.3f}"
         rows.append([one["feature"], bucket_text(one["bucket"]), one["arm"], one["verdict"], float(one["host_us"])])
         rows[-1] += [float(one["arm_us"]), ratio, interval, halves, one["p_adjusted"], one["groups"]]
     return "<h2>Verdicts</h2>" + _table(head, rows, {name: name for name in ("faster", "slower", "drifting")})
