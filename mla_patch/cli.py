@@ -90,8 +90,8 @@ def doctor(args: argparse.Namespace) -> int:
     """Judge every feature from source, import no engine."""
     plugins, flags = _read(args.feature)
     found = [one for one in map(find_host, hosts.HOSTS) if one is not None]
+    device = gpu.from_nvml() or _torch_gpu()  # before the features, which may depend on it
     rows = [_would_be(feature, flags) for feature in plugins.features]
-    device = gpu.from_nvml() or _torch_gpu()
     report = {
         "version": mla_patch.__version__,
         "python": sys.version.split()[0],
