@@ -130,6 +130,10 @@ class Patcher:
                 status = FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
                 run = self.runs[feature.label] = Run(feature, setting, status, self._switch(feature))
             elif run.status.state in (State.APPLIED, State.ARMED) and judgement.state is State.ARMED:
+                if run.asks and not judgement.asks:  # asked for by now: ours serves whatever the device
+                    run.asks, run.setting = [], setting
+                    run.status.value, run.status.source = setting.value, setting.source
+                    run.status.reason = _without(run.status.reason, UNKNOWN_GPU)
                 return
             else:
                 self._undo(run)
@@ -177,7 +181,7 @@ class Patcher:
             reason = ask(device) if ask is not None else None
             if reason is not None:
                 return state, reason
-        run.status.reason = "; ".join(note for note in run.status.reason.split("; ") if note != UNKNOWN_GPU)
+        run.status.reason = _without(run.status.reason, UNKNOWN_GPU)
         self.changed()
         return None
 
@@ -238,7 +242,7 @@ class Patcher:
     def _take(self, run: Run, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool) -> None:
         targets = [target for target in run.targets if target.module == module.__name__]
         # all are looked at before one is touched
-        with _nothing_frozen() if late else nullcontext():
+        with _all_that_lives() if late else nullcontext():
             found = [self._confirm(run, target, module, late) for target in targets if target.kind != "edit"]
         for one in found:
             self._replace(run, one, arms[one.target.name])
@@ -350,6 +354,10 @@ class Patcher:
             status.replaced_by = None
 
 
+def _without(notes: str, note: str) -> str:
+    return "; ".join(one for one in notes.split("; ") if one != note)
+
+
 def _declines_nothing(call: Any) -> None:
     return None
 
@@ -420,8 +428,12 @@ def _class_bindings(owner: type, value: Any, instead: Any) -> Iterator[tuple[Any
 
 
 @contextmanager
-def _nothing_frozen() -> Iterator[None]:
-    """gc.freeze(), which SGLang calls once its model is up, hides objects from every search: thaw them for this one."""
+def _all_that_lives() -> Iterator[None]:
+    """For a search through the collector's objects: nothing dead is found, and nothing that was frozen is missed.
+
+    SGLang calls gc.freeze() once its model is up.
+    """
+    gc.collect()
     frozen = gc.get_freeze_count() > 0
     if frozen:
         gc.unfreeze()

@@ -490,6 +490,22 @@ def test_instances_are_not_kept_alive(held_host: FakeHost) -> None:
     assert held_host.says(code).splitlines() == ["ours applied", "None", "host"]
 
 
+def test_instances_that_are_dead_but_not_collected(held_host: FakeHost) -> None:
+    code = """
+    import gc
+    import fakehost.caller as c
+    gc.disable()
+    keep = c.Keeper()
+    keep.ring = keep
+    inner = keep.decode
+    keep.decode = lambda *args: inner(*args)
+    del keep, inner
+    mla_patch.apply("ops")
+    print(c.Keeper().decode(1, 2), state("ops"))
+    """
+    assert held_host.says(code) == "ours applied"
+
+
 def test_instances_that_were_frozen(held_host: FakeHost) -> None:
     """gc.freeze() hides them from every search."""
     code = """
@@ -1201,7 +1217,19 @@ def test_the_first_call_decides_that_ours_serves(fake_host: FakeHost) -> None:
     print(fakehost.ops.decode._self_site.switch.plain)  # nothing is asked of a call any more
     """
     assert fake_host.says(code).splitlines() == [WAITS, "ours ours applied [0]", "True"]
-    assert fake_host.says("mla_patch.apply('ops')\nimport fakehost.caller\nprint(state())") == "applied"
+
+
+def test_what_is_asked_for_waits_for_no_gpu(fake_host: FakeHost) -> None:
+    without_nvml(fake_host, NATIVE.replace("UNKNOWN", "(8, 6)"))
+    code = f"""
+    {NO_NVML}
+    import fakehost.caller as c
+    {{}}
+    mla_patch.apply("ops")
+    print(state(), row("ops")["source"], c.decode(tensor, 2), state())
+    """
+    for before in ("", "mla_patch.apply()"):
+        assert fake_host.says(code.format(before)) == "applied apply() ours applied"
 
 
 def test_nvml_decides_at_import(fake_host: FakeHost) -> None:

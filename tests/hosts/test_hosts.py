@@ -38,6 +38,8 @@ def test_applied(release: str, seen: dict) -> None:
     assert {target["name"] for target in row["targets"] if target["replaced_by"]} == set(hosts.IMPORTERS)
     assert not seen["cuda initialized"]
     said = [line for line in seen["stderr"].splitlines() if "mla-patch:" in line]
+    assert len([line for line in said if "refused: a living TritonAttnBackend has" in line]) == 1
+    said = [line for line in said if "refused" not in line]
     assert len(said) == (1 if release in hosts.UNSCALED else 2), said  # of scales, once, and of the breaker
     assert "a test" in said[-1] and all("k_scale 0.5" in line for line in said[:-1])
 
@@ -68,6 +70,23 @@ def test_decodes_what_was_stored(release: str, seen: dict) -> None:
         assert max(ours["error"], again["error"]) < 4e-3, cache
         # the host rounds probabilities to fp8, from 0.5.12 the query too, and the interpreter rounds toward zero
         assert host["error"] < {"float16": 1e-3, "e5m2": 0.1}.get(cache, 0.06), cache
+
+
+def test_decode_late(release: str, seen: dict) -> None:
+    """Backends that were built before are given ours, and given back what they had."""
+    steps = seen["decode"]["late"]["steps"]
+    host = {"state": "off", "served": 0, "holds": ["host's"] * 2, "as it was": True}
+    ours = {"state": "applied", "served": 2, "holds": ["ours"] * 2, "as it was": False}
+    assert [step["step"] for step in steps] == ["built", "apply", "restore", "apply", "restore"]
+    for step, want in zip(steps, [host, ours, host, ours, host], strict=True):
+        assert {key: step[key] for key in want} == want, step
+        assert step["error"] < 1e-3, step
+    wrapped = seen["decode"]["late"]["wrapped"]
+    assert (wrapped["state"], wrapped["as it was"]) == ("refused", True)
+    assert (
+        "a living TritonAttnBackend has a function late.<locals>.<lambda> for its decode_attention_fwd"
+        in (wrapped["reason"])
+    )
 
 
 def test_scales_are_read_as_they_are_stored(release: str, seen: dict) -> None:
