@@ -299,7 +299,7 @@ class DecodeTrial:
     ) -> None:
         dtype, self.scale = CACHES[cache]
         rng = torch.Generator().manual_seed(seed)
-        self.batch = batch = make_batch(device, lens, width=256, page=64)
+        self.batch = batch = make_batch(device, lens, width=max(256, -(-max(lens) // 64) * 64), page=64)
         self.q = torch.randn(len(lens), heads * 576, generator=rng).to(device, torch.float16)
         self.slots = expected_token_ids(batch, lens)
         self.latents = torch.randn(len(self.slots), 1, 576, generator=rng).to(device, torch.float16)
@@ -316,6 +316,7 @@ class DecodeTrial:
             is_draft_runner=False, enable_deterministic=False, allow_bidirectional_attention_in_extend=False,
             decode_attention_fwd=torch.compiler.disable(imported("decode")),
             extend_attention_fwd=self._extended, use_verify_splitkv=False, use_verify_shared_kv=False,
+            **_split_as_started(batch),
         )  # fmt: skip
         self.prefix_scales: tuple[Any, ...] = ()
         self.last = torch.tensor(lens, device=device).cumsum(0) - 1
@@ -349,8 +350,23 @@ class DecodeTrial:
         with _one_rank():
             step = self._step("DECODE", self.slots[self.last])
             self.backend.init_forward_metadata(step)
-            k = self.latents[self.last]
-            out = self.backend.forward_decode(self.q, k.clone(), k[..., :512].clone(), self.layer, step)
+            return self._forward(step)
+
+    def again(self) -> Callable[[], torch.Tensor]:
+        """The step's attention, to be timed: its metadata is built here, and nothing is stored."""
+        with _one_rank():
+            step = self._step("DECODE", self.slots[self.last])
+            self.backend.init_forward_metadata(step)
+
+        def forward() -> torch.Tensor:
+            with _one_rank():
+                return self._forward(step, save_kv_cache=False)
+
+        return forward
+
+    def _forward(self, step: Any, **more: Any) -> torch.Tensor:
+        k = self.latents[self.last]
+        out = self.backend.forward_decode(self.q, k.clone(), k[..., :512].clone(), self.layer, step, **more)
         return out.view(len(self.last), -1, 512)
 
     def factor(self) -> float:
@@ -430,6 +446,17 @@ def _triton_backend(batch: Batch, **known: Any) -> Any:
         "lean_block_m": 1,
     }
     return _backend(module.TritonAttnBackend, batch, **usual | known)
+
+
+def _split_as_started(batch: Batch) -> dict[str, Any]:
+    """How a server's backend would divide its decode on this device; on a CPU, the smaller numbers of the trials."""
+    if batch.device.type != "cuda":
+        return {}
+    module = importlib.import_module("sglang.srt.layers.attention.triton_backend")
+    cores = torch.cuda.get_device_properties(batch.device).multi_processor_count
+    cap = getattr(module, "_mla_decode_kv_splits_cap", None)  # from 0.5.12
+    splits = 8 if cap is None else cap(8, cores, batch.table.shape[1])
+    return {"device_core_count": cores, "static_kv_splits": False, "max_kv_splits": splits}
 
 
 def _backend(cls: type, batch: Batch, **known: Any) -> Any:

@@ -455,7 +455,9 @@ def _show_demo(result: Mapping[str, Any]) -> None:
     _lines([f"[bold]{result['host'] or 'no engine installed'}[/] on {result['device']}"])
     if result["targets"]:
         _table("patched", ["module", "name", "replaced_by"], result["targets"])
-    _table("same input, both kernels", ["route", "builder", "equal", "us_host", "us_ours"], result["routes"])
+    rows = [row | {f"error_{side}": error for side, error in row.get("error", {}).items()} for row in result["routes"]]
+    columns = ["route", "builder", "equal", "error_host", "error_ours", "us_host", "us_ours"]
+    _table("same input, both kernels", columns, rows)
     equal = "[green]equal[/]" if result["equal"] else "[red]NOT equal[/]"
     _lines([f"served {result['served']} calls of the host's; outputs {equal}", *result["notes"]])
 

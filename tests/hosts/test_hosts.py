@@ -1,6 +1,9 @@
 """Real SGLang releases on a CPU: ours is in every place it should be, and serves what the host's own code asks for."""
 
+import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -148,6 +151,25 @@ def test_support_matrix_is_current(release: str, seen: dict) -> None:
     committed = matrix.PATH.read_text(encoding="utf-8").splitlines()
     missing = [row for row in matrix.rows(seen) if row not in committed]
     assert not missing, "docs/support-matrix.md is stale: python tests/hosts/matrix.py --write"
+
+
+@pytest.mark.parametrize("release", [one for one in hosts.chosen() if one in ("0.5.11", "0.5.23")])
+def test_demo(release: str, tmp_path: Path) -> None:
+    """Through the host's own forward_decode; where the host has an MLA decode and the GPU is not known, too."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLA_PATCH")}
+    command = [sys.executable, "-m", "mla_patch", "demo", "--fetch", release, "--json"]
+    done = subprocess.run(
+        command, env=env | {"CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["equal"], told["served"]) == (True, 4)
+    assert {"decode_attention_fwd", *hosts.IMPORTERS} < {one["name"] for one in told["targets"]}
+    errors = {row["route"]: row["error"] for row in told["routes"] if "error" in row}
+    assert set(errors) == {f"triton_backend forward_decode, {cache}" for cache in ("float16", "e4m3")}
+    for route, error in errors.items():
+        assert error["ours"] < 1e-3, route
+    assert errors["triton_backend forward_decode, e4m3"]["host"] > 5e-3  # the host rounds to fp8
 
 
 def test_source_tells_where_a_name_comes_from(tmp_path: Path) -> None:
