@@ -463,7 +463,7 @@ def _as_started(batch: Batch) -> dict[str, Any]:
     splits = 8 if cap is None else cap(8, cores, batch.table.shape[1])
     pdl = getattr(module, "is_arch_support_pdl", None)  # likewise
     own = {"device_core_count": cores, "static_kv_splits": False, "max_kv_splits": splits}
-    return own | {"use_pdl": pdl is not None and pdl()}
+    return own | {"use_pdl": pdl is not None and pdl() is True}  # it may be stood in for
 
 
 def _backend(cls: type, batch: Batch, **known: Any) -> Any:
