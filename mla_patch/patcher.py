@@ -458,10 +458,9 @@ def _kept(target: Target, value: Any, counts: Counts) -> Iterator[Kept]:
         if not isinstance(owner, type):
             continue
         kinds = _subclasses(owner)
-        pattern = held.within(_declines_nothing) if held.within is not None else None
-        for instance in gc.get_objects():
-            if type(instance) not in kinds:
-                continue
+        instances = [one for one in gc.get_objects() if type(one) in kinds]
+        pattern = held.within(_declines_nothing) if instances and held.within is not None else None
+        for instance in instances:
             bound = _own(instance, attribute)
             if bound is None or _ours_below(bound, target.name, counts) is not None:
                 continue

@@ -119,6 +119,20 @@ def late() -> dict[str, Any]:
     return seen
 
 
+def splits() -> dict[str, Any]:
+    """Is one split of the host's enough for ours; and how many it has for MLA on 132 multiprocessors, told one."""
+    from mla_patch.compat import sglang_trial
+
+    trial = sglang_trial.DecodeTrial("e4m3", lens=(130, 1))
+    outs = []
+    for count in (8, 1):
+        trial.backend.max_kv_splits = count
+        outs.append(trial.decode())
+    backend = importlib.import_module("sglang.srt.layers.attention.triton_backend")
+    cap = getattr(backend, "_mla_decode_kv_splits_cap", lambda flag, cores, context: flag)
+    return {"equal": bool((outs[0] == outs[1]).all()), "told 1": cap(1, 132, 8192)}
+
+
 def kept_by(trials: list[Any]) -> list[Any]:
     return [trial.backend.decode_attention_fwd for trial in trials]
 
@@ -168,6 +182,7 @@ def main(release: str, out: str) -> None:
     mla_patch.apply("decode")
     decoded["holders"].append(decode_holder())
     decoded["again"] = decodes.run()
+    decoded["splits"] = splits()
     decoded["late"] = late()
     mla_patch.apply()
     # the breaker, in the middle of a request
