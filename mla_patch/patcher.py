@@ -490,7 +490,11 @@ def _keeper(value: Any, kept: list[Kept], package: str, holder: Any) -> str | No
     for one in kept:
         for name in {*_names_for(one.instance, value), *_names_for(one.instance, one.bound)} - {one.attribute}:
             return f"attribute {name} of a {type(one.instance).__qualname__}"
-    for ref in gc.get_referrers(value, *(one.bound for one in kept if one.within is not None)):
+    refs = gc.get_referrers(value)
+    for one in kept:
+        if one.within is not None:
+            refs += gc.get_referrers(one.bound)  # one by one: a tuple of them would be found, too
+    for ref in refs:
         if id(ref) in module_dicts or id(ref) in known or is_ours(ref) or isinstance(ref, types.FrameType):
             continue
         owner = _owner(ref)

@@ -547,10 +547,10 @@ def test_instances_are_set_all_or_none(how: str, held_host: FakeHost) -> None:
 import fakehost.caller as c
 good, keep = c.Keeper(), c.Keeper()
 {spoil}
-had = good.decode, keep.decode
+had = id(good.decode), id(keep.decode)
 mla_patch.apply("ops")
 print(state("ops"))
-print((good.decode, keep.decode) == had, c.run(), left())
+print((id(good.decode), id(keep.decode)) == had, c.run(), left())
 """
     done = held_host.run(code)
     said, untouched = done.stdout.splitlines()
