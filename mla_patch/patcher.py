@@ -241,9 +241,10 @@ class Patcher:
 
     def _take(self, run: Run, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool) -> None:
         targets = [target for target in run.targets if target.module == module.__name__]
+        entries = [target for target in targets if target.kind != "edit"]
         # all are looked at before one is touched
-        with _all_that_lives() if late else nullcontext():
-            found = [self._confirm(run, target, module, late) for target in targets if target.kind != "edit"]
+        with _all_that_lives() if late and entries else nullcontext():
+            found = [self._confirm(run, target, module, late) for target in entries]
         for one in found:
             self._replace(run, one, arms[one.target.name])
         for target in targets:
