@@ -369,6 +369,7 @@ LOOK = """
 import functools
 import mla_patch
 import torch
+torch.cuda.CUDAGraph = type("CUDAGraph", (), {})  # torch's own cannot be made without a GPU
 from types import SimpleNamespace
 layer = SimpleNamespace(k_scale=None)
 def state():
@@ -421,7 +422,7 @@ from sglang.srt.layers.attention import triton_backend
             [
                 "b = triton_backend.TritonAttnBackend()",
                 "b.cuda_graph_attn_logits = torch.zeros(1)",
-                "graph = object.__new__(torch.cuda.CUDAGraph)",
+                "graph = torch.cuda.CUDAGraph()",
                 "mla_patch.apply('decode')",
             ],
             ("host", "refused", 0, "its CUDA graphs are captured already, and replay the host's kernel"),
@@ -429,7 +430,7 @@ from sglang.srt.layers.attention import triton_backend
         (
             [
                 "b = triton_backend.TritonAttnBackend()",
-                "graph = object.__new__(torch.cuda.CUDAGraph)",  # another part's
+                "graph = torch.cuda.CUDAGraph()",  # another part's
                 "mla_patch.apply('decode')",
             ],
             ("ours", "applied", 1, ""),
