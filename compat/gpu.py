@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -34,16 +35,29 @@ def from_nvml() -> Gpu | None:
         return None
 
 
+def known() -> Gpu | None:
+    """The device that NVML tells of, else the one that a call has told of, else None."""
+    return from_nvml() or (_told[-1] if _told else None)
+
+
 def from_tensor(tensor: torch.Tensor) -> Gpu | None:
     """The device that a call's tensor lies on, or None for a CPU tensor."""
-    return _from_index(tensor.device.index or 0) if tensor.is_cuda else None
+    return _tell(_from_index(tensor.device.index or 0)) if tensor.is_cuda else None
 
 
 def from_torch() -> Gpu | None:
     """The first device as torch sees it. Initialises CUDA, so it is for our own processes only."""
     import torch
 
-    return _from_index(0) if torch.cuda.is_available() else None
+    return _tell(_from_index(0)) if torch.cuda.is_available() else None
+
+
+_told: list[Gpu] = []  # at most one
+
+
+def _tell(device: Gpu) -> Gpu:
+    _told[:] = [device]
+    return device
 
 
 @lru_cache(maxsize=16)
@@ -73,6 +87,15 @@ def capturing() -> bool:
     """Whether the current stream records a CUDA graph; False, and CUDA untouched, before CUDA is in use."""
     torch = sys.modules.get("torch")  # asked at every served call, and a host without torch captures nothing
     return torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def has_graphs() -> bool:
+    """Whether a CUDA graph lives in this process. Walks all objects: for the moments when ours is put in place."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch.cuda, "CUDAGraph"):
+        return False
+    kinds = {torch.cuda.CUDAGraph, *torch.cuda.CUDAGraph.__subclasses__()}
+    return any(type(one) in kinds for one in gc.get_objects())
 
 
 def _text(value: Any) -> str:

@@ -22,7 +22,8 @@ KV-index builders, two Triton kernels launched as ``kernel[grid](...)``:
         from 0.5.22       ENTRY_PAGE_SIZE=1, TOKEN_BLOCK_PARALLEL=False, token_mapping=None
 
 MLA decode, decode_attention_fwd, a function that only TritonAttnBackend.__init__ imports. It keeps it in an attribute
-of the instance, inside torch.compiler.disable, so a backend that was built before ours came keeps the host's:
+of the instance, inside torch.compiler.disable (0.4.6: bare), so a backend that was built before ours came is given ours
+there, unless the graphs that it replays are captured already:
 
     to 0.5.15      srt.layers.attention.triton_ops.decode_attention
     from 0.5.16    kernels.ops.attention.decode_attention
@@ -59,7 +60,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from mla_patch.compat.types import Host, Target, Undo
+from mla_patch.compat import gpu
+from mla_patch.compat.types import Held, Host, Target, Undo
 
 log = logging.getLogger("mla_patch")
 
@@ -358,11 +360,29 @@ def has_mla_decode(version: str | None) -> bool:
     return version is None or Version(version) >= Version("0.5.12")
 
 
+def _disabled(function: Callable[..., Any]) -> Any:
+    """As TritonAttnBackend.__init__ does it."""
+    import torch
+
+    return torch.compiler.disable(function)
+
+
+def _captured(backend: Any) -> str | None:
+    """Why a backend that has been built is beyond change, or None; its graph buffers come right before the capture."""
+    if getattr(backend, "cuda_graph_attn_logits", None) is None or not gpu.has_graphs():
+        return None
+    return "its CUDA graphs are captured already, and replay the host's kernel"
+
+
+_KEPT = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.decode_attention_fwd"
+_HELD = (Held(_KEPT, within=_disabled, fixed=_captured),)
+
+
 def decode_targets(version: str | None) -> tuple[Target, ...]:
     """MLA decode of ``version``, and the scales that the backend around it reads with."""
     hook = "mla_patch.hooks.sglang_decode"
     targets = [
-        Target(home, "decode_attention_fwd", params, bind=bind, declines=f"{hook}:declines", serve=f"{hook}:serve")
+        Target(home, "decode_attention_fwd", params, "call", bind, f"{hook}:declines", f"{hook}:serve", held_by=_HELD)
         for home in _of(_DECODE_HOMES, version)
         for params, bind in _of(_DECODE, version)
     ]

@@ -299,7 +299,7 @@ class DecodeTrial:
     ) -> None:
         dtype, self.scale = CACHES[cache]
         rng = torch.Generator().manual_seed(seed)
-        self.batch = batch = make_batch(device, lens, width=256, page=64)
+        self.batch = batch = make_batch(device, lens, width=max(256, -(-max(lens) // 64) * 64), page=64)
         self.q = torch.randn(len(lens), heads * 576, generator=rng).to(device, torch.float16)
         self.slots = expected_token_ids(batch, lens)
         self.latents = torch.randn(len(self.slots), 1, 576, generator=rng).to(device, torch.float16)
@@ -312,10 +312,11 @@ class DecodeTrial:
         self.layer.v_scale, self.layer.v_scale_float = self.layer.k_scale, self.scale
         self.pool = _latent_pool(batch, dtype)
         self.backend = _triton_backend(
-            batch, num_head=heads, use_mla=True, use_pdl=False, token_to_kv_pool=self.pool, enable_lean_attention=False,
+            batch, num_head=heads, use_mla=True, token_to_kv_pool=self.pool, enable_lean_attention=False,
             is_draft_runner=False, enable_deterministic=False, allow_bidirectional_attention_in_extend=False,
             decode_attention_fwd=torch.compiler.disable(imported("decode")),
             extend_attention_fwd=self._extended, use_verify_splitkv=False, use_verify_shared_kv=False,
+            **{"use_pdl": False} | _as_started(batch),
         )  # fmt: skip
         self.prefix_scales: tuple[Any, ...] = ()
         self.last = torch.tensor(lens, device=device).cumsum(0) - 1
@@ -349,8 +350,28 @@ class DecodeTrial:
         with _one_rank():
             step = self._step("DECODE", self.slots[self.last])
             self.backend.init_forward_metadata(step)
-            k = self.latents[self.last]
-            out = self.backend.forward_decode(self.q, k.clone(), k[..., :512].clone(), self.layer, step)
+            return self._forward(step, *self._given())
+
+    def again(self) -> Callable[[], torch.Tensor]:
+        """The step's attention, to be timed: its metadata is built here, and nothing is stored."""
+        with _one_rank():
+            step = self._step("DECODE", self.slots[self.last])
+            self.backend.init_forward_metadata(step)
+        given = self._given()
+
+        def forward() -> torch.Tensor:
+            with _one_rank():
+                return self._forward(step, *given, save_kv_cache=False)
+
+        return forward
+
+    def _given(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last tokens' k and v; the host may divide them in place."""
+        k = self.latents[self.last]
+        return k.clone(), k[..., :512].clone()
+
+    def _forward(self, step: Any, k: torch.Tensor, v: torch.Tensor, **more: Any) -> torch.Tensor:
+        out = self.backend.forward_decode(self.q, k, v, self.layer, step, **more)
         return out.view(len(self.last), -1, 512)
 
     def factor(self) -> float:
@@ -430,6 +451,19 @@ def _triton_backend(batch: Batch, **known: Any) -> Any:
         "lean_block_m": 1,
     }
     return _backend(module.TritonAttnBackend, batch, **usual | known)
+
+
+def _as_started(batch: Batch) -> dict[str, Any]:
+    """How a server's backend would decode on this device; on a CPU, the smaller numbers of the trials."""
+    if batch.device.type != "cuda":
+        return {}
+    module = importlib.import_module("sglang.srt.layers.attention.triton_backend")
+    cores = torch.cuda.get_device_properties(batch.device).multi_processor_count
+    cap = getattr(module, "_mla_decode_kv_splits_cap", None)  # from 0.5.12
+    splits = 8 if cap is None else cap(8, cores, batch.table.shape[1])
+    pdl = getattr(module, "is_arch_support_pdl", None)  # likewise
+    own = {"device_core_count": cores, "static_kv_splits": False, "max_kv_splits": splits}
+    return own | {"use_pdl": pdl is not None and pdl() is True}  # it may be stood in for
 
 
 def _backend(cls: type, batch: Batch, **known: Any) -> Any:

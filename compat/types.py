@@ -14,6 +14,16 @@ Undo = Callable[[], None]
 
 
 @dataclass(frozen=True)
+class Held:
+    """Living instances that keep a target's function in an attribute, where a late activation can set ours."""
+
+    place: str  # "module:Class.attribute"
+    # what they keep is within(function), a function made by functools.wraps; None: the function itself
+    within: Callable[[Any], Any] | None = None
+    fixed: Callable[[Any], str | None] | None = None  # (instance) -> why ours would not be reached from it, or None
+
+
+@dataclass(frozen=True)
 class Target:
     """One entry point of a host.
 
@@ -32,8 +42,7 @@ class Target:
     serve: str = ""  # "module:function", (call) -> what the host's function returns
     edit: Callable[[Any], Undo] | None = None  # kind "edit": edit(module) -> undo
     lasting: bool = False  # an edit of what is stored: it outlives the breaker and restore()
-    # "module:Class.attribute": instances that keep this function in an attribute, which can be set
-    held_by: tuple[str, ...] = ()
+    held_by: tuple[Held, ...] = ()
 
 
 @dataclass(frozen=True)

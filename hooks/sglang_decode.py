@@ -18,23 +18,23 @@ from __future__ import annotations
 
 from math import inf
 
-from mla_patch.compat import gpu, sglang
+from mla_patch.compat import sglang
 from mla_patch.compat.sglang import DecodeCall
 from mla_patch.compat.types import Gpu, Target
-from mla_patch.features import Feature
+from mla_patch.features import Asked, Feature
 from mla_patch.hookspecs import hookimpl
 
 # compute capability -> ours is faster than SGLang's own MLA decode (docs/performance.md); no row: not measured
 FASTER = {(9, 0): True}
 
 
-def native(target: Target, version: str | None) -> str | None:
-    """Why the host's own MLA decode is kept, or None. Asked at import, so CUDA cannot be."""
-    if not sglang.has_mla_decode(version):
-        return None
-    device = gpu.from_nvml()
-    if device is None:
-        return "the host has an MLA decode, and without NVML the GPU is not known"
+def native(target: Target, version: str | None) -> Asked | None:
+    """Where the host has an MLA decode of its own, the GPU decides which one serves."""
+    return host_is_kept if sglang.has_mla_decode(version) else None
+
+
+def host_is_kept(device: Gpu) -> str | None:
+    """Why the host's own MLA decode is kept on this device, or None."""
     faster = FASTER.get(device.capability)
     if faster is None:
         return f"not measured on {device.sm}"

@@ -90,8 +90,8 @@ def doctor(args: argparse.Namespace) -> int:
     """Judge every feature from source, import no engine."""
     plugins, flags = _read(args.feature)
     found = [one for one in map(find_host, hosts.HOSTS) if one is not None]
+    device = gpu.from_nvml() or _torch_gpu()  # before the features, which may depend on it
     rows = [_would_be(feature, flags) for feature in plugins.features]
-    device = gpu.from_nvml() or _torch_gpu()
     report = {
         "version": mla_patch.__version__,
         "python": sys.version.split()[0],
@@ -455,7 +455,9 @@ def _show_demo(result: Mapping[str, Any]) -> None:
     _lines([f"[bold]{result['host'] or 'no engine installed'}[/] on {result['device']}"])
     if result["targets"]:
         _table("patched", ["module", "name", "replaced_by"], result["targets"])
-    _table("same input, both kernels", ["route", "builder", "equal", "us_host", "us_ours"], result["routes"])
+    rows = [row | {f"error_{side}": error for side, error in row.get("error", {}).items()} for row in result["routes"]]
+    columns = ["route", "builder", "equal", "error_host", "error_ours", "us_host", "us_ours"]
+    _table("same input, both kernels", columns, rows)
     equal = "[green]equal[/]" if result["equal"] else "[red]NOT equal[/]"
     _lines([f"served {result['served']} calls of the host's; outputs {equal}", *result["notes"]])
 

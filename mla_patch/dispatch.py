@@ -15,7 +15,7 @@ import wrapt
 
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
-from mla_patch.features import Counts
+from mla_patch.features import Counts, State
 
 log = logging.getLogger("mla_patch")
 
@@ -44,12 +44,13 @@ class Switch:
 
     __slots__ = ("arms", "check", "off", "on_stop", "plain", "stopped")
 
-    def __init__(self, on_stop: Callable[[str, bool], None]) -> None:
+    def __init__(self, on_stop: Callable[[str, State], None]) -> None:
         self.off = False  # restored: whoever still holds ours reaches the host
-        self.stopped = ""  # the breaker's reason, or why this device is refused
+        self.stopped = ""  # the breaker's reason, or what the first call's device decided against ours
         self.arms: Arms | None = None
-        self.check: Callable[[Gpu], str | None] | None = None  # hardware, asked at the first call
-        self.on_stop = on_stop  # (reason, our fault)
+        # asked at the first call, then never again: the state that this device means for the feature, or None
+        self.check: Callable[[Gpu], tuple[State, str] | None] | None = None
+        self.on_stop = on_stop  # (reason, state)
         self.plain = True  # none of the above: one test on the fast path
 
     def set(self, **changes: Any) -> None:
@@ -61,7 +62,7 @@ class Switch:
         """The breaker: from now on the host serves; said once."""
         if not self.stopped:
             self.set(stopped=reason)
-            self.on_stop(reason, True)
+            self.on_stop(reason, State.FAILED)
 
 
 class Site:
@@ -136,11 +137,11 @@ class Site:
             value = getattr(call, name)
             if getattr(value, "is_cuda", False):
                 device = gpu.from_tensor(value)
-                check = self.switch.check
-                reason = check(device) if check is not None and device is not None else None
-                self.switch.set(check=None, stopped=reason or "")
-                if reason:
-                    self.switch.on_stop(reason, False)
+                switch, check = self.switch, self.switch.check
+                verdict = check(device) if check is not None and device is not None else None
+                switch.set(check=None, stopped=verdict[1] if verdict else switch.stopped)
+                if verdict:
+                    switch.on_stop(verdict[1], verdict[0])
                 return
 
 

@@ -42,6 +42,9 @@ MEANING = {
 }
 
 
+Asked = Callable[[Gpu], "str | None"]  # a device -> why not, or None
+
+
 @dataclass(frozen=True)
 class Feature:
     """One replaceable piece of one host."""
@@ -52,10 +55,10 @@ class Feature:
     why: str
     upstream: str
     drop_when: str
-    # (target, version) -> why the host's own is good enough, or None; asked once per target
-    native: Callable[[Target, str | None], str | None] | None = None
-    # (gpu) -> why this device cannot, or None; asked at import where NVML tells, else at the first call
-    hardware: Callable[[Gpu], str | None] | None = None
+    # (target, version) -> why the host's own is good enough, or None; asked once per target. Where that depends on the
+    # GPU, a function of it: asked, as hardware is, at import where NVML tells, else at the first call for all targets
+    native: Callable[[Target, str | None], str | Asked | None] | None = None
+    hardware: Asked | None = None  # (gpu) -> why this device cannot, or None
     variables: tuple[Variable, ...] = ()
     default: str = "on"
 

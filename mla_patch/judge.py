@@ -11,8 +11,10 @@ from mla_patch import sources
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.types import Target, key_targets
-from mla_patch.features import Feature, State
+from mla_patch.features import Asked, Feature, State
 from mla_patch.flags import Setting
+
+UNKNOWN_GPU = "NVML tells of no GPU: the first call's decides whether the host's own is kept"
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Judgement:
     reason: str = ""
     targets: list[Target] = field(default_factory=list)  # one per entry point that is ours to take
     watch: list[str] = field(default_factory=list)  # modules whose import is the moment to complain
+    asks: list[Asked] = field(default_factory=list)  # of the first call's device: why the host's own is kept, or None
 
 
 def judge(
@@ -66,10 +69,16 @@ def judge(
         notes.append("every known home is tried")
     taken: list[Target] = []
     natives: list[str] = []
+    asks: list[Asked] = []
     for entry, homes in key_targets(feature.targets(version)).items():
-        own = feature.native(homes[0], version) if feature.native is not None else None
         # an explicit "on" forces ours where the host has its own
-        if own is not None and not setting.asked_for:
+        own = feature.native(homes[0], version) if feature.native is not None and not setting.asked_for else None
+        if callable(own):
+            device = gpu.known()
+            if device is None:
+                asks.append(own)
+            own = own(device) if device is not None else None
+        if own is not None:
             natives.append(f"{entry}: {own}")
             continue
         problems = []
@@ -85,11 +94,12 @@ def judge(
     if not taken:
         return Judgement(State.NATIVE, "; ".join(natives))
     if feature.hardware is not None:
-        device = gpu.from_nvml()
+        device = gpu.known()
         refusal = feature.hardware(device) if device is not None else None
         if refusal:
             return Judgement(State.REFUSED, refusal, watch=[target.module for target in taken])
-    return Judgement(State.ARMED, "; ".join([*notes, *natives]), taken)
+    asks = list(dict.fromkeys(asks))
+    return Judgement(State.ARMED, "; ".join([*notes, *natives, *([UNKNOWN_GPU] if asks else [])]), taken, asks=asks)
 
 
 def code_of(target: Target) -> str:

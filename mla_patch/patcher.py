@@ -13,7 +13,9 @@ import logging
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -21,11 +23,11 @@ from typing import Any
 import wrapt
 
 from mla_patch.compat import gpu
-from mla_patch.compat.types import Arm, Target, Undo
+from mla_patch.compat.types import Arm, Gpu, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, Site, Switch, is_ours, stand_in
-from mla_patch.features import Counts, Feature, State
+from mla_patch.features import Asked, Counts, Feature, State
 from mla_patch.flags import Setting
-from mla_patch.judge import Judgement, code_of, difference
+from mla_patch.judge import UNKNOWN_GPU, Judgement, code_of, difference
 from mla_patch.reports import FeatureStatus, TargetStatus
 
 __all__ = ["Patcher", "is_ours"]
@@ -45,7 +47,7 @@ class Mismatch(Exception):
 class Place:
     """A name that was bound to the host's object and is bound to ours now."""
 
-    holder: Any  # a module, a class or an instance
+    holder: Any  # a module, a class, or a weak reference to an instance
     attribute: str
     before: Any
     ours: Any
@@ -53,12 +55,28 @@ class Place:
 
     def put_back(self) -> None:
         """Undo, unless somebody has put something else there since."""
-        if _own(self.holder, self.attribute) is not self.ours:
+        holder = self.holder() if isinstance(self.holder, weakref.ref) else self.holder
+        if _own(holder, self.attribute) is not self.ours:
             return
         if self.inherited:
-            delattr(self.holder, self.attribute)
+            delattr(holder, self.attribute)
         else:
-            setattr(self.holder, self.attribute, self.before)
+            setattr(holder, self.attribute, self.before)
+
+
+@dataclass(slots=True)
+class Kept:
+    """A living instance that keeps a target's function in an attribute that can be set."""
+
+    instance: Any
+    attribute: str
+    bound: Any
+    within: Callable[[Any], Any] | None  # what the host has put the function in
+
+    def parts(self) -> list[Any]:
+        """What refers to the function or its wrapper, and is accounted for."""
+        inside = [] if self.within is None else [vars(self.bound), *(self.bound.__closure__ or ())]
+        return [self, self.instance, vars(self.instance), *inside]
 
 
 @dataclass
@@ -69,6 +87,7 @@ class Found:
     holder: Any
     attribute: str
     value: Any
+    kept: list[Kept]
 
 
 @dataclass
@@ -80,6 +99,7 @@ class Run:
     status: FeatureStatus
     switch: Switch
     targets: list[Target] = field(default_factory=list)
+    asks: list[Asked] = field(default_factory=list)  # (gpu) -> why the host's own is kept, or None
     made: dict[str, Any] = field(default_factory=dict)  # entry point -> stand-in; somebody may keep it over restore()
     places: list[Place] = field(default_factory=list)
     undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
@@ -110,6 +130,10 @@ class Patcher:
                 status = FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
                 run = self.runs[feature.label] = Run(feature, setting, status, self._switch(feature))
             elif run.status.state in (State.APPLIED, State.ARMED) and judgement.state is State.ARMED:
+                if run.asks and not judgement.asks:  # asked for by now: ours serves whatever the device
+                    run.asks, run.setting = [], setting
+                    run.status.value, run.status.source = setting.value, setting.source
+                    run.status.reason = _without(run.status.reason, UNKNOWN_GPU)
                 return
             else:
                 self._undo(run)
@@ -117,7 +141,7 @@ class Patcher:
             run.warned = bool(setting.problem)  # said with the other flags
             run.status.value, run.status.source = setting.value, setting.source
             run.status.state, run.status.reason = judgement.state, judgement.reason
-            run.targets = judgement.targets
+            run.targets, run.asks = judgement.targets, judgement.asks
             run.status.targets = [TargetStatus(t.module, t.name, t.kind) for t in judgement.targets]
         self.changed()
         modules = [target.module for target in run.targets] or judgement.watch
@@ -150,13 +174,26 @@ class Patcher:
             raise SystemExit(text)
         log.warning(text)
 
-    def _stopped(self, label: str, reason: str, fault: bool) -> None:
-        """The breaker, or a device that cannot, seen at a call: the host serves from here on."""
-        run = self.runs[label]
-        run.status.state = State.FAILED if fault else State.REFUSED
-        run.status.reason = reason
+    def _first_call(self, run: Run, device: Gpu) -> tuple[State, str] | None:
+        """What the first call's device decides; None: ours serves."""
+        asks = [(State.REFUSED, run.feature.hardware), *((State.NATIVE, ask) for ask in run.asks)]
+        for state, ask in asks:
+            reason = ask(device) if ask is not None else None
+            if reason is not None:
+                return state, reason
+        run.status.reason = _without(run.status.reason, UNKNOWN_GPU)
         self.changed()
-        if fault:
+        return None
+
+    def _stopped(self, label: str, reason: str, state: State) -> None:
+        """The breaker, or a device that cannot or need not, seen at a call: the host serves from here on."""
+        run = self.runs[label]
+        if state is not State.FAILED:
+            with self.lock:
+                self._undo(run)
+        run.status.state, run.status.reason = state, reason
+        self.changed()
+        if state is State.FAILED:
             run.warned = True
             log.warning("mla-patch: %s stopped, the host serves from here on: %s", label, reason)
         else:
@@ -204,8 +241,10 @@ class Patcher:
 
     def _take(self, run: Run, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool) -> None:
         targets = [target for target in run.targets if target.module == module.__name__]
+        entries = [target for target in targets if target.kind != "edit"]
         # all are looked at before one is touched
-        found = [self._confirm(target, module, late) for target in targets if target.kind != "edit"]
+        with _all_that_lives() if late and entries else nullcontext():
+            found = [self._confirm(run, target, module, late) for target in entries]
         for one in found:
             self._replace(run, one, arms[one.target.name])
         for target in targets:
@@ -213,8 +252,8 @@ class Patcher:
                 if target.edit is None:
                     raise TypeError(f"{target.module}.{target.name}: an edit needs a function")
                 run.undos[target.name] = (target, target.edit(module))
-        if run.feature.hardware is not None and gpu.from_nvml() is None:
-            run.switch.set(check=run.feature.hardware)
+        if (run.feature.hardware is not None or run.asks) and gpu.known() is None:
+            run.switch.set(check=functools.partial(self._first_call, run))
         for status in run.status.targets:
             if status.module == module.__name__:
                 status.replaced_by = next(code_of(target) for target in targets if target.name == status.name)
@@ -223,7 +262,7 @@ class Patcher:
         run.status.state = State.APPLIED
         run.status.reason = "; ".join(notes + [f"waiting for {name}" for name in waiting])
 
-    def _confirm(self, target: Target, module: types.ModuleType, late: bool) -> Found:
+    def _confirm(self, run: Run, target: Target, module: types.ModuleType, late: bool) -> Found:
         """The live object and where it is bound.
 
         Raises:
@@ -246,13 +285,15 @@ class Patcher:
         change = difference(target, params)
         if change is not None:
             raise Mismatch(change)
-        if late and not is_ours(value):
-            settable = [place.partition(":")[2].rpartition(".")[2] for place in target.held_by]
-            function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-            keeper = _keeper(function, settable, target.module.partition(".")[0], holder)
-            if keeper is not None:
-                raise Mismatch(f"{where} was imported before and is kept by {keeper}", State.REFUSED)
-        return Found(target, holder, attribute, value)
+        ours = _ours_below(value, target.name, run.status.counts)
+        if not late or (ours is not None and ours._self_site.switch is run.switch):
+            return Found(target, holder, attribute, value, [])
+        function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+        kept = list(_kept(target, function if ours is None else ours.__wrapped__, run.status.counts))
+        keeper = None if is_ours(value) else _keeper(function, kept, target.module.partition(".")[0], holder)
+        if keeper is not None:
+            raise Mismatch(f"{where} was imported before and is kept by {keeper}", State.REFUSED)
+        return Found(target, holder, attribute, value, kept)
 
     def _replace(self, run: Run, found: Found, arms: dict[str, ArmCode]) -> None:
         target = found.target
@@ -278,13 +319,15 @@ class Patcher:
         package = found.target.module.partition(".")[0]
         for holder, attribute, before, after in _bindings(original, ours, package):
             self._bind(run, Place(holder, attribute, before, after))
-        for place in found.target.held_by:
-            for holder, attribute in _instances(place, original):
-                self._bind(run, Place(holder, attribute, _own(holder, attribute), ours))
+        for one in found.kept:
+            after = ours if one.within is None else one.within(ours)
+            # a backend that the engine drops is not to live on in our books
+            self._bind(run, Place(weakref.ref(one.instance), one.attribute, one.bound, after))
 
     def _bind(self, run: Run, place: Place) -> None:
         run.places.append(place)
-        setattr(place.holder, place.attribute, place.ours)
+        holder = place.holder() if isinstance(place.holder, weakref.ref) else place.holder
+        setattr(holder, place.attribute, place.ours)
 
     def _undo(self, run: Run, lasting: bool = False) -> None:
         """Take everything back; edits of what is stored only with ``lasting``, while nothing is stored yet."""
@@ -301,8 +344,8 @@ class Patcher:
             place.put_back()
         for place in run.places:
             # modules imported since have taken ours by name
-            if is_ours(place.ours) and not isinstance(place.holder, type):
-                package = getattr(place.holder, "__name__", "").partition(".")[0]
+            if is_ours(place.ours) and isinstance(place.holder, types.ModuleType):
+                package = place.holder.__name__.partition(".")[0]
                 for holder, attribute, _, after in _bindings(place.ours, place.before, package):
                     setattr(holder, attribute, after)
         run.places = []
@@ -310,6 +353,10 @@ class Patcher:
         run.switch = self._switch(run.feature)
         for status in run.status.targets:
             status.replaced_by = None
+
+
+def _without(notes: str, note: str) -> str:
+    return "; ".join(one for one in notes.split("; ") if one != note)
 
 
 def _declines_nothing(call: Any) -> None:
@@ -381,27 +428,75 @@ def _class_bindings(owner: type, value: Any, instead: Any) -> Iterator[tuple[Any
             yield owner, name, bound, type(bound)(instead)
 
 
-def _instances(place: str, value: Any) -> Iterator[tuple[Any, str]]:
-    """Living instances that keep ``value`` under "module:Class.attribute"."""
-    module, _, path = place.partition(":")
-    name, _, attribute = path.partition(".")
-    owner = getattr(sys.modules.get(module), name, None)
-    if not isinstance(owner, type):
-        return
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), owner) and _own(candidate, attribute) is value:
-            yield candidate, attribute
+@contextmanager
+def _all_that_lives() -> Iterator[None]:
+    """For a search through the collector's objects: nothing dead is found, and nothing that was frozen is missed.
+
+    SGLang calls gc.freeze() once its model is up.
+    """
+    gc.collect()
+    frozen = gc.get_freeze_count() > 0
+    if frozen:
+        gc.unfreeze()
+    try:
+        yield
+    finally:
+        if frozen:
+            gc.freeze()
 
 
-def _keeper(value: Any, settable: list[str], package: str, holder: Any) -> str | None:
+def _kept(target: Target, value: Any, counts: Counts) -> Iterator[Kept]:
+    """Living instances in ``target.held_by`` that keep ``value``.
+
+    Raises:
+        Mismatch: one keeps what is neither the host's nor ours, or is beyond change.
+    """
+    where = f"{target.module}.{target.name}"
+    for held in target.held_by:
+        module, _, path = held.place.partition(":")
+        name, _, attribute = path.partition(".")
+        owner = getattr(sys.modules.get(module), name, None)
+        if not isinstance(owner, type):
+            continue
+        kinds = _subclasses(owner)
+        instances = [one for one in gc.get_objects() if type(one) in kinds]
+        pattern = held.within(_declines_nothing) if instances and held.within is not None else None
+        for instance in instances:
+            bound = _own(instance, attribute)
+            if bound is None or _ours_below(bound, target.name, counts) is not None:
+                continue
+            # of the same make, and around the same function: somebody's functools.wraps copies all but the code
+            made = isinstance(bound, types.FunctionType) and bound.__code__ is getattr(pattern, "__code__", None)
+            if bound is not value and not (made and getattr(bound, "__wrapped__", None) is value):
+                what = f"{type(bound).__name__} {getattr(bound, '__qualname__', '')}".strip()
+                raise Mismatch(f"a living {name} has a {what} for its {attribute}, not {where}", State.REFUSED)
+            problem = held.fixed(instance) if held.fixed is not None else None
+            if problem is not None:
+                raise Mismatch(f"{where} is kept by attribute {attribute} of a {name}: {problem}", State.REFUSED)
+            yield Kept(instance, attribute, bound, held.within if made else None)
+
+
+def _subclasses(owner: type) -> set[type]:
+    return {owner}.union(*map(_subclasses, type.__subclasses__(owner)))
+
+
+def _keeper(value: Any, kept: list[Kept], package: str, holder: Any) -> str | None:
     """Somebody who keeps ``value`` where no name can be rebound, or None. ``holder`` is where it is looked up.
 
     No closure may be made over ``value`` here: it would be found, too.
     """
     machinery = type(value).__module__.partition(".")[0]  # a kernel object's own parts refer to it
     module_dicts = {id(names) for _, names in _modules()}
-    for ref in gc.get_referrers(value):
-        if id(ref) in module_dicts or is_ours(ref) or isinstance(ref, types.FrameType):
+    known = {id(part) for one in kept for part in one.parts()}
+    for one in kept:
+        for name in {*_names_for(one.instance, value), *_names_for(one.instance, one.bound)} - {one.attribute}:
+            return f"attribute {name} of a {type(one.instance).__qualname__}"
+    refs = gc.get_referrers(value)
+    for one in kept:
+        if one.within is not None:
+            refs += gc.get_referrers(one.bound)  # one by one: a tuple of them would be found, too
+    for ref in refs:
+        if id(ref) in module_dicts or id(ref) in known or is_ours(ref) or isinstance(ref, types.FrameType):
             continue
         owner = _owner(ref)
         if isinstance(owner, type):
@@ -416,8 +511,6 @@ def _keeper(value: Any, settable: list[str], package: str, holder: Any) -> str |
         if machinery != "builtins" and home.partition(".")[0] == machinery:
             continue
         names = _names_for(owner, value)
-        if names and set(names) <= set(settable):
-            continue
         what = f"attribute {names[0]} of " if names else ""
         return f"{what}a {type(owner).__name__} {home if module else getattr(owner, '__qualname__', '')}".strip()
     return None

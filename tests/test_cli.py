@@ -265,3 +265,5 @@ def test_demo_without_an_engine_compares_with_the_definitions(tmp_path):
     told = json.loads(done.stdout)
     assert {"device", "targets", "served", "equal", "us"} <= set(told)
     assert (told["targets"], told["served"], told["equal"], told["us"]["host"]) == ([], 0, True, None)
+    errors = {row["builder"]: row["error"]["ours"] for row in told["routes"] if "error" in row}
+    assert set(errors) == {"mla_decode, float16", "mla_decode, e4m3"} and max(errors.values()) < 4e-3

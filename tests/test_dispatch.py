@@ -17,7 +17,7 @@ import wrapt
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
-from mla_patch.features import MAX_REASONS, Counts
+from mla_patch.features import MAX_REASONS, Counts, State
 
 
 class Call:
@@ -55,8 +55,8 @@ class Patched:
 
     def __init__(self, bind: Callable[..., Any] = bind, declines: Callable[..., Any] = declines, **arms: Any) -> None:
         self.counts = Counts()
-        self.stops: list[tuple[str, bool]] = []
-        self.switch = Switch(lambda reason, fault: self.stops.append((reason, fault)))
+        self.stops: list[tuple[str, State]] = []
+        self.switch = Switch(lambda *stop: self.stops.append(stop))
         codes = {name: ArmCode(serve, declines) for name, serve in ({"patch": serve} | arms).items()}
         self.site = Site("decode", bind, codes, self.counts, self.switch)
         self.call = stand_in(host, "call", self.site)
@@ -130,7 +130,7 @@ def test_the_breaker(parts: dict[str, Any], reason: str) -> None:
     patched = Patched(**parts)
     for _ in range(3):
         assert patched.call(1, 2) == ("host", 1, 2, 1.0)
-    assert patched.stops == [(reason, True)]  # told once
+    assert patched.stops == [(reason, State.FAILED)]  # told once
     assert (patched.counts.served, patched.counts.declined) == (0, {})
 
 
@@ -147,7 +147,7 @@ def test_the_breaker_is_told_once_of_calls_in_flight() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert patched.stops == [("decode: RuntimeError('boom')", True)]
+    assert patched.stops == [("decode: RuntimeError('boom')", State.FAILED)]
 
 
 def test_the_breaker_leaves_what_is_not_an_error() -> None:
@@ -228,7 +228,7 @@ def test_a_chooser_that_breaks() -> None:
     patched = Patched()
     patched.switch.set(arms=Turns())
     assert patched.call("no such arm", 2)[0] == "host"
-    assert patched.stops == [("decode: choosing an arm: KeyError('no such arm')", True)]
+    assert patched.stops == [("decode: choosing an arm: KeyError('no such arm')", State.FAILED)]
     assert patched.call("patch", 2)[0] == "host"
 
 
@@ -252,11 +252,11 @@ def test_hardware_is_asked_once_at_the_first_call_on_a_device(monkeypatch: pytes
 def test_hardware_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_from_index", lambda index: Gpu("old", (7, 0)))
     patched = Patched()
-    patched.switch.set(check=lambda device: f"{device.sm} has no bf16")
+    patched.switch.set(check=lambda device: (State.REFUSED, f"{device.sm} has no bf16"))
     tensor = Tensor()
     assert patched.call(tensor, 2) == ("host", tensor, 2, 1.0)
     assert patched.call(1, 2)[0] == "host"
-    assert patched.stops == [("sm_70 has no bf16", False)]
+    assert patched.stops == [("sm_70 has no bf16", State.REFUSED)]
 
 
 def test_a_hardware_check_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_a_hardware_check_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     patched = Patched()
     patched.switch.set(check=broken)
     assert patched.call(Tensor(), 2)[0] == "host"
-    assert patched.stops == [("decode: choosing an arm: RuntimeError('boom')", True)]
+    assert patched.stops == [("decode: choosing an arm: RuntimeError('boom')", State.FAILED)]
 
 
 def test_reasons_are_capped() -> None:

@@ -402,46 +402,178 @@ def test_what_made_a_kernel_may_keep_it(fake_host: FakeHost) -> None:
     assert fake_host.says(theirs).startswith("refused: fakehost.kernels.indices was imported before and is kept by a ")
 
 
-def test_held_by_sets_the_instances(fake_host: FakeHost) -> None:
-    fake_host.plug("""
+HELD = """
+    import functools
     from dataclasses import replace
-    FEATURES = [feature("ops", replace(DECODE, held_by=("fakehost.caller:Keeper.decode",)))]
-    """)
+    from mla_patch.compat.types import Held
+
+    def within(fn):
+        @functools.wraps(fn)
+        def disabled(*args, **kwargs):
+            return fn(*args, **kwargs)
+        disabled.inner = fn
+        return disabled
+
+    def fixed(instance):
+        return "it is cast in stone" if getattr(instance, "stone", False) else None
+
+    HELD = Held("fakehost.caller:Keeper.decode", WITHIN, fixed)
+    FEATURES = [feature("ops", replace(DECODE, held_by=(HELD,)))]
+"""
+SELF_KEPT = "    self.decode = decode"
+WRAPPED_KEPT = """from fakeplug import within
+                self.decode = within(decode)"""
+
+
+@pytest.fixture(params=["bare", "wrapped"])
+def held_host(request: pytest.FixtureRequest, fake_host: FakeHost) -> FakeHost:
+    """Its Keeper has the function in an attribute, bare or in a wrapper of the host's making."""
+    fake_host.plug(HELD.replace("WITHIN", "within" if request.param == "wrapped" else "None"))
+    if request.param == "wrapped":
+        fake_host.change("fakehost/caller.py", "        self.decode = decode", "        self.decode = within(decode)")
+        fake_host.change(
+            "fakehost/caller.py", "from abc import ABC", "from abc import ABC\nfrom fakeplug import within"
+        )
+    return fake_host
+
+
+HELD_STEP = STEP | {
+    "build": "import fakehost.caller as c\nclass Special(c.Keeper): pass\nkeep += [c.Keeper(), Special()]\n"
+    "had = had or [id(k.decode) for k in keep]"
+}
+
+
+@pytest.mark.parametrize(
+    ("order", "served"),
+    [
+        ("apply build", "ours"),
+        ("build apply", "ours"),
+        ("build apply apply", "ours"),
+        ("build apply build", "ours"),
+        ("build apply restore", "host"),
+        ("build apply restore build", "host"),
+        ("build apply restore apply", "ours"),
+        ("apply build restore", "host"),
+        ("apply build restore apply", "ours"),
+        ("apply build restore build apply restore", "host"),
+        ("apply restore build apply", "ours"),
+        ("build apply restore apply restore", "host"),
+    ],
+)
+def test_instances_that_keep_the_function(order: str, served: str, held_host: FakeHost) -> None:
+    steps = "\n".join(HELD_STEP[step] for step in order.split())
+    code = f"""
+keep, had = [], []
+{steps}
+print({{k.decode(1, 2) for k in keep}} == {{{served!r}}}, state("ops").partition(":")[0])
+if {order.startswith("build") and served == "host"}:
+    print([id(k.decode) for k in keep[:2]] == had)  # the very same objects
+"""
+    said = held_host.says(code).splitlines()
+    assert said[0] == f"True {'applied' if served == 'ours' else 'off'}"
+    assert said[1:] in ([], ["True"])
+
+
+def test_instances_are_not_kept_alive(held_host: FakeHost) -> None:
     code = """
+    import weakref
     import fakehost.caller as c
-    class Special(c.Keeper): pass
-    keep = [c.Keeper(), Special()]
-    mla_patch.apply()
-    print(state("ops"), [k.decode(1, 2) for k in keep])
+    one, other = c.Keeper(), c.Keeper()
+    gone = weakref.ref(one)
+    mla_patch.apply("ops")
+    print(one.decode(1, 2), state("ops"))
+    del one
+    print(gone())
     mla_patch.restore()
-    print([k.decode(1, 2) for k in keep], type(keep[0].decode).__name__)
-    keep[0].decode = lambda *args: "its own"
-    mla_patch.apply()
-    print([k.decode(1, 2) for k in keep])
-    mla_patch.restore()
-    print([k.decode(1, 2) for k in keep])
+    print(other.decode(1, 2))
     """
-    assert fake_host.says(code).splitlines() == [
-        "applied ['ours', 'ours']",
-        "['host', 'host'] function",
-        "['its own', 'ours']",
-        "['its own', 'host']",
-    ]
+    assert held_host.says(code).splitlines() == ["ours applied", "None", "host"]
 
 
-def test_held_by_is_for_that_attribute_alone(fake_host: FakeHost) -> None:
-    fake_host.plug("""
-    from dataclasses import replace
-    FEATURES = [feature("ops", replace(DECODE, held_by=("fakehost.caller:Keeper.decode",)))]
-    """)
+def test_instances_that_are_dead_but_not_collected(held_host: FakeHost) -> None:
     code = """
+    import gc
+    import fakehost.caller as c
+    gc.disable()
+    keep = c.Keeper()
+    keep.ring = keep
+    inner = keep.decode
+    keep.decode = lambda *args: inner(*args)
+    del keep, inner
+    mla_patch.apply("ops")
+    print(c.Keeper().decode(1, 2), state("ops"))
+    """
+    assert held_host.says(code) == "ours applied"
+
+
+def test_instances_that_were_frozen(held_host: FakeHost) -> None:
+    """gc.freeze() hides them from every search."""
+    code = """
+    import gc
     import fakehost.caller as c
     keep = c.Keeper()
-    keep.other = c.decode
-    mla_patch.apply()
-    print(state("ops"))
+    gc.collect(); gc.freeze()
+    frozen = gc.get_freeze_count()
+    mla_patch.apply("ops")
+    print(keep.decode(1, 2), state("ops"), gc.get_freeze_count() >= frozen > 0)
     """
-    assert "refused: " in fake_host.says(code)
+    assert held_host.says(code) == "ours applied True"
+
+
+NOT_SETTABLE = {
+    "another attribute": ("keep.other = keep.decode", "kept by attribute other of a Keeper"),
+    "somebody's wrapper": (
+        "inner = keep.decode\nkeep.decode = lambda *args: inner(*args)",
+        "a living Keeper has a function <lambda> for its decode, not fakehost.ops.decode",
+    ),
+    "somebody's faithful wrapper": (
+        "import functools\ninner = keep.decode\n@functools.wraps(inner)\ndef outer(*args): return inner(*args)\n"
+        "keep.decode = outer\ndel inner, outer",
+        "a living Keeper has a function decode for its decode, not fakehost.ops.decode",
+    ),
+    "a partial": (
+        "import functools\nkeep.decode = functools.partial(keep.decode)",
+        "a living Keeper has a partial for its decode, not fakehost.ops.decode",
+    ),
+    "somebody else": ("mine = [keep.decode]", "kept by a list"),
+    "an instance beyond change": ("keep.stone = True", "kept by attribute decode of a Keeper: it is cast in stone"),
+}
+
+
+@pytest.mark.parametrize("how", NOT_SETTABLE)
+def test_instances_are_set_all_or_none(how: str, held_host: FakeHost) -> None:
+    spoil, reason = NOT_SETTABLE[how]
+    code = f"""
+import fakehost.caller as c
+good, keep = c.Keeper(), c.Keeper()
+{spoil}
+had = id(good.decode), id(keep.decode)
+mla_patch.apply("ops")
+print(state("ops"))
+print((id(good.decode), id(keep.decode)) == had, c.run(), left())
+"""
+    done = held_host.run(code)
+    said, untouched = done.stdout.splitlines()
+    assert said.startswith("refused: ") and reason in said, said + done.stderr
+    assert untouched == "True host []"
+
+
+def test_a_wrapper_around_ours_is_left_in_place(held_host: FakeHost) -> None:
+    code = """
+    import functools
+    mla_patch.apply("ops")
+    import fakehost.caller as c
+    keep = c.Keeper()
+    inner = keep.decode
+    @functools.wraps(inner)
+    def outer(*args): return "timed " + inner(*args)
+    keep.decode = outer
+    mla_patch.restore()
+    print(keep.decode(1, 2))
+    mla_patch.apply("ops")
+    print(keep.decode(1, 2), keep.decode is outer, state("ops"))
+    """
+    assert held_host.says(code).splitlines() == ["timed host", "timed ours True applied"]
 
 
 def test_an_instance_that_keeps_ours(fake_host: FakeHost) -> None:
@@ -987,25 +1119,124 @@ def test_hardware_is_told_by_nvml(fake_host: FakeHost) -> None:
     assert fake_host.says(code).splitlines() == ["host refused: sm_86 is too small", "False"]
 
 
-def test_hardware_without_nvml_waits_for_a_call(fake_host: FakeHost) -> None:
-    fake_host.write("pynvml.py", NVML.format(init="raise NVMLError('no driver')"))
-    fake_host.plug(HARDWARE + "decode_call = lambda q, kv, scale=1.0: one_call(q)\n")
-    fake_host.change("fakeplug.py", '__slots__ = ("args", "options")', '__slots__ = ("args", "options", "q")')
-    fake_host.change("fakeplug.py", "self.args = args", "self.args = args; self.q = args[0]")
-    code = """
-    mla_patch.apply("ops")
-    import fakehost.caller as c
+NO_NVML = """
     from types import SimpleNamespace
     from mla_patch.compat import gpu
     from mla_patch.compat.types import Gpu
-    gpu._from_index = lambda index: Gpu("Fake", (8, 6))
+    asked = []
+    def tell(index):
+        asked.append(index)
+        return Gpu("Fake", (8, 6))
+    gpu._from_index = tell
     tensor = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=None))
+    import fakehost.ops
+    own = fakehost.ops.decode
+"""
+
+
+def without_nvml(fake_host: FakeHost, features: str) -> None:
+    """No NVML, and a call object that shows its first tensor."""
+    fake_host.write("pynvml.py", NVML.format(init="raise NVMLError('no driver')"))
+    fake_host.plug(features)
+    fake_host.change("fakeplug.py", '__slots__ = ("args", "options")', '__slots__ = ("args", "options", "q")')
+    fake_host.change("fakeplug.py", "self.args = args", "self.args = args; self.q = args[0] if args else None")
+
+
+def test_hardware_without_nvml_waits_for_a_call(fake_host: FakeHost) -> None:
+    without_nvml(fake_host, HARDWARE)
+    code = f"""
+    {NO_NVML}
+    mla_patch.apply("ops")
+    import fakehost.caller as c
     print(c.run(), state())
     print(c.decode(tensor, 2), c.run(), c.decode(tensor, 2), state())
+    print(fakehost.ops.decode is own, row("ops")["targets"][0]["replaced_by"])
     """
     done = fake_host.run(code)
-    assert done.stdout.splitlines() == ["ours applied", "host host host refused: sm_86 is too small"]
+    assert done.stdout.splitlines() == [
+        "ours applied", "host host host refused: sm_86 is too small", "True None",
+    ]  # fmt: skip
     assert done.stderr == ("mla-patch: ops@fakehost (MLA_PATCH_OPS=on, apply()) is refused: sm_86 is too small\n")
+
+
+NATIVE = """
+def on_device(gpu):
+    return f"not measured on {gpu.sm}" if gpu.capability == UNKNOWN else None
+
+def native(target, version):
+    return on_device
+
+def mark(module):
+    module.marked = True
+    def undo():
+        del module.marked
+    return undo
+
+EDIT = Target("fakehost.ops", "mark", kind="edit", edit=mark)
+FEATURES = [feature("ops", DECODE, EDIT, native=native)]
+"""
+WAITS = "applied: NVML tells of no GPU: the first call's decides whether the host's own is kept"
+
+
+def test_the_first_call_decides_that_the_hosts_own_is_kept(fake_host: FakeHost) -> None:
+    without_nvml(fake_host, NATIVE.replace("UNKNOWN", "(8, 6)"))
+    code = f"""
+    {NO_NVML}
+    mla_patch.apply()
+    print(state())
+    import fakehost.caller as c
+    keep = c.Keeper()
+    print(c.run(), asked, fakehost.ops.marked)
+    print(c.decode(tensor, 2), c.decode(tensor, 2), keep.decode(tensor, 2), c.run(), state(), asked)
+    print(fakehost.ops.decode is own, c.decode is own, hasattr(fakehost.ops, "marked"), left())
+    print(row("ops")["served"], row("ops")["declined"], [t["replaced_by"] for t in row("ops")["targets"]])
+    mla_patch.apply()  # the device is known by now
+    print(c.run(), state())
+    mla_patch.apply("ops")
+    print(c.decode(tensor, 2), keep.decode(tensor, 2), state())
+    """
+    assert fake_host.says(code).splitlines() == [
+        WAITS,
+        "ours [] True",
+        "host host host host native: not measured on sm_86 [0]",
+        "True True False []",
+        "1 {} [None, None]",
+        "host native: decode: not measured on sm_86; mark: not measured on sm_86",
+        "ours ours applied",
+    ]
+
+
+def test_the_first_call_decides_that_ours_serves(fake_host: FakeHost) -> None:
+    without_nvml(fake_host, NATIVE.replace("UNKNOWN", "(8, 0)"))
+    code = f"""
+    {NO_NVML}
+    import fakehost.caller as c
+    mla_patch.apply()
+    print(state())
+    print(c.decode(tensor, 2), c.decode(tensor, 2), state(), asked)
+    print(fakehost.ops.decode._self_site.switch.plain)  # nothing is asked of a call any more
+    """
+    assert fake_host.says(code).splitlines() == [WAITS, "ours ours applied [0]", "True"]
+
+
+def test_what_is_asked_for_waits_for_no_gpu(fake_host: FakeHost) -> None:
+    without_nvml(fake_host, NATIVE.replace("UNKNOWN", "(8, 6)"))
+    code = f"""
+    {NO_NVML}
+    import fakehost.caller as c
+    {{}}
+    mla_patch.apply("ops")
+    print(state(), row("ops")["source"], c.decode(tensor, 2), state())
+    """
+    for before in ("", "mla_patch.apply()"):
+        assert fake_host.says(code.format(before)) == "applied apply() ours applied"
+
+
+def test_nvml_decides_at_import(fake_host: FakeHost) -> None:
+    fake_host.write("pynvml.py", NVML.format(init="pass"))
+    fake_host.plug(NATIVE.replace("UNKNOWN", "(8, 6)"))
+    code = "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), state())"
+    assert fake_host.says(code).startswith("host native: decode: not measured on sm_86")
 
 
 # --- what is said, and to whom

@@ -13,12 +13,16 @@ import pytest
 import torch
 import wrapt
 
+from mla_patch import judge
 from mla_patch.compat import gpu, sglang
+from mla_patch.compat.hosts import Installed
 from mla_patch.compat.types import Gpu, Target
 from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
-from mla_patch.features import Counts
+from mla_patch.features import Counts, State
+from mla_patch.flags import Setting
 from mla_patch.hooks import sglang_decode
 from mla_patch.hooks.sglang_decode import FEATURE, native
+from mla_patch.patcher import Patcher
 
 ERAS = ["0.4.10", "0.5.1", "0.5.9", "0.5.10", "0.5.11", "0.5.12", "0.5.14", "0.5.15", "0.5.16", "0.5.18", "0.5.19"]
 ERAS += ["0.5.22", "0.5.23"]
@@ -152,21 +156,44 @@ def test_what_the_launcher_refuses_is_declined() -> None:
 @pytest.mark.parametrize(
     ("version", "capability", "why"),
     [
-        ("0.5.11", None, None),
         ("0.5.11", (8, 0), None),
         ("0.5.12", (9, 0), None),
         ("0.5.23", (9, 0), None),
         ("0.5.12", (8, 0), "not measured on sm_80"),
         ("0.5.23", (10, 0), "not measured on sm_100"),
-        ("0.5.23", None, "the host has an MLA decode, and without NVML the GPU is not known"),
         (None, (8, 9), "not measured on sm_89"),
     ],
 )
-def test_native(
-    version: str | None, capability: tuple[int, int] | None, why: str | None, monkeypatch: pytest.MonkeyPatch
+def test_native(version: str | None, capability: tuple[int, int], why: str | None) -> None:
+    asked = [native(target, version) for target in FEATURE.targets(version)]
+    assert {one and one(Gpu("a GPU", capability)) for one in asked} == {why}
+
+
+@pytest.mark.parametrize(
+    ("device", "state"),
+    [
+        (Gpu("NVIDIA H200", (9, 0)), ("applied", "")),
+        (Gpu("NVIDIA A100", (8, 0)), ("native", "not measured on sm_80")),
+        (Gpu("AMD Instinct MI250X", (9, 0)), ("refused", "not an NVIDIA GPU")),  # torch's number for gfx90a
+    ],
+)
+def test_without_nvml_the_first_calls_gpu_decides(
+    device: Gpu, state: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "from_nvml", lambda: None if capability is None else Gpu("a GPU", capability))
-    assert {native(target, version) for target in FEATURE.targets(version)} == {why}
+    monkeypatch.setattr(gpu, "from_nvml", lambda: None)
+    monkeypatch.setattr(gpu, "_told", [])
+    where = Installed(sglang.HOST, "0.5.23", "")
+    monkeypatch.setattr(judge, "_source_problem", lambda target, skip: None)
+    told = judge.judge(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), where)
+    assert (told.state, told.reason) == ("armed", judge.UNKNOWN_GPU)
+    patcher = Patcher()
+    patcher.apply(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), told)
+    run = patcher.runs[FEATURE.label]
+    run.status.state = State.APPLIED
+    verdict = patcher._first_call(run, device)
+    if verdict is not None:
+        patcher._stopped(FEATURE.label, verdict[1], verdict[0])
+    assert (run.status.state, run.status.reason) == state
 
 
 # scales, on the backend's methods
@@ -339,7 +366,10 @@ class TritonAttnBackend:
     "sglang-0.5.11.dist-info/METADATA": "Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.11\n",
 }
 LOOK = """
+import functools
 import mla_patch
+import torch
+torch.cuda.CUDAGraph = type("CUDAGraph", (), {})  # torch's own cannot be made without a GPU
 from types import SimpleNamespace
 layer = SimpleNamespace(k_scale=None)
 def state():
@@ -355,12 +385,17 @@ from sglang.srt.layers.attention import triton_backend
         (["mla_patch.apply('decode')", "b = triton_backend.TritonAttnBackend()"], ("ours", "applied", 1, "")),
         (
             ["b = triton_backend.TritonAttnBackend()", "mla_patch.apply('decode')"],
-            (
-                "host",
-                "refused",
-                0,
-                "decode_attention_fwd was imported before and is kept by attribute __wrapped__ of a function",
-            ),
+            ("ours", "applied", 1, ""),
+        ),
+        (
+            [
+                "b = triton_backend.TritonAttnBackend()",
+                "had = id(b.decode_attention_fwd)",
+                "mla_patch.apply('decode')",
+                "mla_patch.restore('decode')",
+                "assert id(b.decode_attention_fwd) == had",
+            ],
+            ("host", "off", 0, "restored"),
         ),
         (
             ["mla_patch.apply('decode')", "b = triton_backend.TritonAttnBackend()", "mla_patch.restore('decode')"],
@@ -375,8 +410,33 @@ from sglang.srt.layers.attention import triton_backend
             ],
             ("ours", "applied", 1, ""),
         ),
+        (
+            [
+                "b = triton_backend.TritonAttnBackend()",
+                "b.decode_attention_fwd = functools.partial(b.decode_attention_fwd)",
+                "mla_patch.apply('decode')",
+            ],
+            ("host", "refused", 0, "a living TritonAttnBackend has a partial for its decode_attention_fwd"),
+        ),
+        (
+            [
+                "b = triton_backend.TritonAttnBackend()",
+                "b.cuda_graph_attn_logits = torch.zeros(1)",
+                "graph = torch.cuda.CUDAGraph()",
+                "mla_patch.apply('decode')",
+            ],
+            ("host", "refused", 0, "its CUDA graphs are captured already, and replay the host's kernel"),
+        ),
+        (
+            [
+                "b = triton_backend.TritonAttnBackend()",
+                "graph = torch.cuda.CUDAGraph()",  # another part's
+                "mla_patch.apply('decode')",
+            ],
+            ("ours", "applied", 1, ""),
+        ),
     ],
-    ids=["in time", "too late", "restored", "applied again"],
+    ids=["in time", "late", "late and restored", "restored", "applied again", "wrapped", "captured", "not captured"],
 )
 def test_a_backend_that_was_built_before(steps: list[str], says: tuple[Any, ...], tmp_path, run_python) -> None:
     for name, text in HOST.items():

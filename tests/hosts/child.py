@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
 
@@ -82,6 +83,60 @@ class Decodes:
         return seen
 
 
+def late() -> dict[str, Any]:
+    """Backends that were built while the host was as it is, then activation, twice."""
+    from mla_patch.compat import sglang_trial
+    from mla_patch.patcher import is_ours
+
+    mla_patch.restore()
+    mla_patch.startup._get_session().patcher.runs["decode@sglang"].made.clear()  # as if ours had never been there
+    trials = [sglang_trial.DecodeTrial("float16", lens=lens) for lens in ((33, 2), (5,))]
+    had = [id(trial.backend.decode_attention_fwd) for trial in trials]
+    seen: dict[str, Any] = {"steps": []}
+
+    def look(step: str) -> None:
+        before = feature("decode")["served"]
+        errors = [sglang_trial.relative_error(trial.decode(), trial.expected()) for trial in trials]
+        holds = ["ours" if is_ours(kept.__wrapped__) else "host's" for kept in kept_by(trials)]
+        same = [id(kept) for kept in kept_by(trials)] == had
+        row = feature("decode")
+        seen["steps"].append({
+            "step": step, "state": row["state"], "reason": row["reason"], "served": row["served"] - before,
+            "error": max(errors), "holds": holds, "as it was": same,
+        })  # fmt: skip
+
+    look("built")
+    for step in (mla_patch.apply, mla_patch.restore) * 2:
+        step("decode")
+        look(step.__name__)
+    # somebody's wrapper around what one of them keeps
+    kept = trials[1].backend.decode_attention_fwd
+    trials[1].backend.decode_attention_fwd = lambda *args, **kwargs: kept(*args, **kwargs)
+    mla_patch.apply("decode")
+    row = feature("decode")
+    seen["wrapped"] = {"state": row["state"], "reason": row["reason"]}
+    seen["wrapped"]["as it was"] = id(trials[0].backend.decode_attention_fwd) == had[0]
+    return seen
+
+
+def splits() -> dict[str, Any]:
+    """Is one split of the host's enough for ours; and how many it has for MLA on 132 multiprocessors, told one."""
+    from mla_patch.compat import sglang_trial
+
+    trial = sglang_trial.DecodeTrial("e4m3", lens=(130, 1))
+    outs = []
+    for count in (8, 1):
+        trial.backend.max_kv_splits = count
+        outs.append(trial.decode())
+    backend = importlib.import_module("sglang.srt.layers.attention.triton_backend")
+    cap = getattr(backend, "_mla_decode_kv_splits_cap", lambda flag, cores, context: flag)
+    return {"equal": bool((outs[0] == outs[1]).all()), "told 1": cap(1, 132, 8192)}
+
+
+def kept_by(trials: list[Any]) -> list[Any]:
+    return [trial.backend.decode_attention_fwd for trial in trials]
+
+
 def decode_holder() -> str:
     """What the one module that defines SGLang's decode holds under that name."""
     from mla_patch.compat import sglang_trial
@@ -127,6 +182,9 @@ def main(release: str, out: str) -> None:
     mla_patch.apply("decode")
     decoded["holders"].append(decode_holder())
     decoded["again"] = decodes.run()
+    decoded["splits"] = splits()
+    decoded["late"] = late()
+    mla_patch.apply()
     # the breaker, in the middle of a request
     mla_patch.startup._get_session().patcher.runs["decode@sglang"].switch.trip("a test")
     decoded["tripped"] = decodes.run("e4m3 k_scale 0.5")

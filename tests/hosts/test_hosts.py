@@ -1,6 +1,9 @@
 """Real SGLang releases on a CPU: ours is in every place it should be, and serves what the host's own code asks for."""
 
+import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -38,6 +41,8 @@ def test_applied(release: str, seen: dict) -> None:
     assert {target["name"] for target in row["targets"] if target["replaced_by"]} == set(hosts.IMPORTERS)
     assert not seen["cuda initialized"]
     said = [line for line in seen["stderr"].splitlines() if "mla-patch:" in line]
+    assert len([line for line in said if "refused: a living TritonAttnBackend has" in line]) == 1
+    said = [line for line in said if "refused" not in line]
     assert len(said) == (1 if release in hosts.UNSCALED else 2), said  # of scales, once, and of the breaker
     assert "a test" in said[-1] and all("k_scale 0.5" in line for line in said[:-1])
 
@@ -68,6 +73,31 @@ def test_decodes_what_was_stored(release: str, seen: dict) -> None:
         assert max(ours["error"], again["error"]) < 4e-3, cache
         # the host rounds probabilities to fp8, from 0.5.12 the query too, and the interpreter rounds toward zero
         assert host["error"] < {"float16": 1e-3, "e5m2": 0.1}.get(cache, 0.06), cache
+
+
+def test_decode_late(release: str, seen: dict) -> None:
+    """Backends that were built before are given ours, and given back what they had."""
+    steps = seen["decode"]["late"]["steps"]
+    host = {"state": "off", "served": 0, "holds": ["host's"] * 2, "as it was": True}
+    ours = {"state": "applied", "served": 2, "holds": ["ours"] * 2, "as it was": False}
+    assert [step["step"] for step in steps] == ["built", "apply", "restore", "apply", "restore"]
+    for step, want in zip(steps, [host, ours, host, ours, host], strict=True):
+        assert {key: step[key] for key in want} == want, step
+        assert step["error"] < 1e-3, step
+    wrapped = seen["decode"]["late"]["wrapped"]
+    assert (wrapped["state"], wrapped["as it was"]) == ("refused", True)
+    assert (
+        "a living TritonAttnBackend has a function late.<locals>.<lambda> for its decode_attention_fwd"
+        in (wrapped["reason"])
+    )
+
+
+def test_the_hosts_splits_are_not_ours(release: str, seen: dict) -> None:
+    """README: what one split of the host's saves, and which flag gives it."""
+    own = release not in (*hosts.UNSCALED, *hosts.MISREAD)  # an MLA decode
+    assert seen["decode"]["splits"] == {"equal": True, "told 1": 256 if own else 1}
+    backend = fetch(release)[0].joinpath("sglang/srt/layers/attention/triton_backend.py").read_text()
+    assert ("triton_attention_split_tile_size" in backend) >= own
 
 
 def test_scales_are_read_as_they_are_stored(release: str, seen: dict) -> None:
@@ -129,6 +159,25 @@ def test_support_matrix_is_current(release: str, seen: dict) -> None:
     committed = matrix.PATH.read_text(encoding="utf-8").splitlines()
     missing = [row for row in matrix.rows(seen) if row not in committed]
     assert not missing, "docs/support-matrix.md is stale: python tests/hosts/matrix.py --write"
+
+
+@pytest.mark.parametrize("release", [one for one in hosts.chosen() if one in ("0.5.11", "0.5.23")])
+def test_demo(release: str, tmp_path: Path) -> None:
+    """Through the host's own forward_decode; where the host has an MLA decode and the GPU is not known, too."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLA_PATCH")}
+    command = [sys.executable, "-m", "mla_patch", "demo", "--fetch", release, "--json"]
+    done = subprocess.run(
+        command, env=env | {"CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["equal"], told["served"]) == (True, 4)
+    assert {"decode_attention_fwd", *hosts.IMPORTERS} < {one["name"] for one in told["targets"]}
+    errors = {row["route"]: row["error"] for row in told["routes"] if "error" in row}
+    assert set(errors) == {f"triton_backend forward_decode, {cache}" for cache in ("float16", "e4m3")}
+    for route, error in errors.items():
+        assert error["ours"] < 1e-3, route
+    assert errors["triton_backend forward_decode, e4m3"]["host"] > 5e-3  # the host rounds to fp8
 
 
 def test_source_tells_where_a_name_comes_from(tmp_path: Path) -> None:
