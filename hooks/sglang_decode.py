@@ -19,7 +19,7 @@ from __future__ import annotations
 from math import inf
 
 from mla_patch.compat import gpu, sglang
-from mla_patch.compat.sglang import DecodeCall
+from mla_patch.compat.sglang import Capacity, DecodeCall
 from mla_patch.compat.types import Gpu, Target
 from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
@@ -96,4 +96,19 @@ def serve(call: DecodeCall) -> None:
         logit_cap=call.logit_cap,
         sinks=call.sinks,
         xai_temperature_len=call.xai_temperature_len,
+    )
+
+
+def warm(capacity: Capacity) -> int:
+    """Compile what the calls of one backend can reach, before graphs are captured; how many kernels that took."""
+    import torch
+
+    from mla_patch.kernels import decode
+
+    # the device's index is the current one's, as for the host's own tensors
+    device = gpu.from_tensor(torch.empty(0, device=capacity.device))
+    if capacity.heads == 1 or (device is not None and hardware(device) is not None):
+        return 0  # declined, whatever else it is
+    return decode.warmup(
+        capacity.device, capacity.heads, capacity.dtype, capacity.cache_dtype, capacity.max_batch
     )
