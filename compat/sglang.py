@@ -505,7 +505,7 @@ def warm_decode(module: ModuleType) -> Undo:
 
 
 def warm_up(path: str, backend: Any, runner: Any) -> None:
-    """Call ``path``, "module:function", with what ``backend`` can be asked; nothing that it does may fail the engine."""
+    """Call ``path``, "module:function", with what ``backend`` can be asked. Nothing in it may fail the engine."""
     try:
         capacity = decode_capacity(backend, runner)
         if capacity is not None:

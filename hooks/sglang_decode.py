@@ -109,6 +109,4 @@ def warm(capacity: Capacity) -> int:
     device = gpu.from_tensor(torch.empty(0, device=capacity.device))
     if capacity.heads == 1 or (device is not None and hardware(device) is not None):
         return 0  # declined, whatever else it is
-    return decode.warmup(
-        capacity.device, capacity.heads, capacity.dtype, capacity.cache_dtype, capacity.max_batch
-    )
+    return decode.warmup(capacity.device, capacity.heads, capacity.dtype, capacity.cache_dtype, capacity.max_batch)

@@ -705,9 +705,7 @@ def _check_scale(name: str, value: float) -> None:
 watch_compiles(_decode_kernel, _merge_kernel)
 
 
-def warmup(
-    device: torch.device | str, heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, max_batch: int
-) -> int:
+def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, max_batch: int) -> int:
     """Compile what `mla_decode` can reach with up to ``max_batch`` requests; how many kernels that took.
 
     Real launches over empty requests, so that Triton specialises as it will when serving; without sinks, cap and
@@ -723,7 +721,7 @@ def warmup(
     out = torch.empty(1, heads, 512, dtype=dtype, device=device)
     kv = torch.zeros(1, 1, 576, dtype=dtype, device=device).to(cache_dtype)
     ids = torch.zeros(1, dtype=torch.int64, device=device)
-    # launch numbers change at or beside a power of two; requests share one row, whose stride of 0 is as divisible as any
+    # launch numbers change at a power of two or beside it; all requests share one row, by a stride of 0
     sizes = {size + beside for size in (2**n for n in range(max_batch.bit_length())) for beside in (-1, 0, 1)}
     try:
         with COMPILES.warming():

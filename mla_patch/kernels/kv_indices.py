@@ -417,8 +417,8 @@ def warmup(device: torch.device | str, page_sizes: Iterable[int] = (64,)) -> int
     pages = torch.zeros(2, 1, dtype=torch.int32, device=device)
     with COMPILES.warming():
         for pool, lens in itertools.product(_INDEX, repeat=2):
-            batch = [torch.zeros(2, dtype=kind, device=device) for kind in (pool, lens)]
-            build_token_indices(table, *batch, indptr, ids)
+            rows, none = (torch.zeros(2, dtype=kind, device=device) for kind in (pool, lens))
+            build_token_indices(table, rows, none, indptr, ids)
             for page_size in page_sizes:
-                build_page_table(table, *batch, pages, page_size=page_size)
+                build_page_table(table, rows, none, pages, page_size=page_size)
     return COMPILES.total - before
