@@ -486,7 +486,8 @@ def decode_capacity(backend: Any, runner: Any) -> Capacity | None:
 
 def warm_decode(module: ModuleType) -> Undo:
     """Have our decode compiled once a backend is built, which all releases do before they capture graphs or serve."""
-    owner, original = module.TritonAttnBackend, module.TritonAttnBackend.__init__
+    owner = module.TritonAttnBackend
+    original = vars(owner)["__init__"]
     if tuple(inspect.signature(original).parameters)[:2] != ("self", "model_runner"):
         raise TypeError(f"{owner.__qualname__}.__init__ does not take (model_runner, ...)")
 
@@ -498,7 +499,7 @@ def warm_decode(module: ModuleType) -> Undo:
     owner.__init__ = init
 
     def undo() -> None:
-        if owner.__init__ is init:
+        if vars(owner).get("__init__") is init:
             owner.__init__ = original
 
     return undo

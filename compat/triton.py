@@ -79,14 +79,14 @@ def watch_compiles(*kernels: Any) -> None:
     """
     for kernel in kernels:
         if isinstance(getattr(kernel, "_do_compile", None), MethodType):
-            kernel._do_compile = _counted(kernel._do_compile)
+            kernel._do_compile = _counted(kernel)
         elif not interpreted():
             COMPILES.seen = False
 
 
-def _counted(do_compile: Any) -> Any:
+def _counted(kernel: Any) -> Any:
     def compile_and_count(*args: Any, **kwargs: Any) -> Any:
-        compiled = do_compile(*args, **kwargs)
+        compiled = type(kernel)._do_compile(kernel, *args, **kwargs)
         COMPILES.note()
         return compiled
 

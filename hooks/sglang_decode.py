@@ -100,13 +100,16 @@ def serve(call: DecodeCall) -> None:
 
 
 def warm(capacity: Capacity) -> int:
-    """Compile what the calls of one backend can reach, before graphs are captured; how many kernels that took."""
+    """Compile what one backend's calls can reach, before graphs are captured; how many kernels that took.
+
+    The backend's token ids, too: a few small kernels, for the feature beside this one.
+    """
     import torch
 
-    from mla_patch.kernels import decode
+    from mla_patch.kernels import decode, kv_indices
 
-    # the device's index is the current one's, as for the host's own tensors
     device = gpu.from_tensor(torch.empty(0, device=capacity.device))
     if capacity.heads == 1 or (device is not None and hardware(device) is not None):
-        return 0  # declined, whatever else it is
-    return decode.warmup(capacity.device, capacity.heads, capacity.dtype, capacity.cache_dtype, capacity.max_batch)
+        return 0  # its calls are declined
+    c = capacity
+    return kv_indices.warmup(c.device, ()) + decode.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch)

@@ -542,8 +542,10 @@ def _show_status(
     else:
         _lines([f"no reports in {directory}"])
     for report in processes:
-        compiled = report.get("compiled")
-        if compiled and any(compiled.values()):
+        compiled = report.get("compiled", {})
+        if compiled is None:
+            _lines([f"pid {report['pid']}: compiles are not counted with this Triton"])
+        elif any(compiled.values()):
             text = f"pid {report['pid']}: {compiled['before']} kernels of ours compiled before it served"
             _lines([f"{text}, {compiled['serving']} since"], "yellow" if compiled["serving"] else "")
     for one in missing:
