@@ -7,6 +7,7 @@ lines of JSON.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -237,7 +238,10 @@ def _measure(case: Case, device: str, notes: list[str]) -> dict[str, Any]:
         except Exception as problem:
             notes.append(f"{case.name}: {name} failed: {problem!r:.300}")
             continue
-        told[name] = verdict if isinstance(verdict, bool) else round(verdict, 6)
+        if math.isfinite(verdict):
+            told[name] = verdict if isinstance(verdict, bool) else round(verdict, 6)
+        else:  # which JSON has no word for
+            notes.append(f"{case.name}: {name} is not finite everywhere")
         if name == "host" or _is_right(verdict):
             calls[name] = side.call
     us: dict[str, float | None] = {"host": None, "ours": None}
