@@ -71,7 +71,8 @@ def test_decode_compiles_nothing_more_on_any_chip() -> None:
 from mla_patch.compat.triton import TARGETS
 half, fp8 = torch.bfloat16, torch.float8_e4m3fn
 for fake_chip.SM in TARGETS:
-    for heads, cache, most in itertools.product((16, 20, 128), (half, fp8), (1, 40, 300)):
+    # the most first: what one round compiles is there for the next
+    for (heads, most), cache in itertools.product([(16, 300), (128, 300), (20, 40), (5, 1)], (half, fp8)):
         COMPILES.reset()
         COMPILES.has_served = lambda: True
         warmed = decode.warmup("cpu", heads, half, cache, most)
@@ -83,7 +84,7 @@ serve(16, torch.float16, torch.float16, 3)
 print("unforeseen", COMPILES.serving)
 """
     *rows, unforeseen = in_a_fake_chip(code)
-    assert len(rows) == 6 * 19
+    assert len(rows) == 6 * 9
     assert not [row for row in rows if not row.endswith(" True 0") and row != "in all True"]
     assert unforeseen == "unforeseen 2"  # or nothing above is counted
 
