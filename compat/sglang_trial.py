@@ -474,7 +474,9 @@ def _backend(cls: type, batch: Batch, **known: Any) -> Any:
     """An instance with no model behind it: all that ``__init__`` would set is None, but for what is known here."""
     backend: Any = object.__new__(cls)
     for base in cls.__mro__:
-        code = getattr(vars(base).get("__init__"), "__code__", None)
+        code = getattr(
+            inspect.unwrap(vars(base).get("__init__", object.__init__)), "__code__", None
+        )  # ours warms up after it
         names = (step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR") if code else ()
         vars(backend).update((name, None) for name in names if not hasattr(cls, name))
     common = {"device": batch.device, "req_to_token": batch.table, "page_size": 1, "dcp_size": 1, "dcp_rank": 0}
