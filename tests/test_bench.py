@@ -14,9 +14,11 @@ from scratch import clean_env
 from mla_patch import bench, cli, startup
 from mla_patch.compat import gpu
 from mla_patch.compat import sglang_trial as trial
+from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import KernelStandIn
 
+in_the_interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 KEYS = {"kernel", "device", "host", "floor_us", "copy_gbps", "cases", "right", "notes"}
 
 
@@ -54,6 +56,23 @@ def test_without_an_engine_and_a_gpu(kernel: str, tmp_path: Path) -> None:
         assert case["gbps"] is case["of_copy"] is None  # of the interpreter
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kernel", ["decode", "page-table", "token-indices"])
+def test_on_a_gpu(kernel: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mla_patch", "bench", kernel, "--json", "--batch", "16", "--length", "16384"]
+    env = clean_env({"TRITON_INTERPRET": None})
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["device"] == torch.cuda.get_device_name() and 0.5 < told["floor_us"] < 20
+    assert told["copy_gbps"] > 100 and len(told["cases"]) == (4 if kernel == "decode" else 1)
+    for case in told["cases"]:
+        # an empty launch is part of it, and no cache is infinitely fast
+        assert case["right"] and case["us"]["ours"] > 0.8 * told["floor_us"] and 0 < case["of_copy"] < 20
+
+
+@in_the_interpreter
 def test_the_bytes_that_must_move() -> None:
     (case,) = result(kernel="token-indices", batch=[2], length=[100])["cases"]
     assert case["bytes"] == (100 + 100 - 37) * (4 + 8)
@@ -64,6 +83,7 @@ def test_the_bytes_that_must_move() -> None:
     assert case["case"] == "2 x 40, 5 heads, e4m3"
 
 
+@in_the_interpreter
 def test_what_is_asked_is_measured() -> None:
     told = result(kernel="decode", batch=[1, 2], length=[33], heads=[2], dtype=["fp16", "e5m2"])
     assert [case["case"] for case in told["cases"]] == [
@@ -72,6 +92,7 @@ def test_what_is_asked_is_measured() -> None:
     assert told["right"]
 
 
+@in_the_interpreter
 def test_ours_wrong_has_no_time_and_is_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = bench.kv_indices.build_token_indices
 
@@ -88,6 +109,7 @@ def test_ours_wrong_has_no_time_and_is_1(monkeypatch: pytest.MonkeyPatch, capsys
     assert "NOT right" in capsys.readouterr().out
 
 
+@in_the_interpreter
 @pytest.mark.parametrize(("factor", "right"), [(1.003, True), (1.005, False), (torch.nan, False)])
 def test_decode_is_held_to_its_error(factor: float, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = bench.decode_.mla_decode
@@ -97,6 +119,7 @@ def test_decode_is_held_to_its_error(factor: float, right: bool, monkeypatch: py
     assert ("1 x 40, 2 heads, fp16: ours is not finite everywhere" in told["notes"]) == (factor != factor)
 
 
+@in_the_interpreter
 def test_ours_failing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no launch")
@@ -107,6 +130,7 @@ def test_ours_failing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3 x 97: ours failed: RuntimeError('no launch')" in told["notes"]
 
 
+@in_the_interpreter
 def test_too_little_memory_leaves_a_case_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
@@ -126,6 +150,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "prepare", lambda: ["sgl_kernel"])
 
 
+@in_the_interpreter
 def test_an_engine_that_cannot_be_imported_leaves_ours(engine: None) -> None:
     told = result(kernel="decode", heads=[2], dtype=["fp16"])
     assert (told["host"], told["right"], told["cases"][0]["us"]["host"]) == ("SGLang 0.5.11", True, None)
@@ -133,6 +158,7 @@ def test_an_engine_that_cannot_be_imported_leaves_ours(engine: None) -> None:
     assert told["notes"][1].startswith("the engine's own kernel cannot be imported here: ModuleNotFoundError")
 
 
+@in_the_interpreter
 @pytest.mark.parametrize("fault", [None, "wrong", "fails"])
 def test_the_hosts_own_beside_ours(fault: str | None, engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that is wrong is told, and timed; it is not our finding."""

@@ -89,6 +89,24 @@ print("unforeseen", COMPILES.serving)
     assert unforeseen == "unforeseen 2"  # or nothing above is counted
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    compat_triton.interpreted() or not torch.cuda.is_available(), reason="needs a GPU and TRITON_INTERPRET=0"
+)
+def test_decode_compiles_nothing_more_on_the_gpu(counted: Compiles) -> None:
+    counted.has_served = lambda: True
+    before = torch.cuda.memory_allocated()
+    compiled = decode.warmup("cuda", 12, torch.bfloat16, torch.float8_e4m3fn, 80)
+    assert (counted.before, torch.cuda.memory_allocated()) == (compiled, before)
+    kv = torch.zeros(48, 1, 576, device="cuda").to(torch.float8_e4m3fn)
+    ids = torch.arange(48, device="cuda").repeat(80)
+    for batch in range(1, 81):
+        q = torch.randn(batch, 12, 576, device="cuda", dtype=torch.bfloat16)
+        starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * 48
+        decode.mla_decode(q, kv, torch.empty_like(q[..., :512]), starts, ids, sm_scale=0.1)
+    assert counted.serving == 0
+
+
 def test_a_warm_up_keeps_no_scratch_and_gives_back_what_graphs_hold() -> None:
     code = """
 decode.warmup("cpu", 16, torch.bfloat16, torch.bfloat16, 8)
@@ -133,7 +151,7 @@ def test_no_gpu_is_nothing_to_do() -> None:
 )
 def test_what_decode_does_not_take_is_refused(heads: int, cache: torch.dtype, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        decode.warmup("cpu", heads, torch.float16, cache, 4)
+        decode.warmup("cuda" if torch.cuda.is_available() else "cpu", heads, torch.float16, cache, 4)
 
 
 # in the host
@@ -365,6 +383,7 @@ def test_warmup_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert cli.main(["warmup"]) == 0
     assert why[0] in capsys.readouterr().out
     monkeypatch.setattr(gpu, "from_torch", lambda: Gpu("NVIDIA H200", (9, 0)))
+    monkeypatch.setattr(warmup, "interpreted", lambda: True)
     assert told(capsys)["notes"] == ["TRITON_INTERPRET is set: there is nothing to compile"]
 
 
