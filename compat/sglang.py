@@ -51,9 +51,11 @@ Scales of an fp8 latent cache (V is the first 512 of the same stored row, so one
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 import math
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -391,6 +393,7 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
         targets.append(Target(backend, name, kind="edit", edit=watch_scales))
     elif Version(version) >= Version("0.5.10"):
         targets.append(Target(backend, name, kind="edit", edit=leave_scales_out, lasting=True))
+    targets.append(Target(backend, "TritonAttnBackend.warmup", kind="edit", edit=warm_decode))
     return tuple(targets)
 
 
@@ -476,6 +479,63 @@ def watch_scales(module: ModuleType) -> Undo:
         return layer
 
     return _wrap_methods(module.TritonAttnBackend, ("forward_decode",), look)
+
+
+class Capacity:
+    """What a backend can be asked to decode, as far as it is known when it has been built."""
+
+    __slots__ = ("cache_dtype", "device", "dtype", "heads", "max_batch")
+
+    def __init__(self, backend: Any, runner: Any, cache_dtype: Any) -> None:
+        self.device = runner.device
+        self.heads = backend.num_head  # of this rank
+        self.dtype = runner.dtype
+        self.cache_dtype = cache_dtype
+        # the running requests at most, times the drafts of each where there are several
+        self.max_batch = backend.kv_indptr.numel() - 1
+
+
+def decode_capacity(backend: Any, runner: Any) -> Capacity | None:
+    """What ``backend`` can be asked to decode of a latent cache of 512 + 64 values; None where it keeps another."""
+    pool = runner.token_to_kv_pool
+    pool = getattr(pool, "full_kv_pool", pool)  # of a model with linear attention, too
+    if (getattr(pool, "kv_lora_rank", None), getattr(pool, "qk_rope_head_dim", None)) != (512, 64):
+        return None
+    return Capacity(backend, runner, pool.dtype)
+
+
+def warm_decode(module: ModuleType) -> Undo:
+    """Have our decode compiled once a backend is built, which all releases do before they capture graphs or serve."""
+    owner = module.TritonAttnBackend
+    original = vars(owner)["__init__"]
+    if tuple(inspect.signature(original).parameters)[:2] != ("self", "model_runner"):
+        raise TypeError(f"{owner.__qualname__}.__init__ does not take (model_runner, ...)")
+
+    @functools.wraps(original)
+    def init(self: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, model_runner, *args, **kwargs)
+        warm_up("mla_patch.hooks.sglang_decode:warm", self, model_runner)
+
+    owner.__init__ = init
+
+    def undo() -> None:
+        if vars(owner).get("__init__") is init:
+            owner.__init__ = original
+
+    return undo
+
+
+def warm_up(path: str, backend: Any, runner: Any) -> None:
+    """Call ``path``, "module:function", with what ``backend`` can be asked. Nothing in it may fail the engine."""
+    try:
+        capacity = decode_capacity(backend, runner)
+        if capacity is not None:
+            module, _, name = path.partition(":")
+            start = time.perf_counter()
+            compiled = getattr(importlib.import_module(module), name)(capacity)
+            log.info("mla-patch: %d kernels compiled in %.1f s", compiled, time.perf_counter() - start)
+    except Exception as problem:
+        _say_once("warmup", "no warm-up, so kernels are compiled at their first calls: %r", problem)
 
 
 def _wrap_methods(owner: type, names: tuple[str, ...], seen_as: Callable[[Any, Any], Any]) -> Undo:

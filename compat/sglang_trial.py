@@ -29,6 +29,8 @@ from unittest import mock
 
 import torch
 
+from mla_patch.compat import sglang
+
 TOKEN_IDS = "create_flashinfer_kv_indices_triton"
 PAGE_TABLE = "create_flashmla_kv_indices_triton"
 
@@ -419,20 +421,56 @@ def _latent_pool(batch: Batch, dtype: torch.dtype) -> Any:
     return pool(**given)
 
 
-def launch(kernel: Any, builder: str, batch: Batch) -> Callable[[], None]:
-    """One launch of ``builder``, the host's kernel or what stands in for it, over buffers of its own."""
+def builder(name: str, version: str | None) -> Any:
+    """The host's index builder of that name, from where ``version`` has it."""
+    homes = [target.module for target in sglang.kv_indices_targets(version) if target.name == name]
+    home = next((home for home in dict.fromkeys(homes) if importlib.util.find_spec(home) is not None), homes[0])
+    return getattr(importlib.import_module(home), name)
+
+
+def launch(kernel: Any, builder: str, batch: Batch, out: torch.Tensor | None = None) -> Callable[[], None]:
+    """One launch of ``builder``, the host's kernel or what stands in for it, into ``out`` or a buffer of its own."""
     count, device = len(batch.lens_list), batch.device
     if builder == TOKEN_IDS:
         indptr = torch.tensor([0, *batch.lens_list], device=device).cumsum(0).to(torch.int32)
-        out = torch.empty(sum(batch.lens_list), dtype=torch.int64, device=device)
+        if out is None:
+            out = torch.empty(sum(batch.lens_list), dtype=torch.int64, device=device)
         args = (batch.table, batch.rows, batch.lens, indptr, None, out, batch.table.stride(0))
         return lambda: kernel[(count,)](*args)
-    out = torch.empty((count, -(-max(batch.lens_list) // 64)), dtype=torch.int32, device=device)
+    if out is None:
+        out = torch.empty((count, -(-max(batch.lens_list) // 64)), dtype=torch.int32, device=device)
     # from 0.5.13 the kernel wants the grid's second axis to cover the width
     blocks = getattr(sys.modules[kernel.__module__], "get_num_kv_index_blocks_flashmla", None)
     grid = (count,) if blocks is None else (count, blocks(out.shape[1], 64))
     table = (batch.table, batch.rows, batch.lens, None, out, batch.table.stride(0), out.stride(0))
     return lambda: kernel[grid](*table)
+
+
+def decode_launch(
+    decode: Any, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, indptr: torch.Tensor, token_ids: torch.Tensor,
+    lens: torch.Tensor, sm_scale: float,
+) -> Callable[[], None]:  # fmt: skip
+    """One call of the host's decode, with the scratch and the splits that its Triton backend has for such a batch."""
+    count, heads = q.shape[:2]
+    batch = Batch(lens, torch.zeros_like(lens), torch.zeros(1, 1, dtype=torch.int32, device=q.device), (1,) * count)
+    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 0
+    module = importlib.import_module("sglang.srt.layers.attention.triton_backend")
+    # 8 unless a flag says otherwise; from 0.5.12 raised to what fills the GPU
+    cap = getattr(module, "_mla_decode_kv_splits_cap", None)
+    most = 8 if cap is None else cap(8, cores, 163_840)
+    known = {"num_head": heads, "max_kv_splits": most, "static_kv_splits": not cores, "device_core_count": cores}
+    splits = torch.empty(count, dtype=torch.int32, device=q.device)
+    with _one_rank():
+        _triton_backend(batch, **known).get_num_kv_splits(splits, lens)
+    scratch = torch.empty(count, heads, most, 512, dtype=torch.float32, device=q.device)
+    given = {
+        "q": q, "k_buffer": kv, "v_buffer": kv[..., :512], "o": out, "kv_indptr": indptr, "kv_indices": token_ids,
+        "attn_logits": scratch, "attn_lse": torch.empty_like(scratch[..., 0]).contiguous(), "num_kv_splits": splits,
+        "max_kv_splits": most, "sm_scale": sm_scale, "k_scale": 1.0, "v_scale": 1.0, "has_mla": True,
+        "use_pdl": q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0),
+    }  # fmt: skip
+    args = {name: given[name] for name in inspect.signature(decode).parameters if name in given}
+    return lambda: decode(**args)
 
 
 def _triton_backend(batch: Batch, **known: Any) -> Any:
@@ -470,7 +508,9 @@ def _backend(cls: type, batch: Batch, **known: Any) -> Any:
     """An instance with no model behind it: all that ``__init__`` would set is None, but for what is known here."""
     backend: Any = object.__new__(cls)
     for base in cls.__mro__:
-        code = getattr(vars(base).get("__init__"), "__code__", None)
+        code = getattr(
+            inspect.unwrap(vars(base).get("__init__", object.__init__)), "__code__", None
+        )  # ours warms up after it
         names = (step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR") if code else ()
         vars(backend).update((name, None) for name in names if not hasattr(cls, name))
     common = {"device": batch.device, "req_to_token": batch.table, "page_size": 1, "dcp_size": 1, "dcp_rank": 0}

@@ -17,9 +17,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import triton
+
+from mla_patch.compat.compiles import COMPILES
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents as gdc_launch_dependents
@@ -65,6 +68,29 @@ def interpreted() -> bool:
     if knobs is not None:
         return bool(knobs.runtime.interpret)
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def watch_compiles(*kernels: Any) -> None:
+    """Count in ``COMPILES`` what Triton compiles for launches of ``kernels``; nothing is, where they are interpreted.
+
+    Each kernel's own step to the compiler is wrapped. Triton's `jit_post_compile_hook` would do, but it is one for the
+    process: somebody else may set it, and with any hook set Triton writes every kernel's constants as JSON, which in
+    3.6 fails for a kernel that takes a function as a constant.
+    """
+    for kernel in kernels:
+        if isinstance(getattr(kernel, "_do_compile", None), MethodType):
+            kernel._do_compile = _counted(kernel)
+        elif not interpreted():
+            COMPILES.seen = False
+
+
+def _counted(kernel: Any) -> Any:
+    def compile_and_count(*args: Any, **kwargs: Any) -> Any:
+        compiled = type(kernel)._do_compile(kernel, *args, **kwargs)
+        COMPILES.note()
+        return compiled
+
+    return compile_and_count
 
 
 def gpu_compile(

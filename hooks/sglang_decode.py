@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from math import inf
 
-from mla_patch.compat import sglang
-from mla_patch.compat.sglang import DecodeCall
+from mla_patch.compat import gpu, sglang
+from mla_patch.compat.sglang import Capacity, DecodeCall
 from mla_patch.compat.types import Gpu, Target
 from mla_patch.features import Asked, Feature
 from mla_patch.hookspecs import hookimpl
@@ -97,3 +97,19 @@ def serve(call: DecodeCall) -> None:
         sinks=call.sinks,
         xai_temperature_len=call.xai_temperature_len,
     )
+
+
+def warm(capacity: Capacity) -> int:
+    """Compile what one backend's calls can reach, before graphs are captured; how many kernels that took.
+
+    The backend's token ids, too: a few small kernels, for the feature beside this one.
+    """
+    import torch
+
+    from mla_patch.kernels import decode, kv_indices
+
+    device = gpu.from_tensor(torch.empty(0, device=capacity.device))
+    if capacity.heads == 1 or (device is not None and hardware(device) is not None):
+        return 0  # its calls are declined
+    c = capacity
+    return kv_indices.warmup(c.device, ()) + decode.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata, util
@@ -69,11 +70,42 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("run", run, "run a command with the plugin on, even where the start-up file is not read")
     _feature_option(sub)
     sub.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command and its arguments")
+    sub = add("warmup", warmup, "compile what an engine on this machine can reach, so that nothing compiles in it")
+    sub.add_argument("--heads", nargs="+", type=_heads, default=[16, 128], help="query heads of one GPU: 1 to 128")
+    sub.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16", help="of the model")
+    sub.add_argument("--cache", nargs="+", choices=CACHES, help="of the cache; default: the model's, and e4m3")
+    sub.add_argument("--max-batch", type=_count, default=512, help="requests that decode at once")
+    sub = add("bench", bench, "our kernels beside the installed engine's own: right first, then timed")
+    sub.add_argument("kernel", choices=["decode", "page-table", "token-indices"])
+    sub.add_argument("--heads", nargs="+", type=_heads, default=[], help="decode: query heads, 1 to 128")
+    sub.add_argument("--dtype", nargs="+", choices=CACHES, default=[], help="decode: of the cache")
+    sub.add_argument("--batch", nargs="+", type=_count, default=[], help="requests")
+    sub.add_argument("--length", nargs="+", type=_count, default=[], help="tokens of each request")
+    _fetch_option(sub)
     sub = add("demo", demo, "patch the installed engine in a fresh interpreter and compare its kernels with ours")
-    sub.add_argument(
+    _fetch_option(sub)
+    return parser
+
+
+CACHES = ("bf16", "fp16", "e4m3", "e5m2")
+
+
+def _number(most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a number from 1 to {most}")
+        return int(text)
+
+    return number
+
+
+_heads, _count = _number(128), _number(2**24)
+
+
+def _fetch_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--fetch", metavar="VERSION", help="use this SGLang release, fetched into a cache, never installed"
     )
-    return parser
 
 
 def _feature_option(parser: argparse.ArgumentParser) -> None:
@@ -318,43 +350,106 @@ def run(args: argparse.Namespace) -> int:
         raise Misuse(f"run: {command[0]}: {problem.strerror}") from None
 
 
+# warmup
+
+
+def warmup(args: argparse.Namespace) -> int:
+    """Compile in this process; an engine finds the results in Triton's cache."""
+    _need_triton("warmup")
+    from mla_patch import warmup as warmup_
+
+    if args.cache is None:
+        args.cache = [args.dtype, "e4m3"]
+    for cache in args.cache:
+        if cache in ("bf16", "fp16") and cache != args.dtype:
+            raise Misuse(f"warmup: --cache {cache} with --dtype {args.dtype}, expected {args.dtype}, e4m3 or e5m2")
+    device = _torch_gpu()
+    result = warmup_.run(device, args.heads, args.dtype, args.cache, args.max_batch)
+    if args.json:
+        _print_json(result)
+        return OK
+    if result["kernels"]:
+        _table(
+            f"compiled for {result['device']}", ["kernel", "heads", "cache", "compiled", "seconds"], result["kernels"]
+        )
+    _lines(result["notes"])
+    return OK
+
+
+def _need_triton(command: str) -> None:
+    if util.find_spec("torch") is None or util.find_spec("triton") is None:
+        raise Misuse(
+            f"{command}: it needs torch and triton; on a machine without a GPU: pip install 'mla-patch[triton]'"
+        )
+
+
+# bench
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure in a fresh interpreter, in which the engine's kernels are its own."""
+    _need_triton("bench")
+    for name in ("heads", "dtype"):
+        if args.kernel != "decode" and getattr(args, name):
+            raise Misuse(f"bench {args.kernel}: --{name} is for decode")
+    if _torch_gpu() is None and "bf16" in args.dtype:
+        raise Misuse("bench: --dtype bf16 without a GPU: Triton's interpreter multiplies bf16 wrongly; expected fp16")
+    options = {name: getattr(args, name) for name in ("kernel", "heads", "batch", "length", "dtype")}
+    environ = {name: value for name, value in os.environ.items() if name != "MLA_PATCH"}
+    result = _child("bench", [json.dumps(options)], environ, args)
+    if result is None:
+        return FINDING
+    if args.json:
+        _print_json(result)
+    else:
+        _show_bench(result)
+    return OK if result["right"] else FINDING
+
+
 # demo
 
 
 def demo(args: argparse.Namespace) -> int:
     """Run the demonstration in a fresh interpreter, as an engine's process would start."""
-    if util.find_spec("torch") is None or util.find_spec("triton") is None:
-        raise Misuse("demo: it needs torch and triton; on a machine without a GPU: pip install 'mla-patch[triton]'")
-    environ = dict(os.environ) | {"MLA_PATCH": "1"}
-    if _torch_gpu() is None:
-        environ["TRITON_INTERPRET"] = "1"
-    if args.fetch:
-        try:
-            folders = [str(folder) for folder in sglang_fetch.fetch(args.fetch)]
-        except (RuntimeError, OSError) as problem:
-            raise Misuse(f"demo: {problem}") from None
-        environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "mla_patch.demo"]
-    with _progress(args.json) as tell:
-        child = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        result: dict[str, Any] | None = None
-        assert child.stdout is not None and child.stderr is not None
-        for line in child.stdout:
-            if line.startswith("demo "):
-                message = json.loads(line[5:])
-                result = message.get("result", result)
-                tell(message)
-        errors = child.stderr.read()
-        child.wait()
-    if child.returncode or result is None:
-        print(errors[-4000:], file=sys.stderr)
-        print(f"mla-patch: the demonstration ended with status {child.returncode}", file=sys.stderr)
+    _need_triton("demo")
+    result = _child("demo", [], dict(os.environ) | {"MLA_PATCH": "1"}, args)
+    if result is None:
         return FINDING
     if args.json:
         _print_json(result)
     else:
         _show_demo(result)
     return OK if result["equal"] else FINDING
+
+
+def _child(name: str, argv: Sequence[str], environ: dict[str, str], args: argparse.Namespace) -> dict[str, Any] | None:
+    """Run ``mla_patch.<name>`` in an interpreter of its own, and give back its result; None where it failed."""
+    if _torch_gpu() is None:
+        environ["TRITON_INTERPRET"] = "1"
+    if args.fetch:
+        try:
+            folders = [str(folder) for folder in sglang_fetch.fetch(args.fetch)]
+        except (RuntimeError, OSError) as problem:
+            raise Misuse(f"{name}: {problem}") from None
+        environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", f"mla_patch.{name}", *argv]
+    result: dict[str, Any] | None = None
+    with _progress(args.json) as tell, tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith(f"{name} "):
+                message = json.loads(line.partition(" ")[2])
+                result = message.get("result", result)
+                tell(message)
+        child.wait()
+        errors.seek(0)
+        said = errors.read()
+    if child.returncode or result is None:
+        print(said[-4000:], file=sys.stderr)
+        print(f"mla-patch: {name} ended with status {child.returncode}", file=sys.stderr)
+        return None
+    return result
 
 
 # printing
@@ -446,6 +541,13 @@ def _show_status(
         _table(str(directory), columns, rows)
     else:
         _lines([f"no reports in {directory}"])
+    for report in processes:
+        compiled = report.get("compiled", {})
+        if compiled is None:
+            _lines([f"pid {report['pid']}: compiles are not counted with this Triton"])
+        elif any(compiled.values()):
+            text = f"pid {report['pid']}: {compiled['before']} kernels of ours compiled before it served"
+            _lines([f"{text}, {compiled['serving']} since"], "yellow" if compiled["serving"] else "")
     for one in missing:
         _lines([f"missing: {', '.join(f'{key} {value}' for key, value in one.items())}"], "yellow")
     _lines([f"finding: {text}" for text in findings], "yellow")
@@ -460,6 +562,24 @@ def _show_demo(result: Mapping[str, Any]) -> None:
     _table("same input, both kernels", columns, rows)
     equal = "[green]equal[/]" if result["equal"] else "[red]NOT equal[/]"
     _lines([f"served {result['served']} calls of the host's; outputs {equal}", *result["notes"]])
+
+
+def _show_bench(result: Mapping[str, Any]) -> None:
+    _lines([f"[bold]{result['kernel']}[/], {result['host'] or 'no engine installed'}, on {result['device']}"])
+    rows = []
+    for case in result["cases"]:
+        us, told = case["us"], case.get("error") or case.get("equal") or {}
+        ratio = f"{us['host'] / us['ours']:.2f}x" if us["host"] and case["gbps"] else None
+        share = f"{case['of_copy']:.0%}" if case["of_copy"] else None
+        rows.append({
+            "case": case["case"], "host us": us["host"], "ours us": us["ours"], "host / ours": ratio,
+            "GB/s": case["gbps"], "of a copy": share, "host": told.get("host"), "ours": told.get("ours"),
+        })  # fmt: skip
+    title = "median of each; host and ours: relative error" if result["kernel"] == "decode" else "host and ours: equal"
+    _table(title, ["case", "host us", "ours us", "host / ours", "GB/s", "of a copy", "host", "ours"], rows)
+    right = "[green]right[/]" if result["right"] else "[red]NOT right[/]"
+    copy = f", a copy reaches {result['copy_gbps']} GB/s" if result["copy_gbps"] else ""
+    _lines([f"ours is {right}; an empty launch takes {result['floor_us']} us{copy}", *result["notes"]])
 
 
 class _progress:

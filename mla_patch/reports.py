@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mla_patch.compat.compiles import COMPILES
 from mla_patch.features import SATISFIED, Counts, State
 
 log = logging.getLogger("mla_patch")
@@ -77,8 +78,13 @@ class ProcessReport:
     def renew(self) -> None:
         """This is another process now: a forked child counts for itself."""
         self.pid, self.started_ns = os.getpid(), time.time_ns()
+        COMPILES.reset()
         for status in self.features:
             status.counts.reset()
+
+    def has_served(self) -> bool:
+        """Whether any feature has served a call to its end."""
+        return any(status.counts.served for status in self.features)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -87,6 +93,7 @@ class ProcessReport:
             "argv": list(getattr(sys, "orig_argv", sys.argv)),
             "started": self.started_ns / 1e9,
             "problems": list(self.problems),
+            "compiled": COMPILES.as_dict(),
             "features": [status.as_dict() for status in list(self.features)],
         }
 

@@ -103,6 +103,7 @@ class Session:
 
     def __init__(self, plugins: "Plugins", environ: "Mapping[str, str]") -> None:
         from mla_patch import flags
+        from mla_patch.compat.compiles import COMPILES
         from mla_patch.patcher import Patcher
         from mla_patch.reports import ProcessReport
 
@@ -110,6 +111,7 @@ class Session:
         self.environ = environ
         self.flags: Flags = flags.read(environ, plugins.features)
         self.report: ProcessReport = ProcessReport(problems=[*plugins.problems, *self.flags.problems])
+        COMPILES.has_served = self.report.has_served
         self.writer: Writer | None = None
         self.patcher: Patcher = Patcher(plugins.arms, self.flags.on("MLA_PATCH_STRICT"), self._changed)
         self.awake: set[str] = set()

@@ -19,7 +19,7 @@ MAY = {
     "hookspecs": {"features", "compat"},
     "flags": {"features"},
     "plugins": {"features", "flags", "hookspecs", "compat"},
-    "reports": {"features"},
+    "reports": {"features", "compat"},
     "dispatch": {"features", "compat"},
     "judge": {"sources", "flags", "features", "compat"},
     "patcher": {"dispatch", "judge", "reports", "flags", "features", "compat"},
@@ -30,7 +30,7 @@ MAY = {
     "compat": {"compat"},
     "hooks": {"features", "hookspecs", "kernels", "compat"},
 }
-ABOVE = {"cli", "demo"}  # what a person runs may import anything of ours
+ABOVE = {"cli", "demo", "bench", "warmup"}  # what a person runs may import anything of ours
 ENGINES = {"sglang", "vllm", "sgl_kernel", "flash_mla"}
 
 

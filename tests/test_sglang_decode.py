@@ -234,7 +234,8 @@ def forward(module: ModuleType, one: Any, use_mla: bool = True) -> list[Any]:
 
 @pytest.mark.parametrize("version", ERAS)
 def test_each_release_has_the_edit_for_its_scales(version: str) -> None:
-    edits = [(one.edit, one.lasting) for one in sglang.decode_targets(version) if one.kind == "edit"]
+    *edits, last = [(one.edit, one.lasting) for one in sglang.decode_targets(version) if one.kind == "edit"]
+    assert last == (sglang.warm_decode, False)
     release = tuple(map(int, version.split(".")))
     if release < (0, 5, 10):
         assert edits == []
@@ -348,7 +349,7 @@ import torch
 class TritonAttnBackend:
     use_mla = True
 
-    def __init__(self):
+    def __init__(self, model_runner):
         from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
 
         self.decode_attention_fwd = torch.compiler.disable(decode_attention_fwd)
@@ -372,6 +373,7 @@ import torch
 torch.cuda.CUDAGraph = type("CUDAGraph", (), {})  # torch's own cannot be made without a GPU
 from types import SimpleNamespace
 layer = SimpleNamespace(k_scale=None)
+runner = SimpleNamespace(token_to_kv_pool=None)
 def state():
     row = next(row for row in mla_patch.report()["features"] if row["name"] == "decode")
     return row["state"], row["served"], row["reason"]
@@ -382,14 +384,14 @@ from sglang.srt.layers.attention import triton_backend
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
-        (["mla_patch.apply('decode')", "b = triton_backend.TritonAttnBackend()"], ("ours", "applied", 1, "")),
+        (["mla_patch.apply('decode')", "b = triton_backend.TritonAttnBackend(runner)"], ("ours", "applied", 1, "")),
         (
-            ["b = triton_backend.TritonAttnBackend()", "mla_patch.apply('decode')"],
+            ["b = triton_backend.TritonAttnBackend(runner)", "mla_patch.apply('decode')"],
             ("ours", "applied", 1, ""),
         ),
         (
             [
-                "b = triton_backend.TritonAttnBackend()",
+                "b = triton_backend.TritonAttnBackend(runner)",
                 "had = id(b.decode_attention_fwd)",
                 "mla_patch.apply('decode')",
                 "mla_patch.restore('decode')",
@@ -398,13 +400,17 @@ from sglang.srt.layers.attention import triton_backend
             ("host", "off", 0, "restored"),
         ),
         (
-            ["mla_patch.apply('decode')", "b = triton_backend.TritonAttnBackend()", "mla_patch.restore('decode')"],
+            [
+                "mla_patch.apply('decode')",
+                "b = triton_backend.TritonAttnBackend(runner)",
+                "mla_patch.restore('decode')",
+            ],
             ("host", "off", 0, "restored"),
         ),
         (
             [
                 "mla_patch.apply('decode')",
-                "b = triton_backend.TritonAttnBackend()",
+                "b = triton_backend.TritonAttnBackend(runner)",
                 "mla_patch.restore('decode')",
                 "mla_patch.apply('decode')",
             ],
@@ -412,7 +418,7 @@ from sglang.srt.layers.attention import triton_backend
         ),
         (
             [
-                "b = triton_backend.TritonAttnBackend()",
+                "b = triton_backend.TritonAttnBackend(runner)",
                 "b.decode_attention_fwd = functools.partial(b.decode_attention_fwd)",
                 "mla_patch.apply('decode')",
             ],
@@ -420,7 +426,7 @@ from sglang.srt.layers.attention import triton_backend
         ),
         (
             [
-                "b = triton_backend.TritonAttnBackend()",
+                "b = triton_backend.TritonAttnBackend(runner)",
                 "b.cuda_graph_attn_logits = torch.zeros(1)",
                 "graph = torch.cuda.CUDAGraph()",
                 "mla_patch.apply('decode')",
@@ -429,7 +435,7 @@ from sglang.srt.layers.attention import triton_backend
         ),
         (
             [
-                "b = triton_backend.TritonAttnBackend()",
+                "b = triton_backend.TritonAttnBackend(runner)",
                 "graph = torch.cuda.CUDAGraph()",  # another part's
                 "mla_patch.apply('decode')",
             ],

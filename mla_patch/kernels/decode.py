@@ -32,7 +32,16 @@ import triton
 import triton.language as tl
 
 from mla_patch.compat import gpu
-from mla_patch.compat.triton import HAS_PDL, TARGETS, CompileCase, gdc_launch_dependents, gdc_wait, interpreted
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.compat.triton import (
+    HAS_PDL,
+    TARGETS,
+    CompileCase,
+    gdc_launch_dependents,
+    gdc_wait,
+    interpreted,
+    watch_compiles,
+)
 
 _INTERPRETED = interpreted()  # asked here, because decoration is when Triton decides
 
@@ -691,3 +700,37 @@ def _check(
 def _check_scale(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: {value}, expected a finite number above 0")
+
+
+watch_compiles(_decode_kernel, _merge_kernel)
+
+
+def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, max_batch: int) -> int:
+    """Compile what `mla_decode` can reach with up to ``max_batch`` requests; how many kernels that took.
+
+    Real launches over empty requests, so that Triton specialises as it will when serving; without sinks, cap and
+    temperature, which MLA models do not have. Keeps no memory. Nothing to do on a CPU.
+
+    Raises:
+        ValueError: heads or types that `mla_decode` does not take.
+    """
+    q = torch.zeros(1, heads, 576, dtype=dtype, device=device)
+    if not q.is_cuda and not _INTERPRETED:
+        return 0
+    before, scratches = COMPILES.total, dict(_scratches)
+    out = torch.empty(1, heads, 512, dtype=dtype, device=device)
+    kv = torch.zeros(1, 1, 576, dtype=dtype, device=device).to(cache_dtype)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    # launch numbers change at a power of two or beside it; all requests share one row, by a stride of 0
+    sizes = {size + beside for size in (2**n for n in range(max_batch.bit_length())) for beside in (-1, 0, 1)}
+    try:
+        with COMPILES.warming():
+            for batch in sorted(size for size in sizes | {max_batch} if 0 < size <= max_batch):
+                indptr = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+                rows = (batch, -1, -1)
+                mla_decode(q.expand(rows), kv, out.expand(rows), indptr, ids, sm_scale=1.0)
+    finally:
+        # a captured graph may hold what was there before
+        _scratches.clear()
+        _scratches.update(scratches)
+    return COMPILES.total - before

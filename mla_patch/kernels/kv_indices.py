@@ -22,14 +22,16 @@ few programs busy and the rest idle).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.gpu import sm_count
-from mla_patch.compat.triton import CompileCase, interpreted
+from mla_patch.compat.triton import CompileCase, interpreted, watch_compiles
 
 _INTERPRETED = interpreted()  # asked here, because decoration is when Triton decides
 
@@ -396,3 +398,27 @@ def _launch(
             _kv_indices_kernel[grid](*args, PAGE_SIZE=page_size, **numbers)
     else:
         _kv_indices_kernel[grid](*args, PAGE_SIZE=page_size, **numbers)
+
+
+watch_compiles(_kv_indices_kernel)
+
+
+def warmup(device: torch.device | str, page_sizes: Iterable[int] = (64,)) -> int:
+    """Compile what an engine's backends reach of both builders; how many kernels that took.
+
+    Real launches over two empty requests, so that Triton specialises as it will when serving: index tensors of either
+    type, int32 page tables of ``page_sizes`` tokens, int64 token ids. Nothing to do on a CPU.
+    """
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    if not table.is_cuda and not _INTERPRETED:
+        return 0
+    before = COMPILES.total
+    indptr, ids = (torch.zeros(2, dtype=kind, device=device) for kind in _INDEX)
+    pages = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    with COMPILES.warming():
+        for pool, lens in itertools.product(_INDEX, repeat=2):
+            rows, none = (torch.zeros(2, dtype=kind, device=device) for kind in (pool, lens))
+            build_token_indices(table, rows, none, indptr, ids)
+            for page_size in page_sizes:
+                build_page_table(table, rows, none, pages, page_size=page_size)
+    return COMPILES.total - before

@@ -137,6 +137,18 @@ def kept_by(trials: list[Any]) -> list[Any]:
     return [trial.backend.decode_attention_fwd for trial in trials]
 
 
+def warm(trial) -> dict:
+    """What the release's own backend and pool tell a warm-up, which is then made, as when a backend has been built."""
+    from types import SimpleNamespace
+
+    from mla_patch.compat import sglang
+
+    runner = SimpleNamespace(token_to_kv_pool=trial.pool, device="cpu", dtype=trial.q.dtype)
+    sglang.warm_up("mla_patch.hooks.sglang_decode:warm", trial.backend, runner)  # a failure would be in the log
+    seen = sglang.decode_capacity(trial.backend, runner)
+    return {name: str(getattr(seen, name)) for name in seen.__slots__}
+
+
 def decode_holder() -> str:
     """What the one module that defines SGLang's decode holds under that name."""
     from mla_patch.compat import sglang_trial
@@ -164,7 +176,7 @@ def main(release: str, out: str) -> None:
     ours = drive()
     seen["ours"] = without_tensors(ours)
     decodes = Decodes()
-    decoded = {"ours": decodes.run(), "holders": [decode_holder()]}
+    decoded = {"ours": decodes.run(), "holders": [decode_holder()], "warm": warm(decodes.trials["e5m2"])}
     seen["features"] = mla_patch.report()["features"]
 
     mla_patch.restore(FEATURE)
@@ -192,6 +204,7 @@ def main(release: str, out: str) -> None:
 
     import torch
 
+    seen["compiled"] = mla_patch.report()["compiled"]
     seen["cuda initialized"] = torch.cuda.is_initialized()
     seen["seconds"] = round(time.perf_counter() - start, 1)
     Path(out).write_text(json.dumps(seen, indent=1))

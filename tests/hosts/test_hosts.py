@@ -53,8 +53,37 @@ def test_decode_applied(release: str, seen: dict) -> None:
     assert all(target["replaced_by"] for target in row["targets"])
     edits = [target["replaced_by"].rpartition(":")[2] for target in row["targets"] if target["kind"] == "edit"]
     own = "leave_scales_out" if release in hosts.MISREAD else "watch_scales"
-    assert edits == ([] if release in hosts.UNSCALED else [own])
+    assert edits == [*([] if release in hosts.UNSCALED else [own]), "warm_decode"]
     assert seen["decode"]["holders"] == ["ours", "host's", "ours"]
+
+
+def test_the_backend_tells_a_warm_up_what_it_will_decode(release: str, seen: dict) -> None:
+    told = {"device": "cpu", "heads": "16", "dtype": "torch.float16", "cache_dtype": "torch.float8_e5m2"}
+    assert seen["decode"]["warm"] == told | {"max_batch": "5"}
+    assert seen["compiled"] == {"before": 0, "serving": 0}  # the interpreter compiles nothing
+    # built before anything is captured, and nowhere else
+    source = (fetch(release)[0] / "sglang/srt/layers/attention/triton_backend.py").read_text()
+    assert "def __init__(\n        self,\n        model_runner: ModelRunner," in source
+
+
+@pytest.mark.parametrize("kernel", ["decode", "page-table", "token-indices"])
+@pytest.mark.parametrize("version", [version for version in hosts.chosen() if version in ("0.5.11", "0.5.23")])
+def test_bench(version: str, kernel: str, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
+    command = [sys.executable, "-m", "mla_patch", "bench", kernel, "--fetch", version, "--json"]
+    env |= {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1"}  # which must not reach the process that measures
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["host"], told["right"]) == (f"SGLang {version}", True)
+    for case in told["cases"]:
+        assert case["us"]["host"] > 0 and case["us"]["ours"] > 0
+        if kernel != "decode":
+            assert case["equal"] == {"host": True, "ours": True}
+            continue
+        # the host's fp8 products, which the interpreter rounds toward zero: not ours, or the errors would be the same
+        least, most = (0.01, 0.2) if case["case"].endswith("e4m3") else (0, 1e-3)
+        assert least < case["error"]["host"] < most and 0 < case["error"]["ours"] < 1e-3
 
 
 def test_only_the_triton_backend_takes_decode(release: str) -> None:

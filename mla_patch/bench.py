@@ -1,0 +1,293 @@
+"""Our kernels beside the installed host's own: right first, then timed in turn, with the bytes that must move.
+
+Runs in an interpreter of its own, in which no plugin has been applied (``mla-patch bench`` starts it), and prints
+lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from mla_patch.compat import sglang_trial as trial
+from mla_patch.compat.triton import interpreted
+from mla_patch.dispatch import is_ours
+from mla_patch.kernels import decode as decode_
+from mla_patch.kernels import kv_indices
+
+RAGGED = "ragged"  # one request of 131072 tokens, the others of 512
+# (requests, tokens of each)
+DECODE_CASES = ((1, 8192), (16, 16384), (128, 8192), (64, RAGGED))
+INDEX_CASES = ((1, 131072), (64, 16384), (256, 512), (64, RAGGED))
+WIDTH = 163_840  # of the table of slots: a real one is as wide as the longest context
+PAGE = 64
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+LIMIT = 4e-3  # of ours: relative Frobenius error against float64 over the stored bytes; 16-bit results alone have 2e-3
+ROUNDS = 3
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation of a case, on buffers of its own."""
+
+    call: Call
+    out: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both sides are given, and what is right."""
+
+    name: str
+    bytes: int  # that any implementation must read or write
+    make: dict[str, Callable[[], Side]]
+    told: str  # what `judge` tells: "error", relative Frobenius, or "equal"
+    judge: Callable[[torch.Tensor], float | bool]
+
+
+def main() -> int:
+    for message in run(**json.loads(sys.argv[1])):
+        print("bench " + json.dumps(message), flush=True)
+    return 0
+
+
+def run(
+    kernel: str,
+    heads: Sequence[int] = (),
+    batch: Sequence[int] = (),
+    length: Sequence[int] = (),
+    dtype: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """Measure one kernel; messages of progress, then the result. What is left empty gets defaults for this device."""
+    from mla_patch.startup import find_host
+
+    device = "cpu" if interpreted() else "cuda"
+    torch.manual_seed(0)
+    yield {"step": "importing the engine", "at": 0, "of": None}
+    installed = find_host("sglang")
+    host, notes = _host_kernel(kernel, installed.version) if installed is not None else (None, [])
+    if installed is None:
+        notes = ["no engine is installed: ours alone, against the definition"]
+    shapes: Sequence[tuple[int, int | str]] = DECODE_CASES if kernel == "decode" else INDEX_CASES
+    if device == "cpu":
+        shapes = ((3, 97),)
+        notes += ["no GPU: Triton's interpreter, whose times say nothing"]
+    elif kernel == "decode":
+        notes += ["graph replays find in the L2 cache what fits there: a small case may beat the copy"]
+    if batch or length:
+        shapes = [(b, n) for b in batch or (1,) for n in length or (8192 if device == "cuda" else 97,)]
+    made: Iterator[tuple[str, Callable[[], Case]]]
+    if kernel == "decode":
+        kinds = dtype or (("bf16", "e4m3") if device == "cuda" else ("fp16", "e4m3"))
+        counts = heads or ((16, 128) if device == "cuda" else (16,))
+        made = _decode_cases(shapes, counts, kinds, device, host)
+    else:
+        made = _index_cases(kernel, shapes, device, host)
+    rows = []
+    for at, (name, make) in enumerate(cases := list(made)):
+        yield {"step": name, "at": at, "of": len(cases)}
+        try:
+            rows.append(_measure(make(), device, notes))
+        except torch.OutOfMemoryError:
+            notes.append(f"{name}: left out, it needs more memory than this device has free")
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    copy = _copy_gbps() if device == "cuda" else None
+    for row in rows:
+        row["of_copy"] = round(row["gbps"] / copy, 3) if copy and row["gbps"] else None
+    told = torch.cuda.get_device_name() if device == "cuda" else "the CPU, through Triton's interpreter"
+    engine = f"SGLang {installed.version}" if installed is not None else None
+    floor = _time([lambda: _nothing[(1,)]()], device)[0]
+    yield {"result": {
+        "kernel": kernel, "device": told, "host": engine, "floor_us": floor, "copy_gbps": copy, "cases": rows,
+        "right": bool(rows) and all(row["right"] for row in rows), "notes": notes,
+    }}  # fmt: skip
+
+
+def _host_kernel(kernel: str, version: str | None) -> tuple[Any, list[str]]:
+    """The host's own entry point, or None with a note that says why not."""
+    stubs = trial.prepare()
+    notes = [f"stand-ins for packages that this machine lacks: {', '.join(stubs)}"] if stubs else []
+    try:
+        own = trial.imported("decode") if kernel == "decode" else trial.builder(_BUILDERS[kernel], version)
+    except Exception as problem:
+        return None, [*notes, f"the engine's own kernel cannot be imported here: {problem!r}"]
+    return (own.__wrapped__ if is_ours(own) else own), notes
+
+
+_BUILDERS = {"page-table": trial.PAGE_TABLE, "token-indices": trial.TOKEN_IDS}
+
+
+def _lengths(batch: int, length: int | str) -> list[int]:
+    return [131072] + [512] * (batch - 1) if length == RAGGED else [int(length)] * batch
+
+
+def _decode_cases(
+    shapes: Sequence[tuple[int, int | str]], heads: Sequence[int], dtypes: Sequence[str], device: str, host: Any
+) -> Iterator[tuple[str, Callable[[], Case]]]:
+    for (batch, length), count, dtype in ((s, h, t) for s in shapes for h in heads for t in dtypes):
+        name = f"{batch} x {length}, {count} heads, {dtype}"
+
+        def make(
+            name: str = name, batch: int = batch, length: int | str = length, count: int = count, dtype: str = dtype
+        ) -> Case:
+            return _decode_case(name, _lengths(batch, length), count, dtype, device, host)
+
+        yield name, make
+
+
+def _decode_case(name: str, rows: list[int], heads: int, dtype: str, device: str, host: Any) -> Case:
+    # the interpreter multiplies bf16 wrongly
+    own = torch.float16 if dtype == "fp16" or device == "cpu" else torch.bfloat16
+    total, scale = sum(rows), 192**-0.5
+    pages = torch.randperm(-(-total // PAGE) + len(rows), device=device)
+    token_ids = (pages[:, None] * PAGE + torch.arange(PAGE, device=device)).view(-1)[:total].contiguous()
+    kv = torch.randn(len(pages) * PAGE, 1, 576, device=device, dtype=own).to(TYPES[dtype])
+    q = torch.randn(len(rows), heads, 576, device=device, dtype=own)
+    indptr = torch.tensor([0, *rows], device=device).cumsum(0).to(torch.int32)
+    lens = torch.tensor(rows, device=device)
+    want: list[torch.Tensor] = []
+
+    def empty() -> torch.Tensor:
+        return torch.full((len(rows), heads, 512), torch.nan, device=device, dtype=own)
+
+    def ours() -> Side:
+        out = empty()
+        return Side(lambda: decode_.mla_decode(q, kv, out, indptr, token_ids, sm_scale=scale), out)
+
+    def hosts() -> Side:
+        out = empty()
+        return Side(trial.decode_launch(host, q, kv, out, indptr, token_ids, lens, scale), out)
+
+    def judge(out: torch.Tensor) -> float:
+        if not want:
+            want.append(decode_.mla_decode_ref(q, kv, indptr, token_ids, sm_scale=scale))
+        return trial.relative_error(out, want[0])
+
+    moved = total * (576 * kv.element_size() + token_ids.element_size()) + q.nbytes + len(rows) * heads * 512 * 2
+    return Case(name, moved, {"ours": ours} | ({"host": hosts} if host is not None else {}), "error", judge)
+
+
+def _index_cases(
+    kernel: str, shapes: Sequence[tuple[int, int | str]], device: str, host: Any
+) -> Iterator[tuple[str, Callable[[], Case]]]:
+    for batch, length in shapes:
+        name = f"{batch} x {length}"
+
+        def make(name: str = name, batch: int = batch, length: int | str = length) -> Case:
+            # uneven, as a real batch is
+            rows = [max(n - 37 * i % 64, 1) for i, n in enumerate(_lengths(batch, length))]
+            return _index_case(kernel, name, rows, device, host)
+
+        yield name, make
+
+
+def _index_case(kernel: str, name: str, rows: list[int], device: str, host: Any) -> Case:
+    width = max(WIDTH if device == "cuda" else 1024, -(-max(rows) // PAGE) * PAGE)
+    batch = trial.make_batch(device, rows, width, PAGE)
+    indptr = torch.tensor([0, *rows], device=device).cumsum(0).to(torch.int32)
+    given = batch.table, batch.rows, batch.lens
+
+    def empty() -> torch.Tensor:
+        if kernel == "page-table":
+            return torch.full((len(rows), -(-max(rows) // PAGE)), -1, dtype=torch.int32, device=device)
+        return torch.full((sum(rows) + PAGE,), -1, dtype=torch.int64, device=device)
+
+    def ours() -> Side:
+        out = empty()
+        if kernel == "page-table":
+            return Side(lambda: kv_indices.build_page_table(*given, out, page_size=PAGE), out)
+        return Side(lambda: kv_indices.build_token_indices(*given, indptr, out), out)
+
+    def hosts() -> Side:
+        out = empty()
+        return Side(trial.launch(host, _BUILDERS[kernel], batch, out), out)
+
+    def judge(out: torch.Tensor) -> bool:
+        if kernel == "page-table":
+            return torch.equal(out, kv_indices.page_table_ref(*given, empty(), page_size=PAGE))
+        return torch.equal(out, kv_indices.token_indices_ref(*given, indptr, empty()))
+
+    entries = sum(-(-n // PAGE) for n in rows) if kernel == "page-table" else sum(rows)
+    # a slot is read and an entry written
+    moved = entries * (4 + (4 if kernel == "page-table" else 8))
+    return Case(name, moved, {"ours": ours} | ({"host": hosts} if host is not None else {}), "equal", judge)
+
+
+def _measure(case: Case, device: str, notes: list[str]) -> dict[str, Any]:
+    """Right first: a side that fails, and ours where it is wrong, gets no time."""
+    told: dict[str, float | bool | None] = {"host": None, "ours": None}
+    calls: dict[str, Call] = {}
+    for name, make in case.make.items():
+        try:
+            side = make()
+            side.call()
+            verdict = case.judge(side.out)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            notes.append(f"{case.name}: {name} failed: {problem!r:.300}")
+            continue
+        if math.isfinite(verdict):
+            told[name] = verdict if isinstance(verdict, bool) else round(verdict, 6)
+        else:  # which JSON has no word for
+            notes.append(f"{case.name}: {name} is not finite everywhere")
+        if name == "host" or _is_right(verdict):
+            calls[name] = side.call
+    us: dict[str, float | None] = {"host": None, "ours": None}
+    us |= dict(zip(calls, _time(list(calls.values()), device), strict=True))
+    gbps = round(case.bytes / us["ours"] / 1e3, 1) if us["ours"] and device == "cuda" else None
+    right = told["ours"] is not None and _is_right(told["ours"])
+    return {"case": case.name, "bytes": case.bytes, "us": us, case.told: told, "gbps": gbps, "right": right}
+
+
+def _is_right(verdict: float | bool) -> bool:
+    # false of NaN too
+    return verdict if isinstance(verdict, bool) else verdict <= LIMIT
+
+
+def _time(calls: Sequence[Call], device: str) -> list[float]:
+    """Median microseconds of each: replays of a graph, in turn, so that drift in the clocks hits all alike."""
+    rounds: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS if device == "cuda" else 1):
+        for call, times in zip(calls, rounds, strict=True):
+            times.append(_time_once(call, device))
+    return [round(statistics.median(times), 2) for times in rounds]
+
+
+def _time_once(call: Call, device: str) -> float:
+    if device == "cuda":
+        from triton.testing import do_bench_cudagraph
+
+        return do_bench_cudagraph(call, rep=20, return_mode="median") * 1e3
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+def _copy_gbps() -> float:
+    """What a plain copy within the device reaches, its reads and writes together."""
+    free, _ = torch.cuda.mem_get_info()
+    size = min(2**30, free // 4)
+    source = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return round(2 * size / _time([lambda: target.copy_(source)], "cuda")[0] / 1e3, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
