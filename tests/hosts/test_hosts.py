@@ -7,6 +7,7 @@ from pathlib import Path
 import hosts
 import matrix
 import pytest
+from packaging.version import Version
 
 from mla_patch.compat.sglang_fetch import fetch
 
@@ -44,7 +45,8 @@ def test_applied(release: str, seen: dict) -> None:
 
 def test_decode_applied(release: str, seen: dict) -> None:
     row = next(row for row in seen["features"] if row["name"] == "decode")
-    assert (row["state"], row["declined"], row["served"]) == ("applied", {}, len(seen["decode"]["ours"])), row
+    served = len(seen["decode"]["ours"]) + 2 * len(seen["decode"]["ranks"]["ours"])
+    assert (row["state"], row["declined"], row["served"]) == ("applied", {}, served), row
     assert all(target["replaced_by"] for target in row["targets"])
     edits = [target["replaced_by"].rpartition(":")[2] for target in row["targets"] if target["kind"] == "edit"]
     own = "leave_scales_out" if release in hosts.MISREAD else "watch_scales"
@@ -68,6 +70,20 @@ def test_decodes_what_was_stored(release: str, seen: dict) -> None:
         assert max(ours["error"], again["error"]) < 4e-3, cache
         # the host rounds probabilities to fp8, from 0.5.12 the query too, and the interpreter rounds toward zero
         assert host["error"] < {"float16": 1e-3, "e5m2": 0.1}.get(cache, 0.06), cache
+
+
+def test_decodes_a_ranks_part(release: str, seen: dict) -> None:
+    """Decode context parallelism: the caller reads the log-sum-exp of the splits that it was left."""
+    ours, host = seen["decode"]["ranks"]["ours"], seen["decode"]["ranks"]["host"]
+    assert bool(ours) == (release not in hosts.OLD and Version(release) >= Version("0.5.15"))
+    for cache, row in ours.items():
+        # one call for each rank; a request of which the rank has no key gives zeros, and a log-sum-exp left at -inf
+        assert (row["served"], row["type"], host[cache]["served"]) == (2, "torch.float32", 0), cache
+        assert row["error"] < 4e-3 and row["lse"] < 1e-3, (cache, row)
+        assert row["empty"] == [0.0, 0.0, -float("inf")], cache
+        # beside an 8-bit cache the host rounds the query, too, which the log-sum-exp shows
+        assert host[cache]["error"] < (1e-3 if cache == "float16" else 0.15), (cache, host[cache])
+        assert host[cache]["lse"] < (1e-3 if cache == "float16" else 0.5), (cache, host[cache])
 
 
 def test_scales_are_read_as_they_are_stored(release: str, seen: dict) -> None:
