@@ -671,12 +671,12 @@ def _decode(
     if kind == E4M3:
         kind = _kinds(capability)[1]
     numbers = dict(config or _numbers(heads, kind, capability, q.dtype is torch.float32))
-    tiles = triton.cdiv(heads, numbers["BLOCK_H"])
+    tiles = -(-heads // numbers["BLOCK_H"])  # triton.cdiv and its like take 2 us a call
     programs = max(1, numbers.pop("PER_SM") * sms // tiles)
     partial, partial_lse, spans, requests = _scratch(q.device, programs, heads, batch)
     # measured: with few requests the merge's early programs only stand in the way
     pdl = capability >= (9, 0) and HAS_PDL and batch >= 64
-    rows = next(rows for rows in (16, 64, 256, 1024, 4096, triton.next_power_of_2(batch)) if rows >= batch)
+    rows = next((rows for rows in (16, 64, 256, 1024, 4096) if rows >= batch), 1 << (batch - 1).bit_length())
     _decode_kernel[(programs, tiles)](
         q, kv, out, indptr, token_ids, sinks, partial, partial_lse, spans, requests, batch, heads,
         float(sm_scale * k_scale), float(v_scale), float(logit_cap), int(xai_temperature_len),
@@ -689,7 +689,7 @@ def _decode(
         merge["launch_pdl"] = True
     _merge_kernel[(batch * merge["SLICES"] or programs, heads)](
         out, sinks, partial, partial_lse, spans, requests, heads, float(v_scale), out.stride(0), out.stride(1),
-        PARTIALS=max(triton.next_power_of_2(programs), 2), PDL=pdl, **merge,
+        PARTIALS=max(1 << (programs - 1).bit_length(), 2), PDL=pdl, **merge,
     )  # fmt: skip
     return out
 
@@ -837,42 +837,45 @@ def _check(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, sinks: torch.Te
     """How the cache is read, or ValueError. On the hot path: reads metadata only."""
     if not q.is_cuda and not _INTERPRETED:
         raise ValueError(f"q: on {q.device}, expected a CUDA device (or TRITON_INTERPRET=1 at import)")
-    if q.dtype not in _FLOATS:
-        raise ValueError(f"q: {q.dtype}, expected torch.bfloat16, torch.float16 or torch.float32")
-    if q.dim() != 3 or q.shape[2] != 576 or q.stride(2) != 1:
-        raise ValueError(f"q: shape {tuple(q.shape)}, strides {q.stride()}, expected [B, H, 576], the last contiguous")
-    if not 1 <= q.shape[1] <= 128:
-        raise ValueError(f"q: {q.shape[1]} heads, expected 1 to 128")
-    kind = _EIGHT_BIT.get(kv.dtype, DIRECT)
+    q_type, shape, kv_type = q.dtype, q.shape, kv.dtype
+    if q_type not in _FLOATS:
+        raise ValueError(f"q: {q_type}, expected torch.bfloat16, torch.float16 or torch.float32")
+    if len(shape) != 3 or shape[2] != 576 or q.stride(2) != 1:
+        raise ValueError(f"q: shape {tuple(shape)}, strides {q.stride()}, expected [B, H, 576], the last contiguous")
+    batch, heads, _ = shape
+    if not 1 <= heads <= 128:
+        raise ValueError(f"q: {heads} heads, expected 1 to 128")
+    kind = _EIGHT_BIT.get(kv_type, DIRECT)
     if kind != DIRECT:
         if kv.stride(0) % 2 or kv.stride(-2) % 2 or kv.storage_offset() % 2:
             found = f"strides {kv.stride()}, offset {kv.storage_offset()}"
             raise ValueError(f"kv: {found}, expected even numbers: 8-bit values are read two at a time")
-    elif kv.dtype not in _FLOATS[:2] or (kv.dtype is not q.dtype and q.dtype is not torch.float32):
-        own = "torch.bfloat16, torch.float16" if q.dtype is torch.float32 else f"{q.dtype} as q"
-        raise ValueError(f"kv: {kv.dtype}, expected {own}, torch.float8_e4m3fn or torch.float8_e5m2")
-    if out.shape[:2] != q.shape[:2] or out.shape[2:] != (512,) or out.stride(2) != 1:
-        raise ValueError(f"out: shape {tuple(out.shape)}, strides {out.stride()}, expected {[*q.shape[:2], 512]}")
+    elif kv_type not in _FLOATS[:2] or (kv_type is not q_type and q_type is not torch.float32):
+        own = "torch.bfloat16, torch.float16" if q_type is torch.float32 else f"{q_type} as q"
+        raise ValueError(f"kv: {kv_type}, expected {own}, torch.float8_e4m3fn or torch.float8_e5m2")
+    if out.shape != (batch, heads, 512) or out.stride(2) != 1:
+        raise ValueError(f"out: shape {tuple(out.shape)}, strides {out.stride()}, expected {[batch, heads, 512]}")
     if out.dtype not in _FLOATS:
         raise ValueError(f"out: {out.dtype}, expected torch.bfloat16, torch.float16 or torch.float32")
-    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
-        raise ValueError(
-            f"sinks: {sinks.dtype}, shape {tuple(sinks.shape)}, expected a float for each of {q.shape[1]} heads"
-        )
-    for name, tensor in (("kv", kv), ("out", out), ("sinks", sinks)):
-        if tensor is not None:
-            _check_device(name, tensor, q)
+    if sinks is not None:
+        if sinks.shape != (heads,) or not sinks.is_floating_point():
+            found = f"{sinks.dtype}, shape {tuple(sinks.shape)}"
+            raise ValueError(f"sinks: {found}, expected a float for each of {heads} heads")
+        _check_device("sinks", sinks, q)
+    _check_device("kv", kv, q)
+    _check_device("out", out, q)
     return kind
 
 
 def _check_tokens(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None) -> int:
-    if kv.dim() not in (2, 3) or kv.shape[-1] != 576 or kv.stride(-1) != 1 or (kv.dim() == 3 and kv.shape[1] != 1):
-        raise ValueError(f"kv: shape {tuple(kv.shape)}, strides {kv.stride()}, expected [N, 1, 576] or [N, 576]")
+    shape = kv.shape
+    if shape[1:] not in ((1, 576), (576,)) or kv.stride(-1) != 1:
+        raise ValueError(f"kv: shape {tuple(shape)}, strides {kv.stride()}, expected [N, 1, 576] or [N, 576]")
     return _check(q, kv, out, sinks)
 
 
 def _check_list(name: str, index: torch.Tensor, least: int, q: torch.Tensor) -> None:
-    if index.dtype not in _INDEX or index.dim() != 1 or index.shape[0] < least or not index.is_contiguous():
+    if index.dtype not in _INDEX or index.dim() != 1 or index.numel() < least or not index.is_contiguous():
         found = f"{index.dtype}, shape {tuple(index.shape)}"
         raise ValueError(f"{name}: {found}, expected int32 or int64, contiguous, at least {least} long")
     _check_device(name, index, q)

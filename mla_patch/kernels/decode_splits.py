@@ -196,7 +196,7 @@ def mla_decode_splits(
     numbers = dict(config or _numbers(heads, kind, capability, q.dtype is torch.float32))
     numbers.pop("PER_SM", None)  # the grid is the caller's
     splits = attn_lse.shape[2]
-    _splits_kernel[(batch, triton.cdiv(heads, numbers["BLOCK_H"]), splits)](
+    _splits_kernel[(batch, -(-heads // numbers["BLOCK_H"]), splits)](
         q, kv, indptr, token_ids, attn_logits, attn_lse, num_kv_splits, heads, splits,
         float(sm_scale * k_scale), float(logit_cap), int(xai_temperature_len),
         q.stride(0), q.stride(1), kv.stride(0),
