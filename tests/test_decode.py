@@ -312,13 +312,19 @@ def test_any_pages(lens, page, cache, programs, seed):
     Paged(lens, 2, page, cache=cache).check(config=config)
 
 
-@pytest.mark.parametrize("gain", [1, 8, 64])
+@pytest.mark.parametrize("gain", [1, 8])
 def test_float32_queries(gain):
-    """Over a 16-bit cache nothing of q is lost, which attention as sharp as this would show."""
-    for cache in (*DTYPES, E4M3) if gain < 64 else DTYPES:
+    for cache in (*DTYPES, E4M3):
         case = Case([300, 1, 40], 3, torch.float32, cache, gain=gain)
         assert case.q.dtype is case.out.dtype is torch.float32
         case.check()
+
+
+def test_nothing_of_a_float32_query_is_lost():
+    """Rounded to float16, scores of the order of 8 would be off by 8 * 2**-12 and out by 4e-4."""
+    case = Case([300, 40], 3, torch.float32, torch.float16, gain=8)
+    want = mla_decode_ref(case.q, case.kv, case.indptr, case.ids, sm_scale=SCALE)
+    assert (case.run().double() - want).norm() <= 1e-4 * want.norm()
 
 
 def test_large_and_small_float32_queries():
