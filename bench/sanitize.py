@@ -12,7 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
 
-from mla_patch.kernels.decode import mla_decode, mla_decode_ref
+from mla_patch.kernels.decode import mla_decode, mla_decode_paged, mla_decode_ref
+from mla_patch.kernels.decode_splits import mla_decode_splits, mla_decode_splits_ref
 from mla_patch.kernels.kv_indices import build_page_table, build_token_indices, page_table_ref, token_indices_ref
 
 
@@ -45,8 +46,36 @@ def decode() -> None:
             assert (got - want).norm() <= 4e-3 * want.norm()
 
 
+def pages_and_splits() -> None:
+    lens, page, most = [300, 0, 70, 1], 24, 8
+    ends = torch.tensor([0, *lens], device="cuda").cumsum(0)
+    slots = torch.full((len(lens), 13), -(2**30), device="cuda", dtype=torch.int32)
+    for b, (length, first) in enumerate(zip(lens, (3, 0, 16, 20), strict=True)):
+        count = -(-length // page)
+        slots[b, :count] = torch.arange(first, first + count, device="cuda")
+    j = [torch.arange(length, device="cuda") for length in lens]
+    ids = torch.cat([slots[b, j[b] // page].long() * page + j[b] % page for b in range(len(lens))])
+    splits = torch.tensor([8, 1, 2, 5], device="cuda", dtype=torch.int32)
+    logits = torch.full((len(lens), 3, most, 512), float("nan"), device="cuda")
+    lse = torch.full((len(lens), 3, most), float("nan"), device="cuda")
+    for cache in (torch.bfloat16, torch.float8_e4m3fn):
+        for kind in (torch.bfloat16, torch.float32):
+            q = torch.randn(len(lens), 3, 576, device="cuda", dtype=kind)
+            kv = torch.randn(24, page, 576, device="cuda").to(cache)
+            out = torch.full((len(lens), 3, 512), float("nan"), device="cuda", dtype=kind)
+            want = mla_decode_ref(q, kv.view(-1, 576), ends, ids, sm_scale=0.04)
+            got = mla_decode_paged(q, kv, out, slots, ends.diff(), sm_scale=0.04).double()
+            assert (got - want).norm() <= 4e-3 * want.norm()
+            inputs = ends, ids, logits, lse, splits
+            _, lses = mla_decode_splits_ref(q, kv.view(-1, 576), *inputs, sm_scale=0.04)
+            got = mla_decode_splits(q, kv.view(-1, 576), out.fill_(0), *inputs, sm_scale=0.04).double()
+            assert (got - want).norm() <= 4e-3 * want.norm()
+            torch.testing.assert_close(lse.double(), lses, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
 if __name__ == "__main__":
     kv_indices()
     decode()
+    pages_and_splits()
     torch.cuda.synchronize()
     print("every launch equals its definition")

@@ -83,6 +83,13 @@ def sm_count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies on another GPU than the current one, where Triton launches whatever tensors say."""
+    import torch
+
+    return tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+
+
 def capturing() -> bool:
     """Whether the current stream records a CUDA graph; False, and CUDA untouched, before CUDA is in use."""
     torch = sys.modules.get("torch")  # asked at every served call, and a host without torch captures nothing

@@ -38,7 +38,8 @@ there, unless the graphs that it replays are captured already:
         0.5.19 - 0.5.22   enable_lean=None and four lean tensors, which only ROCm reads
         from 0.5.23       uneven_batch=None, likewise
 
-    From 0.5.15 decode context parallelism calls it without has_mla and reads attn_lse afterwards.
+    From 0.5.15 decode context parallelism calls it without has_mla: with the queries of all ranks, a float32 out, and
+    attn_lse filled with -inf, of which it takes the log-sum-exp over the splits afterwards.
 
 Scales of an fp8 latent cache (V is the first 512 of the same stored row, so one scale is the only right number):
 
@@ -276,13 +277,13 @@ class DecodeCall:
     """One decode step of one layer, whatever the release; see ``kernels.decode`` for shapes.
 
     Takes a call of 0.5.12 and later as it comes, in the newest release's order. The scratch and its splits are the
-    host's: ours brings its own. PDL and page_size only say how the host's kernel works, and only ROCm looks at the lean
-    arguments.
+    host's: ours brings its own, but for a caller who may read them. PDL and page_size only say how the host's kernel
+    works, and only ROCm looks at the lean arguments.
     """
 
     __slots__ = (
-        "extra", "indptr", "k", "k_scale", "logit_cap", "out", "q", "sinks", "sm_scale", "token_ids", "v_scale",
-        "xai_temperature_len",
+        "extra", "indptr", "k", "k_scale", "logit_cap", "out", "q", "sinks", "sm_scale", "splits", "token_ids",
+        "v_scale", "xai_temperature_len",
     )  # fmt: skip
 
     def __init__(
@@ -302,11 +303,20 @@ class DecodeCall:
         self.logit_cap = logit_cap
         self.sinks = sinks
         self.xai_temperature_len = xai_temperature_len
-        # what of this call ours does not do; with has_mla the host, too, reads values from k_buffer
-        if has_mla and score_mod is None:
-            self.extra = None
+        # what of this call ours does not do
+        self.extra = None if score_mod is None else "score_mod"
+        if has_mla:  # then the host, too, reads values from k_buffer, and nobody the scratch
+            self.splits = None
         else:
-            self.extra = "score_mod" if has_mla else "no has_mla: the caller may read attn_lse"
+            self.splits = (attn_logits, attn_lse, num_kv_splits, max_kv_splits)
+            self.extra = self.extra or _other_values(k_buffer, v_buffer)
+
+
+def _other_values(k, v) -> str | None:
+    """What keeps values from being the first 512 of the keys, or None."""
+    if v.data_ptr() != k.data_ptr() or v.stride() != k.stride() or v.shape[-1] != 512:
+        return "v_buffer is not the first 512 of k_buffer"
+    return None
 
 
 def decode_call_0510(
@@ -317,9 +327,7 @@ def decode_call_0510(
         q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits, sm_scale,
         k_scale, v_scale, logit_cap, sinks, xai_temperature_len, True,
     )  # fmt: skip
-    k, v = k_buffer, v_buffer
-    if v.data_ptr() != k.data_ptr() or v.stride() != k.stride() or v.shape[-1] != 512:
-        call.extra = "v_buffer is not the first 512 of k_buffer"
+    call.extra = _other_values(k_buffer, v_buffer)
     return call
 
 

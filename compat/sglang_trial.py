@@ -11,6 +11,7 @@ nothing here runs in a serving process.
 
 from __future__ import annotations
 
+import copy
 import dis
 import importlib
 import importlib.abc
@@ -21,7 +22,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -376,6 +377,54 @@ class DecodeTrial:
         out = self.backend.forward_decode(self.q, k, v, self.layer, step, **more)
         return out.view(len(self.last), -1, 512)
 
+    def decode_rank(self, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One rank's step under decode context parallelism: what the host would combine over ranks, (out, lse).
+
+        The rank has every ``size``-th token, and the queries of all ranks, here ``size`` times those of this one.
+        """
+        module = sys.modules[type(self.backend).__module__]
+        pool = _latent_pool(self.batch, self.pool.dtype)
+        own = torch.cat([torch.arange(length) % size == rank for length in self.batch.lens_list])
+        _bytes(pool)[self.slots[own] // size] = _bytes(self.pool)[self.slots[own]]
+        backend = copy.copy(self.backend)
+        heads = size * self.layer.tp_q_head_num
+        vars(backend).update(token_to_kv_pool=pool, dcp_size=size, dcp_rank=rank, num_head=heads)
+        seen = []
+
+        def combine(out: torch.Tensor, lse: torch.Tensor, group: Any) -> torch.Tensor:
+            seen.append((out.clone(), lse.clone()))
+            return out[:, : self.layer.tp_q_head_num]
+
+        group = SimpleNamespace(all_gather=lambda q, dim: torch.cat([q] * size, dim))
+        names = {
+            "get_dcp_group": lambda: group,
+            "get_parallel": lambda: SimpleNamespace(dcp_group=group),
+            "use_symmetric_memory": nullcontext,
+            "cp_lse_ag_out_rs_mha": combine,
+        }
+        with ExitStack() as stack:
+            stack.enter_context(_one_rank())
+            for name in names.keys() & vars(module).keys():
+                stack.enter_context(mock.patch.object(module, name, names[name]))
+            step = self._step("DECODE", self.slots[self.last])
+            backend.init_forward_metadata(step)
+            k = self.latents[self.last]
+            backend.forward_decode(self.q, k.clone(), k[..., :512].clone(), self.layer, step, save_kv_cache=False)
+        return seen[0]
+
+    def expected_rank(self, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The definition of one rank's step; where it has no token, zeros and -inf."""
+        latents = self.pool.get_key_buffer(0)[self.slots].double()[:, 0] * self.factor()
+        q = self.q.double().view(len(self.last), -1, 576).repeat(1, size, 1)
+        scores = [
+            (one @ row[rank::size].T) * self.layer.scaling for one, row in zip(q, self._rows(latents), strict=True)
+        ]
+        out = [s.softmax(-1) @ row[rank::size, :512] for s, row in zip(scores, self._rows(latents), strict=True)]
+        return torch.stack(out), torch.stack([s.logsumexp(-1) for s in scores])
+
+    def _rows(self, latents: torch.Tensor) -> Sequence[torch.Tensor]:
+        return latents.split(list(self.batch.lens_list))
+
     def factor(self) -> float:
         """What the stored latents have to be multiplied by to be those that were given: 1, or the layer's scale."""
         stored = self.pool.get_key_buffer(0)[self.slots].double()
@@ -386,8 +435,10 @@ class DecodeTrial:
         """The definition, in float64, over the bytes that were stored."""
         latents = self.pool.get_key_buffer(0)[self.slots].double()[:, 0] * self.factor()
         q = self.q.double().view(len(self.last), -1, 576)
-        rows = latents.split(list(self.batch.lens_list))
-        out = [(one @ row.T * self.layer.scaling).softmax(-1) @ row[:, :512] for one, row in zip(q, rows, strict=True)]
+        out = [
+            (one @ row.T * self.layer.scaling).softmax(-1) @ row[:, :512]
+            for one, row in zip(q, self._rows(latents), strict=True)
+        ]
         return torch.stack(out)
 
 
@@ -401,6 +452,12 @@ class _Metadata(SimpleNamespace):
 
     def __getattr__(self, name: str) -> None:
         return None
+
+
+def has_ranks() -> bool:
+    """Whether the release's Triton backend can divide decode over ranks."""
+    module = importlib.import_module("sglang.srt.layers.attention.triton_backend")
+    return hasattr(module, "cp_lse_ag_out_rs_mha")
 
 
 def imported(what: str) -> Any:
@@ -419,6 +476,11 @@ def _latent_pool(batch: Batch, dtype: torch.dtype) -> Any:
         "device": str(batch.device), "enable_memory_saver": False,
     }  # fmt: skip
     return pool(**given)
+
+
+def _bytes(pool: Any) -> torch.Tensor:
+    """A pool's latents, whatever their type; indexing does not know every 8-bit one."""
+    return pool.get_key_buffer(0).view(torch.uint8)
 
 
 def builder(name: str, version: str | None) -> Any:

@@ -3,6 +3,9 @@
 Why: the host's kernel reads the latent cache once per 16 query heads, and its split scratch grows with rows x heads x
 splits. From 0.5.12 the host has an MLA kernel of its own; there the table below says on which GPUs ours is faster.
 
+A caller who does not say `has_mla` may read the split scratch, as decode context parallelism does from 0.5.15 on: then
+ours fills it as the host would.
+
 Scales of an fp8 cache. What is stored is never ours to change: MHA prefill, other processes and the host's own arm
 read the same bytes. So ours reads what the release stores:
 
@@ -67,13 +70,12 @@ def declines(call: DecodeCall) -> str | None:
     """Why this call goes to the host, or None. What is left of shapes and dtypes is the launcher's to refuse."""
     if call.extra is not None:
         return call.extra
-    slots = call.k.shape
-    if len(slots) != 3:
-        return f"{len(slots)}-D cache view"
-    if slots[2] != 576 or slots[1] != 1:
-        return f"{slots[1]} kv heads of {slots[2]}, not one of 512 + 64"
-    if call.q.shape[1] == 1:
-        return "MHA group size 1"
+    try:
+        _, heads, width = call.k.shape
+    except ValueError:
+        return f"{call.k.dim()}-D cache view"
+    if width != 576 or heads != 1:
+        return f"{heads} kv heads of {width}, not one of 512 + 64"
     k_scale = call.k_scale
     # false of NaN too
     if not (k_scale == call.v_scale and 0.0 < k_scale < inf):
@@ -82,21 +84,46 @@ def declines(call: DecodeCall) -> str | None:
 
 
 def serve(call: DecodeCall) -> None:
-    from mla_patch.kernels.decode import mla_decode
+    q = call.q
+    if q.shape[1] == 1:
+        raise ValueError("MHA group size 1")  # declined as well, and the dispatcher's road is that much shorter
+    if call.splits is None:
+        from mla_patch.kernels.decode import mla_decode
 
-    mla_decode(
-        call.q,
-        call.k,
-        call.out,
-        call.indptr,
-        call.token_ids,
-        sm_scale=call.sm_scale,
-        k_scale=call.k_scale,
-        v_scale=call.v_scale,
-        logit_cap=call.logit_cap,
-        sinks=call.sinks,
-        xai_temperature_len=call.xai_temperature_len,
-    )
+        mla_decode(
+            q,
+            call.k,
+            call.out,
+            call.indptr,
+            call.token_ids,
+            sm_scale=call.sm_scale,
+            k_scale=call.k_scale,
+            v_scale=call.v_scale,
+            logit_cap=call.logit_cap,
+            sinks=call.sinks,
+            xai_temperature_len=call.xai_temperature_len,
+        )
+    else:  # decode context parallelism: the caller reads its scratch afterwards
+        from mla_patch.kernels.decode_splits import mla_decode_splits
+
+        attn_logits, attn_lse, num_kv_splits, max_kv_splits = call.splits
+        mla_decode_splits(
+            q,
+            call.k,
+            call.out,
+            call.indptr,
+            call.token_ids,
+            attn_logits,
+            attn_lse,
+            num_kv_splits,
+            sm_scale=call.sm_scale,
+            k_scale=call.k_scale,
+            v_scale=call.v_scale,
+            logit_cap=call.logit_cap,
+            sinks=call.sinks,
+            xai_temperature_len=call.xai_temperature_len,
+            max_kv_splits=max_kv_splits,
+        )
 
 
 def warm(capacity: Capacity) -> int:

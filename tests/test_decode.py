@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels import decode as module
-from mla_patch.kernels.decode import decode_config, merge_config, mla_decode, mla_decode_ref
+from mla_patch.kernels.decode import decode_config, merge_config, mla_decode, mla_decode_paged, mla_decode_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 # the interpreter's tl.dot is wrong on bfloat16
@@ -231,12 +231,123 @@ def test_any_batch(lens, heads, cache, programs, sink, seed):
     Case(lens, heads, cache=cache).check(config=config, sinks=sinks)
 
 
+class Paged(Case):
+    """The same in pages of random places, by a table whose other entries would be a fault to follow."""
+
+    def __init__(self, lens, heads, page, *, wide=3, index=torch.int32, **options):
+        super().__init__(lens, heads, **options)
+        counts = [-(-max(length, 0) // page) for length in lens]
+        pages = torch.full((sum(counts) + 5, page, 1, 576), math.nan).to(self.kv.dtype).to(DEVICE)
+        order = torch.randperm(len(pages))
+        table = torch.full((len(lens) + 1, max(counts, default=0) + wide), -(2**30), dtype=index)
+        slots, next_page = [], 0
+        for b, (length, count) in enumerate(zip(lens, counts, strict=True)):
+            own = order[next_page : next_page + count]
+            table[b, :count] = own
+            slots.append((own[:, None] * page + torch.arange(page)).flatten()[: max(length, 0)])
+            next_page += count
+        slots = torch.cat(slots).to(DEVICE) if slots else torch.zeros(0, dtype=torch.int64, device=DEVICE)
+        flat = pages.view(-1, 1, 576).view(torch.uint8)
+        flat[slots] = self.kv[self.ids.long()].view(torch.uint8)
+        self.pages, self.table = pages, table.to(DEVICE)[:, : table.shape[1] - 1]
+        # the definition reads the same by token
+        self.kv, self.ids = pages.view(-1, 1, 576), slots
+        self.lens_given = torch.tensor([*lens, 999999], dtype=index, device=DEVICE)
+
+    def run(self, **options):
+        got = mla_decode_paged(self.q, self.pages, self.out, self.table, self.lens_given, sm_scale=SCALE, **options)
+        assert got is self.out
+        return got
+
+
+@pytest.mark.parametrize("page", [1, 16, 24, 64])
+@pytest.mark.parametrize("lens", [[1], [0], [63, 64, 65, 1, 0, 129], [400, 3]], ids=str)
+def test_by_pages(page, lens):
+    for cache in (None, E4M3):
+        Paged(lens, 3, page, cache=cache).check(sinks=torch.randn(3, device=DEVICE))
+
+
+def test_by_pages_is_what_it_is_by_token():
+    """Bit for bit, with every option, whoever has the keys."""
+    options = {"logit_cap": 2.0, "xai_temperature_len": 8, "k_scale": 1.5, "v_scale": 0.5}
+    for cache in (None, E4M3):
+        case = Paged([200, 0, 31, 90], 5, 16, cache=cache)
+        for programs in (1, 7):
+            config = {**decode_config(5, False, (9, 0), True), "PER_SM": programs}
+            got = case.run(config=config, **options).clone()
+            want = Case.run(case, config=config, **options)
+            assert torch.equal(got, want) and torch.isfinite(got).all()
+
+
+def test_pages_apart_and_index_types():
+    for index in (torch.int32, torch.int64):
+        case = Paged([70, 9], 3, 8, cache=E4M3, index=index)
+        # other layers' pages between them, and rows wider than a latent
+        apart = torch.full((len(case.pages), 2, 8, 640), 0x7F, dtype=torch.uint8, device=DEVICE)
+        apart[:, 1, :, :576] = case.pages[:, :, 0].view(torch.uint8)
+        case.pages = apart.view(E4M3)[:, 1, :, :576]
+        assert case.pages.stride(0) == 2 * 8 * 640 and case.table.stride(0) > case.table.shape[1]
+        case.check()
+    case = Paged([40, 7], 2, 64, wide=1)
+    case.lens_given = torch.tensor([-3, 7], dtype=torch.int32, device=DEVICE)
+    got = case.run()
+    assert (got[0] == 0).all() and torch.isfinite(got[1]).all()
+
+
+def test_no_requests_by_pages():
+    assert Paged([], 4, 16).run().numel() == 0
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    lens=st.lists(st.one_of(st.integers(0, 5), st.integers(20, 150)), min_size=1, max_size=5),
+    page=st.integers(1, 70),
+    cache=st.sampled_from([None, E4M3]),
+    programs=st.integers(1, 8),
+    seed=st.integers(0, 2**31),
+)
+def test_any_pages(lens, page, cache, programs, seed):
+    torch.manual_seed(seed)
+    config = {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": programs, "num_warps": 4}
+    Paged(lens, 2, page, cache=cache).check(config=config)
+
+
+@pytest.mark.parametrize("gain", [1, 8])
+def test_float32_queries(gain):
+    for cache in (*DTYPES, E4M3):
+        case = Case([300, 1, 40], 3, torch.float32, cache, gain=gain)
+        assert case.q.dtype is case.out.dtype is torch.float32
+        case.check()
+
+
+def test_nothing_of_a_float32_query_is_lost():
+    """Rounded to float16, scores of the order of 8 would be off by 8 * 2**-12 and out by 4e-4."""
+    case = Case([300, 40], 3, torch.float32, torch.float16, gain=8)
+    want = mla_decode_ref(case.q, case.kv, case.indptr, case.ids, sm_scale=SCALE)
+    assert (case.run().double() - want).norm() <= 1e-4 * want.norm()
+
+
+def test_large_and_small_float32_queries():
+    """A head's q beyond what the cache's type holds: it is a power of two that keeps it."""
+    case = Case([64], 3, torch.float32, DTYPES[0])
+    case.q *= torch.tensor([2.0**-60, 1.0, 2.0**60], device=DEVICE)[None, :, None]
+    keys = case.kv[case.ids.long(), 0].double()
+    got = mla_decode(case.q, case.kv, case.out, case.indptr, case.ids, sm_scale=1.0)
+    want = (case.q[0].double() @ keys.T).softmax(-1) @ keys[:, :512]
+    assert (got[0].double() - want).norm() <= 4e-3 * want.norm()
+
+
 def bad(name, spoil, message):
     return pytest.param(name, spoil, message, id=f"{name}: {message[:30]}")
 
 
+def uneven(x, stride, offset):
+    """An 8-bit cache whose pairs of bytes do not begin at even addresses."""
+    return torch.zeros(stride * 9 + 1, device=DEVICE).to(E4M3).as_strided((9, 1, 576), (stride, stride, 1), offset)
+
+
 BAD = [
-    bad("q", lambda x: x.float(), "q: torch.float32, expected torch.bfloat16 or torch.float16"),
+    bad("q", lambda x: x.double(), "q: torch.float64, expected torch.bfloat16, torch.float16 or torch.float32"),
     bad("q", lambda x: x[..., :512], r"q: shape \(2, 3, 512\)"),
     bad("q", lambda x: x[0], r"q: shape \(3, 576\)"),
     bad("q", lambda x: x.repeat(1, 50, 1), "q: 150 heads, expected 1 to 128"),
@@ -244,6 +355,9 @@ BAD = [
     bad("kv", lambda x: x[..., :512], r"kv: shape \(.*, 1, 512\)"),
     bad("kv", lambda x: x.repeat(1, 2, 1), r"kv: shape \(.*, 2, 576\)"),
     bad("kv", lambda x: x.to(torch.float32), "kv: torch.float32, expected torch.float16 as q"),
+    bad("kv", lambda x: x.bfloat16(), "kv: torch.bfloat16, expected torch.float16 as q"),
+    bad("kv", lambda x: uneven(x, 577, 0), r"kv: strides \(577, 577, 1\), offset 0, expected even numbers"),
+    bad("kv", lambda x: uneven(x, 578, 1), r"kv: strides \(578, 578, 1\), offset 1, expected even numbers"),
     bad("out", lambda x: x[..., :500], "out: shape"),
     bad("out", lambda x: x[:1], "out: shape"),
     bad("out", lambda x: x.double(), "out: torch.float64"),
@@ -267,6 +381,43 @@ def test_misuse(name, spoil, message):
     with pytest.raises(ValueError, match=message):
         mla_decode(**args)
     assert torch.isnan(case.out).all()
+
+
+@pytest.mark.parametrize(
+    "name, spoil, message",
+    [
+        ("kv", lambda x: x[:, :, 0, :512], r"kv: shape \(.*, 16, 512\), .* expected \[pages, page_size, 576\]"),
+        ("kv", lambda x: x.expand(-1, -1, 2, -1), r"kv: shape \(.*, 16, 2, 576\)"),
+        ("kv", lambda x: x[:, :0], r"kv: shape \(.*, 0, 576\)"),
+        ("kv", lambda x: x[0, 0], r"kv: shape \(1, 576\)"),
+        ("kv", lambda x: x.float(), "kv: torch.float32, expected torch.float16 as q"),
+        (
+            "block_table",
+            lambda x: x[0],
+            r"block_table: torch.int32, shape .*, expected int32 or int64, \[2 or more, pages\]",
+        ),
+        ("block_table", lambda x: x[:1], r"block_table: torch.int32, shape \(1, "),
+        ("block_table", lambda x: x.float(), "block_table: torch.float32"),
+        ("block_table", lambda x: x.repeat(1, 2)[:, ::2], "block_table: stride 2 in the last dimension, expected 1"),
+        ("lens", lambda x: x[:1], r"lens: torch.int32, shape \(1,\), expected .* at least 2 long"),
+        ("lens", lambda x: x.float(), "lens: torch.float32"),
+        ("k_scale", lambda x: 0.0, "k_scale: 0.0"),
+    ],
+)
+def test_misuse_of_pages(name, spoil, message):
+    case = Paged([4, 25], 3, 16)
+    args = {"q": case.q, "kv": case.pages, "out": case.out, "block_table": case.table, "lens": case.lens_given}
+    args |= {"sm_scale": SCALE}
+    args[name] = spoil(args.get(name))
+    with pytest.raises(ValueError, match=message):
+        mla_decode_paged(**args)
+    assert torch.isnan(case.out).all()
+
+
+def test_a_float32_cache_is_refused():
+    case = Case([4], 2, torch.float32, torch.float32)
+    with pytest.raises(ValueError, match=r"kv: torch.float32, expected torch.bfloat16, torch.float16, torch.float8"):
+        case.run()
 
 
 def test_launch_numbers_are_those_that_were_measured():
@@ -319,6 +470,27 @@ def test_a_graph_follows_its_buffers(batch, cache):
         want = mla_decode_ref(case.q, case.kv, case.indptr, case.ids, sm_scale=SCALE)
         assert (case.out.double() - want).norm() <= 4e-3 * want.norm() + 1e-9
     assert int(full[-1]) == 3000 * batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("cache", [None, E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("page", [1, 24, 64])
+def test_pages_on_a_gpu(page, cache):
+    """Real lengths, and a graph captured with lengths of one and replayed with these."""
+    lens = [1, 9000, 64, 0, 4097, 63]
+    case = Paged(lens, 16, page, dtype=torch.bfloat16, cache=cache)
+    case.check()
+    full = case.lens_given.clone()
+    case.lens_given.fill_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.run()
+    want = case.run().clone()
+    case.lens_given.copy_(full)
+    case.out.fill_(math.nan)
+    graph.replay()
+    assert not torch.equal(case.out, want) and torch.equal(case.out.clone(), case.run())
 
 
 @pytest.mark.gpu

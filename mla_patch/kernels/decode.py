@@ -1,7 +1,8 @@
 """MLA decode: one query token per request attends to its rows of the paged latent cache.
 
-    q          [B, H, 576]          bfloat16 or float16; 512 latent and 64 rope values
-    kv         [N, 576] (or [N, 1, 576])  dtype of q, float8_e4m3fn or float8_e5m2; V is the first 512 values of K
+    q          [B, H, 576]          bfloat16, float16 or float32; 512 latent and 64 rope values
+    kv         [N, 576] (or [N, 1, 576])  dtype of q, float8_e4m3fn or float8_e5m2; V is the first 512 values of K.
+                                    Under a float32 q bfloat16 or float16, not float32
     out        [B, H, 512]          bfloat16, float16 or float32
     indptr     [>= B + 1]           int32 or int64; request b owns token_ids[indptr[b] : indptr[b + 1]]
     token_ids  [>= indptr[B]]       int32 or int64, physical rows of kv in any order, repeats allowed
@@ -13,7 +14,10 @@
 
 Every row of the cache is read once per tile of query heads. An 8-bit row is read as 288 pairs of bytes: one copy in
 shared memory serves both products, and each register of pairs becomes one operand of even and one of odd values, both
-float16 and exact. q and the probabilities stay 16-bit, so the error does not grow as attention sharpens.
+float16 and exact. q and the probabilities stay 16-bit, so the error does not grow as attention sharpens. A float32 q
+becomes float16 beside an 8-bit cache and the sum of two operands beside a 16-bit one, inside the kernel.
+
+A cache may also be read by pages, `mla_decode_paged`. Callers who read the splits: `mla_patch.kernels.decode_splits`.
 
 The keys of all requests, in tiles, are one line of work that is cut into equal pieces, one per program; a program finds
 its requests on the device, so a captured graph stays right when lengths change. A request that one program has to
@@ -148,18 +152,29 @@ def _half(x, unit):
 
 
 @triton.jit
+def _split(x, unit, kind):
+    """A float32 in units of ``unit``, as the sum of two 16-bit numbers."""
+    x = x / unit[:, None]
+    high = x.to(kind)
+    return high, (x - high.to(tl.float32)).to(kind)
+
+
+@triton.jit
 def _tanh(x):
     t = tl.exp2(tl.abs(x) * -2.8853900817779268)
     return tl.where(x < 0, -1.0, 1.0) * (1.0 - t) / (1.0 + t)
 
 
 @triton.jit
-def _requests(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _requests(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.constexpr):
     """Every request's tiles, and where they end on the line of all tiles."""
     lane = tl.arange(0, ROWS)
     begin = tl.load(indptr + lane, mask=lane < B, other=0)
-    end = tl.load(indptr + 1 + lane, mask=lane < B, other=0)
-    tiles = (tl.maximum(end - begin, 0).to(tl.int32) + (BLOCK_N - 1)) // BLOCK_N
+    if PAGED:
+        keys = begin
+    else:
+        keys = tl.load(indptr + 1 + lane, mask=lane < B, other=0) - begin
+    tiles = (tl.maximum(keys, 0).to(tl.int32) + (BLOCK_N - 1)) // BLOCK_N
     return lane, tiles
 
 
@@ -186,7 +201,162 @@ def _load_chunk(row, c, KIND: tl.constexpr):
     return one, other
 
 
-_CHANGING = ["B", "sm_scale", "v_scale", "logit_cap", "xai_len"]
+@triton.jit
+def _attend(
+    source,
+    mask,
+    kv,
+    ids,
+    first,
+    count,
+    keys,
+    length,
+    sm_scale,
+    logit_cap,
+    xai_len,
+    kv_stride,
+    page_stride,
+    KIND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    XAI: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """``count`` tiles of a request's keys, from tile ``first`` on: the largest score, the sum of weights, weighted V.
+
+    ``source`` points at the heads' queries, ``ids`` at ``keys`` rows of the cache or, where there is a PAGE_SIZE, at
+    their pages. The temperature is that of a request of ``length`` keys.
+    """
+    # A row is four chunks of 128 values and 64 of rope, each read as two operands. In an 8-bit cache these are even and
+    # odd values, and the row has half as many elements, of two bytes.
+    STEP: tl.constexpr = 1 if KIND == 0 else 2
+    CHUNK: tl.constexpr = 128 // STEP  # elements of the cache
+    OTHER: tl.constexpr = 64 if KIND == 0 else 1  # from one operand's first value to the other's
+    OTHER_ROPE: tl.constexpr = 32 if KIND == 0 else 1
+    n = tl.arange(0, BLOCK_N)
+    c = tl.arange(0, 64)
+    r = tl.arange(0, 32)
+    if XAI:
+        # log2(0) of a single key is not selected
+        last = tl.maximum(length - 1, 1).to(tl.float32)
+        temperature = tl.where(length - 1 > xai_len, tl.log2(last) / tl.log2(xai_len.to(tl.float32)), 1.0)
+    m = tl.full([BLOCK_H], -float("inf"), tl.float32)
+    weights = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+    a0 = tl.zeros([BLOCK_H, 64], tl.float32)
+    a1 = tl.zeros([BLOCK_H, 64], tl.float32)
+    a2 = tl.zeros([BLOCK_H, 64], tl.float32)
+    a3 = tl.zeros([BLOCK_H, 64], tl.float32)
+    b0 = tl.zeros([BLOCK_H, 64], tl.float32)
+    b1 = tl.zeros([BLOCK_H, 64], tl.float32)
+    b2 = tl.zeros([BLOCK_H, 64], tl.float32)
+    b3 = tl.zeros([BLOCK_H, 64], tl.float32)
+    q0 = tl.load(source + STEP * c[None, :], mask=mask, other=0.0)
+    q1 = tl.load(source + 128 + STEP * c[None, :], mask=mask, other=0.0)
+    q2 = tl.load(source + 256 + STEP * c[None, :], mask=mask, other=0.0)
+    q3 = tl.load(source + 384 + STEP * c[None, :], mask=mask, other=0.0)
+    qr = tl.load(source + 512 + STEP * r[None, :], mask=mask, other=0.0)
+    p0 = tl.load(source + OTHER + STEP * c[None, :], mask=mask, other=0.0)
+    p1 = tl.load(source + 128 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
+    p2 = tl.load(source + 256 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
+    p3 = tl.load(source + 384 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
+    pr = tl.load(source + 512 + OTHER_ROPE + STEP * r[None, :], mask=mask, other=0.0)
+    # The other operand's q is negated: Triton chains dot + dot into one, and here two chains run side by side.
+    scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
+    TWICE: tl.constexpr = KIND == 0 and q0.dtype == tl.float32
+    if KIND == 0 and not TWICE:
+        p0, p1, p2, p3, pr = -p0, -p1, -p2, -p3, -pr
+    else:
+        # a power of two takes every head's q into float16's range, and loses nothing
+        largest = tl.maximum(_largest(q0, q1, q2, q3, qr), _largest(p0, p1, p2, p3, pr))
+        unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        unit = tl.where(unit > 0, unit, 1.0)
+        scale = (scale * unit)[:, None]
+    if TWICE:
+        # a float32 is more than one operand of the cache's type holds: what is left of it makes another
+        kind = kv.dtype.element_ty
+        q0, u0 = _split(q0, unit, kind)
+        q1, u1 = _split(q1, unit, kind)
+        q2, u2 = _split(q2, unit, kind)
+        q3, u3 = _split(q3, unit, kind)
+        qr, ur = _split(qr, unit, kind)
+        p0, w0 = _split(p0, -unit, kind)
+        p1, w1 = _split(p1, -unit, kind)
+        p2, w2 = _split(p2, -unit, kind)
+        p3, w3 = _split(p3, -unit, kind)
+        pr, wr = _split(pr, -unit, kind)
+    elif KIND != 0:
+        q0, q1, q2, q3, qr = _half(q0, unit), _half(q1, unit), _half(q2, unit), _half(q3, unit), _half(qr, unit)
+        p0, p1, p2, p3, pr = (
+            _half(p0, -unit),
+            _half(p1, -unit),
+            _half(p2, -unit),
+            _half(p3, -unit),
+            _half(pr, -unit),
+        )
+    for i in tl.range(0, count, num_stages=STAGES):
+        j = (first + i) * BLOCK_N + n
+        # a key past the end reads the last one again: its weight is 0, and 0 times a stranger's NaN is NaN
+        at = tl.minimum(j, keys - 1)
+        if PAGE_SIZE == 0:
+            slot = tl.load(ids + at).to(tl.int64)
+            row = kv + slot[:, None] * kv_stride
+        else:
+            page = tl.load(ids + at // PAGE_SIZE).to(tl.int64)
+            row = kv + (page * page_stride + (at % PAGE_SIZE).to(tl.int64) * kv_stride)[:, None]
+        k0, l0 = _load_chunk(row, c, KIND)
+        k1, l1 = _load_chunk(row + CHUNK, c, KIND)
+        k2, l2 = _load_chunk(row + 2 * CHUNK, c, KIND)
+        k3, l3 = _load_chunk(row + 3 * CHUNK, c, KIND)
+        kr, lr = _load_chunk(row + 4 * CHUNK, r, KIND)
+        s = tl.dot(qr, kr.T)
+        t = tl.dot(pr, lr.T)
+        s = tl.dot(q0, k0.T, s)
+        t = tl.dot(p0, l0.T, t)
+        s = tl.dot(q1, k1.T, s)
+        t = tl.dot(p1, l1.T, t)
+        s = tl.dot(q2, k2.T, s)
+        t = tl.dot(p2, l2.T, t)
+        s = tl.dot(q3, k3.T, s)
+        t = tl.dot(p3, l3.T, t)
+        if TWICE:
+            s = tl.dot(ur, kr.T, s)
+            t = tl.dot(wr, lr.T, t)
+            s = tl.dot(u0, k0.T, s)
+            t = tl.dot(w0, l0.T, t)
+            s = tl.dot(u1, k1.T, s)
+            t = tl.dot(w1, l1.T, t)
+            s = tl.dot(u2, k2.T, s)
+            t = tl.dot(w2, l2.T, t)
+            s = tl.dot(u3, k3.T, s)
+            t = tl.dot(w3, l3.T, t)
+        s = (s - t) * scale
+        if CAPPED:
+            s = (logit_cap * 1.4426950408889634) * _tanh(s / logit_cap)
+        if XAI:
+            s = s * temperature
+        s = tl.where((j < keys)[None, :], s, -float("inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        keep = tl.exp2(m - top)
+        p = tl.exp2(s - top[:, None])
+        weights = weights * keep[:, None] + p
+        m = top
+        keep = keep[:, None]
+        p = p.to(k0.dtype)
+        a0 = tl.dot(p, k0, a0 * keep)
+        b0 = tl.dot(p, l0, b0 * keep)
+        a1 = tl.dot(p, k1, a1 * keep)
+        b1 = tl.dot(p, l1, b1 * keep)
+        a2 = tl.dot(p, k2, a2 * keep)
+        b2 = tl.dot(p, l2, b2 * keep)
+        a3 = tl.dot(p, k3, a3 * keep)
+        b3 = tl.dot(p, l3, b3 * keep)
+    denominator = tl.sum(weights, 1)
+    return m, denominator, a0, a1, a2, a3, b0, b1, b2, b3
+
+
+_CHANGING = ["B", "sm_scale", "v_scale", "logit_cap", "xai_len", "table_stride"]
 _CALL_ARGS = ["q", "out", "indptr", "token_ids", "sinks"]
 
 
@@ -213,6 +383,8 @@ def _decode_kernel(
     kv_stride,
     out_stride_b,
     out_stride_h,
+    table_stride,
+    page_stride,
     KIND: tl.constexpr,
     CAPPED: tl.constexpr,
     XAI: tl.constexpr,
@@ -221,17 +393,13 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
+    """One piece of the work. With a PAGE_SIZE, ``indptr`` holds lengths and ``token_ids`` is the block table."""
     program = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()  # the merge may be set up; it waits for the end of this kernel before it reads
-    # A row is four chunks of 128 values and 64 of rope, each read as two operands. In an 8-bit cache these are even and
-    # odd values, and the row has half as many elements, of two bytes.
-    STEP: tl.constexpr = 1 if KIND == 0 else 2
-    CHUNK: tl.constexpr = 128 // STEP  # elements of the cache
-    OTHER: tl.constexpr = 64 if KIND == 0 else 1  # from one operand's first value to the other's
-    OTHER_ROPE: tl.constexpr = 32 if KIND == 0 else 1
-    lane, tiles = _requests(indptr, B, ROWS, BLOCK_N)
+    lane, tiles = _requests(indptr, B, ROWS, BLOCK_N, PAGE_SIZE > 0)
     total = tl.sum(tiles, 0)
     each = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
     start = program * each
@@ -240,107 +408,28 @@ def _decode_kernel(
     is_head = head < H
     span = spans + program * 4  # which request this program shares with those before it, and with how many
     tl.store(span, -1)
-    n = tl.arange(0, BLOCK_N)
-    c = tl.arange(0, 64)
-    r = tl.arange(0, 32)
     position = start
     while position < stop:
         # counted anew for every request, so that the counts hold no registers while keys are read
-        lane, tiles = _requests(indptr, B, ROWS, BLOCK_N)
+        lane, tiles = _requests(indptr, B, ROWS, BLOCK_N, PAGE_SIZE > 0)
         ends = tl.cumsum(tiles, 0)
         b = tl.sum(((ends <= position) & (lane < B)).to(tl.int32), 0)
         end = tl.sum(tl.where(lane == b, ends, 0), 0)
-        first = tl.load(indptr + b).to(tl.int64)
-        length = (tl.load(indptr + b + 1).to(tl.int64) - first).to(tl.int32)
+        if PAGE_SIZE > 0:
+            first = b.to(tl.int64) * table_stride
+            length = tl.load(indptr + b).to(tl.int32)
+        else:
+            first = tl.load(indptr + b).to(tl.int64)
+            length = (tl.load(indptr + b + 1).to(tl.int64) - first).to(tl.int32)
         begin = end - (length + (BLOCK_N - 1)) // BLOCK_N
         count = tl.minimum(stop, end) - position
         ids = token_ids + first
         source = q + b.to(tl.int64) * q_stride_b + head[:, None].to(tl.int64) * q_stride_h
         mask = is_head[:, None]
-        if XAI:
-            # log2(0) of a single key is not selected
-            last = tl.maximum(length - 1, 1).to(tl.float32)
-            temperature = tl.where(length - 1 > xai_len, tl.log2(last) / tl.log2(xai_len.to(tl.float32)), 1.0)
-        m = tl.full([BLOCK_H], -float("inf"), tl.float32)
-        weights = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-        a0 = tl.zeros([BLOCK_H, 64], tl.float32)
-        a1 = tl.zeros([BLOCK_H, 64], tl.float32)
-        a2 = tl.zeros([BLOCK_H, 64], tl.float32)
-        a3 = tl.zeros([BLOCK_H, 64], tl.float32)
-        b0 = tl.zeros([BLOCK_H, 64], tl.float32)
-        b1 = tl.zeros([BLOCK_H, 64], tl.float32)
-        b2 = tl.zeros([BLOCK_H, 64], tl.float32)
-        b3 = tl.zeros([BLOCK_H, 64], tl.float32)
-        q0 = tl.load(source + STEP * c[None, :], mask=mask, other=0.0)
-        q1 = tl.load(source + 128 + STEP * c[None, :], mask=mask, other=0.0)
-        q2 = tl.load(source + 256 + STEP * c[None, :], mask=mask, other=0.0)
-        q3 = tl.load(source + 384 + STEP * c[None, :], mask=mask, other=0.0)
-        qr = tl.load(source + 512 + STEP * r[None, :], mask=mask, other=0.0)
-        p0 = tl.load(source + OTHER + STEP * c[None, :], mask=mask, other=0.0)
-        p1 = tl.load(source + 128 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
-        p2 = tl.load(source + 256 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
-        p3 = tl.load(source + 384 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
-        pr = tl.load(source + 512 + OTHER_ROPE + STEP * r[None, :], mask=mask, other=0.0)
-        # The other operand's q is negated: Triton chains dot + dot into one, and here two chains run side by side.
-        scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
-        if KIND == 0:
-            p0, p1, p2, p3, pr = -p0, -p1, -p2, -p3, -pr
-        else:
-            # a power of two takes every head's q into float16's range, and loses nothing
-            largest = tl.maximum(_largest(q0, q1, q2, q3, qr), _largest(p0, p1, p2, p3, pr))
-            unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            unit = tl.where(unit > 0, unit, 1.0)
-            scale = (scale * unit)[:, None]
-            q0, q1, q2, q3, qr = _half(q0, unit), _half(q1, unit), _half(q2, unit), _half(q3, unit), _half(qr, unit)
-            p0, p1, p2, p3, pr = (
-                _half(p0, -unit),
-                _half(p1, -unit),
-                _half(p2, -unit),
-                _half(p3, -unit),
-                _half(pr, -unit),
-            )
-        for i in tl.range(0, count, num_stages=STAGES):
-            j = (position - begin + i) * BLOCK_N + n
-            # a key past the end reads the last one again: its weight is 0, and 0 times a stranger's NaN is NaN
-            slot = tl.load(ids + tl.minimum(j, length - 1)).to(tl.int64)
-            row = kv + slot[:, None] * kv_stride
-            k0, l0 = _load_chunk(row, c, KIND)
-            k1, l1 = _load_chunk(row + CHUNK, c, KIND)
-            k2, l2 = _load_chunk(row + 2 * CHUNK, c, KIND)
-            k3, l3 = _load_chunk(row + 3 * CHUNK, c, KIND)
-            kr, lr = _load_chunk(row + 4 * CHUNK, r, KIND)
-            s = tl.dot(qr, kr.T)
-            t = tl.dot(pr, lr.T)
-            s = tl.dot(q0, k0.T, s)
-            t = tl.dot(p0, l0.T, t)
-            s = tl.dot(q1, k1.T, s)
-            t = tl.dot(p1, l1.T, t)
-            s = tl.dot(q2, k2.T, s)
-            t = tl.dot(p2, l2.T, t)
-            s = tl.dot(q3, k3.T, s)
-            t = tl.dot(p3, l3.T, t)
-            s = (s - t) * scale
-            if CAPPED:
-                s = (logit_cap * 1.4426950408889634) * _tanh(s / logit_cap)
-            if XAI:
-                s = s * temperature
-            s = tl.where((j < length)[None, :], s, -float("inf"))
-            top = tl.maximum(m, tl.max(s, 1))
-            keep = tl.exp2(m - top)
-            p = tl.exp2(s - top[:, None])
-            weights = weights * keep[:, None] + p
-            m = top
-            keep = keep[:, None]
-            p = p.to(k0.dtype)
-            a0 = tl.dot(p, k0, a0 * keep)
-            b0 = tl.dot(p, l0, b0 * keep)
-            a1 = tl.dot(p, k1, a1 * keep)
-            b1 = tl.dot(p, l1, b1 * keep)
-            a2 = tl.dot(p, k2, a2 * keep)
-            b2 = tl.dot(p, l2, b2 * keep)
-            a3 = tl.dot(p, k3, a3 * keep)
-            b3 = tl.dot(p, l3, b3 * keep)
-        denominator = tl.sum(weights, 1)
+        m, denominator, a0, a1, a2, a3, b0, b1, b2, b3 = _attend(
+            source, mask, kv, ids, position - begin, count, length, length, sm_scale, logit_cap, xai_len, kv_stride,
+            page_stride, KIND, CAPPED, XAI, BLOCK_H, BLOCK_N, STAGES, PAGE_SIZE,
+        )  # fmt: skip
         lse = m + tl.log2(denominator)
         whole = (position == begin) & (position + count == end)
         if sinks is not None:
@@ -375,7 +464,11 @@ def _decode_kernel(
         position += count
     # nobody else comes by a request of no keys
     for empty in range(program, B, tl.num_programs(0)):
-        if tl.load(indptr + empty + 1) <= tl.load(indptr + empty):
+        if PAGE_SIZE > 0:
+            nothing = tl.load(indptr + empty) <= 0
+        else:
+            nothing = tl.load(indptr + empty + 1) <= tl.load(indptr + empty)
+        if nothing:
             zero = tl.zeros([BLOCK_H, 512], out.dtype.element_ty)
             to = out + tl.cast(empty, tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
             tl.store(to + tl.arange(0, 512)[None, :], zero, mask=is_head[:, None])
@@ -500,7 +593,76 @@ def mla_decode(
         ValueError: a tensor's shape, type, device or layout, or a scale that is not finite and positive. Values in
             tensors are not looked at.
     """
-    kind = _check(q, kv, out, indptr, token_ids, sinks)
+    kind = _check_tokens(q, kv, out, sinks)
+    _check_list("indptr", indptr, q.shape[0] + 1, q)
+    _check_list("token_ids", token_ids, 0, q)
+    options = (sm_scale, k_scale, v_scale, logit_cap, sinks, xai_temperature_len, config)
+    return _decode(q, kv, out, indptr, token_ids, kind, 0, *options)
+
+
+def mla_decode_paged(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    out: torch.Tensor,
+    block_table: torch.Tensor,
+    lens: torch.Tensor,
+    *,
+    sm_scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    xai_temperature_len: int = -1,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """`mla_decode` by pages: request b owns the first ``lens[b]`` rows of the pages in ``block_table[b]``.
+
+        kv           [pages, page_size, 576] (or [pages, page_size, 1, 576]), any page size; pages may lie apart
+        block_table  [>= B, >= the most pages of a request], int32 or int64; rows may lie apart
+        lens         [>= B], int32 or int64
+
+    What the table holds past a request's pages is not read. All else is as there; Triton compiles page sizes apart.
+    """
+    if kv.dim() == 4 and kv.shape[2] == 1:
+        kv = kv[:, :, 0]
+    if kv.dim() != 3 or kv.shape[1] < 1 or kv.shape[2] != 576 or kv.stride(2) != 1:
+        found = f"shape {tuple(kv.shape)}, strides {kv.stride()}"
+        raise ValueError(f"kv: {found}, expected [pages, page_size, 576] or [pages, page_size, 1, 576]")
+    kind = _check(q, kv, out, sinks)
+    _check_list("lens", lens, q.shape[0], q)
+    if block_table.dtype not in _INDEX or block_table.dim() != 2 or block_table.shape[0] < q.shape[0]:
+        found = f"{block_table.dtype}, shape {tuple(block_table.shape)}"
+        raise ValueError(f"block_table: {found}, expected int32 or int64, [{q.shape[0]} or more, pages]")
+    if block_table.stride(1) != 1 and block_table.shape[1] > 1:
+        raise ValueError(f"block_table: stride {block_table.stride(1)} in the last dimension, expected 1")
+    _check_device("block_table", block_table, q)
+    options = (sm_scale, k_scale, v_scale, logit_cap, sinks, xai_temperature_len, config)
+    return _decode(q, kv, out, lens, block_table, kind, kv.shape[1], *options)
+
+
+def _decode(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    out: torch.Tensor,
+    indptr: torch.Tensor,
+    token_ids: torch.Tensor,
+    kind: int,
+    page_size: int,
+    sm_scale: float,
+    k_scale: float,
+    v_scale: float,
+    logit_cap: float,
+    sinks: torch.Tensor | None,
+    xai_temperature_len: int,
+    config: dict[str, int] | None,
+) -> torch.Tensor:
+    """Launch over tensors that are checked; with a ``page_size``, over lengths and a block table."""
+    if gpu.elsewhere(q):
+        with torch.cuda.device(q.device):
+            return _decode(
+                q, kv, out, indptr, token_ids, kind, page_size, sm_scale, k_scale, v_scale, logit_cap, sinks,
+                xai_temperature_len, config,
+            )  # fmt: skip
     _check_scale("k_scale", k_scale)
     _check_scale("v_scale", v_scale)
     batch, heads = q.shape[0], q.shape[1]
@@ -508,31 +670,35 @@ def mla_decode(
         return out
     if kind != DIRECT:
         kv = kv.view(torch.int16)
+    # without pages these two are no parameters at all
+    table_stride, page_stride, row_stride = None, None, kv.stride(0)
+    if page_size:
+        table_stride, page_stride, row_stride = token_ids.stride(0), kv.stride(0), kv.stride(1)
     capability, sms = (0, 0), 1
     if not _INTERPRETED:
         capability, sms = gpu.capability(q.device.index), gpu.sm_count(q.device.index)
     if kind == E4M3:
         kind = _kinds(capability)[1]
-    numbers = dict(config or decode_config(heads, kind != DIRECT, capability, _INTERPRETED))
-    tiles = triton.cdiv(heads, numbers["BLOCK_H"])
+    numbers = dict(config or _numbers(heads, kind, capability, q.dtype is torch.float32))
+    tiles = -(-heads // numbers["BLOCK_H"])  # triton.cdiv and its like take 2 us a call
     programs = max(1, numbers.pop("PER_SM") * sms // tiles)
     partial, partial_lse, spans, requests = _scratch(q.device, programs, heads, batch)
     # measured: with few requests the merge's early programs only stand in the way
     pdl = capability >= (9, 0) and HAS_PDL and batch >= 64
-    rows = next(rows for rows in (16, 64, 256, 1024, 4096, triton.next_power_of_2(batch)) if rows >= batch)
+    rows = next((rows for rows in (16, 64, 256, 1024, 4096) if rows >= batch), 1 << (batch - 1).bit_length())
     _decode_kernel[(programs, tiles)](
         q, kv, out, indptr, token_ids, sinks, partial, partial_lse, spans, requests, batch, heads,
         float(sm_scale * k_scale), float(v_scale), float(logit_cap), int(xai_temperature_len),
-        q.stride(0), q.stride(1), kv.stride(0), out.stride(0), out.stride(1),
+        q.stride(0), q.stride(1), row_stride, out.stride(0), out.stride(1), table_stride, page_stride,
         KIND=kind, CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0,
-        ROWS=rows, PDL=pdl, **numbers,
+        ROWS=rows, PDL=pdl, PAGE_SIZE=page_size, **numbers,
     )  # fmt: skip
     merge = merge_config(batch)
     if pdl:
         merge["launch_pdl"] = True
     _merge_kernel[(batch * merge["SLICES"] or programs, heads)](
         out, sinks, partial, partial_lse, spans, requests, heads, float(v_scale), out.stride(0), out.stride(1),
-        PARTIALS=max(triton.next_power_of_2(programs), 2), PDL=pdl, **merge,
+        PARTIALS=max(1 << (programs - 1).bit_length(), 2), PDL=pdl, **merge,
     )  # fmt: skip
     return out
 
@@ -579,9 +745,14 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     cases = []
     for sm in TARGETS:
         capability = (sm // 10, sm % 10)
-        for kind, heads, (capped, xai, sinks) in itertools.product(_kinds(capability), (16, 128), switches):
-            numbers = decode_config(heads, kind != DIRECT, capability)
-            if heads > 16 and numbers == decode_config(16, kind != DIRECT, capability):
+        for kind, heads, (capped, xai, sinks), form in itertools.product(
+            _kinds(capability), (16, 128), switches, ("", "paged", "float32")
+        ):
+            # of what differs only at the ends of the loop, or in few of its instructions, one case will do
+            if form and not every and not (heads == 16 and sinks and kind != E5M2):
+                continue
+            numbers = _numbers(heads, kind, capability, form == "float32")
+            if heads > 16 and numbers == _numbers(16, kind, capability, form == "float32"):
                 continue
             del numbers["PER_SM"]
             warps = numbers.pop("num_warps")
@@ -589,6 +760,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
             pointers = {"q": "*bf16", "kv": "*bf16" if kind == DIRECT else "*i16", "out": "*fp32" if sinks else "*bf16"}
             pointers |= {"indptr": index, "token_ids": index, "partial": "*fp32", "partial_lse": "*fp32"}
             pointers |= {"spans": "*i32", "requests": "*i32"} | ({"sinks": "*fp32"} if sinks else {})
+            pointers |= {"q": "*fp32"} if form == "float32" else {}
             scalars = dict.fromkeys(("B", "H", "xai_len", *_STRIDES), "i32")
             scalars |= dict.fromkeys(("sm_scale", "v_scale", "logit_cap"), "fp32")
             options: dict[str, Any] = {
@@ -597,17 +769,22 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                 "XAI": xai,
                 "ROWS": 256,
                 "PDL": sm >= 90 and sinks,
+                "PAGE_SIZE": 64 if form == "paged" else 0,
             }
+            if form == "paged":
+                scalars |= {"table_stride": "i32", "page_stride": "i64"}
+            else:
+                options |= {"table_stride": None, "page_stride": None}
             if not sinks:
                 options["sinks"] = None
             what = f"{('direct', 'e4m3', 'e4m3 bits', 'e5m2')[kind]}, {heads} heads, {capped} {xai} {sinks}"
             cases.append(
                 CompileCase(
-                    f"decode {what}",
+                    f"decode {what} {form}".rstrip(),
                     _decode_kernel,
                     pointers | scalars,
                     options | numbers,
-                    ("kv", "partial", "partial_lse", "H", *_STRIDES),
+                    ("kv", "partial", "partial_lse", "H", *_STRIDES, *(("page_stride",) if form == "paged" else ())),
                     warps,
                     targets=(sm,),
                     # bounds and pointers that the loop over keys has no use for: stored before it, loaded after it
@@ -624,6 +801,14 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         name = f"merge {numbers} {sinks}"
         cases.append(CompileCase(name, _merge_kernel, pointers | scalars, options | numbers, num_warps=warps))
     return cases
+
+
+def _numbers(heads: int, kind: int, capability: tuple[int, int], float32: bool) -> dict[str, int]:
+    """Launch numbers of `decode_config`; a float32 q over a 16-bit cache takes twice the shared memory."""
+    numbers = decode_config(heads, kind != DIRECT, capability, _INTERPRETED)
+    if float32 and kind == DIRECT:
+        numbers["BLOCK_N"] //= 2
+    return numbers
 
 
 def _kinds(capability: tuple[int, int]) -> tuple[int, ...]:
@@ -654,47 +839,60 @@ def _scratch(device: torch.device, programs: int, heads: int, batch: int) -> _Sc
 
 _EIGHT_BIT = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 _INDEX = (torch.int32, torch.int64)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _check(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    out: torch.Tensor,
-    indptr: torch.Tensor,
-    token_ids: torch.Tensor,
-    sinks: torch.Tensor | None,
-) -> int:
+def _check(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None) -> int:
     """How the cache is read, or ValueError. On the hot path: reads metadata only."""
     if not q.is_cuda and not _INTERPRETED:
         raise ValueError(f"q: on {q.device}, expected a CUDA device (or TRITON_INTERPRET=1 at import)")
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"q: {q.dtype}, expected torch.bfloat16 or torch.float16")
-    if q.dim() != 3 or q.shape[2] != 576 or q.stride(2) != 1:
-        raise ValueError(f"q: shape {tuple(q.shape)}, strides {q.stride()}, expected [B, H, 576], the last contiguous")
-    if not 1 <= q.shape[1] <= 128:
-        raise ValueError(f"q: {q.shape[1]} heads, expected 1 to 128")
-    if kv.dim() not in (2, 3) or kv.shape[-1] != 576 or kv.stride(-1) != 1 or (kv.dim() == 3 and kv.shape[1] != 1):
-        raise ValueError(f"kv: shape {tuple(kv.shape)}, strides {kv.stride()}, expected [N, 1, 576] or [N, 576]")
-    if kv.dtype is not q.dtype and kv.dtype not in _EIGHT_BIT:
-        raise ValueError(f"kv: {kv.dtype}, expected {q.dtype} as q, torch.float8_e4m3fn or torch.float8_e5m2")
-    if kv.dtype is not q.dtype and kv.stride(0) % 2:
-        raise ValueError(f"kv: {kv.stride(0)} bytes from row to row, expected an even number")
-    if out.shape[:2] != q.shape[:2] or out.shape[2:] != (512,) or out.stride(2) != 1:
-        raise ValueError(f"out: shape {tuple(out.shape)}, strides {out.stride()}, expected {[*q.shape[:2], 512]}")
-    if out.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    q_type, shape, kv_type = q.dtype, q.shape, kv.dtype
+    if q_type not in _FLOATS:
+        raise ValueError(f"q: {q_type}, expected torch.bfloat16, torch.float16 or torch.float32")
+    if len(shape) != 3 or shape[2] != 576 or q.stride(2) != 1:
+        raise ValueError(f"q: shape {tuple(shape)}, strides {q.stride()}, expected [B, H, 576], the last contiguous")
+    batch, heads, _ = shape
+    if not 1 <= heads <= 128:
+        raise ValueError(f"q: {heads} heads, expected 1 to 128")
+    kind = _EIGHT_BIT.get(kv_type, DIRECT)
+    if kind != DIRECT:
+        if kv.stride(0) % 2 or kv.stride(-2) % 2 or kv.storage_offset() % 2:
+            found = f"strides {kv.stride()}, offset {kv.storage_offset()}"
+            raise ValueError(f"kv: {found}, expected even numbers: 8-bit values are read two at a time")
+    elif kv_type not in _FLOATS[:2] or (kv_type is not q_type and q_type is not torch.float32):
+        own = "torch.bfloat16, torch.float16" if q_type is torch.float32 else f"{q_type} as q"
+        raise ValueError(f"kv: {kv_type}, expected {own}, torch.float8_e4m3fn or torch.float8_e5m2")
+    if out.shape != (batch, heads, 512) or out.stride(2) != 1:
+        raise ValueError(f"out: shape {tuple(out.shape)}, strides {out.stride()}, expected {[batch, heads, 512]}")
+    if out.dtype not in _FLOATS:
         raise ValueError(f"out: {out.dtype}, expected torch.bfloat16, torch.float16 or torch.float32")
-    for name, index, least in (("indptr", indptr, q.shape[0] + 1), ("token_ids", token_ids, 0)):
-        if index.dtype not in _INDEX or index.dim() != 1 or index.shape[0] < least or not index.is_contiguous():
-            found = f"{index.dtype}, shape {tuple(index.shape)}"
-            raise ValueError(f"{name}: {found}, expected int32 or int64, contiguous, at least {least} long")
-    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
-        raise ValueError(
-            f"sinks: {sinks.dtype}, shape {tuple(sinks.shape)}, expected a float for each of {q.shape[1]} heads"
-        )
-    for name, tensor in (("kv", kv), ("out", out), ("indptr", indptr), ("token_ids", token_ids), ("sinks", sinks)):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {q.device} as q")
-    return DIRECT if kv.dtype is q.dtype else _EIGHT_BIT[kv.dtype]
+    if sinks is not None:
+        if sinks.shape != (heads,) or not sinks.is_floating_point():
+            found = f"{sinks.dtype}, shape {tuple(sinks.shape)}"
+            raise ValueError(f"sinks: {found}, expected a float for each of {heads} heads")
+        _check_device("sinks", sinks, q)
+    _check_device("kv", kv, q)
+    _check_device("out", out, q)
+    return kind
+
+
+def _check_tokens(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None) -> int:
+    shape = kv.shape
+    if shape[1:] not in ((1, 576), (576,)) or kv.stride(-1) != 1:
+        raise ValueError(f"kv: shape {tuple(shape)}, strides {kv.stride()}, expected [N, 1, 576] or [N, 576]")
+    return _check(q, kv, out, sinks)
+
+
+def _check_list(name: str, index: torch.Tensor, least: int, q: torch.Tensor) -> None:
+    if index.dtype not in _INDEX or index.dim() != 1 or index.numel() < least or not index.is_contiguous():
+        found = f"{index.dtype}, shape {tuple(index.shape)}"
+        raise ValueError(f"{name}: {found}, expected int32 or int64, contiguous, at least {least} long")
+    _check_device(name, index, q)
+
+
+def _check_device(name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name}: on {tensor.device}, expected {q.device} as q")
 
 
 def _check_scale(name: str, value: float) -> None:

@@ -29,8 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.compat.gpu import sm_count
 from mla_patch.compat.triton import CompileCase, interpreted, watch_compiles
 
 _INTERPRETED = interpreted()  # asked here, because decoration is when Triton decides
@@ -374,7 +374,7 @@ def _stride(name: str, stride: int | None, tensor: torch.Tensor, rows: int | Non
 
 
 def _sms(tensor: torch.Tensor) -> int:
-    return 1 if _INTERPRETED else sm_count(tensor.device.index)
+    return 1 if _INTERPRETED else gpu.sm_count(tensor.device.index)
 
 
 def _launch(
@@ -390,14 +390,15 @@ def _launch(
     out_stride: int,
     page_size: int,
 ) -> None:
-    grid = (rows, config["ctas"])
+    if gpu.elsewhere(out):
+        with torch.cuda.device(out.device):
+            _launch(
+                config, rows, req_to_token, req_pool, lens, indptr, kv_start, out, row_stride, out_stride, page_size
+            )
+        return
     numbers = {name: value for name, value in config.items() if name != "ctas"}
     args = (req_to_token, req_pool, lens, indptr, kv_start, out, rows, row_stride, out_stride)
-    if not _INTERPRETED and out.device.index != torch.cuda.current_device():
-        with torch.cuda.device(out.device):  # Triton launches on the current device, whatever the tensors say
-            _kv_indices_kernel[grid](*args, PAGE_SIZE=page_size, **numbers)
-    else:
-        _kv_indices_kernel[grid](*args, PAGE_SIZE=page_size, **numbers)
+    _kv_indices_kernel[(rows, config["ctas"])](*args, PAGE_SIZE=page_size, **numbers)
 
 
 watch_compiles(_kv_indices_kernel)

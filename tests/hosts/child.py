@@ -82,6 +82,23 @@ class Decodes:
             seen[cache] = row | {"seconds": round(time.perf_counter() - start, 2)}
         return seen
 
+    def ranks(self) -> dict[str, dict]:
+        """Each of two ranks' step, where the release has decode context parallelism: out and log-sum-exp."""
+        from mla_patch.compat import sglang_trial
+
+        seen = {}
+        for cache in ("float16", "e4m3 k_scale 0.5") if sglang_trial.has_ranks() else ():
+            trial, row = self.trials[cache], {"error": 0.0, "lse": 0.0, "empty": []}
+            before = feature("decode").get("served", 0)
+            for rank in range(2):
+                (out, lse), (want, wanted) = trial.decode_rank(rank, 2), trial.expected_rank(rank, 2)
+                keys = wanted.isfinite().all(-1)  # a request of one token has none on the other rank
+                row["error"] = max(row["error"], self.error(out[keys], want[keys]))
+                row["lse"] = max(row["lse"], float((lse - wanted)[keys].abs().max()))
+                row["empty"] += [float(out[~keys].nan_to_num(7.0).abs().sum()), *set(lse[~keys].flatten().tolist())]
+            seen[cache] = row | {"served": feature("decode").get("served", 0) - before, "type": str(out.dtype)}
+        return seen
+
 
 def late() -> dict[str, Any]:
     """Backends that were built while the host was as it is, then activation, twice."""
@@ -176,7 +193,10 @@ def main(release: str, out: str) -> None:
     ours = drive()
     seen["ours"] = without_tensors(ours)
     decodes = Decodes()
-    decoded = {"ours": decodes.run(), "holders": [decode_holder()], "warm": warm(decodes.trials["e5m2"])}
+    decoded = {
+        "ours": decodes.run(), "holders": [decode_holder()], "warm": warm(decodes.trials["e5m2"]),
+        "ranks": {"ours": decodes.ranks()},
+    }  # fmt: skip
     seen["features"] = mla_patch.report()["features"]
 
     mla_patch.restore(FEATURE)
@@ -191,6 +211,7 @@ def main(release: str, out: str) -> None:
     mla_patch.restore("decode")
     decoded["holders"].append(decode_holder())
     decoded["host"] = decodes.run()
+    decoded["ranks"]["host"] = decodes.ranks()
     mla_patch.apply("decode")
     decoded["holders"].append(decode_holder())
     decoded["again"] = decodes.run()

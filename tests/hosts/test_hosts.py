@@ -10,6 +10,7 @@ from pathlib import Path
 import hosts
 import matrix
 import pytest
+from packaging.version import Version
 
 from mla_patch.compat.sglang_fetch import fetch
 
@@ -49,7 +50,8 @@ def test_applied(release: str, seen: dict) -> None:
 
 def test_decode_applied(release: str, seen: dict) -> None:
     row = next(row for row in seen["features"] if row["name"] == "decode")
-    assert (row["state"], row["declined"], row["served"]) == ("applied", {}, len(seen["decode"]["ours"])), row
+    served = len(seen["decode"]["ours"]) + 2 * len(seen["decode"]["ranks"]["ours"])
+    assert (row["state"], row["declined"], row["served"]) == ("applied", {}, served), row
     assert all(target["replaced_by"] for target in row["targets"])
     edits = [target["replaced_by"].rpartition(":")[2] for target in row["targets"] if target["kind"] == "edit"]
     own = "leave_scales_out" if release in hosts.MISREAD else "watch_scales"
@@ -127,6 +129,20 @@ def test_the_hosts_splits_are_not_ours(release: str, seen: dict) -> None:
     assert seen["decode"]["splits"] == {"equal": True, "told 1": 256 if own else 1}
     backend = fetch(release)[0].joinpath("sglang/srt/layers/attention/triton_backend.py").read_text()
     assert ("triton_attention_split_tile_size" in backend) >= own
+
+
+def test_decodes_a_ranks_part(release: str, seen: dict) -> None:
+    """Decode context parallelism: the caller reads the log-sum-exp of the splits that it was left."""
+    ours, host = seen["decode"]["ranks"]["ours"], seen["decode"]["ranks"]["host"]
+    assert bool(ours) == (release not in hosts.OLD and Version(release) >= Version("0.5.15"))
+    for cache, row in ours.items():
+        # one call for each rank; a request of which the rank has no key gives zeros, and a log-sum-exp left at -inf
+        assert (row["served"], row["type"], host[cache]["served"]) == (2, "torch.float32", 0), cache
+        assert row["error"] < 4e-3 and row["lse"] < 1e-3, (cache, row)
+        assert row["empty"] == [0.0, 0.0, -float("inf")], cache
+        # beside an 8-bit cache the host rounds the query, too, which the log-sum-exp shows
+        assert host[cache]["error"] < (1e-3 if cache == "float16" else 0.15), (cache, host[cache])
+        assert host[cache]["lse"] < (1e-3 if cache == "float16" else 0.5), (cache, host[cache])
 
 
 def test_scales_are_read_as_they_are_stored(release: str, seen: dict) -> None:

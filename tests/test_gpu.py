@@ -1,0 +1,90 @@
+"""Devices: which one launches go to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import test_decode
+import test_decode_splits
+import torch
+
+from mla_patch.compat import gpu
+from mla_patch.compat.triton import interpreted
+from mla_patch.kernels import decode, decode_splits, kv_indices
+
+
+def tensor(index: int | None) -> Any:
+    return SimpleNamespace(is_cuda=index is not None, device=SimpleNamespace(index=index))
+
+
+def test_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert gpu.elsewhere(tensor(0)) and gpu.elsewhere(tensor(2)) and not gpu.elsewhere(tensor(1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("CUDA was asked about a CPU tensor"))
+    assert not gpu.elsewhere(tensor(None))
+
+
+def token_indices() -> None:
+    table, lens = torch.arange(40, dtype=torch.int32).view(2, 20), torch.tensor([3, 20])
+    out = torch.full((23,), -1)
+    kv_indices.build_token_indices(table, torch.tensor([1, 0]), lens, torch.tensor([0, 3]), out)
+    assert out.tolist() == [20, 21, 22, *range(20)]
+
+
+CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
+    "decode": (decode, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Case([40, 3], 2).check()),
+    "pages": (decode, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Paged([40, 3], 2, 16).check()),
+    "splits": (
+        decode_splits,
+        ["_splits_kernel", "_merge_splits_kernel"],
+        lambda: test_decode_splits.Splits([40, 3], 2, 2).check(),
+    ),
+    "token ids": (kv_indices, ["_kv_indices_kernel"], token_indices),
+}
+
+
+@pytest.mark.skipif(not interpreted(), reason="on a GPU, test_two_devices shows it")
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_follow_the_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another device is the current one: every launch is made while theirs is, and once."""
+    module, kernels, call = CALLS[name]
+    current, launched = ["another"], []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.device = str(device)
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *problem: object) -> None:
+            current.pop()
+
+    class Watched:
+        def __init__(self, kernel: str) -> None:
+            self.name, self.kernel = kernel, getattr(module, kernel)
+
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append((self.name, current[-1]))
+            return self.kernel[grid]
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(gpu, "elsewhere", lambda tensor: current[-1] != str(tensor.device))
+    for kernel in kernels:
+        monkeypatch.setattr(module, kernel, Watched(kernel))
+    call()
+    assert launched == [(kernel, "cpu") for kernel in kernels] and current == ["another"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted() or torch.cuda.device_count() < 2, reason="needs two GPUs and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("name", ["decode", "pages", "splits"])
+def test_two_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (test_decode, test_decode_splits):
+        monkeypatch.setattr(module, "DEVICE", "cuda:1")
+    with torch.cuda.device(0):
+        CALLS[name][2]()
+        assert torch.cuda.current_device() == 0
