@@ -215,7 +215,7 @@ def test_peaked_attention_is_as_exact(gain):
     Case([300], 4, cache=E4M3, gain=gain).check()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     lens=st.lists(st.one_of(st.integers(0, 5), st.integers(20, 150)), min_size=1, max_size=7),
     heads=st.integers(1, 18),

@@ -166,6 +166,10 @@ def test_float32_queries():
         Splits([90, 1], 3, 2, dtype=torch.float32, cache=cache).check()
 
 
+def test_scores_beyond_what_exp_holds():
+    Splits([300, 90], 2, [8, 3], gain=64).check()
+
+
 def test_no_requests():
     assert Splits([], 4, []).run().numel() == 0
 

@@ -1,8 +1,8 @@
 """MLA decode: one query token per request attends to its rows of the paged latent cache.
 
     q          [B, H, 576]          bfloat16, float16 or float32; 512 latent and 64 rope values
-    kv         [N, 576] (or [N, 1, 576])  dtype of q, float8_e4m3fn or float8_e5m2; V is the first 512 values of K.
-                                    Under a float32 q bfloat16 or float16, not float32
+    kv         [N, 576] (or [N, 1, 576])  float8_e4m3fn, float8_e5m2 or the dtype of q (bfloat16 or float16 where q is
+                                    float32); V is the first 512 values of K
     out        [B, H, 512]          bfloat16, float16 or float32
     indptr     [>= B + 1]           int32 or int64; request b owns token_ids[indptr[b] : indptr[b + 1]]
     token_ids  [>= indptr[B]]       int32 or int64, physical rows of kv in any order, repeats allowed
