@@ -4,6 +4,8 @@ to 3.3      the interpreter is chosen by TRITON_INTERPRET alone
 from 3.4    by triton.knobs, which reads the same variable
 from 3.4    programmatic dependent launch: `launch_pdl`, and gdc_wait and gdc_launch_dependents for kernels
 from 3.6    sm_100 and newer are assembled by a second ptxas, `ptxas-blackwell`
+from 3.6    Gluon has what decode_sm90 needs: warp groups with registers of their own, copies that arrive at a barrier
+from 3.7    there, thread_barrier, async_copy_global_to_shared and _reinterpret have other names
 
 Triton decides at decoration time whether a kernel is interpreted, so ask `interpreted()` next to the kernel.
 """
@@ -30,6 +32,28 @@ try:
 except ImportError:  # an older Triton, or one that a test has cut down: kernels ask HAS_PDL first
     gdc_launch_dependents = gdc_wait = None
 HAS_PDL = gdc_wait is not None
+
+try:  # what kernels/decode_sm90.py is written in
+    from triton.experimental.gluon.language import _core as _gluon
+    from triton.experimental.gluon.language.nvidia.hopper import async_copy as _copy
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier as _mbarrier
+
+    gluon_barrier = _gluon.barrier if hasattr(_gluon, "barrier") else _gluon.thread_barrier
+    gluon_copy = _copy.async_load if hasattr(_copy, "async_load") else _copy.async_copy_global_to_shared
+    _memory = _gluon.shared_memory_descriptor
+    _seen_as = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
+
+    @_gluon.builtin
+    def gluon_reinterpret(place: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+        """Shared memory, seen as another type, shape and layout."""
+        return _seen_as(place, dtype, shape, layout, _semantic=_semantic)
+
+    HAS_GLUON = (
+        hasattr(_gluon, "warp_specialize") and hasattr(_copy, "mbarrier_arrive") and hasattr(_mbarrier, "arrive")
+    )
+except (ImportError, AttributeError):
+    gluon_barrier = gluon_copy = gluon_reinterpret = None
+    HAS_GLUON = False
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 """The compute capabilities every kernel is compiled for."""
@@ -124,6 +148,8 @@ def gpu_compile(
     # in the kernel's own order: Triton takes the positions of a launch from it
     full = {name: "constexpr" if name in constexprs else signature[name] for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    if getattr(kernel, "is_gluon", lambda: False)():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(fn=kernel, signature=full, constexprs=dict(constexprs), attrs=attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)

@@ -27,6 +27,7 @@ that shared a long request share the work of merging it, too.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -38,6 +39,7 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import (
+    HAS_GLUON,
     HAS_PDL,
     TARGETS,
     CompileCase,
@@ -46,6 +48,8 @@ from mla_patch.compat.triton import (
     interpreted,
     watch_compiles,
 )
+
+NARROW = 16  # up to so many heads the portable kernel is the faster one on sm_90
 
 _INTERPRETED = interpreted()  # asked here, because decoration is when Triton decides
 
@@ -484,7 +488,7 @@ def _merge_columns(partial, partial_lse, first, last, h, H, m, d, BLOCK_S: tl.co
         place = _place(some, first, H) + h
         weight = tl.exp2(tl.load(partial_lse + place, mask=some <= last, other=-float("inf")) - m)
         part = tl.load(partial + place[:, None] * 512 + d[None, :], mask=(some <= last)[:, None], other=0.0)
-        acc += tl.sum(part * weight[:, None], 0)
+        acc += tl.sum(part.to(tl.float32) * weight[:, None], 0)
     return acc
 
 
@@ -679,21 +683,30 @@ def _decode(
         capability, sms = gpu.capability(q.device.index), gpu.sm_count(q.device.index)
     if kind == E4M3:
         kind = _kinds(capability)[1]
-    numbers = dict(config or _numbers(heads, kind, capability, q.dtype is torch.float32))
-    tiles = -(-heads // numbers["BLOCK_H"])  # triton.cdiv and its like take 2 us a call
-    programs = max(1, numbers.pop("PER_SM") * sms // tiles)
-    partial, partial_lse, spans, requests = _scratch(q.device, programs, heads, batch)
-    # measured: with few requests the merge's early programs only stand in the way
-    pdl = capability >= (9, 0) and HAS_PDL and batch >= 64
-    rows = next((rows for rows in (16, 64, 256, 1024, 4096) if rows >= batch), 1 << (batch - 1).bit_length())
-    _decode_kernel[(programs, tiles)](
+    wide = config is None and capability == (9, 0) and heads > NARROW and _is_wide(q, kv, row_stride, page_stride)
+    if wide and sm_scale > 0:
+        kernel, numbers, tiles, per_sm = _wide(), {"E5M2": kind == E5M2, "num_warps": 4}, -(-heads // 64), 1
+        if kind != DIRECT:
+            kv, row_stride, page_stride = kv.view(torch.int32), row_stride // 2, page_stride and page_stride // 2
+    else:
+        numbers = dict(config or _numbers(heads, kind, capability, q.dtype is torch.float32))
+        tiles = -(-heads // numbers["BLOCK_H"])  # triton.cdiv and its like take 2 us a call
+        rows = next((rows for rows in (16, 64, 256, 1024, 4096) if rows >= batch), 1 << (batch - 1).bit_length())
+        kernel, per_sm = _decode_kernel, numbers.pop("PER_SM")
+        # measured: with few requests the merge's early programs only stand in the way
+        numbers |= {"KIND": kind, "ROWS": rows, "PDL": capability >= (9, 0) and HAS_PDL and batch >= 64}
+    programs = max(1, per_sm * sms // tiles)
+    partial, halves, partial_lse, spans, requests = _scratch(q.device, programs, heads, batch)
+    if kind != DIRECT:
+        partial = halves  # no mean of 8-bit values leaves float16's range
+    kernel[(programs, tiles)](
         q, kv, out, indptr, token_ids, sinks, partial, partial_lse, spans, requests, batch, heads,
         float(sm_scale * k_scale), float(v_scale), float(logit_cap), int(xai_temperature_len),
         q.stride(0), q.stride(1), row_stride, out.stride(0), out.stride(1), table_stride, page_stride,
-        KIND=kind, CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0,
-        ROWS=rows, PDL=pdl, PAGE_SIZE=page_size, **numbers,
+        CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0, PAGE_SIZE=page_size, **numbers,
     )  # fmt: skip
     merge = merge_config(batch)
+    pdl = numbers.get("PDL", False)
     if pdl:
         merge["launch_pdl"] = True
     _merge_kernel[(batch * merge["SLICES"] or programs, heads)](
@@ -758,7 +771,8 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
             warps = numbers.pop("num_warps")
             index = "*i64" if sinks else "*i32"
             pointers = {"q": "*bf16", "kv": "*bf16" if kind == DIRECT else "*i16", "out": "*fp32" if sinks else "*bf16"}
-            pointers |= {"indptr": index, "token_ids": index, "partial": "*fp32", "partial_lse": "*fp32"}
+            pointers |= {"indptr": index, "token_ids": index, "partial_lse": "*fp32"}
+            pointers |= {"partial": "*fp32" if kind == DIRECT else "*fp16"}
             pointers |= {"spans": "*i32", "requests": "*i32"} | ({"sinks": "*fp32"} if sinks else {})
             pointers |= {"q": "*fp32"} if form == "float32" else {}
             scalars = dict.fromkeys(("B", "H", "xai_len", *_STRIDES), "i32")
@@ -817,24 +831,44 @@ def _kinds(capability: tuple[int, int]) -> tuple[int, ...]:
 
 
 _STRIDES = ("q_stride_b", "q_stride_h", "kv_stride", "out_stride_b", "out_stride_h")
-_Scratch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_Scratch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _scratches: dict[tuple[torch.device, int], _Scratch] = {}
+_outgrown: list[_Scratch] = []  # a captured graph may hold them
 
 
 def _scratch(device: torch.device, programs: int, heads: int, batch: int) -> _Scratch:
-    """Two partials per program and head, and who shares which request. One stream's calls share them."""
+    """Two partials per program and head, in float32 and seen as float16, their log-sum-exp, and who shares which
+    request. One stream's calls share them."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     have = _scratches.get((device, stream))
     places = 2 * programs * heads
-    if have is None or have[1].numel() < places or have[2].numel() < 4 * programs or have[3].numel() < 2 * batch:
+    if have is None or have[2].numel() < places or have[3].numel() < 4 * programs or have[4].numel() < 2 * batch:
+        if have is not None:
+            _outgrown.append(have)
+        partial = torch.empty(places * 512, dtype=torch.float32, device=device)
         have = (
-            torch.empty(places * 512, dtype=torch.float32, device=device),
+            partial,
+            partial.view(torch.float16),
             torch.empty(places, dtype=torch.float32, device=device),
             torch.empty(4 * programs, dtype=torch.int32, device=device),
             torch.empty(2 * max(batch, 4096), dtype=torch.int32, device=device),
         )
         _scratches[device, stream] = have
     return have
+
+
+def _is_wide(q: torch.Tensor, kv: torch.Tensor, row_stride: int, page_stride: int | None) -> bool:
+    """Whether decode_sm90 takes these: rows that can be copied 16 bytes at a time."""
+    unit = 32 if kv.dtype is torch.int16 else 16  # Triton wants to know of 16 elements, in int32 where it is 8-bit
+    aligned = not (row_stride % unit or (page_stride or 0) % unit or kv.data_ptr() % 16)
+    return aligned and HAS_GLUON and q.dtype is not torch.float32
+
+
+@functools.cache
+def _wide() -> Any:
+    from mla_patch.kernels.decode_sm90 import decode_sm90
+
+    return decode_sm90
 
 
 _EIGHT_BIT = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}

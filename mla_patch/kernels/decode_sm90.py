@@ -1,0 +1,720 @@
+"""MLA decode for 17 to 128 heads on sm_90, in Gluon: `mla_patch.kernels.decode` reaches it, by the same definition.
+
+A program has 64 heads and, at a time, two tiles of 64 keys. Three groups of four warps share the work:
+
+    even    scores of the even tile; columns 0 to 255 of the output
+    odd     scores of the odd tile; columns 256 to 511
+    rows    brings both tiles into shared memory
+
+Each of the first two multiplies its own probabilities from registers and the other's from shared memory, so every key's
+latent is read from the cache once for 64 heads, and either group's softmax runs while the other keeps the tensor cores
+busy. A row maximum that both agree on goes with the probabilities. There is room for two tiles and q in float16 and
+bfloat16, 216 KiB; a tile's probabilities lie where its rope was, and a tile is brought in two halves, each as soon as
+the group that needs it last lets go of it.
+
+Rows of a 16-bit cache are copied asynchronously. Rows of an 8-bit cache land in the upper half of the place that their
+float16 will take, and are converted there; q is scaled by a power of two for each head, as in the portable kernel.
+
+Schedule, partials and tables are those of the portable kernel, with pieces in units of 128 keys. After FlashMLA's
+"seesaw" schedule (https://github.com/deepseek-ai/FlashMLA, docs/20250422-new-kernel-deep-dive.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mla_patch.compat.triton import CompileCase, gluon_barrier, gluon_copy, gluon_reinterpret, watch_compiles
+
+HEADS = 64  # a program's
+_UNIT = gl.constexpr(128)  # keys of a unit of work: an even and an odd tile
+
+_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 of a row together
+_FETCH = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # the same in int32, 64 bytes of a row
+_READ = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))  # 8 bytes: they become 16, 128 of a row
+_SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+_OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+_HEAD = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])))
+_OUTPUT_HEAD = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])))
+_WEIGHTS = gl.constexpr(
+    gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]), 2)
+)  # probabilities as they leave the softmax
+
+# Barriers. A half of a tile is there (FULL) or may be overwritten (FREE): low or high columns, the rope with the half
+# that comes second. A group's probabilities are there (WEIGHTS). Between requests: q may be overwritten, q is there,
+# row sums are there.
+_FULL_EVEN_LOW, _FULL_EVEN_HIGH, _FULL_ODD_LOW, _FULL_ODD_HIGH = [gl.constexpr(i) for i in range(4)]
+_FREE_EVEN_LOW, _FREE_EVEN_HIGH, _FREE_ODD_LOW, _FREE_ODD_HIGH = [gl.constexpr(i) for i in range(4, 8)]
+_WEIGHTS_EVEN, _WEIGHTS_ODD = [gl.constexpr(i) for i in range(8, 10)]
+_Q_FREE, _Q_FULL, _SUMS = [gl.constexpr(i) for i in range(10, 13)]
+_BARRIERS = gl.constexpr(13)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _count(lens, b, mask, PAGE_SIZE: gl.constexpr):
+    """Keys of requests; without pages ``lens`` is where they begin."""
+    if PAGE_SIZE > 0:
+        count = gl.load(lens + b, mask=mask, other=0)
+    else:
+        count = gl.load(lens + 1 + b, mask=mask, other=0) - gl.load(lens + b, mask=mask, other=0)
+    return gl.maximum(count, 0).to(gl.int32)
+
+
+@gluon.jit
+def _units(lens, B, at, PAGE_SIZE: gl.constexpr):
+    lane = at + gl.arange(0, 128, layout=_LANES)
+    return lane, (_count(lens, lane, lane < B, PAGE_SIZE) + (_UNIT - 1)) // _UNIT
+
+
+@gluon.jit
+def _piece(lens, B, PAGE_SIZE: gl.constexpr):
+    """This program's piece of the line of all units."""
+    total = gl.to_tensor(0)
+    for at in range(0, B, 128):
+        _lane, units = _units(lens, B, at, PAGE_SIZE)
+        total += gl.sum(units, 0)
+    each = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
+    start = gl.program_id(0) * each
+    return each, start, gl.minimum(start + each, total)
+
+
+@gluon.jit
+def _request(lens, B, position, stop, table_stride, PAGE_SIZE: gl.constexpr):
+    """The request at a position of the line: its number, its units, its list of tokens or pages, how many are ours."""
+    b = gl.to_tensor(0)
+    begin = gl.to_tensor(0)
+    before = gl.to_tensor(0)
+    for at in range(0, B, 128):
+        lane, units = _units(lens, B, at, PAGE_SIZE)
+        ends = gl.associative_scan(units, 0, _add) + before
+        b += gl.sum(((ends <= position) & (lane < B)).to(gl.int32), 0)
+        begin = gl.maximum(begin, gl.max(gl.where(ends <= position, ends, 0), 0))
+        before += gl.sum(units, 0)
+    if PAGE_SIZE > 0:
+        first = b.to(gl.int64) * table_stride
+        length = gl.load(lens + b).to(gl.int32)
+    else:
+        first = gl.load(lens + b).to(gl.int64)
+        length = (gl.load(lens + b + 1).to(gl.int64) - first).to(gl.int32)
+    end = begin + (length + (_UNIT - 1)) // _UNIT
+    return b, begin, end, first, length, gl.minimum(stop, end) - position
+
+
+@gluon.jit
+def _arrive(barriers, WHICH: gl.constexpr):
+    gluon_barrier()  # one thread arrives for all
+    mbarrier.arrive(barriers.index(WHICH), count=1)
+
+
+@gluon.jit
+def _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, HALF: gl.constexpr, SCALED: gl.constexpr):
+    """Half of the heads' queries into shared memory; scaled, in float16 with a power of two for each head."""
+    to: gl.constexpr = q_low.dtype
+    AT: gl.constexpr = HALF * 32
+    h = gl.program_id(1) * 64 + AT + gl.arange(0, 32, layout=gl.SliceLayout(1, _ROWS))
+    c = gl.arange(0, 256, layout=gl.SliceLayout(0, _ROWS))
+    r = gl.arange(0, 64, layout=gl.SliceLayout(0, _ROWS))
+    source = q + b.to(gl.int64) * q_stride_b + h[:, None].to(gl.int64) * q_stride_h
+    mask = (h < H)[:, None]
+    low = gl.load(source + c[None, :], mask=mask, other=0.0)
+    high = gl.load(source + 256 + c[None, :], mask=mask, other=0.0)
+    rope = gl.load(source + 512 + r[None, :], mask=mask, other=0.0)
+    if SCALED:
+        top = gl.maximum(gl.max(gl.abs(low.to(gl.float32)), 1), gl.max(gl.abs(high.to(gl.float32)), 1))
+        top = gl.maximum(top, gl.max(gl.abs(rope.to(gl.float32)), 1))
+        u = (top.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
+        u = gl.where(u > 0, u, 1.0)
+        unit.slice(AT, 32, 0).store(u)
+        q_low.index(0).slice(AT, 32, 0).store((low.to(gl.float32) / u[:, None]).to(to))
+        q_high.index(0).slice(AT, 32, 0).store((high.to(gl.float32) / u[:, None]).to(to))
+        q_rope.index(0).slice(AT, 32, 0).store((rope.to(gl.float32) / u[:, None]).to(to))
+    else:
+        q_low.index(0).slice(AT, 32, 0).store(low.to(to))
+        q_high.index(0).slice(AT, 32, 0).store(high.to(to))
+        q_rope.index(0).slice(AT, 32, 0).store(rope.to(to))
+    fence_async_shared()
+
+
+@gluon.jit
+def _scale(scale, unit, SCALED: gl.constexpr):
+    if SCALED:
+        u = unit.load(_HEAD) * scale
+    else:
+        u = gl.full([64], scale, gl.float32, layout=_HEAD)
+    return u
+
+
+@gluon.jit
+def _temperature(length, xai_len):
+    last = gl.maximum(length - 1, 1).to(gl.float32)  # log2(0) of a single key is not selected
+    return gl.where(length - 1 > xai_len, gl.log2(last) / gl.log2(xai_len.to(gl.float32)), 1.0)
+
+
+@gluon.jit
+def _dot_keys(q_low, q_high, q_rope, low, high, rope, z):
+    """64 heads by 64 keys, in flight, for a tile that is there."""
+    s = gl.zeros([64, 64], gl.float32, layout=_SCORES)
+    s = warpgroup_mma(q_low.index(z), low.index(z).permute([1, 0]), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(q_high.index(z), high.index(z).permute([1, 0]), s, is_async=True)
+    return warpgroup_mma(q_rope.index(z), rope.index(z).permute([1, 0]), s, is_async=True)
+
+
+@gluon.jit
+def _softmax(s, u, m, key, length, logit_cap, temperature, CAPPED: gl.constexpr, XAI: gl.constexpr):
+    """Raw scores of the keys from ``key`` on -> (running maximum of each head, weights relative to it)."""
+    if CAPPED:
+        s = s * u[:, None]
+        t = gl.exp2(gl.abs(s / logit_cap) * -2.8853900817779268)
+        s = gl.where(s < 0, -1.4426950408889634, 1.4426950408889634) * logit_cap * (1.0 - t) / (1.0 + t)
+        u = gl.full([64], 1.0, gl.float32, layout=_HEAD)
+    if XAI:
+        u = u * temperature
+    if key + 64 > length:
+        n = gl.arange(0, 64, layout=gl.SliceLayout(0, _SCORES))
+        s = gl.where((key + n < length)[None, :], s, -float("inf"))
+    top = gl.maximum(m, gl.max(s, 1) * u)
+    return top, gl.exp2(s * u[:, None] - top[:, None])
+
+
+@gluon.jit
+def _finish(
+    acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
+    v_scale, out_stride_b, out_stride_h, HALF: gl.constexpr,
+):  # fmt: skip
+    """Write what a piece has of a request: the output where that is all, else a partial and who shares it."""
+    program = gl.program_id(0)
+    whole = (position == begin) & (position + count == end)
+    head = gl.program_id(1) * 64 + gl.arange(0, 64, layout=_HEAD)
+    lse = m + gl.log2(weights)
+    if sinks is not None:
+        sink = gl.load(sinks + head, mask=head < H, other=0.0).to(gl.float32)
+        weights += gl.where(whole, gl.exp2(sink * 1.4426950408889634 - m), 0.0)
+    acc = acc * gl.convert_layout(gl.where(whole, v_scale, 1.0) / weights, _OUTPUT_HEAD)[:, None]
+    h = gl.program_id(1) * 64 + gl.arange(0, 64, layout=_OUTPUT_HEAD)
+    c = HALF * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, _OUTPUT))
+    mask = (h < H)[:, None]
+    if whole:
+        to = out + b.to(gl.int64) * out_stride_b + h[:, None].to(gl.int64) * out_stride_h
+        gl.store(to + c[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        if HALF == 0:
+            gl.store(requests + 2 * b + 1, -1)
+    else:
+        # a request that began before this piece goes to the even place, one that begins inside it to the odd one
+        place = (2 * program + (position == begin).to(gl.int32)).to(gl.int64) * H
+        part = partial + (place + h[:, None]) * 512
+        gl.store(part + c[None, :], acc.to(partial.dtype.element_ty), mask=mask)
+        if HALF == 0:
+            gl.store(partial_lse + place + head, lse, mask=head < H)
+            if position == begin:
+                gl.store(requests + 2 * b, program)
+                gl.store(requests + 2 * b + 1, (end - 1) // each)
+            else:
+                gl.store(spans + program * 4, b)
+                gl.store(spans + program * 4 + 1, begin // each)
+                gl.store(spans + program * 4 + 2, (end - 1) // each)
+
+
+@gluon.jit
+def _even(
+    q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b,
+    q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope,
+    top_even, top_odd, sum_even, sum_odd, unit, barriers, SCALED: gl.constexpr, CAPPED: gl.constexpr,
+    XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """Even tiles' scores, low columns' output. The odd tile's turn with the low columns comes one unit later, while
+    this group's next scores are on their way."""
+    to: gl.constexpr = q_low.dtype
+    each, start, stop = _piece(lens, B, PAGE_SIZE)
+    gl.store(spans + gl.program_id(0) * 4, -1)
+    position = start
+    turn = gl.to_tensor(0)
+    asked = gl.to_tensor(0)
+    while position < stop:
+        b, begin, end, _first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
+        mbarrier.wait(barriers.index(_Q_FREE), (asked & 1) ^ 1)
+        _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, 0, SCALED)
+        _arrive(barriers, _Q_FULL)
+        mbarrier.wait(barriers.index(_Q_FULL), asked & 1)
+        u = _scale(scale, unit, SCALED)
+        temperature = _temperature(length, xai_len)
+        key = (position - begin) * _UNIT
+        acc = gl.zeros([64, 256], gl.float32, layout=_OUTPUT)
+        m = gl.full([64], -float("inf"), gl.float32, layout=_HEAD)
+        z = turn >> 30  # 0, which the compiler cannot know: else it keeps the descriptors of 72 operands in registers
+        mbarrier.wait(barriers.index(_FULL_EVEN_LOW), turn & 1)
+        mbarrier.wait(barriers.index(_FULL_EVEN_HIGH), turn & 1)
+        if not SCALED:
+            fence_async_shared()
+        s = _dot_keys(q_low, q_high, q_rope, low, high, rope, z)
+        s = warpgroup_mma_wait(0, deps=[s])
+        top, p = _softmax(s, u, m, key, length, logit_cap, temperature, CAPPED, XAI)
+        weights = gl.sum(p, 1)
+        own = p.to(to)
+        gluon_barrier()  # the rope has been read by all
+        rope.index(0).store(own)
+        top_even.store(top)
+        fence_async_shared()
+        _arrive(barriers, _WEIGHTS_EVEN)
+        acc = warpgroup_mma(gl.convert_layout(own, _WEIGHTS), low.index(z), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        _arrive(barriers, _FREE_EVEN_LOW)
+        for i in range(1, count):
+            before = turn & 1
+            turn += 1
+            z = turn >> 30
+            mbarrier.wait(barriers.index(_FULL_EVEN_LOW), turn & 1)
+            mbarrier.wait(barriers.index(_FULL_EVEN_HIGH), turn & 1)
+            if not SCALED:
+                fence_async_shared()
+            s = _dot_keys(q_low, q_high, q_rope, low, high, rope, z)
+            mbarrier.wait(barriers.index(_WEIGHTS_ODD), before)
+            m = top_odd.load(_HEAD)
+            keep = gl.exp2(top - m)
+            weights = weights * keep
+            acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
+            acc = warpgroup_mma(odd_rope.index(z), odd_low.index(z), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            top, p = _softmax(s, u, m, key + i * _UNIT, length, logit_cap, temperature, CAPPED, XAI)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            _arrive(barriers, _FREE_ODD_LOW)  # and every warp has read the rope
+            own = p.to(to)
+            rope.index(0).store(own)
+            top_even.store(top)
+            fence_async_shared()
+            _arrive(barriers, _WEIGHTS_EVEN)
+            keep = gl.exp2(m - top)
+            weights = weights * keep + gl.sum(p, 1)
+            acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
+            acc = warpgroup_mma(gl.convert_layout(own, _WEIGHTS), low.index(z), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            _arrive(barriers, _FREE_EVEN_LOW)
+        mbarrier.wait(barriers.index(_WEIGHTS_ODD), turn & 1)
+        m = top_odd.load(_HEAD)
+        keep = gl.exp2(top - m)
+        acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
+        z = turn >> 30
+        acc = warpgroup_mma(odd_rope.index(z), odd_low.index(z), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        _arrive(barriers, _FREE_ODD_LOW)
+        turn += 1
+        sum_even.store(weights * keep)
+        _arrive(barriers, _SUMS)
+        mbarrier.wait(barriers.index(_SUMS), asked & 1)
+        weights = weights * keep + sum_odd.load(_HEAD)
+        _arrive(barriers, _Q_FREE)
+        _finish(
+            acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
+            v_scale, out_stride_b, out_stride_h, 0,
+        )  # fmt: skip
+        asked += 1
+        position += count
+    # nobody else comes by a request of no keys
+    for empty in range(gl.program_id(0), B, gl.num_programs(0)):
+        if _count(lens, empty, empty < B, PAGE_SIZE) == 0:
+            h = gl.program_id(1) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, _ROWS))
+            c = gl.arange(0, 512, layout=gl.SliceLayout(0, _ROWS))
+            place = out + gl.to_tensor(empty).to(gl.int64) * out_stride_b + h[:, None].to(gl.int64) * out_stride_h
+            zero = gl.zeros([64, 512], out.dtype.element_ty, layout=_ROWS)
+            gl.store(place + c[None, :], zero, mask=(h < H)[:, None])
+            gl.store(requests + 2 * empty + 1, -1)  # nothing to merge
+
+
+@gluon.jit
+def _odd(
+    q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b,
+    q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high, q_rope, low, high, rope, even_high, even_rope,
+    top_even, top_odd, sum_even, sum_odd, unit, barriers, SCALED: gl.constexpr, CAPPED: gl.constexpr,
+    XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """Odd tiles' scores, high columns' output. The even tile's turn comes first, so that its place is free early."""
+    to: gl.constexpr = q_low.dtype
+    each, start, stop = _piece(lens, B, PAGE_SIZE)
+    position = start
+    turn = gl.to_tensor(0)
+    asked = gl.to_tensor(0)
+    while position < stop:
+        b, begin, end, _first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
+        mbarrier.wait(barriers.index(_Q_FREE), (asked & 1) ^ 1)
+        _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, 1, SCALED)
+        _arrive(barriers, _Q_FULL)
+        mbarrier.wait(barriers.index(_Q_FULL), asked & 1)
+        u = _scale(scale, unit, SCALED)
+        temperature = _temperature(length, xai_len)
+        key = (position - begin) * _UNIT + 64
+        m = gl.full([64], -float("inf"), gl.float32, layout=_HEAD)
+        weights = gl.zeros([64], gl.float32, layout=_HEAD)
+        acc = gl.zeros([64, 256], gl.float32, layout=_OUTPUT)
+        for i in range(count):
+            phase = turn & 1
+            z = turn >> 30  # see the other group
+            mbarrier.wait(barriers.index(_FULL_EVEN_HIGH), phase)
+            mbarrier.wait(barriers.index(_WEIGHTS_EVEN), phase)
+            if not SCALED:
+                fence_async_shared()
+            top = top_even.load(_HEAD)
+            keep = gl.exp2(m - top)
+            weights = weights * keep
+            acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
+            acc = warpgroup_mma(even_rope.index(z), even_high.index(z), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            _arrive(barriers, _FREE_EVEN_HIGH)
+            mbarrier.wait(barriers.index(_FULL_ODD_HIGH), phase)
+            mbarrier.wait(barriers.index(_FULL_ODD_LOW), phase)
+            if not SCALED:
+                fence_async_shared()
+            s = _dot_keys(q_low, q_high, q_rope, low, high, rope, z)
+            s = warpgroup_mma_wait(0, deps=[s])
+            m, p = _softmax(s, u, top, key + i * _UNIT, length, logit_cap, temperature, CAPPED, XAI)
+            own = p.to(to)
+            gluon_barrier()  # the rope has been read by all
+            rope.index(0).store(own)
+            top_odd.store(m)
+            fence_async_shared()
+            _arrive(barriers, _WEIGHTS_ODD)
+            keep = gl.exp2(top - m)
+            weights = weights * keep + gl.sum(p, 1)
+            acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
+            acc = warpgroup_mma(gl.convert_layout(own, _WEIGHTS), high.index(z), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            _arrive(barriers, _FREE_ODD_HIGH)
+            turn += 1
+        sum_odd.store(weights)
+        _arrive(barriers, _SUMS)
+        mbarrier.wait(barriers.index(_SUMS), asked & 1)
+        weights += sum_even.load(_HEAD)
+        _arrive(barriers, _Q_FREE)
+        _finish(
+            acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
+            v_scale, out_stride_b, out_stride_h, 1,
+        )  # fmt: skip
+        asked += 1
+        position += count
+
+
+@gluon.jit
+def _slots(token_ids, first, at, length, PAGE_SIZE: gl.constexpr, L: gl.constexpr):
+    """Where 64 keys' rows are, in the cache or among its pages; past the end the last key's again."""
+    j = gl.minimum(at + gl.arange(0, 64, layout=gl.SliceLayout(1, L)), length - 1)
+    if PAGE_SIZE > 0:
+        slot = gl.load(token_ids + first + j // PAGE_SIZE).to(gl.int64) * PAGE_SIZE + j % PAGE_SIZE
+    else:
+        slot = gl.load(token_ids + first + j).to(gl.int64)
+    return slot
+
+
+@gluon.jit
+def _addresses(kv, slot, kv_stride, page_stride, PAGE_SIZE: gl.constexpr):
+    if PAGE_SIZE > 0:
+        row = kv + (slot // PAGE_SIZE) * page_stride + (slot % PAGE_SIZE) * kv_stride
+    else:
+        row = kv + slot * kv_stride
+    return row[:, None]
+
+
+@gluon.jit
+def _copy_rows(
+    kv, lens, token_ids, B, kv_stride, table_stride, page_stride, even_low, even_high, even_rope, odd_low, odd_high,
+    odd_rope, barriers, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """16-bit caches: rows as they are."""
+    _each, start, stop = _piece(lens, B, PAGE_SIZE)
+    c = gl.arange(0, 256, layout=gl.SliceLayout(0, _ROWS))[None, :]
+    r = gl.arange(0, 64, layout=gl.SliceLayout(0, _ROWS))[None, :]
+    position = start
+    turn = gl.to_tensor(0)
+    while position < stop:
+        _b, begin, _end, first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
+        key = (position - begin) * _UNIT
+        even = _slots(token_ids, first, key, length, PAGE_SIZE, _ROWS)
+        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, _ROWS)
+        for i in range(count):
+            free = (turn & 1) ^ 1
+            row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)
+            mbarrier.wait(barriers.index(_FREE_EVEN_LOW), free)
+            gluon_copy(even_low.index(0), row + c)
+            async_copy.mbarrier_arrive(barriers.index(_FULL_EVEN_LOW), increment_count=False)
+            mbarrier.wait(barriers.index(_FREE_EVEN_HIGH), free)
+            gluon_copy(even_high.index(0), row + 256 + c)
+            gluon_copy(even_rope.index(0), row + 512 + r)
+            async_copy.mbarrier_arrive(barriers.index(_FULL_EVEN_HIGH), increment_count=False)
+            even = _slots(token_ids, first, key + (i + 1) * _UNIT, length, PAGE_SIZE, _ROWS)
+            row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)
+            mbarrier.wait(barriers.index(_FREE_ODD_HIGH), free)
+            gluon_copy(odd_high.index(0), row + 256 + c)
+            async_copy.mbarrier_arrive(barriers.index(_FULL_ODD_HIGH), increment_count=False)
+            mbarrier.wait(barriers.index(_FREE_ODD_LOW), free)
+            gluon_copy(odd_low.index(0), row + c)
+            gluon_copy(odd_rope.index(0), row + 512 + r)
+            async_copy.mbarrier_arrive(barriers.index(_FULL_ODD_LOW), increment_count=False)
+            odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, _ROWS)
+            turn += 1
+        position += count
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _prefetch(kv, slot, kv_stride, page_stride, PAGE_SIZE: gl.constexpr):
+    """Rows of 576 bytes into the second-level cache, a unit before they are copied."""
+    row = _addresses(kv, slot, kv_stride, page_stride, PAGE_SIZE).to(gl.int64, bitcast=True)
+    gl.inline_asm_elementwise(
+        """prefetch.global.L2 [$1];
+        prefetch.global.L2 [$1+128];
+        prefetch.global.L2 [$1+256];
+        prefetch.global.L2 [$1+384];
+        prefetch.global.L2 [$1+512];
+        mov.b32 $0, 0;""",
+        "=r,l",
+        [row],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _landing(place):
+    """Where a half's 8-bit values land, as int32: the upper half of the place that their float16 take."""
+    N: gl.constexpr = place.shape[1] // 4
+    L: gl.constexpr = gl.SwizzledSharedLayout(16, 1, N // 16, [1, 0])
+    return gluon_reinterpret(place, gl.int32, [128, N], L).slice(64, 64, 0)
+
+
+@gluon.jit
+def _fetch(place, row, AT: gl.constexpr):
+    N: gl.constexpr = place.shape[1] // 4
+    c = AT + gl.arange(0, N, layout=gl.SliceLayout(0, _FETCH))
+    gluon_copy(_landing(place), row + c[None, :])
+
+
+@gluon.jit
+def _widen(place, E5M2: gl.constexpr):
+    """A half that has landed -> float16, exact."""
+    N: gl.constexpr = place.shape[1] // 2
+    L: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    x = _landing(place).load(_READ)
+    gluon_barrier()  # what is read is overwritten
+    if E5M2:  # the upper half of a float16
+        one, other = gl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;",
+            "=&r,=r,r",
+            [x],
+            dtype=(gl.int32, gl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        one, other = gl.inline_asm_elementwise(
+            """{
+            .reg .b16 a, b;
+            mov.b32 {a, b}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, a;
+            cvt.rn.f16x2.e4m3x2 $1, b;
+            }""",
+            "=&r,=r,r",
+            [x],
+            dtype=(gl.int32, gl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    gluon_reinterpret(place, gl.int32, [64, N], L).store(gl.reshape(gl.join(one, other), [64, N]))
+
+
+@gluon.jit
+def _widen_rows(
+    kv, lens, token_ids, B, kv_stride, table_stride, page_stride, even_low, even_high, even_rope, odd_low, odd_high,
+    odd_rope, barriers, PAGE_SIZE: gl.constexpr, E5M2: gl.constexpr,
+):  # fmt: skip
+    """8-bit caches, in int32: rows land, and become float16."""
+    _each, start, stop = _piece(lens, B, PAGE_SIZE)
+    position = start
+    turn = gl.to_tensor(0)
+    while position < stop:
+        _b, begin, _end, first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
+        key = (position - begin) * _UNIT
+        even = _slots(token_ids, first, key, length, PAGE_SIZE, _FETCH)
+        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, _FETCH)
+        for i in range(count):
+            free = (turn & 1) ^ 1
+            row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)
+            even = _slots(token_ids, first, key + (i + 1) * _UNIT, length, PAGE_SIZE, _FETCH)
+            mbarrier.wait(barriers.index(_FREE_EVEN_LOW), free)
+            _fetch(even_low.index(0), row, 0)
+            async_copy.commit_group()
+            mbarrier.wait(barriers.index(_FREE_EVEN_HIGH), free)
+            _fetch(even_high.index(0), row, 64)
+            _fetch(even_rope.index(0), row, 128)
+            async_copy.commit_group()
+            async_copy.wait_group(1)
+            gluon_barrier()
+            _widen(even_low.index(0), E5M2)
+            fence_async_shared()
+            _arrive(barriers, _FULL_EVEN_LOW)
+            async_copy.wait_group(0)
+            gluon_barrier()
+            _widen(even_high.index(0), E5M2)
+            _widen(even_rope.index(0), E5M2)
+            fence_async_shared()
+            _arrive(barriers, _FULL_EVEN_HIGH)
+            _prefetch(kv, even, kv_stride, page_stride, PAGE_SIZE)
+            row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)
+            odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, _FETCH)
+            mbarrier.wait(barriers.index(_FREE_ODD_HIGH), free)
+            _fetch(odd_high.index(0), row, 64)
+            async_copy.commit_group()
+            mbarrier.wait(barriers.index(_FREE_ODD_LOW), free)
+            _fetch(odd_low.index(0), row, 0)
+            _fetch(odd_rope.index(0), row, 128)
+            async_copy.commit_group()
+            async_copy.wait_group(1)
+            gluon_barrier()
+            _widen(odd_high.index(0), E5M2)
+            fence_async_shared()
+            _arrive(barriers, _FULL_ODD_HIGH)
+            async_copy.wait_group(0)
+            gluon_barrier()
+            _widen(odd_low.index(0), E5M2)
+            _widen(odd_rope.index(0), E5M2)
+            fence_async_shared()
+            _arrive(barriers, _FULL_ODD_LOW)
+            _prefetch(kv, odd, kv_stride, page_stride, PAGE_SIZE)
+            turn += 1
+        position += count
+
+
+@gluon.jit(
+    do_not_specialize=["B", "sm_scale", "v_scale", "logit_cap", "xai_len", "table_stride"],
+    do_not_specialize_on_alignment=["q", "out", "lens", "token_ids", "sinks"],
+)
+def decode_sm90(
+    q, kv, out, lens, token_ids, sinks, partial, partial_lse, spans, requests, B, H, sm_scale, v_scale, logit_cap,
+    xai_len, q_stride_b, q_stride_h, kv_stride, out_stride_b, out_stride_h, table_stride, page_stride,
+    CAPPED: gl.constexpr, XAI: gl.constexpr, E5M2: gl.constexpr, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """The portable kernel's arguments, but for an 8-bit cache as int32 and rows 16 bytes aligned; sm_scale above 0."""
+    EIGHT: gl.constexpr = kv.dtype.element_ty.primitive_bitwidth == 32
+    to: gl.constexpr = gl.float16 if EIGHT else kv.dtype.element_ty
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    VALUES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_low = gl.allocate_shared_memory(to, [1, 64, 256], TILE)
+    q_high = gl.allocate_shared_memory(to, [1, 64, 256], TILE)
+    q_rope = gl.allocate_shared_memory(to, [1, 64, 64], TILE)
+    e_low = gl.allocate_shared_memory(to, [1, 64, 256], TILE)
+    e_high = gl.allocate_shared_memory(to, [1, 64, 256], TILE)
+    e_rope = gl.allocate_shared_memory(to, [1, 64, 64], TILE)
+    o_low = gl.allocate_shared_memory(to, [1, 64, 256], TILE)
+    o_high = gl.allocate_shared_memory(to, [1, 64, 256], TILE)
+    o_rope = gl.allocate_shared_memory(to, [1, 64, 64], TILE)
+    top_even = gl.allocate_shared_memory(gl.float32, [64], VALUES)
+    top_odd = gl.allocate_shared_memory(gl.float32, [64], VALUES)
+    sum_even = gl.allocate_shared_memory(gl.float32, [64], VALUES)
+    sum_odd = gl.allocate_shared_memory(gl.float32, [64], VALUES)
+    unit = gl.allocate_shared_memory(gl.float32, [64], VALUES)
+    barriers = gl.allocate_shared_memory(gl.int64, [_BARRIERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(0, 4):
+        mbarrier.init(barriers.index(i), count=1 if EIGHT else 128)  # every copying thread arrives by itself
+    for i in gl.static_range(4, 10):
+        mbarrier.init(barriers.index(i), count=1)
+    for i in gl.static_range(10, 13):
+        mbarrier.init(barriers.index(i), count=2)
+    fence_async_shared()
+    gluon_barrier()
+    scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
+    # The arguments are written out for every group: a tuple with a name would lose its constants.
+    if EIGHT:
+        gl.warp_specialize(
+            [
+                (_even, (q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap,
+                         xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
+                         q_rope, e_low, e_high, e_rope, o_low, o_rope, top_even, top_odd, sum_even, sum_odd, unit,
+                         barriers, True, CAPPED, XAI, PAGE_SIZE)),
+                (_odd, (q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap,
+                        xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
+                        q_rope, o_low, o_high, o_rope, e_high, e_rope, top_even, top_odd, sum_even, sum_odd, unit,
+                        barriers, True, CAPPED, XAI, PAGE_SIZE)),
+                (_widen_rows, (kv, lens, token_ids, B, kv_stride, table_stride, page_stride, e_low, e_high, e_rope,
+                               o_low, o_high, o_rope, barriers, PAGE_SIZE, E5M2)),
+            ],
+            [4, 4],
+            [208, 88],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_even, (q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap,
+                         xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
+                         q_rope, e_low, e_high, e_rope, o_low, o_rope, top_even, top_odd, sum_even, sum_odd, unit,
+                         barriers, False, CAPPED, XAI, PAGE_SIZE)),
+                (_odd, (q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap,
+                        xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
+                        q_rope, o_low, o_high, o_rope, e_high, e_rope, top_even, top_odd, sum_even, sum_odd, unit,
+                        barriers, False, CAPPED, XAI, PAGE_SIZE)),
+                (_copy_rows, (kv, lens, token_ids, B, kv_stride, table_stride, page_stride, e_low, e_high, e_rope,
+                              o_low, o_high, o_rope, barriers, PAGE_SIZE)),
+            ],
+            [4, 4],
+            [216, 72],
+        )  # fmt: skip
+
+
+watch_compiles(decode_sm90)
+
+
+def compile_cases(every: bool = False) -> list[CompileCase]:
+    """Both kinds of cache, all options off and all on, or, for ``every``, the product."""
+    product = list(itertools.product((False, True), repeat=4))
+    switches = product if every else [product[0], product[-1]]
+    cases = []
+    for eight, (capped, xai, sinks, paged) in itertools.product((False, True), switches):
+        index = "*i64" if sinks else "*i32"
+        pointers = {"q": "*bf16", "kv": "*i32" if eight else "*bf16", "out": "*fp32" if sinks else "*bf16"}
+        pointers |= {
+            "lens": index,
+            "token_ids": index,
+            "partial": "*fp16" if eight else "*fp32",
+            "partial_lse": "*fp32",
+        }
+        pointers |= {"spans": "*i32", "requests": "*i32"} | ({"sinks": "*fp32"} if sinks else {})
+        strides = ("q_stride_b", "q_stride_h", "kv_stride", "out_stride_b", "out_stride_h")
+        scalars = dict.fromkeys(("B", "H", "xai_len", *strides), "i32")
+        scalars |= dict.fromkeys(("sm_scale", "v_scale", "logit_cap"), "fp32")
+        options: dict[str, Any] = {
+            "CAPPED": capped,
+            "XAI": xai,
+            "E5M2": eight and capped,
+            "PAGE_SIZE": 64 if paged else 0,
+        }
+        if paged:
+            scalars |= {"table_stride": "i32", "page_stride": "i32"}
+        else:
+            options |= {"table_stride": None, "page_stride": None}
+        if not sinks:
+            options["sinks"] = None
+        cases.append(
+            CompileCase(
+                f"decode_sm90 {'8' if eight else '16'} bits, {capped} {xai} {sinks} {paged}",
+                decode_sm90,
+                pointers | scalars,
+                options,
+                ("kv", "partial", "partial_lse", "H", *strides, *(("page_stride",) if paged else ())),
+                targets=(90,),
+                # numbers of the piece and the request, kept while keys are read
+                stack=128,
+            )
+        )
+    return cases
