@@ -167,11 +167,20 @@ def _temperature(length, xai_len):
 
 
 @gluon.jit
-def _dot_keys(q_low, q_high, q_rope, low, high, rope, z):
-    """64 heads by 64 keys, in flight, for a tile that is there."""
+def _dot_keys(
+    q_one, q_two, q_rope, one, two, rope, z, barriers, phase, FULL_ONE: gl.constexpr, FULL_TWO: gl.constexpr,
+    COPIED: gl.constexpr,
+):  # fmt: skip
+    """64 heads by 64 keys, in flight: the half that comes first, then the other and the rope."""
     s = gl.zeros([64, 64], gl.float32, layout=_SCORES)
-    s = warpgroup_mma(q_low.index(z), low.index(z).permute([1, 0]), s, use_acc=False, is_async=True)
-    s = warpgroup_mma(q_high.index(z), high.index(z).permute([1, 0]), s, is_async=True)
+    mbarrier.wait(barriers.index(FULL_ONE), phase)
+    if COPIED:
+        fence_async_shared()  # copies are seen by the tensor cores; who converts has done it already
+    s = warpgroup_mma(q_one.index(z), one.index(z).permute([1, 0]), s, use_acc=False, is_async=True)
+    mbarrier.wait(barriers.index(FULL_TWO), phase)
+    if COPIED:
+        fence_async_shared()
+    s = warpgroup_mma(q_two.index(z), two.index(z).permute([1, 0]), s, is_async=True)
     return warpgroup_mma(q_rope.index(z), rope.index(z).permute([1, 0]), s, is_async=True)
 
 
@@ -257,11 +266,10 @@ def _even(
         acc = gl.zeros([64, 256], gl.float32, layout=_OUTPUT)
         m = gl.full([64], -float("inf"), gl.float32, layout=_HEAD)
         z = turn >> 30  # 0, which the compiler cannot know: else it keeps the descriptors of 72 operands in registers
-        mbarrier.wait(barriers.index(_FULL_EVEN_LOW), turn & 1)
-        mbarrier.wait(barriers.index(_FULL_EVEN_HIGH), turn & 1)
-        if not SCALED:
-            fence_async_shared()
-        s = _dot_keys(q_low, q_high, q_rope, low, high, rope, z)
+        s = _dot_keys(
+            q_low, q_high, q_rope, low, high, rope, z, barriers, turn & 1, _FULL_EVEN_LOW, _FULL_EVEN_HIGH,
+            not SCALED,
+        )  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[s])
         top, p = _softmax(s, u, m, key, length, logit_cap, temperature, CAPPED, XAI)
         weights = gl.sum(p, 1)
@@ -278,11 +286,10 @@ def _even(
             before = turn & 1
             turn += 1
             z = turn >> 30
-            mbarrier.wait(barriers.index(_FULL_EVEN_LOW), turn & 1)
-            mbarrier.wait(barriers.index(_FULL_EVEN_HIGH), turn & 1)
-            if not SCALED:
-                fence_async_shared()
-            s = _dot_keys(q_low, q_high, q_rope, low, high, rope, z)
+            s = _dot_keys(
+                q_low, q_high, q_rope, low, high, rope, z, barriers, turn & 1, _FULL_EVEN_LOW, _FULL_EVEN_HIGH,
+                not SCALED,
+            )  # fmt: skip
             mbarrier.wait(barriers.index(_WEIGHTS_ODD), before)
             m = top_odd.load(_HEAD)
             keep = gl.exp2(top - m)
@@ -374,11 +381,9 @@ def _odd(
             acc = warpgroup_mma(even_rope.index(z), even_high.index(z), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             _arrive(barriers, _FREE_EVEN_HIGH)
-            mbarrier.wait(barriers.index(_FULL_ODD_HIGH), phase)
-            mbarrier.wait(barriers.index(_FULL_ODD_LOW), phase)
-            if not SCALED:
-                fence_async_shared()
-            s = _dot_keys(q_low, q_high, q_rope, low, high, rope, z)
+            s = _dot_keys(
+                q_high, q_low, q_rope, high, low, rope, z, barriers, phase, _FULL_ODD_HIGH, _FULL_ODD_LOW, not SCALED
+            )
             s = warpgroup_mma_wait(0, deps=[s])
             m, p = _softmax(s, u, top, key + i * _UNIT, length, logit_cap, temperature, CAPPED, XAI)
             own = p.to(to)
@@ -408,23 +413,24 @@ def _odd(
 
 
 @gluon.jit
-def _slots(token_ids, first, at, length, PAGE_SIZE: gl.constexpr, L: gl.constexpr):
-    """Where 64 keys' rows are, in the cache or among its pages; past the end the last key's again."""
-    j = gl.minimum(at + gl.arange(0, 64, layout=gl.SliceLayout(1, L)), length - 1)
+def _slots(token_ids, first, at, length, PAGE_SIZE: gl.constexpr, L: gl.constexpr, N: gl.constexpr = 64):
+    """Where keys' rows are, in the cache or among its pages; past the end the last key's again."""
+    j = gl.minimum(at + gl.arange(0, N, layout=L), length - 1)
     if PAGE_SIZE > 0:
-        slot = gl.load(token_ids + first + j // PAGE_SIZE).to(gl.int64) * PAGE_SIZE + j % PAGE_SIZE
+        slot = gl.load(token_ids + first + j // PAGE_SIZE).to(gl.int32) * PAGE_SIZE + j % PAGE_SIZE
     else:
-        slot = gl.load(token_ids + first + j).to(gl.int64)
+        slot = gl.load(token_ids + first + j).to(gl.int32)  # half the registers; a pool has fewer than 2**31 rows
     return slot
 
 
 @gluon.jit
 def _addresses(kv, slot, kv_stride, page_stride, PAGE_SIZE: gl.constexpr):
+    slot = slot.to(gl.int64)
     if PAGE_SIZE > 0:
         row = kv + (slot // PAGE_SIZE) * page_stride + (slot % PAGE_SIZE) * kv_stride
     else:
         row = kv + slot * kv_stride
-    return row[:, None]
+    return row
 
 
 @gluon.jit
@@ -441,11 +447,11 @@ def _copy_rows(
     while position < stop:
         _b, begin, _end, first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
         key = (position - begin) * _UNIT
-        even = _slots(token_ids, first, key, length, PAGE_SIZE, _ROWS)
-        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, _ROWS)
+        even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
+        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
         for i in range(count):
             free = (turn & 1) ^ 1
-            row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)
+            row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)[:, None]
             mbarrier.wait(barriers.index(_FREE_EVEN_LOW), free)
             gluon_copy(even_low.index(0), row + c)
             async_copy.mbarrier_arrive(barriers.index(_FULL_EVEN_LOW), increment_count=False)
@@ -453,8 +459,8 @@ def _copy_rows(
             gluon_copy(even_high.index(0), row + 256 + c)
             gluon_copy(even_rope.index(0), row + 512 + r)
             async_copy.mbarrier_arrive(barriers.index(_FULL_EVEN_HIGH), increment_count=False)
-            even = _slots(token_ids, first, key + (i + 1) * _UNIT, length, PAGE_SIZE, _ROWS)
-            row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)
+            even = _slots(token_ids, first, key + (i + 1) * _UNIT, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
+            row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)[:, None]
             mbarrier.wait(barriers.index(_FREE_ODD_HIGH), free)
             gluon_copy(odd_high.index(0), row + 256 + c)
             async_copy.mbarrier_arrive(barriers.index(_FULL_ODD_HIGH), increment_count=False)
@@ -462,7 +468,7 @@ def _copy_rows(
             gluon_copy(odd_low.index(0), row + c)
             gluon_copy(odd_rope.index(0), row + 512 + r)
             async_copy.mbarrier_arrive(barriers.index(_FULL_ODD_LOW), increment_count=False)
-            odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, _ROWS)
+            odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
             turn += 1
         position += count
     async_copy.wait_group(0)
@@ -547,12 +553,13 @@ def _widen_rows(
     while position < stop:
         _b, begin, _end, first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
         key = (position - begin) * _UNIT
-        even = _slots(token_ids, first, key, length, PAGE_SIZE, _FETCH)
-        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, _FETCH)
+        even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
+        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
+        ahead = _slots(token_ids, first, key + _UNIT, length, PAGE_SIZE, _LANES, 128)
         for i in range(count):
             free = (turn & 1) ^ 1
-            row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)
-            even = _slots(token_ids, first, key + (i + 1) * _UNIT, length, PAGE_SIZE, _FETCH)
+            row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)[:, None]
+            even = _slots(token_ids, first, key + (i + 1) * _UNIT, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
             mbarrier.wait(barriers.index(_FREE_EVEN_LOW), free)
             _fetch(even_low.index(0), row, 0)
             async_copy.commit_group()
@@ -571,9 +578,10 @@ def _widen_rows(
             _widen(even_rope.index(0), E5M2)
             fence_async_shared()
             _arrive(barriers, _FULL_EVEN_HIGH)
-            _prefetch(kv, even, kv_stride, page_stride, PAGE_SIZE)
-            row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)
-            odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, _FETCH)
+            _prefetch(kv, ahead, kv_stride, page_stride, PAGE_SIZE)
+            ahead = _slots(token_ids, first, key + (i + 2) * _UNIT, length, PAGE_SIZE, _LANES, 128)
+            row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)[:, None]
+            odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
             mbarrier.wait(barriers.index(_FREE_ODD_HIGH), free)
             _fetch(odd_high.index(0), row, 64)
             async_copy.commit_group()
@@ -592,7 +600,6 @@ def _widen_rows(
             _widen(odd_rope.index(0), E5M2)
             fence_async_shared()
             _arrive(barriers, _FULL_ODD_LOW)
-            _prefetch(kv, odd, kv_stride, page_stride, PAGE_SIZE)
             turn += 1
         position += count
 
@@ -651,7 +658,7 @@ def decode_sm90(
                                o_low, o_high, o_rope, barriers, PAGE_SIZE, E5M2)),
             ],
             [4, 4],
-            [208, 88],
+            [216, 72],
         )  # fmt: skip
     else:
         gl.warp_specialize(
