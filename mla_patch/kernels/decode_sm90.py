@@ -95,8 +95,8 @@ def _piece(lens, B, PAGE_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _request(lens, B, position, stop, table_stride, PAGE_SIZE: gl.constexpr):
-    """The request at a position of the line: its number, its units, its list of tokens or pages, how many are ours."""
+def _find(lens, B, position, PAGE_SIZE: gl.constexpr):
+    """The request at a position of the line, and where on the line it begins."""
     b = gl.to_tensor(0)
     begin = gl.to_tensor(0)
     before = gl.to_tensor(0)
@@ -106,14 +106,27 @@ def _request(lens, B, position, stop, table_stride, PAGE_SIZE: gl.constexpr):
         b += gl.sum(((ends <= position) & (lane < B)).to(gl.int32), 0)
         begin = gl.maximum(begin, gl.max(gl.where(ends <= position, ends, 0), 0))
         before += gl.sum(units, 0)
+    return b, begin
+
+
+@gluon.jit
+def _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE: gl.constexpr):
+    """Of the request that begins at ``begin`` and is b or, where that is empty, a later one: its number, its list of
+    tokens or pages, its length, where it ends on the line, how many of its units are ours."""
+    length = gl.to_tensor(0)
+    b -= 1
+    while length <= 0:  # `position` is before the end of the line, so there is one
+        b += 1
+        if PAGE_SIZE > 0:
+            length = gl.load(lens + b).to(gl.int32)
+        else:
+            length = (gl.load(lens + b + 1) - gl.load(lens + b)).to(gl.int32)
     if PAGE_SIZE > 0:
         first = b.to(gl.int64) * table_stride
-        length = gl.load(lens + b).to(gl.int32)
     else:
         first = gl.load(lens + b).to(gl.int64)
-        length = (gl.load(lens + b + 1).to(gl.int64) - first).to(gl.int32)
     end = begin + (length + (_UNIT - 1)) // _UNIT
-    return b, begin, end, first, length, gl.minimum(stop, end) - position
+    return b, first, length, end, gl.minimum(stop, end) - position
 
 
 @gluon.jit
@@ -254,8 +267,9 @@ def _even(
     position = start
     turn = gl.to_tensor(0)
     asked = gl.to_tensor(0)
+    b, begin = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
-        b, begin, end, _first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
+        b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         mbarrier.wait(barriers.index(_Q_FREE), (asked & 1) ^ 1)
         _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, 0, SCALED)
         _arrive(barriers, _Q_FULL)
@@ -331,6 +345,8 @@ def _even(
         )  # fmt: skip
         asked += 1
         position += count
+        b += 1
+        begin = end
     # nobody else comes by a request of no keys
     for empty in range(gl.program_id(0), B, gl.num_programs(0)):
         if _count(lens, empty, empty < B, PAGE_SIZE) == 0:
@@ -355,8 +371,9 @@ def _odd(
     position = start
     turn = gl.to_tensor(0)
     asked = gl.to_tensor(0)
+    b, begin = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
-        b, begin, end, _first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
+        b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         mbarrier.wait(barriers.index(_Q_FREE), (asked & 1) ^ 1)
         _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, 1, SCALED)
         _arrive(barriers, _Q_FULL)
@@ -410,6 +427,8 @@ def _odd(
         )  # fmt: skip
         asked += 1
         position += count
+        b += 1
+        begin = end
 
 
 @gluon.jit
@@ -444,8 +463,9 @@ def _copy_rows(
     r = gl.arange(0, 64, layout=gl.SliceLayout(0, _ROWS))[None, :]
     position = start
     turn = gl.to_tensor(0)
+    b, begin = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
-        _b, begin, _end, first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
+        b, first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         key = (position - begin) * _UNIT
         even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
         odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
@@ -471,6 +491,8 @@ def _copy_rows(
             odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
             turn += 1
         position += count
+        b += 1
+        begin = end
     async_copy.wait_group(0)
 
 
@@ -550,8 +572,9 @@ def _widen_rows(
     _each, start, stop = _piece(lens, B, PAGE_SIZE)
     position = start
     turn = gl.to_tensor(0)
+    b, begin = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
-        _b, begin, _end, first, length, count = _request(lens, B, position, stop, table_stride, PAGE_SIZE)
+        b, first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         key = (position - begin) * _UNIT
         even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
         odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
@@ -602,6 +625,8 @@ def _widen_rows(
             _arrive(barriers, _FULL_ODD_LOW)
             turn += 1
         position += count
+        b += 1
+        begin = end
 
 
 @gluon.jit(
