@@ -93,7 +93,7 @@ def test_any_cut_of_the_work(programs, lens):
 @pytest.mark.parametrize("merge", [merge_config(1), merge_config(4), merge_config(16), merge_config(64)], ids=str)
 @pytest.mark.parametrize("lens", [[1300], [1, 1200, 2, 0, 600]], ids=str)
 def test_every_merge(merge, lens, monkeypatch):
-    monkeypatch.setattr(module, "merge_config", lambda batch: dict(merge))
+    monkeypatch.setattr(module, "merge_config", lambda batch, wide: dict(merge))
     config = {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": 30, "num_warps": 4}
     Case(lens, 2).check(config=config, v_scale=0.5)
 

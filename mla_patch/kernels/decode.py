@@ -560,11 +560,12 @@ def _merge_kernel(
             tl.store(to + few, (part * factor).to(kind))
 
 
-def merge_config(batch: int) -> dict[str, int]:
-    """Launch numbers of the merge. Few requests have many partials each; among many, few have any."""
+def merge_config(batch: int, wide: bool = False) -> dict[str, int]:
+    """Launch numbers of the merge, ``wide`` after decode_sm90. Few requests have many partials each; among many, few
+    have any."""
     if batch == 1:
-        return {"SLICES": 16, "BLOCK_S": 128, "num_warps": 4}
-    if batch <= 8:
+        return {"SLICES": 16, "BLOCK_S": 32, "num_warps": 1} if wide else {"SLICES": 16, "BLOCK_S": 128, "num_warps": 4}
+    if batch <= 8 and not wide:
         return {"SLICES": 8, "BLOCK_S": 64, "num_warps": 2}
     if batch <= 32:
         return {"SLICES": 4, "BLOCK_S": 16, "num_warps": 1}
@@ -683,8 +684,9 @@ def _decode(
         capability, sms = gpu.capability(q.device.index), gpu.sm_count(q.device.index)
     if kind == E4M3:
         kind = _kinds(capability)[1]
-    wide = config is None and capability == (9, 0) and heads > NARROW and _is_wide(q, kv, row_stride, page_stride)
-    if wide and sm_scale > 0:
+    wide = config is None and capability == (9, 0) and heads > NARROW and sm_scale > 0
+    wide = wide and _is_wide(q, kv, row_stride, page_stride)
+    if wide:
         kernel, numbers, tiles, per_sm = _wide(), {"E5M2": kind == E5M2, "num_warps": 4}, -(-heads // 64), 1
         if kind != DIRECT:
             kv, row_stride, page_stride = kv.view(torch.int32), row_stride // 2, page_stride and page_stride // 2
@@ -705,7 +707,7 @@ def _decode(
         q.stride(0), q.stride(1), row_stride, out.stride(0), out.stride(1), table_stride, page_stride,
         CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0, PAGE_SIZE=page_size, **numbers,
     )  # fmt: skip
-    merge = merge_config(batch)
+    merge = merge_config(batch, wide)
     pdl = numbers.get("PDL", False)
     if pdl:
         merge["launch_pdl"] = True
@@ -805,8 +807,9 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                     stack=192,
                 )
             )
-    for batch, sinks in itertools.product((1, 4, 16, 64), (False, True)):
-        numbers = merge_config(batch)
+    sizes = [(1, False), (4, False), (16, False), (64, False), (1, True)]
+    for (batch, wide), sinks in itertools.product(sizes, (False, True)):
+        numbers = merge_config(batch, wide)
         warps = numbers.pop("num_warps")
         pointers = {"out": "*bf16", "partial": "*fp32", "partial_lse": "*fp32", "spans": "*i32", "requests": "*i32"}
         pointers |= {"sinks": "*fp32"} if sinks else {}

@@ -38,6 +38,7 @@ from mla_patch.compat.triton import CompileCase, gluon_barrier, gluon_copy, gluo
 
 HEADS = 64  # a program's
 _UNIT = gl.constexpr(128)  # keys of a unit of work: an even and an odd tile
+_CHANGE = gl.constexpr(2)  # units that a program could do while it changes from one request to the next: measured
 
 _LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 of a row together
@@ -77,42 +78,56 @@ def _count(lens, b, mask, PAGE_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _units(lens, B, at, PAGE_SIZE: gl.constexpr):
+def _costs(lens, B, at, PAGE_SIZE: gl.constexpr):
+    """Requests' places on the line: their units and what a change of requests costs beside; empty ones have none."""
     lane = at + gl.arange(0, 128, layout=_LANES)
-    return lane, (_count(lens, lane, lane < B, PAGE_SIZE) + (_UNIT - 1)) // _UNIT
+    count = _count(lens, lane, lane < B, PAGE_SIZE)
+    return lane, gl.where(count > 0, (count + (_UNIT - 1)) // _UNIT + _CHANGE, 0)
 
 
 @gluon.jit
 def _piece(lens, B, PAGE_SIZE: gl.constexpr):
-    """This program's piece of the line of all units."""
+    """This program's piece of the line."""
     total = gl.to_tensor(0)
+    most = gl.to_tensor(0)
     for at in range(0, B, 128):
-        _lane, units = _units(lens, B, at, PAGE_SIZE)
-        total += gl.sum(units, 0)
+        _lane, costs = _costs(lens, B, at, PAGE_SIZE)
+        total += gl.sum(costs, 0)
+        most = gl.maximum(most, gl.max(costs, 0))
     each = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
+    if total == most * B:
+        # requests of one length: whole ones, which leave nothing to merge, if that makes pieces little longer
+        whole = (each + most - 1) // gl.maximum(most, 1) * most
+        each = gl.where(whole * 16 <= each * 17, whole, each)
     start = gl.program_id(0) * each
     return each, start, gl.minimum(start + each, total)
 
 
 @gluon.jit
 def _find(lens, B, position, PAGE_SIZE: gl.constexpr):
-    """The request at a position of the line, and where on the line it begins."""
+    """The request at a position of the line and where it begins there; behind its units, those of the next."""
     b = gl.to_tensor(0)
     begin = gl.to_tensor(0)
+    end = gl.to_tensor(2147483647)
     before = gl.to_tensor(0)
     for at in range(0, B, 128):
-        lane, units = _units(lens, B, at, PAGE_SIZE)
-        ends = gl.associative_scan(units, 0, _add) + before
+        lane, costs = _costs(lens, B, at, PAGE_SIZE)
+        ends = gl.associative_scan(costs, 0, _add) + before
         b += gl.sum(((ends <= position) & (lane < B)).to(gl.int32), 0)
         begin = gl.maximum(begin, gl.max(gl.where(ends <= position, ends, 0), 0))
-        before += gl.sum(units, 0)
-    return b, begin
+        end = gl.minimum(end, gl.min(gl.where(ends > position, ends, 2147483647), 0))
+        before += gl.sum(costs, 0)
+    if position >= end - _CHANGE:
+        b += 1
+        begin = end
+        position = end
+    return b, begin, position
 
 
 @gluon.jit
 def _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE: gl.constexpr):
     """Of the request that begins at ``begin`` and is b or, where that is empty, a later one: its number, its list of
-    tokens or pages, its length, where it ends on the line, how many of its units are ours."""
+    tokens or pages, its length, where its units end on the line, how many of them are ours."""
     length = gl.to_tensor(0)
     b -= 1
     while length <= 0:  # `position` is before the end of the line, so there is one
@@ -264,10 +279,9 @@ def _even(
     to: gl.constexpr = q_low.dtype
     each, start, stop = _piece(lens, B, PAGE_SIZE)
     gl.store(spans + gl.program_id(0) * 4, -1)
-    position = start
     turn = gl.to_tensor(0)
     asked = gl.to_tensor(0)
-    b, begin = _find(lens, B, start, PAGE_SIZE)
+    b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         mbarrier.wait(barriers.index(_Q_FREE), (asked & 1) ^ 1)
@@ -344,9 +358,9 @@ def _even(
             v_scale, out_stride_b, out_stride_h, 0,
         )  # fmt: skip
         asked += 1
-        position += count
         b += 1
-        begin = end
+        begin = end + _CHANGE
+        position = begin
     # nobody else comes by a request of no keys
     for empty in range(gl.program_id(0), B, gl.num_programs(0)):
         if _count(lens, empty, empty < B, PAGE_SIZE) == 0:
@@ -368,10 +382,9 @@ def _odd(
     """Odd tiles' scores, high columns' output. The even tile's turn comes first, so that its place is free early."""
     to: gl.constexpr = q_low.dtype
     each, start, stop = _piece(lens, B, PAGE_SIZE)
-    position = start
     turn = gl.to_tensor(0)
     asked = gl.to_tensor(0)
-    b, begin = _find(lens, B, start, PAGE_SIZE)
+    b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         mbarrier.wait(barriers.index(_Q_FREE), (asked & 1) ^ 1)
@@ -426,9 +439,9 @@ def _odd(
             v_scale, out_stride_b, out_stride_h, 1,
         )  # fmt: skip
         asked += 1
-        position += count
         b += 1
-        begin = end
+        begin = end + _CHANGE
+        position = begin
 
 
 @gluon.jit
@@ -461,9 +474,8 @@ def _copy_rows(
     _each, start, stop = _piece(lens, B, PAGE_SIZE)
     c = gl.arange(0, 256, layout=gl.SliceLayout(0, _ROWS))[None, :]
     r = gl.arange(0, 64, layout=gl.SliceLayout(0, _ROWS))[None, :]
-    position = start
     turn = gl.to_tensor(0)
-    b, begin = _find(lens, B, start, PAGE_SIZE)
+    b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         key = (position - begin) * _UNIT
@@ -490,9 +502,9 @@ def _copy_rows(
             async_copy.mbarrier_arrive(barriers.index(_FULL_ODD_LOW), increment_count=False)
             odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
             turn += 1
-        position += count
         b += 1
-        begin = end
+        begin = end + _CHANGE
+        position = begin
     async_copy.wait_group(0)
 
 
@@ -570,9 +582,8 @@ def _widen_rows(
 ):  # fmt: skip
     """8-bit caches, in int32: rows land, and become float16."""
     _each, start, stop = _piece(lens, B, PAGE_SIZE)
-    position = start
     turn = gl.to_tensor(0)
-    b, begin = _find(lens, B, start, PAGE_SIZE)
+    b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         key = (position - begin) * _UNIT
@@ -624,9 +635,9 @@ def _widen_rows(
             fence_async_shared()
             _arrive(barriers, _FULL_ODD_LOW)
             turn += 1
-        position += count
         b += 1
-        begin = end
+        begin = end + _CHANGE
+        position = begin
 
 
 @gluon.jit(
