@@ -38,7 +38,7 @@ from mla_patch.compat.triton import CompileCase, gluon_barrier, gluon_copy, gluo
 
 HEADS = 64  # a program's
 _UNIT = gl.constexpr(128)  # keys of a unit of work: an even and an odd tile
-_CHANGE = gl.constexpr(2)  # units that a program could do while it changes from one request to the next: measured
+_CHANGE = gl.constexpr(4)  # units that a program could do while it changes from one request to the next: measured
 
 _LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 of a row together
