@@ -694,7 +694,7 @@ def decode_sm90(
                                o_low, o_high, o_rope, barriers, PAGE_SIZE, E5M2)),
             ],
             [4, 4],
-            [216, 72],
+            [208, 88],
         )  # fmt: skip
     else:
         gl.warp_specialize(
