@@ -569,7 +569,7 @@ def merge_config(batch: int, wide: bool = False) -> dict[str, int]:
         return {"SLICES": 8, "BLOCK_S": 64, "num_warps": 2}
     if batch <= 32:
         return {"SLICES": 4, "BLOCK_S": 16, "num_warps": 1}
-    return {"SLICES": 0, "BLOCK_S": 128, "num_warps": 1}
+    return {"SLICES": 0, "BLOCK_S": 64, "num_warps": 1}
 
 
 def mla_decode(
