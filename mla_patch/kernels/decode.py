@@ -687,7 +687,8 @@ def _decode(
     wide = config is None and capability == (9, 0) and heads > NARROW and sm_scale > 0
     wide = wide and _is_wide(q, kv, row_stride, page_stride)
     if wide:
-        kernel, numbers, tiles, per_sm = _wide(), {"E5M2": kind == E5M2, "num_warps": 4}, -(-heads // 64), 1
+        kernel, key = _wide()
+        numbers, tiles, per_sm = {"E5M2": kind == E5M2, "KEY": key, "num_warps": 4}, -(-heads // 64), 1
         if kind != DIRECT:
             kv, row_stride, page_stride = kv.view(torch.int32), row_stride // 2, page_stride and page_stride // 2
     else:
@@ -868,10 +869,11 @@ def _is_wide(q: torch.Tensor, kv: torch.Tensor, row_stride: int, page_stride: in
 
 
 @functools.cache
-def _wide() -> Any:
+def _wide() -> tuple[Any, int]:
+    from mla_patch.kernels import sm90
     from mla_patch.kernels.decode_sm90 import decode_sm90
 
-    return decode_sm90
+    return decode_sm90, sm90.KEY
 
 
 _EIGHT_BIT = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}

@@ -35,31 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mla_patch.compat.triton import CompileCase, gluon_barrier, gluon_copy, gluon_reinterpret, watch_compiles
+from mla_patch.kernels import sm90
 
 HEADS = 64  # a program's
-_UNIT = gl.constexpr(128)  # keys of a unit of work: an even and an odd tile
-_CHANGE = gl.constexpr(4)  # units that a program could do while it changes from one request to the next: measured
-
-_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 of a row together
-_FETCH = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # the same in int32, 64 bytes of a row
-_READ = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))  # 8 bytes: they become 16, 128 of a row
-_SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-_OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
-_HEAD = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])))
-_OUTPUT_HEAD = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])))
-_WEIGHTS = gl.constexpr(
-    gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]), 2)
-)  # probabilities as they leave the softmax
-
-# Barriers. A half of a tile is there (FULL) or may be overwritten (FREE): low or high columns, the rope with the half
-# that comes second. A group's probabilities are there (WEIGHTS). Between requests: q may be overwritten, q is there,
-# row sums are there.
-_FULL_EVEN_LOW, _FULL_EVEN_HIGH, _FULL_ODD_LOW, _FULL_ODD_HIGH = [gl.constexpr(i) for i in range(4)]
-_FREE_EVEN_LOW, _FREE_EVEN_HIGH, _FREE_ODD_LOW, _FREE_ODD_HIGH = [gl.constexpr(i) for i in range(4, 8)]
-_WEIGHTS_EVEN, _WEIGHTS_ODD = [gl.constexpr(i) for i in range(8, 10)]
-_Q_FREE, _Q_FULL, _SUMS = [gl.constexpr(i) for i in range(10, 13)]
-_BARRIERS = gl.constexpr(13)
 
 
 @gluon.jit
@@ -80,9 +58,9 @@ def _count(lens, b, mask, PAGE_SIZE: gl.constexpr):
 @gluon.jit
 def _costs(lens, B, at, PAGE_SIZE: gl.constexpr):
     """Requests' places on the line: their units and what a change of requests costs beside; empty ones have none."""
-    lane = at + gl.arange(0, 128, layout=_LANES)
+    lane = at + gl.arange(0, 128, layout=sm90.LANES)
     count = _count(lens, lane, lane < B, PAGE_SIZE)
-    return lane, gl.where(count > 0, (count + (_UNIT - 1)) // _UNIT + _CHANGE, 0)
+    return lane, gl.where(count > 0, (count + (sm90.UNIT - 1)) // sm90.UNIT + sm90.CHANGE, 0)
 
 
 @gluon.jit
@@ -117,7 +95,7 @@ def _find(lens, B, position, PAGE_SIZE: gl.constexpr):
         begin = gl.maximum(begin, gl.max(gl.where(ends <= position, ends, 0), 0))
         end = gl.minimum(end, gl.min(gl.where(ends > position, ends, 2147483647), 0))
         before += gl.sum(costs, 0)
-    if position >= end - _CHANGE:
+    if position >= end - sm90.CHANGE:
         b += 1
         begin = end
         position = end
@@ -140,7 +118,7 @@ def _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE: gl.constex
         first = b.to(gl.int64) * table_stride
     else:
         first = gl.load(lens + b).to(gl.int64)
-    end = begin + (length + (_UNIT - 1)) // _UNIT
+    end = begin + (length + (sm90.UNIT - 1)) // sm90.UNIT
     return b, first, length, end, gl.minimum(stop, end) - position
 
 
@@ -155,9 +133,9 @@ def _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, HALF: 
     """Half of the heads' queries into shared memory; scaled, in float16 with a power of two for each head."""
     to: gl.constexpr = q_low.dtype
     AT: gl.constexpr = HALF * 32
-    h = gl.program_id(1) * 64 + AT + gl.arange(0, 32, layout=gl.SliceLayout(1, _ROWS))
-    c = gl.arange(0, 256, layout=gl.SliceLayout(0, _ROWS))
-    r = gl.arange(0, 64, layout=gl.SliceLayout(0, _ROWS))
+    h = gl.program_id(1) * 64 + AT + gl.arange(0, 32, layout=gl.SliceLayout(1, sm90.ROWS))
+    c = gl.arange(0, 256, layout=gl.SliceLayout(0, sm90.ROWS))
+    r = gl.arange(0, 64, layout=gl.SliceLayout(0, sm90.ROWS))
     source = q + b.to(gl.int64) * q_stride_b + h[:, None].to(gl.int64) * q_stride_h
     mask = (h < H)[:, None]
     low = gl.load(source + c[None, :], mask=mask, other=0.0)
@@ -182,9 +160,9 @@ def _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, HALF: 
 @gluon.jit
 def _scale(scale, unit, SCALED: gl.constexpr):
     if SCALED:
-        u = unit.load(_HEAD) * scale
+        u = unit.load(sm90.HEAD) * scale
     else:
-        u = gl.full([64], scale, gl.float32, layout=_HEAD)
+        u = gl.full([64], scale, gl.float32, layout=sm90.HEAD)
     return u
 
 
@@ -200,7 +178,7 @@ def _dot_keys(
     COPIED: gl.constexpr,
 ):  # fmt: skip
     """64 heads by 64 keys, in flight: the half that comes first, then the other and the rope."""
-    s = gl.zeros([64, 64], gl.float32, layout=_SCORES)
+    s = gl.zeros([64, 64], gl.float32, layout=sm90.SCORES)
     mbarrier.wait(barriers.index(FULL_ONE), phase)
     if COPIED:
         fence_async_shared()  # copies are seen by the tensor cores; who converts has done it already
@@ -219,11 +197,11 @@ def _softmax(s, u, m, key, length, logit_cap, temperature, CAPPED: gl.constexpr,
         s = s * u[:, None]
         t = gl.exp2(gl.abs(s / logit_cap) * -2.8853900817779268)
         s = gl.where(s < 0, -1.4426950408889634, 1.4426950408889634) * logit_cap * (1.0 - t) / (1.0 + t)
-        u = gl.full([64], 1.0, gl.float32, layout=_HEAD)
+        u = gl.full([64], 1.0, gl.float32, layout=sm90.HEAD)
     if XAI:
         u = u * temperature
     if key + 64 > length:
-        n = gl.arange(0, 64, layout=gl.SliceLayout(0, _SCORES))
+        n = gl.arange(0, 64, layout=gl.SliceLayout(0, sm90.SCORES))
         s = gl.where((key + n < length)[None, :], s, -float("inf"))
     top = gl.maximum(m, gl.max(s, 1) * u)
     return top, gl.exp2(s * u[:, None] - top[:, None])
@@ -237,14 +215,14 @@ def _finish(
     """Write what a piece has of a request: the output where that is all, else a partial and who shares it."""
     program = gl.program_id(0)
     whole = (position == begin) & (position + count == end)
-    head = gl.program_id(1) * 64 + gl.arange(0, 64, layout=_HEAD)
+    head = gl.program_id(1) * 64 + gl.arange(0, 64, layout=sm90.HEAD)
     lse = m + gl.log2(weights)
     if sinks is not None:
         sink = gl.load(sinks + head, mask=head < H, other=0.0).to(gl.float32)
         weights += gl.where(whole, gl.exp2(sink * 1.4426950408889634 - m), 0.0)
-    acc = acc * gl.convert_layout(gl.where(whole, v_scale, 1.0) / weights, _OUTPUT_HEAD)[:, None]
-    h = gl.program_id(1) * 64 + gl.arange(0, 64, layout=_OUTPUT_HEAD)
-    c = HALF * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, _OUTPUT))
+    acc = acc * gl.convert_layout(gl.where(whole, v_scale, 1.0) / weights, sm90.OUTPUT_HEAD)[:, None]
+    h = gl.program_id(1) * 64 + gl.arange(0, 64, layout=sm90.OUTPUT_HEAD)
+    c = HALF * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, sm90.OUTPUT))
     mask = (h < H)[:, None]
     if whole:
         to = out + b.to(gl.int64) * out_stride_b + h[:, None].to(gl.int64) * out_stride_h
@@ -284,18 +262,18 @@ def _even(
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        mbarrier.wait(barriers.index(_Q_FREE), (asked & 1) ^ 1)
+        mbarrier.wait(barriers.index(sm90.Q_FREE), (asked & 1) ^ 1)
         _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, 0, SCALED)
-        _arrive(barriers, _Q_FULL)
-        mbarrier.wait(barriers.index(_Q_FULL), asked & 1)
+        _arrive(barriers, sm90.Q_FULL)
+        mbarrier.wait(barriers.index(sm90.Q_FULL), asked & 1)
         u = _scale(scale, unit, SCALED)
         temperature = _temperature(length, xai_len)
-        key = (position - begin) * _UNIT
-        acc = gl.zeros([64, 256], gl.float32, layout=_OUTPUT)
-        m = gl.full([64], -float("inf"), gl.float32, layout=_HEAD)
+        key = (position - begin) * sm90.UNIT
+        acc = gl.zeros([64, 256], gl.float32, layout=sm90.OUTPUT)
+        m = gl.full([64], -float("inf"), gl.float32, layout=sm90.HEAD)
         z = turn >> 30  # 0, which the compiler cannot know: else it keeps the descriptors of 72 operands in registers
         s = _dot_keys(
-            q_low, q_high, q_rope, low, high, rope, z, barriers, turn & 1, _FULL_EVEN_LOW, _FULL_EVEN_HIGH,
+            q_low, q_high, q_rope, low, high, rope, z, barriers, turn & 1, sm90.FULL_EVEN_LOW, sm90.FULL_EVEN_HIGH,
             not SCALED,
         )  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[s])
@@ -306,68 +284,68 @@ def _even(
         rope.index(0).store(own)
         top_even.store(top)
         fence_async_shared()
-        _arrive(barriers, _WEIGHTS_EVEN)
-        acc = warpgroup_mma(gl.convert_layout(own, _WEIGHTS), low.index(z), acc, is_async=True)
+        _arrive(barriers, sm90.WEIGHTS_EVEN)
+        acc = warpgroup_mma(gl.convert_layout(own, sm90.WEIGHTS), low.index(z), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        _arrive(barriers, _FREE_EVEN_LOW)
+        _arrive(barriers, sm90.FREE_EVEN_LOW)
         for i in range(1, count):
             before = turn & 1
             turn += 1
             z = turn >> 30
             s = _dot_keys(
-                q_low, q_high, q_rope, low, high, rope, z, barriers, turn & 1, _FULL_EVEN_LOW, _FULL_EVEN_HIGH,
+                q_low, q_high, q_rope, low, high, rope, z, barriers, turn & 1, sm90.FULL_EVEN_LOW, sm90.FULL_EVEN_HIGH,
                 not SCALED,
             )  # fmt: skip
-            mbarrier.wait(barriers.index(_WEIGHTS_ODD), before)
-            m = top_odd.load(_HEAD)
+            mbarrier.wait(barriers.index(sm90.WEIGHTS_ODD), before)
+            m = top_odd.load(sm90.HEAD)
             keep = gl.exp2(top - m)
             weights = weights * keep
-            acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
+            acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
             acc = warpgroup_mma(odd_rope.index(z), odd_low.index(z), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
-            top, p = _softmax(s, u, m, key + i * _UNIT, length, logit_cap, temperature, CAPPED, XAI)
+            top, p = _softmax(s, u, m, key + i * sm90.UNIT, length, logit_cap, temperature, CAPPED, XAI)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _arrive(barriers, _FREE_ODD_LOW)  # and every warp has read the rope
+            _arrive(barriers, sm90.FREE_ODD_LOW)  # and every warp has read the rope
             own = p.to(to)
             rope.index(0).store(own)
             top_even.store(top)
             fence_async_shared()
-            _arrive(barriers, _WEIGHTS_EVEN)
+            _arrive(barriers, sm90.WEIGHTS_EVEN)
             keep = gl.exp2(m - top)
             weights = weights * keep + gl.sum(p, 1)
-            acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
-            acc = warpgroup_mma(gl.convert_layout(own, _WEIGHTS), low.index(z), acc, is_async=True)
+            acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
+            acc = warpgroup_mma(gl.convert_layout(own, sm90.WEIGHTS), low.index(z), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _arrive(barriers, _FREE_EVEN_LOW)
-        mbarrier.wait(barriers.index(_WEIGHTS_ODD), turn & 1)
-        m = top_odd.load(_HEAD)
+            _arrive(barriers, sm90.FREE_EVEN_LOW)
+        mbarrier.wait(barriers.index(sm90.WEIGHTS_ODD), turn & 1)
+        m = top_odd.load(sm90.HEAD)
         keep = gl.exp2(top - m)
-        acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
+        acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
         z = turn >> 30
         acc = warpgroup_mma(odd_rope.index(z), odd_low.index(z), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        _arrive(barriers, _FREE_ODD_LOW)
+        _arrive(barriers, sm90.FREE_ODD_LOW)
         turn += 1
         sum_even.store(weights * keep)
-        _arrive(barriers, _SUMS)
-        mbarrier.wait(barriers.index(_SUMS), asked & 1)
-        weights = weights * keep + sum_odd.load(_HEAD)
-        _arrive(barriers, _Q_FREE)
+        _arrive(barriers, sm90.SUMS)
+        mbarrier.wait(barriers.index(sm90.SUMS), asked & 1)
+        weights = weights * keep + sum_odd.load(sm90.HEAD)
+        _arrive(barriers, sm90.Q_FREE)
         _finish(
             acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
             v_scale, out_stride_b, out_stride_h, 0,
         )  # fmt: skip
         asked += 1
         b += 1
-        begin = end + _CHANGE
+        begin = end + sm90.CHANGE
         position = begin
     # nobody else comes by a request of no keys
     for empty in range(gl.program_id(0), B, gl.num_programs(0)):
         if _count(lens, empty, empty < B, PAGE_SIZE) == 0:
-            h = gl.program_id(1) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, _ROWS))
-            c = gl.arange(0, 512, layout=gl.SliceLayout(0, _ROWS))
+            h = gl.program_id(1) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, sm90.ROWS))
+            c = gl.arange(0, 512, layout=gl.SliceLayout(0, sm90.ROWS))
             place = out + gl.to_tensor(empty).to(gl.int64) * out_stride_b + h[:, None].to(gl.int64) * out_stride_h
-            zero = gl.zeros([64, 512], out.dtype.element_ty, layout=_ROWS)
+            zero = gl.zeros([64, 512], out.dtype.element_ty, layout=sm90.ROWS)
             gl.store(place + c[None, :], zero, mask=(h < H)[:, None])
             gl.store(requests + 2 * empty + 1, -1)  # nothing to merge
 
@@ -387,60 +365,71 @@ def _odd(
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        mbarrier.wait(barriers.index(_Q_FREE), (asked & 1) ^ 1)
+        mbarrier.wait(barriers.index(sm90.Q_FREE), (asked & 1) ^ 1)
         _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, 1, SCALED)
-        _arrive(barriers, _Q_FULL)
-        mbarrier.wait(barriers.index(_Q_FULL), asked & 1)
+        _arrive(barriers, sm90.Q_FULL)
+        mbarrier.wait(barriers.index(sm90.Q_FULL), asked & 1)
         u = _scale(scale, unit, SCALED)
         temperature = _temperature(length, xai_len)
-        key = (position - begin) * _UNIT + 64
-        m = gl.full([64], -float("inf"), gl.float32, layout=_HEAD)
-        weights = gl.zeros([64], gl.float32, layout=_HEAD)
-        acc = gl.zeros([64, 256], gl.float32, layout=_OUTPUT)
+        key = (position - begin) * sm90.UNIT + 64
+        m = gl.full([64], -float("inf"), gl.float32, layout=sm90.HEAD)
+        weights = gl.zeros([64], gl.float32, layout=sm90.HEAD)
+        acc = gl.zeros([64, 256], gl.float32, layout=sm90.OUTPUT)
         for i in range(count):
             phase = turn & 1
             z = turn >> 30  # see the other group
-            mbarrier.wait(barriers.index(_FULL_EVEN_HIGH), phase)
-            mbarrier.wait(barriers.index(_WEIGHTS_EVEN), phase)
+            mbarrier.wait(barriers.index(sm90.FULL_EVEN_HIGH), phase)
+            mbarrier.wait(barriers.index(sm90.WEIGHTS_EVEN), phase)
             if not SCALED:
                 fence_async_shared()
-            top = top_even.load(_HEAD)
+            top = top_even.load(sm90.HEAD)
             keep = gl.exp2(m - top)
             weights = weights * keep
-            acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
+            acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
             acc = warpgroup_mma(even_rope.index(z), even_high.index(z), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _arrive(barriers, _FREE_EVEN_HIGH)
+            _arrive(barriers, sm90.FREE_EVEN_HIGH)
             s = _dot_keys(
-                q_high, q_low, q_rope, high, low, rope, z, barriers, phase, _FULL_ODD_HIGH, _FULL_ODD_LOW, not SCALED
+                q_high,
+                q_low,
+                q_rope,
+                high,
+                low,
+                rope,
+                z,
+                barriers,
+                phase,
+                sm90.FULL_ODD_HIGH,
+                sm90.FULL_ODD_LOW,
+                not SCALED,
             )
             s = warpgroup_mma_wait(0, deps=[s])
-            m, p = _softmax(s, u, top, key + i * _UNIT, length, logit_cap, temperature, CAPPED, XAI)
+            m, p = _softmax(s, u, top, key + i * sm90.UNIT, length, logit_cap, temperature, CAPPED, XAI)
             own = p.to(to)
             gluon_barrier()  # the rope has been read by all
             rope.index(0).store(own)
             top_odd.store(m)
             fence_async_shared()
-            _arrive(barriers, _WEIGHTS_ODD)
+            _arrive(barriers, sm90.WEIGHTS_ODD)
             keep = gl.exp2(top - m)
             weights = weights * keep + gl.sum(p, 1)
-            acc = acc * gl.convert_layout(keep, _OUTPUT_HEAD)[:, None]
-            acc = warpgroup_mma(gl.convert_layout(own, _WEIGHTS), high.index(z), acc, is_async=True)
+            acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
+            acc = warpgroup_mma(gl.convert_layout(own, sm90.WEIGHTS), high.index(z), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _arrive(barriers, _FREE_ODD_HIGH)
+            _arrive(barriers, sm90.FREE_ODD_HIGH)
             turn += 1
         sum_odd.store(weights)
-        _arrive(barriers, _SUMS)
-        mbarrier.wait(barriers.index(_SUMS), asked & 1)
-        weights += sum_even.load(_HEAD)
-        _arrive(barriers, _Q_FREE)
+        _arrive(barriers, sm90.SUMS)
+        mbarrier.wait(barriers.index(sm90.SUMS), asked & 1)
+        weights += sum_even.load(sm90.HEAD)
+        _arrive(barriers, sm90.Q_FREE)
         _finish(
             acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
             v_scale, out_stride_b, out_stride_h, 1,
         )  # fmt: skip
         asked += 1
         b += 1
-        begin = end + _CHANGE
+        begin = end + sm90.CHANGE
         position = begin
 
 
@@ -472,38 +461,40 @@ def _copy_rows(
 ):  # fmt: skip
     """16-bit caches: rows as they are."""
     _each, start, stop = _piece(lens, B, PAGE_SIZE)
-    c = gl.arange(0, 256, layout=gl.SliceLayout(0, _ROWS))[None, :]
-    r = gl.arange(0, 64, layout=gl.SliceLayout(0, _ROWS))[None, :]
+    c = gl.arange(0, 256, layout=gl.SliceLayout(0, sm90.ROWS))[None, :]
+    r = gl.arange(0, 64, layout=gl.SliceLayout(0, sm90.ROWS))[None, :]
     turn = gl.to_tensor(0)
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        key = (position - begin) * _UNIT
-        even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
-        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
+        key = (position - begin) * sm90.UNIT
+        even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS))
+        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS))
         for i in range(count):
             free = (turn & 1) ^ 1
             row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            mbarrier.wait(barriers.index(_FREE_EVEN_LOW), free)
+            mbarrier.wait(barriers.index(sm90.FREE_EVEN_LOW), free)
             gluon_copy(even_low.index(0), row + c)
-            async_copy.mbarrier_arrive(barriers.index(_FULL_EVEN_LOW), increment_count=False)
-            mbarrier.wait(barriers.index(_FREE_EVEN_HIGH), free)
+            async_copy.mbarrier_arrive(barriers.index(sm90.FULL_EVEN_LOW), increment_count=False)
+            mbarrier.wait(barriers.index(sm90.FREE_EVEN_HIGH), free)
             gluon_copy(even_high.index(0), row + 256 + c)
             gluon_copy(even_rope.index(0), row + 512 + r)
-            async_copy.mbarrier_arrive(barriers.index(_FULL_EVEN_HIGH), increment_count=False)
-            even = _slots(token_ids, first, key + (i + 1) * _UNIT, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
+            async_copy.mbarrier_arrive(barriers.index(sm90.FULL_EVEN_HIGH), increment_count=False)
+            even = _slots(token_ids, first, key + (i + 1) * sm90.UNIT, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS))
             row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            mbarrier.wait(barriers.index(_FREE_ODD_HIGH), free)
+            mbarrier.wait(barriers.index(sm90.FREE_ODD_HIGH), free)
             gluon_copy(odd_high.index(0), row + 256 + c)
-            async_copy.mbarrier_arrive(barriers.index(_FULL_ODD_HIGH), increment_count=False)
-            mbarrier.wait(barriers.index(_FREE_ODD_LOW), free)
+            async_copy.mbarrier_arrive(barriers.index(sm90.FULL_ODD_HIGH), increment_count=False)
+            mbarrier.wait(barriers.index(sm90.FREE_ODD_LOW), free)
             gluon_copy(odd_low.index(0), row + c)
             gluon_copy(odd_rope.index(0), row + 512 + r)
-            async_copy.mbarrier_arrive(barriers.index(_FULL_ODD_LOW), increment_count=False)
-            odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, _ROWS))
+            async_copy.mbarrier_arrive(barriers.index(sm90.FULL_ODD_LOW), increment_count=False)
+            odd = _slots(
+                token_ids, first, key + (i + 1) * sm90.UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS)
+            )
             turn += 1
         b += 1
-        begin = end + _CHANGE
+        begin = end + sm90.CHANGE
         position = begin
     async_copy.wait_group(0)
 
@@ -538,7 +529,7 @@ def _landing(place):
 @gluon.jit
 def _fetch(place, row, AT: gl.constexpr):
     N: gl.constexpr = place.shape[1] // 4
-    c = AT + gl.arange(0, N, layout=gl.SliceLayout(0, _FETCH))
+    c = AT + gl.arange(0, N, layout=gl.SliceLayout(0, sm90.FETCH))
     gluon_copy(_landing(place), row + c[None, :])
 
 
@@ -547,7 +538,7 @@ def _widen(place, E5M2: gl.constexpr):
     """A half that has landed -> float16, exact."""
     N: gl.constexpr = place.shape[1] // 2
     L: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    x = _landing(place).load(_READ)
+    x = _landing(place).load(sm90.READ)
     gluon_barrier()  # what is read is overwritten
     if E5M2:  # the upper half of a float16
         one, other = gl.inline_asm_elementwise(
@@ -586,18 +577,18 @@ def _widen_rows(
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        key = (position - begin) * _UNIT
-        even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
-        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
-        ahead = _slots(token_ids, first, key + _UNIT, length, PAGE_SIZE, _LANES, 128)
+        key = (position - begin) * sm90.UNIT
+        even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH))
+        odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH))
+        ahead = _slots(token_ids, first, key + sm90.UNIT, length, PAGE_SIZE, sm90.LANES, 128)
         for i in range(count):
             free = (turn & 1) ^ 1
             row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            even = _slots(token_ids, first, key + (i + 1) * _UNIT, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
-            mbarrier.wait(barriers.index(_FREE_EVEN_LOW), free)
+            even = _slots(token_ids, first, key + (i + 1) * sm90.UNIT, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH))
+            mbarrier.wait(barriers.index(sm90.FREE_EVEN_LOW), free)
             _fetch(even_low.index(0), row, 0)
             async_copy.commit_group()
-            mbarrier.wait(barriers.index(_FREE_EVEN_HIGH), free)
+            mbarrier.wait(barriers.index(sm90.FREE_EVEN_HIGH), free)
             _fetch(even_high.index(0), row, 64)
             _fetch(even_rope.index(0), row, 128)
             async_copy.commit_group()
@@ -605,21 +596,23 @@ def _widen_rows(
             gluon_barrier()
             _widen(even_low.index(0), E5M2)
             fence_async_shared()
-            _arrive(barriers, _FULL_EVEN_LOW)
+            _arrive(barriers, sm90.FULL_EVEN_LOW)
             async_copy.wait_group(0)
             gluon_barrier()
             _widen(even_high.index(0), E5M2)
             _widen(even_rope.index(0), E5M2)
             fence_async_shared()
-            _arrive(barriers, _FULL_EVEN_HIGH)
+            _arrive(barriers, sm90.FULL_EVEN_HIGH)
             _prefetch(kv, ahead, kv_stride, page_stride, PAGE_SIZE)
-            ahead = _slots(token_ids, first, key + (i + 2) * _UNIT, length, PAGE_SIZE, _LANES, 128)
+            ahead = _slots(token_ids, first, key + (i + 2) * sm90.UNIT, length, PAGE_SIZE, sm90.LANES, 128)
             row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            odd = _slots(token_ids, first, key + (i + 1) * _UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, _FETCH))
-            mbarrier.wait(barriers.index(_FREE_ODD_HIGH), free)
+            odd = _slots(
+                token_ids, first, key + (i + 1) * sm90.UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH)
+            )
+            mbarrier.wait(barriers.index(sm90.FREE_ODD_HIGH), free)
             _fetch(odd_high.index(0), row, 64)
             async_copy.commit_group()
-            mbarrier.wait(barriers.index(_FREE_ODD_LOW), free)
+            mbarrier.wait(barriers.index(sm90.FREE_ODD_LOW), free)
             _fetch(odd_low.index(0), row, 0)
             _fetch(odd_rope.index(0), row, 128)
             async_copy.commit_group()
@@ -627,16 +620,16 @@ def _widen_rows(
             gluon_barrier()
             _widen(odd_high.index(0), E5M2)
             fence_async_shared()
-            _arrive(barriers, _FULL_ODD_HIGH)
+            _arrive(barriers, sm90.FULL_ODD_HIGH)
             async_copy.wait_group(0)
             gluon_barrier()
             _widen(odd_low.index(0), E5M2)
             _widen(odd_rope.index(0), E5M2)
             fence_async_shared()
-            _arrive(barriers, _FULL_ODD_LOW)
+            _arrive(barriers, sm90.FULL_ODD_LOW)
             turn += 1
         b += 1
-        begin = end + _CHANGE
+        begin = end + sm90.CHANGE
         position = begin
 
 
@@ -647,7 +640,7 @@ def _widen_rows(
 def decode_sm90(
     q, kv, out, lens, token_ids, sinks, partial, partial_lse, spans, requests, B, H, sm_scale, v_scale, logit_cap,
     xai_len, q_stride_b, q_stride_h, kv_stride, out_stride_b, out_stride_h, table_stride, page_stride,
-    CAPPED: gl.constexpr, XAI: gl.constexpr, E5M2: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    CAPPED: gl.constexpr, XAI: gl.constexpr, E5M2: gl.constexpr, PAGE_SIZE: gl.constexpr, KEY: gl.constexpr,
 ):  # fmt: skip
     """The portable kernel's arguments, but for an 8-bit cache as int32 and rows 16 bytes aligned; sm_scale above 0."""
     EIGHT: gl.constexpr = kv.dtype.element_ty.primitive_bitwidth == 32
@@ -668,7 +661,7 @@ def decode_sm90(
     sum_even = gl.allocate_shared_memory(gl.float32, [64], VALUES)
     sum_odd = gl.allocate_shared_memory(gl.float32, [64], VALUES)
     unit = gl.allocate_shared_memory(gl.float32, [64], VALUES)
-    barriers = gl.allocate_shared_memory(gl.int64, [_BARRIERS, 1], mbarrier.MBarrierLayout())
+    barriers = gl.allocate_shared_memory(gl.int64, [sm90.BARRIERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(0, 4):
         mbarrier.init(barriers.index(i), count=1 if EIGHT else 128)  # every copying thread arrives by itself
     for i in gl.static_range(4, 10):
@@ -736,12 +729,8 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         strides = ("q_stride_b", "q_stride_h", "kv_stride", "out_stride_b", "out_stride_h")
         scalars = dict.fromkeys(("B", "H", "xai_len", *strides), "i32")
         scalars |= dict.fromkeys(("sm_scale", "v_scale", "logit_cap"), "fp32")
-        options: dict[str, Any] = {
-            "CAPPED": capped,
-            "XAI": xai,
-            "E5M2": eight and capped,
-            "PAGE_SIZE": 64 if paged else 0,
-        }
+        options: dict[str, Any] = {"CAPPED": capped, "XAI": xai, "E5M2": eight and capped, "KEY": sm90.KEY}
+        options["PAGE_SIZE"] = 64 if paged else 0
         if paged:
             scalars |= {"table_stride": "i32", "page_stride": "i32"}
         else:
@@ -756,7 +745,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                 options,
                 ("kv", "partial", "partial_lse", "H", *strides, *(("page_stride",) if paged else ())),
                 targets=(90,),
-                # numbers of the piece and the request, kept while keys are read: 48 at most with Triton 3.6, 184 with 3.9
+                # numbers of the piece and the request, kept while keys are read: 80 with Triton 3.6, 184 with 3.9
                 stack=192,
             )
         )
