@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from mla_patch.features import Feature
 
 PREFIX = "MLA_PATCH"
-MODES = ("on", "off", "ab", "shadow", "ab+shadow")
+EXPERIMENTS = ("ab", "shadow", "ab+shadow")
+MODES = ("on", "off", *EXPERIMENTS)
 _SWITCH = {"1": "on", "on": "on", "true": "on", "0": "off", "off": "off", "false": "off", "": "off"}
 
 
@@ -155,7 +156,8 @@ def _read_master(raw: str) -> str:
 
 
 def _read_ab(raw: str) -> str:
-    values = _pairs(raw, {"block": int, "ratio": float, "seed": int, "warmup": int})
+    numbers = [part for part in raw.split(",") if not part.strip().startswith("arms=")]
+    values = _pairs(",".join(numbers), {"block": int, "ratio": float, "seed": int, "warmup": int})
     if values.get("block", 1) < 1 or values.get("warmup", 0) < 0 or not 0 < values.get("ratio", 0.5) < 1:
         raise ValueError("expected block >= 1, 0 < ratio < 1, warmup >= 0")
     return raw.strip()

@@ -23,7 +23,7 @@ MAY = {
     "dispatch": {"features", "compat"},
     "judge": {"sources", "flags", "features", "compat"},
     "patcher": {"dispatch", "judge", "reports", "flags", "features", "compat"},
-    "startup": {"flags", "plugins", "patcher", "judge", "reports", "sources", "features", "compat"},
+    "startup": {"experiment", "flags", "plugins", "patcher", "judge", "reports", "sources", "features", "compat"},
     "experiment": {"dispatch", "reports", "features", "kernels", "compat"},
     "flash_mla": {"kernels", "compat"},
     "kernels": {"kernels", "compat"},

@@ -1344,11 +1344,11 @@ def test_a_bad_value_is_refused_and_the_rest_goes_on(fake_host: FakeHost) -> Non
 
 
 @pytest.mark.parametrize("mode", ["ab", "shadow", "ab+shadow"])
-def test_experiments_are_refused_for_now(mode: str, fake_host: FakeHost) -> None:
+def test_no_experiment_without_an_arm_of_the_hosts(mode: str, fake_host: FakeHost) -> None:
     done = fake_host.run(
         "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), state())", {"MLA_PATCH_OPS": mode}
     )
-    assert done.stdout == f"host refused: MLA_PATCH_OPS={mode}: this version has no experiments yet; set on or off\n"
+    assert done.stdout == f"host refused: MLA_PATCH_OPS={mode}: no arm of the host's to compare with; set on or off\n"
     assert len(done.stderr.splitlines()) == 1
 
 

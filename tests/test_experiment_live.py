@@ -1,0 +1,370 @@
+"""Arms in a running engine: eager steps, graphs captured once per arm, shadow checks, the breaker, live commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_engine import ERROR, LAYERS, ByKey, BySize, Engine, Tape, batch, tapes
+
+from mla_patch.compat import sglang_graphs, steps
+from mla_patch.experiment import control, control_file, merge
+from mla_patch.experiment.live import Live, Trial
+from mla_patch.experiment.record import Error, Timing
+from mla_patch.experiment.schedule import AGAIN, OUTSIDE, Plan, Sampling, Schedule
+from mla_patch.features import State
+
+__all__ = ["tapes"]  # a fixture
+
+AB = "block=4,warmup=4"
+RUNNERS = [BySize, ByKey]
+
+
+class Running:
+    """An engine under test, with its edits in place."""
+
+    def __init__(self, folder: Path, mode: str, ab: str, shadow: str, runner: type | None, **engine: Any) -> None:
+        self.folder = folder
+        self.engine = Engine(**engine)
+        more = tuple(name for name in engine if name != "error")
+        self.live = Live(str(folder), lambda: "engine-1")
+        self.trial: Trial = self.live.add("decode", mode, ab, shadow, more)
+        module = self.engine.module
+        edits = [sglang_graphs.watch_steps, sglang_graphs.arms_by_size, sglang_graphs.arms_by_key]
+        self.undo = [edit(module) for edit in edits]
+        self.engine.switch.set(arms=self.trial)
+        self.trial.attach(self.engine.switch, self.engine.counts)
+        self.runner = self.engine.start(runner)
+
+    def run(self, count: int, **how: Any) -> list[str]:
+        """Whose each step's result is."""
+        found = []
+        for _ in range(count):
+            found.append(self.engine.whose(self.runner.forward(batch(**how))))
+            self.live.read()  # its thread does it ten times a second
+        return found
+
+    def rows(self) -> list[Any]:
+        self.live.close()
+        (path,) = self.folder.glob("*.steps.jsonl")
+        return merge.read_log(path).rows
+
+    def path(self) -> Path:
+        return next(self.folder.glob("*.control"))
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    made: list[Running] = []
+
+    def start(
+        mode: str = "ab", ab: str = AB, shadow: str = "every=8,tolerance=0.02", runner: Any = None, **engine: Any
+    ) -> Running:
+        made.append(Running(tmp_path, mode, ab, shadow, runner, **engine))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.live.close()
+        for undo in one.undo:
+            undo()
+    assert steps.watcher is None and not sglang_graphs._edited
+
+
+def planned(first: int, last: int, **changes: Any) -> list[str]:
+    schedule = Schedule(Plan(**({"block": 4, "warmup": 4, "salt": "decode"} | changes)))
+    return [schedule.turn(step).arm for step in range(first, last)]
+
+
+def test_each_step_runs_the_arm_of_its_number(start: Start) -> None:
+    one = start()
+    assert one.run(40) == planned(1, 41)
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert [row.arm for row in rows] == planned(1, 41)
+    assert {row.bucket for row in rows} == {"eager/4/128"} and all(row.us > 0 for row in rows)
+    assert [row.block for row in rows[:4]] == [OUTSIDE] * 4 and rows[4].block == 5
+    assert one.engine.counts.served == LAYERS * planned(1, 41).count("patch")
+
+
+def test_outside_of_steps_the_hosts_serves(start: Start) -> None:
+    one = start(ab="block=1,warmup=0,ratio=0.9")
+    one.run(20)
+    assert one.engine.whose(one.engine.model(torch.ones(1, 8))) == "host"
+    draft = one.engine.start(draft=True)
+    assert {one.engine.whose(draft.forward(batch())) for _ in range(20)} == {"host"}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_graphs_are_captured_once_per_arm_and_chosen_at_replay(start: Start, runner: type, caplog: Any) -> None:
+    caplog.set_level(logging.WARNING)
+    one = start(runner=runner)
+    graphs = one.runner.graph_runner.graphs
+    assert one.engine.counts.captured == 2 * LAYERS  # two sizes, one arm of ours
+    served = one.engine.counts.served
+    assert one.run(40) == planned(1, 41)
+    assert one.run(2, size=7) == planned(41, 43)
+    assert one.engine.counts.served == served  # no Python of ours at replay
+    patched = planned(1, 43).count("patch")
+    assert one.engine.counts.replayed == LAYERS * patched
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert [row.arm for row in rows] == planned(1, 43)
+    assert {row.bucket for row in rows} == {"graph/4/128", "graph/8/128"}
+    assert [message for message in caplog.messages if "captured" in message] == [
+        m for m in caplog.messages if "every CUDA graph is captured 1 more times (decode=patch)" in m
+        or "captured 2 graphs of the host's arm" in m
+    ]  # fmt: skip
+    assert len(caplog.messages) == 2
+    assert len(graphs) == (2 if runner is BySize else 4)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_models_graphs_are_captured_once(start: Start, runner: type) -> None:
+    one = start()
+    draft = one.engine.start(runner, draft=True)
+    assert (one.engine.counts.captured, len(draft.graph_runner.graphs)) == (0, 2)
+    assert one.engine.whose(draft.forward(batch())) == "host"
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_undone_the_hosts_graphs_are_replayed(start: Start, runner: type) -> None:
+    one = start(runner=runner, ab="block=1,warmup=0,ratio=0.9")
+    assert "patch" in one.run(12)
+    for undo in one.undo:
+        undo()
+    one.undo.clear()
+    assert set(one.run(12)) == {"host"}
+    plain = getattr(one.engine.module, runner.name).__dict__["capture"]
+    assert not hasattr(plain, "__wrapped__")
+
+
+def test_features_share_the_edits() -> None:
+    module = Engine().module
+    plain = module.ModelRunner.forward
+    first, second = (sglang_graphs.watch_steps(module) for _ in range(2))
+    ours = module.ModelRunner.forward
+    first()
+    assert module.ModelRunner.forward is ours is not plain
+    second()
+    assert module.ModelRunner.forward is plain
+
+
+def test_a_runner_of_another_shape_is_told() -> None:
+    module = Engine().module
+    del module.CudaGraphRunner.capture
+    with pytest.raises(TypeError, match=r"CudaGraphRunner\.capture does not exist, expected \(self"):
+        sglang_graphs.arms_by_size(module)
+    module.ModelRunner.forward = lambda self, batch: None
+    with pytest.raises(TypeError, match=r"ModelRunner\.forward takes \(self, batch\), expected \(self, forward_batch"):
+        sglang_graphs.watch_steps(module)
+    assert not sglang_graphs._edited
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_a_a_runs_the_hosts_code_under_both_names(start: Start, runner: Any) -> None:
+    one = start(ab=f"{AB},arms=host+{AGAIN}", runner=runner)
+    assert set(one.run(40)) == {"host"}
+    if runner is not None:
+        assert len(Tape.open) == 0
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert [row.arm for row in rows] == planned(1, 41, arms=("host", AGAIN))
+    assert one.engine.counts.served == one.engine.counts.captured == 0
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_a_plugins_arm(start: Start, runner: Any) -> None:
+    def mine(call: Any) -> None:
+        call.out.copy_(call.q * 3)
+
+    one = start(mine=mine, runner=runner)
+    arms = planned(1, 41, arms=("host", "patch", "mine"))
+    found = one.run(40)
+    assert [whose if whose[0] != "?" else "mine" for whose in found] == arms
+    assert "mine" in arms
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ("arms=host+none", "arms=none: decode has host, patch, host-again"),
+        ("arms=patch+host", "expected host first"),
+        ("arms=host", "two or more"),
+        ("blocks=1", "did you mean block"),
+    ],
+)
+def test_arms_that_do_not_exist(tmp_path: Path, given: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Live(str(tmp_path), lambda: "").add("decode", "ab", given, "every=8")
+
+
+def test_no_directory_no_experiment() -> None:
+    with pytest.raises(ValueError, match="MLA_PATCH_REPORT is not set"):
+        Live("", lambda: "").add("decode", "ab", AB, "")
+
+
+def test_declined_steps_are_no_arms(start: Start) -> None:
+    one = start(ab="block=1,warmup=0")
+    one.engine.declining = True
+    assert set(one.run(20)) == {"host"}
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert {(row.arm, row.block == OUTSIDE) for row in rows} == {("host", True), ("host", False)}
+
+
+def test_prefill_and_idle_steps(start: Start) -> None:
+    one = start()
+    one.run(6, mode="extend")
+    one.run(6, mode="idle")
+    one.run(6, mode="target_verify")
+    assert [row.bucket.partition("/")[0] for row in one.rows()] == ["prefill"] * 6 + ["eager"] * 6
+
+
+# --- shadow checks
+
+
+@pytest.mark.parametrize("mode", ["shadow", "ab+shadow"])
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_a_shadow_step_gives_the_hosts_result_and_the_error(start: Start, runner: Any, mode: str) -> None:
+    one = start(mode, runner=runner)
+    due = [step for step in range(1, 65) if Sampling(8).due(step)]
+    arms = planned(1, 65) if "ab" in mode else ["host"] * 64
+    want = ["host" if step in due else arm for step, arm in zip(range(1, 65), arms, strict=True)]
+    assert one.run(64) == want
+    one.run(2)
+    rows = one.rows()
+    errors = [row for row in rows if isinstance(row, Error)]
+    assert [row.step for row in errors if row.tag == 0 and row.step < 65] == due
+    assert {row.tag for row in errors} == set(range(LAYERS))
+    assert all(abs(row.relative - ERROR) < 1e-6 and row.nan == 0 for row in errors)
+    assert not {row.step for row in rows if isinstance(row, Timing)} & set(due)
+    if runner is not None:
+        sizes, labels = 2, 2 if "ab" in mode else 1
+        assert one.engine.counts.captured == sizes * labels * LAYERS
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_an_arm_that_is_wrong_trips_the_breaker(start: Start, runner: Any) -> None:
+    one = start("ab+shadow", "block=1,warmup=0", error=0.05, runner=runner)
+    one.run(40)
+    ((reason, state),) = one.engine.stops
+    assert state is State.FAILED
+    assert reason.startswith("shadow check at step ") and "error 0.05, tolerance 0.02" in reason
+    first = int(reason.split("step ")[1].split(",")[0])
+    assert first == next(step for step in range(1, 41) if Sampling(8).due(step))
+    assert set(one.run(20)) == {"host"}
+    rows = one.rows()
+    assert [row.text for row in rows if getattr(row, "what", "") == "breaker"] == [reason]
+    trips = control_file.read(one.path())[0].commands
+    assert [(command.kind, command.feature) for command in trips] in ([("trip", "decode")], [])
+
+
+def test_the_other_ranks_are_told(start: Start) -> None:
+    one = start("ab+shadow", "block=1,warmup=0", error=0.05)
+    one.run(20)
+    end = time.monotonic() + 10
+    while not control_file.read(one.path())[0].commands:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    (command,) = control_file.read(one.path())[0].commands
+    assert (command.kind, command.feature) == ("trip", "decode") and "error 0.05" in command.reason
+
+
+def test_an_exception_in_an_arm_trips_the_breaker(start: Start) -> None:
+    one = start(ab="block=1,warmup=0", error="raise")
+    one.engine.error = "raise"
+    for _ in range(20):
+        one.runner.forward(batch())
+    assert one.engine.stops == [("decode: RuntimeError('boom')", State.FAILED)]
+    assert one.trial.breaker.reason == "decode: RuntimeError('boom')"
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_an_arm_that_cannot_be_captured_leaves_the_hosts_graphs(start: Start, runner: type, caplog: Any) -> None:
+    one = start(ab="block=1,warmup=0", error="raise", runner=runner)
+    assert "RuntimeError('boom')" in one.trial.breaker.reason
+    one.engine.error = ERROR
+    assert set(one.run(20)) == {"host"}
+    assert all(row.arm == "host" for row in one.rows() if isinstance(row, Timing))
+
+
+# --- live control
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_commands_switch_arms_without_a_restart(start: Start, runner: Any) -> None:
+    one = start(runner=runner)
+    one.run(1)
+    path = one.path()
+    about = control_file.read(path)[0].about
+    assert (about["ranks"], about["features"]) == (1, {"decode": ["host", "patch"]})
+
+    def send(kind: str, value: Any = None) -> None:
+        with control.Controller(path) as controller:
+            at = controller.send("decode", kind, value, at=one.live.step + 200).at
+        assert one.live.control is not None
+        one.live.control.poll()
+        one.run(at - one.live.step)
+
+    send("arm", "patch")
+    assert set(one.run(20)) == {"patch"}
+    send("stop")
+    assert set(one.run(20)) == {"host"}
+    send("start")
+    assert set(one.run(40)) == {"host", "patch"}
+    with pytest.raises(control_file.ControlError, match="'mine' is not an arm of decode"):
+        send("arm", "mine")
+    notes = [row.text for row in one.rows() if getattr(row, "what", "") == "command"]
+    assert [note.partition(",")[0] for note in notes] == ["arm patch", "stop", "start"]
+
+
+def test_a_folder_that_cannot_be_written_costs_the_records_alone(start: Start, tmp_path: Path) -> None:
+    one = start()
+    one.live.directory = tmp_path / "file" / "below"
+    (tmp_path / "file").touch()
+    assert one.run(12) == planned(1, 13)
+    assert one.live.control is None and one.live.recorder is not None
+    one.live.recorder.flush()
+    assert one.live.recorder.lost == 12
+
+
+def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    one = start(ab="block=1,warmup=0")
+    one.run(4)
+    monkeypatch.setattr(one.trial.assigner, "turn", lambda step: 1 / 0)
+    assert set(one.run(8)) == {"host"}
+    assert "ZeroDivisionError" in one.trial.breaker.reason
+    assert len([m for m in caplog.messages if "experiment stopped" in m]) == 1
+
+
+def test_the_hosts_exception_is_the_hosts(start: Start) -> None:
+    one = start()
+    one.run(2)
+    bad = batch()
+    bad.q = None
+    with pytest.raises(TypeError, match="empty_like"):
+        one.runner.forward(bad)
+    assert one.trial.arm == "host" and one.run(2) == planned(4, 6)
+
+
+def test_a_host_that_counts_anew(start: Start) -> None:
+    one = start()
+    one.run(10)
+    one.runner.forward_pass_id = 0
+    assert one.run(10) == planned(11, 21)
+
+
+def test_a_rank_is_named_by_what_all_ranks_of_a_run_share(start: Start) -> None:
+    one = start()
+    rank = sglang_graphs.rank_of(one.runner)
+    assert (rank.rank, rank.ranks, rank.device) == (0, 1, "cpu")
+    assert rank.run.startswith("sglang-") and rank.run.endswith("-1234")
+    one.run(1)
+    header = json.loads(next(iter((one.rows(), *one.folder.glob("*.jsonl"))[1:])).read_text().splitlines()[0])
+    assert (header["run"], header["rank"]) == (rank.run, 0)
