@@ -149,6 +149,8 @@ class Trial:
         arm, block, group = self.turn
         if not self.ab or (self.breaker.reason and arm != HOST):
             return None
+        if self._switch is None or self._switch.off:  # restored
+            return None
         ours = (calls or {}).get(self.name) or self.counts.served > self.before
         if arm not in (HOST, AGAIN) and not ours:  # all was declined, or there was nothing to serve
             arm, block, group = _OUT
