@@ -30,7 +30,7 @@ MAY = {
     "compat": {"compat"},
     "hooks": {"features", "hookspecs", "kernels", "compat"},
 }
-ABOVE = {"cli", "demo", "bench", "warmup"}  # what a person runs may import anything of ours
+ABOVE = {"ab", "cli", "demo", "bench", "warmup"}  # what a person runs may import anything of ours
 ENGINES = {"sglang", "vllm", "sgl_kernel", "flash_mla"}
 
 

@@ -312,7 +312,8 @@ class Live:
         """At the first step, when the process's place is known: records, control file, events, a reader."""
         about = {name: list(trial.plan.arms) if trial.ab else [HOST] for name, trial in self.trials.items()}
         tolerance = {name: t.breaker.tolerance for name, t in self.trials.items() if t.sampling is not None}
-        header = {"run": rank.run, "rank": rank.rank, "features": about, "tolerance": tolerance}
+        header = {"run": rank.run, "rank": rank.rank, "started": time.time()}
+        header |= {"features": about, "tolerance": tolerance}
         self.recorder = Recorder(self.directory / self._stem(), header)
         path = self.directory / f"{rank.run}.control"
         try:
