@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from mla_patch.experiment import control, control_file, merge
 from mla_patch.experiment.live import Live, Trial
 from mla_patch.experiment.record import Error, Timing
 from mla_patch.experiment.schedule import AGAIN, OUTSIDE, Plan, Sampling, Schedule
+from mla_patch.experiment.shadow import Drain
 from mla_patch.features import State
 
 __all__ = ["tapes"]  # a fixture
@@ -368,3 +371,83 @@ def test_a_rank_is_named_by_what_all_ranks_of_a_run_share(start: Start) -> None:
     one.run(1)
     header = json.loads(next(iter((one.rows(), *one.folder.glob("*.jsonl"))[1:])).read_text().splitlines()[0])
     assert (header["run"], header["rank"]) == (rank.run, 0)
+
+
+# --- what a step costs
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_no_step_waits_for_the_device(start: Start, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors are on ``meta``, where whatever needs a value fails; what waits by name is caught by name."""
+    waits: list[str] = []
+    for owner, names in (
+        (torch.cuda, ("synchronize",)),
+        (torch.cuda.Event, ("synchronize",)),
+        (torch.cuda.Stream, ("synchronize",)),
+        (torch.Tensor, ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, lambda *args, _name=name: waits.append(_name))
+    copies: list[Any] = []
+
+    class Never:
+        def query(self) -> bool:
+            return False
+
+    def copy_aside(targets: Any, sources: Any) -> Any:
+        copies.append(sources)
+        return Never()
+
+    # the one way off the device is the drain's copy on a stream of its own
+    monkeypatch.setattr("mla_patch.experiment.live.Drain", functools.partial(Drain, copy=copy_aside))
+    with torch.device("meta"):
+        one = start("ab+shadow", "block=4,warmup=4", runner=runner)
+        for _ in range(64):
+            one.runner.forward(batch())
+    assert waits == [] and one.engine.stops == [] and one.trial.breaker.reason == ""
+    assert len(copies) == 1 and one.trial.drain is not None and one.trial.drain.problem == ""
+    served = one.engine.counts.replayed if runner else one.engine.counts.served
+    assert served is not None and served > 64 * LAYERS / 4
+
+
+def test_a_wait_in_the_step_is_seen(start: Start) -> None:
+    """The test above can fail."""
+    with torch.device("meta"):
+        one = start(ab="block=1,warmup=0")
+        one.engine.error = torch.ones(())  # whose product with a Python number needs no value, but float() does
+        monkey = one.engine.serve
+
+        def waits(call: Any) -> None:
+            one.engine.error = float(call.q.sum())
+            monkey(call)
+
+        site = one.engine.decode._self_site
+        site.arms["patch"] = type(site.arms["patch"])(waits, site.arms["patch"].declines)
+        for _ in range(8):
+            one.runner.forward(batch())
+    ((reason, _),) = one.engine.stops
+    assert "meta" in reason
+
+
+@pytest.mark.cost
+@pytest.mark.parametrize("mode", ["ab", "ab+shadow"])
+def test_a_step_costs_little(start: Start, mode: str) -> None:
+    one = start(mode, "", "every=1000000")
+    one.run(1)
+    work, numbers = steps.Work("decode", 16, 4096), iter(range(10, 10**6))
+
+    def step() -> None:
+        one.live.begin(lambda: pytest.fail("asked once"), next(numbers))
+        one.live.end(work)
+
+    assert min(timeit.repeat(step, number=500, repeat=9)) / 500 < 15e-6  # 20 us with a device's two events
+
+
+@pytest.mark.cost
+def test_off_the_engines_step_and_replay_are_untouched() -> None:
+    engine = Engine()
+    assert steps.watcher is None
+    runner = engine.start(ByKey)
+    for owner in (type(runner), type(runner.graph_runner)):
+        assert not [name for name, value in vars(owner).items() if hasattr(value, "__wrapped__")]
+    assert type(runner.graph_runner.graphs) is dict and engine.switch.plain
