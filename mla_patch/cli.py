@@ -24,8 +24,8 @@ from mla_patch import plugins as plugins_
 from mla_patch import reports
 from mla_patch.compat import gpu, hosts, sglang_fetch
 from mla_patch.features import MEANING, SATISFIED, Feature, State
-from mla_patch.judge import code_of, judge
-from mla_patch.startup import HostFinder, find_host
+from mla_patch.judge import Judgement, code_of, judge
+from mla_patch.startup import HostFinder, experiment, find_host
 
 OK, FINDING, MISUSE = 0, 1, 2
 ENTRY_POINT = "mla_patch"  # our name in the hosts' own plugin groups, and so in their filters
@@ -163,7 +163,7 @@ def doctor(args: argparse.Namespace) -> int:
     plugins, flags = _read(args.feature)
     found = [one for one in map(find_host, hosts.HOSTS) if one is not None]
     device = gpu.from_nvml() or _torch_gpu()  # before the features, which may depend on it
-    rows = [_would_be(feature, flags) for feature in plugins.features]
+    rows = [_would_be(feature, flags, plugins) for feature in plugins.features]
     report = {
         "version": mla_patch.__version__,
         "python": sys.version.split()[0],
@@ -209,7 +209,7 @@ def explain(args: argparse.Namespace) -> int:
         names = [name for feature in plugins.features for name in (feature.name, feature.label)]
         raise Misuse(f"{args.feature!r} is not a feature{flags_.nearest(args.feature, names)}")
     routes = [row for feature in features for row in _routes(feature)]
-    states = [_would_be(feature, flags) for feature in features]
+    states = [_would_be(feature, flags, plugins) for feature in features]
     for row in states:
         row["meaning"] = MEANING[State(row["state"])]
     if args.json:
@@ -254,12 +254,17 @@ def _read(chosen: Iterable[str]) -> tuple[plugins_.Plugins, flags_.Flags]:
     return plugins, flags_.read(os.environ, plugins.features, modes)
 
 
-def _would_be(feature: Feature, flags: flags_.Flags) -> dict[str, Any]:
+def _would_be(feature: Feature, flags: flags_.Flags, plugins: plugins_.Plugins) -> dict[str, Any]:
     """The feature's row as a process of an engine on this machine would first report it."""
     setting = flags.feature(feature)
     skip = flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
     host = find_host(feature.host_name)
     verdict = judge(feature, setting, host, skip_version_check=skip, skip_finders=(HostFinder,))
+    if setting.value in flags_.EXPERIMENTS and verdict.state is State.ARMED:
+        try:
+            experiment(feature, setting, flags, verdict, plugins)
+        except ValueError as problem:
+            verdict = Judgement(State.REFUSED, str(problem))
     status = reports.FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
     status.state, status.reason = verdict.state, verdict.reason
     status.targets = [reports.TargetStatus(t.module, t.name, t.kind, code_of(t)) for t in verdict.targets]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mla_patch.experiment.live import Live, Trial
     from mla_patch.features import Feature
     from mla_patch.flags import Flags, Setting
+    from mla_patch.judge import Judgement
     from mla_patch.plugins import Plugins
     from mla_patch.reports import Writer
 
@@ -174,21 +175,14 @@ class Session:
                 self._start_writer()
                 self._changed()
 
-    def _test(self, feature: "Feature", setting: "Setting", settings: "Flags", judgement: "Any") -> "Trial":
+    def _test(self, feature: "Feature", setting: "Setting", settings: "Flags", judgement: "Judgement") -> "Trial":
         """Put a feature under test; ValueError: it cannot be, with the reason."""
         from mla_patch.experiment.live import Live
 
-        if "shadow" in setting.value:
-            for target in judgement.targets:
-                if target.kind != "edit" and target.twin is None:
-                    raise ValueError(
-                        f"{setting.name}={setting.value}: {target.name} does not say what it writes (twin)"
-                    )
+        values = experiment(feature, setting, settings, judgement, self.plugins)
         if self.live is None:
             self.live = Live(settings.text("MLA_PATCH_REPORT"), lambda: self.report.stem)
-        more = tuple(arm.name for arm in self.plugins.arms if feature.matches(arm.feature))
-        texts = (settings.text("MLA_PATCH_AB"), settings.text("MLA_PATCH_SHADOW"))
-        return self.live.add(feature.name, setting.value, *texts, more)
+        return self.live.add(*values)
 
     def _tell_problems(self) -> None:
         import logging
@@ -221,6 +215,26 @@ class Session:
             self.writer.restart()
         if self.live is not None:
             self.live.forked()
+
+
+def experiment(
+    feature: "Feature", setting: "Setting", settings: "Flags", judgement: "Judgement", plugins: "Plugins"
+) -> "tuple[str, str, str, str, tuple[str, ...]]":
+    """What `Live.add` takes to put ``feature`` under test.
+
+    Raises:
+        ValueError: it cannot be; says why.
+    """
+    from mla_patch.experiment.live import Live, Trial
+
+    if "shadow" in setting.value:
+        for target in judgement.targets:
+            if target.kind != "edit" and target.twin is None:
+                raise ValueError(f"{setting.name}={setting.value}: {target.name} does not say what it writes (twin)")
+    more = tuple(arm.name for arm in plugins.arms if feature.matches(arm.feature))
+    values = feature.name, setting.value, settings.text("MLA_PATCH_AB"), settings.text("MLA_PATCH_SHADOW"), more
+    Trial(Live(settings.text("MLA_PATCH_REPORT"), str), *values)
+    return values
 
 
 def find_host(name: str) -> "Any":

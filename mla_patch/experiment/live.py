@@ -161,7 +161,13 @@ class Live:
     """All trials of this process. Implements ``compat.steps.Watcher``."""
 
     def __init__(self, directory: str, stem: Callable[[], str]) -> None:
-        """``directory``: where records and the control file go; ``stem``: the name of this process's files."""
+        """``directory``: where records and the control file go; ``stem``: the name of this process's files.
+
+        Raises:
+            ValueError: no directory.
+        """
+        if not directory:
+            raise ValueError("MLA_PATCH_REPORT is not set: an experiment needs a directory for its records")
         self.directory = Path(directory)
         self.trials: dict[str, Trial] = {}
         self.label = ""
@@ -186,10 +192,8 @@ class Live:
         """Put a feature under test, before the host's first step.
 
         Raises:
-            ValueError: as `Trial`; no directory for records; or the host is at work already.
+            ValueError: as `Trial`, or the host is at work already.
         """
-        if not str(self.directory) or self.directory == Path():
-            raise ValueError("MLA_PATCH_REPORT is not set: an experiment needs a directory for its records")
         if self.recorder is not None and name not in self.trials:
             raise ValueError("the engine has begun to step: experiments are chosen before it starts")
         trial = self.trials[name] = Trial(self, name, mode, ab, shadow, more)
