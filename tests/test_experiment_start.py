@@ -54,6 +54,17 @@ def mine(call):
 def mla_patch_arms():
     return [Arm("mine", "ops", "fakeplug:mine")]
 """
+BREAKS = """
+from dataclasses import replace
+
+calls = []
+
+def sometimes(call):
+    calls.append(call)
+    if len(calls) > 5:
+        raise RuntimeError("boom")
+    return "ours"
+"""
 RUN = """
 import json, mla_patch
 mla_patch.apply()
@@ -185,3 +196,38 @@ def test_a_forked_child_keeps_records_of_its_own(engine: FakeHost, tmp_path: Pat
     engine.says(code, env)
     logs = [merge.read_log(path) for path in tmp_path.glob("*.steps.jsonl")]
     assert sorted(len(log.rows) for log in logs) == [20, 30]
+
+
+METRICS = """
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_where_the_engine_exposes_metrics_ours_are_among_them(engine: FakeHost, tmp_path: Path) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    engine.plug(BREAKS + FEATURES.replace("DECODE, steps", "replace(DECODE, serve='fakeplug:sometimes'), steps"))
+    metrics = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    for _ in range(2):  # two processes of an engine
+        told(engine, tmp_path / "report", **metrics)
+    shown = engine.run(METRICS, metrics).stdout
+    count = {}
+    for line in shown.splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            count[name] = float(value)
+    arms = {
+        arm: count[f'mla_patch_step_seconds_count{{arm="{arm}",feature="ops",mode="eager"}}']
+        for arm in ("host", "patch")
+    }
+    assert arms["patch"] == 10 and 50 < arms["host"] <= 70
+    assert count['mla_patch_breaker_trips_total{feature="ops"}'] == 2
+
+
+def test_without_metrics_in_the_engine_there_are_none(engine: FakeHost, tmp_path: Path) -> None:
+    code = RUN.format(count=8) + "print('prometheus_client' in sys.modules)"
+    env = {"MLA_PATCH_OPS": "ab", "MLA_PATCH_AB": AB, "MLA_PATCH_REPORT": str(tmp_path)}
+    assert engine.says(code, env).splitlines()[-1] == "False"

@@ -25,7 +25,8 @@ from mla_patch.experiment import control_file
 from mla_patch.experiment.assign import Assigner
 from mla_patch.experiment.breaker import Breaker
 from mla_patch.experiment.control import Control
-from mla_patch.experiment.record import Note, Recorder, Timing, bucket
+from mla_patch.experiment.metrics import Metrics, metrics
+from mla_patch.experiment.record import Note, Recorder, Row, Timing, bucket
 from mla_patch.experiment.schedule import AGAIN, HOST, OUTSIDE, PATCH, SHADOW, Sampling, Turn, parse_ab, parse_shadow
 from mla_patch.experiment.shadow import Drain, Ring
 from mla_patch.experiment.timing import EventPool, device_event
@@ -187,6 +188,7 @@ class Live:
         self._broken: set[str] = set()
         self._stop = threading.Event()
         self._failed = False
+        self._metrics: Metrics | None = None
 
     def add(self, name: str, mode: str, ab: str, shadow: str, more: tuple[str, ...] = ()) -> Trial:
         """Put a feature under test, before the host's first step.
@@ -235,12 +237,12 @@ class Live:
                 if trial.drain is not None:
                     trial.drain.poll()
             self.label = ""
-            pool, recorder = self._pool, self.recorder
-            assert pool is not None and recorder is not None
+            pool = self._pool
+            assert pool is not None
             pool.end(rows)
             for timed, us in pool.harvest():
                 for row in timed:
-                    recorder.add(row._replace(us=us))
+                    self._add(row._replace(us=us))
         except Exception as problem:
             self._fail(problem)
 
@@ -309,8 +311,13 @@ class Live:
     # files and threads
 
     def note(self, feature: str, what: str, text: str) -> None:
+        self._add(Note(self.step, feature, what, text))
+
+    def _add(self, row: Row) -> None:
         if self.recorder is not None:
-            self.recorder.add(Note(self.step, feature, what, text))
+            self.recorder.add(row)
+        if self._metrics is not None:
+            self._metrics.add(row)
 
     def _open(self, rank: Rank) -> None:
         """At the first step, when the process's place is known: records, control file, events, a reader."""
@@ -329,6 +336,7 @@ class Live:
             trial.assigner = Assigner(name, trial.plan, self.control, trial.breaker)
             if trial.breaker.reason:  # before there was anything to note it in
                 trial._publish(trial.breaker.reason)
+        self._metrics = metrics()
         self._pool = EventPool(device_event if rank.device.startswith("cuda") else _Clock)
         self._stop = threading.Event()
         threading.Thread(target=self._read, args=(self._stop,), name="mla-patch-shadow", daemon=True).start()
@@ -338,14 +346,16 @@ class Live:
             self.read()
 
     def read(self) -> None:
-        """Judge and record the shadow results that have arrived."""
+        """Judge and record the shadow results that have arrived; count what is to be counted."""
         for trial in self.trials.values():
             if trial.drain is None or self.recorder is None:
                 continue
             for error in trial.drain.take():
                 if error.step > 0:  # or of a warm-up before a capture
-                    self.recorder.add(error)
+                    self._add(error)
                     trial.breaker.check(error)
+        if self._metrics is not None:
+            self._metrics.count()
 
     def close(self) -> None:
         """Write what there is; for tests and the end of a run."""
@@ -360,7 +370,7 @@ class Live:
 
     def forked(self) -> None:
         """In a child: files, threads and events are made anew at its first step."""
-        self._pool = self.recorder = self.control = None
+        self._pool = self.recorder = self.control = self._metrics = None
 
 
 def _label(arms: dict[str, str]) -> str:
