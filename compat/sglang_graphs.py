@@ -118,7 +118,7 @@ def watch_steps(module: ModuleType) -> tuple[type, dict[str, Any]]:
         work = None
         try:
             output = original(self, forward_batch, *args, **kwargs)
-            work = work_of(forward_batch)
+            work = functools.partial(work_of, forward_batch)
             return output
         finally:
             watcher.end(work)

@@ -36,8 +36,8 @@ class Watcher(Protocol):
     def begin(self, rank: Callable[[], Rank], step: int) -> None:
         """A forward step of the host begins; ``rank`` is asked once."""
 
-    def end(self, work: Work | None) -> None:
-        """It has ended; None: nothing that can be compared."""
+    def end(self, work: Callable[[], Work | None] | None) -> None:
+        """It has ended; ``work`` says what it was, None that it was nothing to compare, no ``work`` that it failed."""
 
     def capturing(self, label: str) -> AbstractContextManager[dict[str, int]]:
         """A graph is captured for ``label``; what comes back is, once it is, the calls of ours in it, by feature."""

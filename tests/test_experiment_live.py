@@ -16,6 +16,7 @@ import torch
 from fake_engine import ERROR, LAYERS, ByKey, BySize, Engine, Tape, batch, tapes
 
 from mla_patch.compat import sglang_graphs, steps
+from mla_patch.dispatch import ArmCode
 from mla_patch.experiment import control, control_file, merge
 from mla_patch.experiment.live import Live, Trial
 from mla_patch.experiment.record import Error, Timing
@@ -135,6 +136,20 @@ def test_a_draft_models_graphs_are_captured_once(start: Start, runner: type) -> 
     draft = one.engine.start(runner, draft=True)
     assert (one.engine.counts.captured, len(draft.graph_runner.graphs)) == (0, 2)
     assert one.engine.whose(draft.forward(batch())) == "host"
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_an_arm_without_a_graph_is_no_arm(start: Start, runner: type) -> None:
+    one = start(runner=runner, ab="block=1,warmup=0")
+    graphs = one.runner.graph_runner
+    if runner is BySize:
+        for value in (*dict.values(graphs.graphs), *dict.values(graphs.output_buffers)):
+            del value.by_label["decode=patch"]
+    else:
+        graphs._mla_patch_keys = {key: {} for key in graphs._mla_patch_keys if "decode" not in key.variant_label}
+    assert set(one.run(20)) == {"host"}
+    assert one.live.unmatched == planned(1, 21, block=1, warmup=0).count("patch")
+    assert {row.arm for row in one.rows()} == {"host"}
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -286,6 +301,16 @@ def test_an_exception_in_an_arm_trips_the_breaker(start: Start) -> None:
         one.runner.forward(batch())
     assert one.engine.stops == [("decode: RuntimeError('boom')", State.FAILED)]
     assert one.trial.breaker.reason == "decode: RuntimeError('boom')"
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert len(rows) == 20 and {row.arm for row in rows} == {"host"}  # also of the step in which it happened
+
+
+def test_a_batch_that_tells_nothing_costs_the_experiment_alone(start: Start) -> None:
+    one = start(ab="block=1,warmup=0")
+    odd = batch()
+    del odd.seq_lens_sum
+    assert one.engine.whose(one.runner.forward(odd)) in ("host", "patch")
+    assert "seq_lens_sum" in one.trial.breaker.reason and set(one.run(8)) == {"host"}
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -414,15 +439,13 @@ def test_a_wait_in_the_step_is_seen(start: Start) -> None:
     """The test above can fail."""
     with torch.device("meta"):
         one = start(ab="block=1,warmup=0")
-        one.engine.error = torch.ones(())  # whose product with a Python number needs no value, but float() does
-        monkey = one.engine.serve
+        codes, serve = one.engine.decode._self_site.arms, one.engine.serve
 
         def waits(call: Any) -> None:
-            one.engine.error = float(call.q.sum())
-            monkey(call)
+            if call.q.sum() != 0:
+                serve(call)
 
-        site = one.engine.decode._self_site
-        site.arms["patch"] = type(site.arms["patch"])(waits, site.arms["patch"].declines)
+        codes["patch"] = ArmCode(waits, codes["patch"].declines)
         for _ in range(8):
             one.runner.forward(batch())
     ((reason, _),) = one.engine.stops
@@ -438,7 +461,7 @@ def test_a_step_costs_little(start: Start, mode: str) -> None:
 
     def step() -> None:
         one.live.begin(lambda: pytest.fail("asked once"), next(numbers))
-        one.live.end(work)
+        one.live.end(lambda: work)
 
     assert min(timeit.repeat(step, number=500, repeat=9)) / 500 < 15e-6  # 20 us with a device's two events
 

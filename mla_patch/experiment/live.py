@@ -147,13 +147,12 @@ class Trial:
 
     def row(self, step: int, mode: str, work: Work, calls: dict[str, int] | None) -> Timing | None:
         """What is recorded of a step, but for its time."""
+        if not self.ab or self._switch is None or self._switch.off:  # restored
+            return None
         arm, block, group = self.turn
-        if not self.ab or (self.breaker.reason and arm != HOST):
-            return None
-        if self._switch is None or self._switch.off:  # restored
-            return None
         ours = (calls or {}).get(self.name) or self.counts.served > self.before
-        if arm not in (HOST, AGAIN) and not ours:  # all was declined, or there was nothing to serve
+        if arm not in (HOST, AGAIN) and (not ours or self.breaker.reason):
+            # all was declined, there was nothing to serve, no graph of it, or it failed: other ranks' rows may differ
             arm, block, group = _OUT
         return Timing(step, self.name, arm, block, group, bucket(mode, work.batch, work.context), 0.0)
 
@@ -224,13 +223,14 @@ class Live:
         except Exception as problem:
             self._fail(problem)
 
-    def end(self, work: Work | None) -> None:
+    def end(self, work: Callable[[], Work | None] | None) -> None:
         try:
             rows: list[Timing] = []
             self.unmatched += self.missing
-            if work is not None and not self._shadow and not self.missing:
-                mode = "graph" if self._calls is not None else "eager" if work.kind == "decode" else "prefill"
-                found = (trial.row(self.step, mode, work, self._calls) for trial in self.trials.values())
+            done = work() if work is not None and not self._shadow else None
+            if done is not None:
+                mode = "graph" if self._calls is not None else "eager" if done.kind == "decode" else "prefill"
+                found = (trial.row(self.step, mode, done, self._calls) for trial in self.trials.values())
                 rows = [row for row in found if row is not None]
             for trial in self.trials.values():
                 trial.end()

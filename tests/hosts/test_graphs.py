@@ -1,5 +1,6 @@
 """Real SGLang releases' graph runners on a CPU: each size captured once per arm, and the step's arm replayed."""
 
+import ast
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import hosts
 import pytest
 from packaging.version import Version
 
+from mla_patch.compat import sglang_graphs
 from mla_patch.compat.sglang_fetch import fetch
 from mla_patch.experiment import merge
 from mla_patch.experiment.record import Timing
@@ -67,3 +69,40 @@ def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
     rows = [timing for timing in run.timings if isinstance(timing, Timing)]
     assert [timing.arm for timing in rows] == [arm for arm in want if arm != "shadow"]
     assert {timing.bucket for timing in rows} == {"graph/4/64"}
+
+
+def methods(path: Path, owner: str) -> dict[str, list[str]]:
+    """The parameters of each of a class's own methods."""
+    (found,) = [
+        node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef) and node.name == owner
+    ]
+    return {
+        node.name: [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+        for node in found.body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+@pytest.mark.parametrize("release", [release for release in hosts.chosen() if release in hosts.REVIEWED])
+def test_every_release_has_what_the_edits_change(release: str) -> None:
+    """By its source, so that a release need not be driven to be known."""
+    home = fetch(release)[0] / "sglang/srt/model_executor"
+    source = (home / "model_runner.py").read_text()
+    assert methods(home / "model_runner.py", "ModelRunner")["forward"][:2] == ["self", "forward_batch"]
+    assert "self.forward_pass_id += 1" in source and "self.is_draft_worker = is_draft_worker" in source
+    targets = [target.module for target in sglang_graphs.step_targets(release)]
+    runner = home.parents[2].joinpath(*targets[1].split(".")).with_suffix(".py")
+    source = runner.read_text()
+    if Version(release) < Version("0.5.14"):
+        own = methods(runner, "CudaGraphRunner")
+        assert own["capture_one_batch_size"][:3] == ["self", "bs", "forward"]
+        assert "self.graphs = {}" in source and "self.output_buffers = {}" in source
+        assert "].replay()" in source and "output = self.output_buffers[" in source
+    else:
+        own = methods(runner, "DecodeCudaGraphRunner")
+        assert own["capture_one_shape"][:3] == ["self", "size", "forward"] and own["execute"][1] == "forward_batch"
+        assert "variant_label" in own["_make_graph_key"]
+        assert "self.backend.replay(self._replay_graph_key, forward_batch)" in source
+        key = (home / "runner" / "shape_key.py").read_text()
+        assert "@dataclass(frozen=True)\nclass ShapeKey" in key and "variant_label: Optional[str] = None" in key
+    assert own["capture"] == ["self"]
