@@ -699,7 +699,8 @@ def _show_status(
         for feature in report["features"]:
             replays = feature.get("replayed")
             captured = feature.get("captured", 0)
-            note = f"{captured} captured, replays not counted" if captured and replays is None else str(replays or "")
+            told = "replays not counted" if replays is None else f"{replays} replayed"
+            note = f"{captured} captured, {told}" if captured else ""
             declined = ", ".join(f"{n} × {reason}" for reason, n in feature.get("declined", {}).items())
             rows.append(
                 feature | {"pid": report["pid"], "engine": report["engine"], "declined": declined, "graphs": note}

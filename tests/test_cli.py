@@ -223,11 +223,13 @@ def report_file(folder: Path, pid: int, **feature: Any) -> None:
 def test_status_reads_what_processes_left(capsys, tmp_path):
     report_file(tmp_path, 10, state="armed")
     report_file(tmp_path, 11, served=12, declined={"token_mapping": 3}, captured=4)
+    report_file(tmp_path, 12, served=12, captured=5, replayed=600)
     status, told = run(capsys, "status", str(tmp_path))
-    assert (status, [p["pid"] for p in told["processes"]], told["missing"]) == (0, [10, 11], [])
+    assert (status, [p["pid"] for p in told["processes"]], told["missing"]) == (0, [10, 11, 12], [])
     assert cli.main(["status", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "3 × token_mapping" in shown and "4 captured, replays not counted" in shown
+    assert "5 captured, 600 replayed" in shown
 
 
 @pytest.mark.parametrize(

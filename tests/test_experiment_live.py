@@ -16,13 +16,13 @@ import torch
 from fake_engine import ERROR, LAYERS, ByKey, BySize, Engine, Tape, batch, tapes
 
 from mla_patch.compat import sglang_graphs, steps
-from mla_patch.dispatch import ArmCode
+from mla_patch.dispatch import ArmCode, Switch
 from mla_patch.experiment import control, control_file, merge
 from mla_patch.experiment.live import Live, Trial
 from mla_patch.experiment.record import Error, Timing
 from mla_patch.experiment.schedule import AGAIN, OUTSIDE, Plan, Sampling, Schedule
 from mla_patch.experiment.shadow import Drain
-from mla_patch.features import State
+from mla_patch.features import Counts, State
 
 __all__ = ["tapes"]  # a fixture
 
@@ -474,3 +474,47 @@ def test_off_the_engines_step_and_replay_are_untouched() -> None:
     for owner in (type(runner), type(runner.graph_runner)):
         assert not [name for name, value in vars(owner).items() if hasattr(value, "__wrapped__")]
     assert type(runner.graph_runner.graphs) is dict and engine.switch.plain
+
+
+def test_two_ranks_run_the_same_arm_and_the_breaker_holds_for_both(tmp_path: Path) -> None:
+    lives = [Live(str(tmp_path), lambda rank=rank: f"engine-{rank}") for rank in range(2)]
+    trials = [live.add("decode", "ab", "block=2,warmup=0", "every=8") for live in lives]
+    stops: list[list[Any]] = [[], []]
+    for trial, told in zip(trials, stops, strict=True):
+        switch = Switch(lambda *stop, told=told: told.append(stop))
+        switch.set(arms=trial)
+        trial.attach(switch, Counts())
+
+    def step(number: int) -> list[str]:
+        ran = []
+        for rank, (live, trial) in enumerate(zip(lives, trials, strict=True)):
+            live.begin(lambda rank=rank: steps.Rank("r", rank, 2, "cpu"), number)
+            ran.append(trial.arm)
+            trial.counts.served += trial.arm == "patch"
+            live.end(lambda: steps.Work("decode", 4, 100))
+        return ran
+
+    ran = [step(number) for number in range(1, 41)]
+    assert all(first == second for first, second in ran) and ["patch", "patch"] in ran
+    trials[1].breaker.check(Error(40, "decode", 0, 1.0, 0.5, 0))
+    path = tmp_path / "r.control"
+    end = time.monotonic() + 10
+    while not (commands := control_file.read(path)[0].commands):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    for live in lives:
+        assert live.control is not None
+        live.control.poll()
+    at = commands[0].at
+    after = [step(number) for number in range(41, at + 20)]
+    assert {second for _, second in after} == {"host"}
+    apart = [number for number, arms in enumerate(after, 41) if arms[0] != arms[1]]
+    assert apart and max(apart) < at
+    assert {first for first, _ in after[at - 41 :]} == {"host"}
+    assert stops[0][0][0].startswith("rank 1: shadow check at step 40") and len(stops[0]) == len(stops[1]) == 1
+    for live in lives:
+        live.close()
+    ((run,), problems) = merge.read_runs(tmp_path)
+    assert (problems, run.ranks, run.differed) == ([], [0, 1], len(apart))
+    assert not {row.step for row in run.timings} & set(apart)
+    assert [note.what for note in run.notes] == ["breaker", "command", "command"]  # published, and taken by both

@@ -95,7 +95,7 @@ def build(release: str, module: Any, live: Any) -> Any:
     from mla_patch.compat import sglang_trial
 
     owner = getattr(module, "CudaGraphRunner", None) or module.DecodeCudaGraphRunner
-    layer = sglang_trial.DecodeTrial("float16", lens=(33, 2))
+    layer = sglang_trial.DecodeTrial("float16", lens=(3, 2))
     logits = importlib.import_module("sglang.srt.layers.logits_processor").LogitsProcessorOutput
     codes = {"host": 0, "patch": 1, "shadow": 2}
 
