@@ -267,6 +267,15 @@ def test_a_shadow_step_gives_the_hosts_result_and_the_error(start: Start, runner
         assert one.engine.counts.captured == sizes * labels * LAYERS
 
 
+def test_a_host_that_steps_in_inference_mode_and_out_of_it(start: Start) -> None:
+    one = start("shadow", shadow="every=1")
+    with torch.inference_mode():
+        one.run(4)
+    one.run(4)
+    assert one.trial.breaker.reason == "" and one.trial.drain is not None and one.trial.drain.problem == ""
+    assert {row.step for row in one.rows() if isinstance(row, Error)} >= set(range(1, 8))
+
+
 @pytest.mark.parametrize("runner", [None, *RUNNERS])
 def test_an_arm_that_is_wrong_trips_the_breaker(start: Start, runner: Any) -> None:
     one = start("ab+shadow", "block=1,warmup=0", error=0.05, runner=runner)
@@ -457,6 +466,7 @@ def test_a_wait_in_the_step_is_seen(start: Start) -> None:
 def test_a_step_costs_little(start: Start, mode: str) -> None:
     one = start(mode, "", "every=1000000")
     one.run(1)
+    one.live.in_graphs.add("decode")
     work, numbers = steps.Work("decode", 16, 4096), iter(range(10, 10**6))
 
     def step() -> None:

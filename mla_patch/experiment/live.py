@@ -90,12 +90,19 @@ class Trial:
         if self._ring is None:
             if capturing:
                 return  # what is allocated now would be the graph's; the warm-ups have made it, where there were any
-            self._ring = Ring(pairs[0][0].device)
-            self._ring.begin(self._live.step if not self._live.graph_open else 0)
-            self.drain = Drain(self._ring, self.name)
+            self._make_ring(pairs[0][0].device)
+        assert self._ring is not None
         for host, ours in pairs:
             self._ring.compare(host, ours, self._tag)
         self._tag += 1
+
+    def _make_ring(self, device: Any) -> None:
+        import torch
+
+        with torch.inference_mode(False):  # a host that steps in it may capture out of it, or the other way round
+            self._ring = Ring(device)
+            self._ring.begin(self._live.step if not self._live.graph_open else 0)
+            self.drain = Drain(self._ring, self.name)
 
     def attach(self, switch: Switch, counts: Counts) -> None:
         self._switch, self.counts = switch, counts
