@@ -149,7 +149,9 @@ def test_an_arm_without_a_graph_is_no_arm(start: Start, runner: type) -> None:
         graphs._mla_patch_keys = {key: {} for key in graphs._mla_patch_keys if "decode" not in key.variant_label}
     assert set(one.run(20)) == {"host"}
     assert one.live.unmatched == planned(1, 21, block=1, warmup=0).count("patch")
-    assert {row.arm for row in one.rows()} == {"host"}
+    rows = one.rows()
+    assert {row.arm for row in rows if isinstance(row, Timing)} == {"host"}
+    assert [(row.feature, row.what) for row in rows if not isinstance(row, Timing)] == [("decode=patch", "no graph")]
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -378,6 +380,18 @@ def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytes
     assert set(one.run(8)) == {"host"}
     assert "ZeroDivisionError" in one.trial.breaker.reason
     assert len([m for m in caplog.messages if "experiment stopped" in m]) == 1
+
+
+def test_checks_that_cannot_be_read_stop_the_arm(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = start("ab+shadow", "block=1,warmup=0", "every=1")
+    monkeypatch.setattr(Drain, "take", lambda self: 1 / 0)
+    end = time.monotonic() + 10
+    while not one.engine.stops:
+        assert time.monotonic() < end
+        one.runner.forward(batch())
+        time.sleep(0.01)
+    assert "ZeroDivisionError" in one.engine.stops[0][0]
+    one.live.trials["decode"].drain = None
 
 
 def test_the_hosts_exception_is_the_hosts(start: Start) -> None:

@@ -233,7 +233,10 @@ class Live:
     def end(self, work: Callable[[], Work | None] | None) -> None:
         try:
             rows: list[Timing] = []
-            self.unmatched += self.missing
+            if self.missing:
+                self.unmatched += 1
+                if self.unmatched == 1:
+                    self.note(self.label, "no graph", "such steps replay the host's and are in no comparison")
             done = work() if work is not None and not self._shadow else None
             if done is not None:
                 mode = "graph" if self._calls is not None else "eager" if done.kind == "decode" else "prefill"
@@ -350,7 +353,11 @@ class Live:
 
     def _read(self, stop: threading.Event) -> None:
         while not stop.wait(INTERVAL):
-            self.read()
+            try:
+                self.read()
+            except Exception as problem:  # whose checks are lost: no arm may run on without them
+                for trial in self.trials.values():
+                    trial.stopped(f"experiment: {problem!r}")
 
     def read(self) -> None:
         """Judge and record the shadow results that have arrived; count what is to be counted."""
