@@ -132,6 +132,20 @@ def test_a_look_gives_no_verdict(running: Running, capsys: Any) -> None:
     assert "no verdict while it runs" in shown and "eager/4/128" in shown and "faster" not in shown
 
 
+def test_watching_goes_on_until_interrupted(running: Running, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard(running)
+    looks = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    assert cli.main(["ab", "watch", str(running.folder), "--every", "0.5"]) == 0
+    assert looks == [0.5] * 3 and "ranks" in capsys.readouterr().out
+
+
 def record_run(folder: Path, name: str, started: float, factor: float, note: str = "") -> None:
     recorder = record.Recorder(
         folder / name, {"run": name, "rank": 0, "started": started, "tolerance": {"decode": 0.02}}

@@ -542,3 +542,44 @@ def test_two_ranks_run_the_same_arm_and_the_breaker_holds_for_both(tmp_path: Pat
     assert (problems, run.ranks, run.differed) == ([], [0, 1], len(apart))
     assert not {row.step for row in run.timings} & set(apart)
     assert [note.what for note in run.notes] == ["breaker", "command", "command"]  # published, and taken by both
+
+
+def test_features_in_the_same_graphs_multiply(tmp_path: Path, caplog: Any) -> None:
+    live = Live(str(tmp_path), lambda: "engine")
+    one = live.add("one", "ab+shadow", "", "every=4")
+    two = live.add("two", "ab", "", "every=4")
+    other = live.add("beside", "ab", "", "every=4")  # has no call in a graph
+    for trial in (one, two, other):
+        trial.attach(Switch(lambda *stop: None), Counts())
+    assert live.labels() == []
+    live.in_graphs |= {"one", "two"}
+    assert live.labels() == ["two=patch", "one=patch", "one=patch,two=patch", "shadow"]
+    with live.capturing("one=patch,two=patch"):
+        assert (one.arm, two.arm, other.arm) == ("patch", "patch", "host")
+    with live.capturing("shadow"):
+        assert (one.arm, two.arm, other.arm) == ("shadow", "host", "host")
+    assert (one.arm, two.arm, other.arm) == ("host", "host", "host")
+    seen = set()
+    for step in range(1, 600):
+        live.begin(lambda: steps.Rank("r", 0, 1, "cpu"), step)
+        arms = {name: trial.arm for name, trial in live.trials.items()}
+        due = one.due(step)
+        want = ",".join(f"{name}=patch" for name in ("one", "two") if arms[name] == "patch")
+        assert live.label == ("shadow" if due else want)
+        seen.add(live.label)
+        live.end(None)
+    assert seen == {"", *live.labels()}
+    live.failed("shadow", RuntimeError("full"))
+    assert one.sampling is None and "shadow" not in live.labels() and not one.breaker.reason
+    with pytest.raises(ValueError, match="the engine has begun to step"):
+        live.add("late", "ab", "", "")
+    live.close()
+
+
+def test_many_arms_are_warned_of(tmp_path: Path, caplog: Any) -> None:
+    live = Live(str(tmp_path), lambda: "engine")
+    live.add("many", "ab", "", "", tuple("abcdefgh"))
+    live.in_graphs.add("many")
+    assert len(live.labels()) == len(live.labels()) == 9
+    assert caplog.messages == ["mla-patch: 10 graphs of every size; MLA_PATCH_AB=arms=... takes fewer arms"]
+    live.close()
