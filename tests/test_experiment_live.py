@@ -135,6 +135,7 @@ def test_a_draft_models_graphs_are_captured_once(start: Start, runner: type) -> 
     one = start()
     draft = one.engine.start(runner, draft=True)
     assert (one.engine.counts.captured, len(draft.graph_runner.graphs)) == (0, 2)
+    assert not one.live.in_graphs and not one.trial.breaker.reason
     assert one.engine.whose(draft.forward(batch())) == "host"
 
 
