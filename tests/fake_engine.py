@@ -181,9 +181,9 @@ class Engine:
             self.switch.arms.stopped(reason)  # as the patcher does
 
     def serve(self, call: Call) -> None:
-        if self.error == "raise":
+        if self.error == "raise" or (self.error == "raise in a graph" and Tape.open):
             raise RuntimeError("boom")
-        call.out.copy_(call.q * (2 * (1 + self.error)))
+        call.out.copy_(call.q * (2 * (1 + (ERROR if isinstance(self.error, str) else self.error))))
 
     def model(self, q: torch.Tensor) -> torch.Tensor:
         for _ in range(LAYERS):

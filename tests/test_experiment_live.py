@@ -325,10 +325,12 @@ def test_a_batch_that_tells_nothing_costs_the_experiment_alone(start: Start) -> 
     assert "seq_lens_sum" in one.trial.breaker.reason and set(one.run(8)) == {"host"}
 
 
+@pytest.mark.parametrize("error", ["raise", "raise in a graph"])
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_an_arm_that_cannot_be_captured_leaves_the_hosts_graphs(start: Start, runner: type, caplog: Any) -> None:
-    one = start(ab="block=1,warmup=0", error="raise", runner=runner)
-    assert "RuntimeError('boom')" in one.trial.breaker.reason
+def test_an_arm_that_cannot_be_captured_leaves_the_hosts_graphs(start: Start, runner: type, error: str) -> None:
+    one = start(ab="block=1,warmup=0", error=error, runner=runner)
+    where = "decode: " if error == "raise" else "capturing decode=patch: "
+    assert one.engine.stops == [(f"{where}RuntimeError('boom')", State.FAILED)]
     one.engine.error = ERROR
     assert set(one.run(20)) == {"host"}
     assert all(row.arm == "host" for row in one.rows() if isinstance(row, Timing))
