@@ -39,8 +39,8 @@ $(VENV)/made:
 $(VENV)/tools: $(VENV)/made constraints.txt
 	@echo "setting up $(VENV) (torch, Triton, test tools): minutes on the first run"
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
-	$(PIP) install -c constraints.txt build editables hatchling hypothesis mypy numpy pytest pytest-xdist ruff triton \
-	  packaging pluggy rich wrapt
+	$(PIP) install -c constraints.txt build editables hatchling hypothesis mypy numpy prometheus-client pytest pytest-xdist ruff \
+	  triton packaging pluggy rich wrapt
 	@touch $@
 
 $(VENV)/project: $(VENV)/tools pyproject.toml hatch_build.py mla_patch.pth mla_patch.start

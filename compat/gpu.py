@@ -96,6 +96,12 @@ def capturing() -> bool:
     return torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def free_memory() -> int:
+    """Bytes that the current device has left; 0 before CUDA is in use."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.mem_get_info()[0] if torch is not None and torch.cuda.is_initialized() else 0
+
+
 def has_graphs() -> bool:
     """Whether a CUDA graph lives in this process. Walks all objects: for the moments when ours is put in place."""
     torch = sys.modules.get("torch")

@@ -51,6 +51,7 @@ Scales of an fp8 latent cache (V is the first 512 of the same stored row, so one
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -259,7 +260,7 @@ def _of(eras: _Eras, version: str | None) -> list[Any]:
 def _builders(name: str, first: tuple[str, ...], eras: _Eras, version: str | None, serve: str) -> list[Target]:
     hook = "mla_patch.hooks.sglang_kv_indices"
     return [
-        Target(home, name, first + rest, kind="kernel", bind=bind, declines=f"{hook}:declines", serve=f"{hook}:{serve}")
+        Target(home, name, first + rest, "kernel", bind, f"{hook}:declines", f"{hook}:{serve}", twin=index_twin)
         for home in _of(_INDEX_HOMES, version)
         for rest, bind in _of(eras, version)
     ]
@@ -370,6 +371,29 @@ def has_mla_decode(version: str | None) -> bool:
     return version is None or Version(version) >= Version("0.5.12")
 
 
+def decode_twin(call: DecodeCall) -> tuple[DecodeCall, list[tuple[Any, Any]]]:
+    """For shadow checks: the call with an output of its own."""
+    if call.splits is not None:  # scratch that the caller reads, which ours would have filled before the host
+        raise ValueError("no shadow check: the caller reads the split scratch")
+    ours = copy.copy(call)
+    ours.out = call.out.clone()
+    return ours, [(call.out, ours.out)]
+
+
+_SHADOWED = 1 << 22  # entries of an index table, beyond which a copy of it is too much to compare
+
+
+def index_twin(call: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+    """For shadow checks: the launch of a builder with a table of its own."""
+    if call.out.numel() > _SHADOWED:
+        raise ValueError(f"no shadow check: {call.out.numel()} entries, at most {_SHADOWED}")
+    if not call.out.is_contiguous():  # the launch says its stride
+        raise ValueError("no shadow check: a table that is not contiguous")
+    ours = copy.copy(call)
+    ours.out = call.out.clone()
+    return ours, [(call.out, ours.out)]
+
+
 def _disabled(function: Callable[..., Any]) -> Any:
     """As TritonAttnBackend.__init__ does it."""
     import torch
@@ -392,7 +416,17 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
     """MLA decode of ``version``, and the scales that the backend around it reads with."""
     hook = "mla_patch.hooks.sglang_decode"
     targets = [
-        Target(home, "decode_attention_fwd", params, "call", bind, f"{hook}:declines", f"{hook}:serve", held_by=_HELD)
+        Target(
+            home,
+            "decode_attention_fwd",
+            params,
+            "call",
+            bind,
+            f"{hook}:declines",
+            f"{hook}:serve",
+            held_by=_HELD,
+            twin=decode_twin,
+        )
         for home in _of(_DECODE_HOMES, version)
         for params, bind in _of(_DECODE, version)
     ]

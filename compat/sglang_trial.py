@@ -45,6 +45,7 @@ _STUBS: dict[str, dict[str, Any]] = {
     "flash_mla": {},
     "vllm": {},
     "IPython": {},
+    "uvicorn": {},
 }
 # Installed is not importable: a CPU torch beside these fails at their import, so they are tried first.
 _TRIED = ("torchvision", "sgl_kernel", "flash_mla")

@@ -43,6 +43,9 @@ class Target:
     edit: Callable[[Any], Undo] | None = None  # kind "edit": edit(module) -> undo
     lasting: bool = False  # an edit of what is stored: it outlives the breaker and restore()
     held_by: tuple[Held, ...] = ()
+    # for shadow checks: (call) -> the same call with outputs of its own, filled as the host's are now, and pairs of
+    # (the host's, its own) tensors to compare; raises ValueError with the reason why this call has none
+    twin: Callable[[Any], tuple[Any, list[tuple[Any, Any]]]] | None = None
 
 
 @dataclass(frozen=True)

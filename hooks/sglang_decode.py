@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from math import inf
 
-from mla_patch.compat import gpu, sglang
+from mla_patch.compat import gpu, sglang, sglang_graphs
 from mla_patch.compat.sglang import Capacity, DecodeCall
 from mla_patch.compat.types import Gpu, Target
 from mla_patch.features import Asked, Feature
@@ -58,6 +58,7 @@ FEATURE = Feature(
     drop_when="the host reads the latent cache once per request, at least as fast",
     native=native,
     hardware=hardware,
+    steps=sglang_graphs.step_targets,
 )
 
 

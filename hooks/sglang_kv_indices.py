@@ -7,7 +7,7 @@ parallel over context and batch alike, and correct for any grid and for tables b
 
 from __future__ import annotations
 
-from mla_patch.compat import sglang
+from mla_patch.compat import sglang, sglang_graphs
 from mla_patch.compat.sglang import PageTableCall, TokenIndicesCall
 from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
@@ -19,6 +19,7 @@ FEATURE = Feature(
     why="the host builds a request's KV indices in one program, however long its context",
     upstream="https://github.com/sgl-project/sglang/pull/27320",
     drop_when="the host's builders are parallel over context and batch for every caller",
+    steps=sglang_graphs.step_targets,
 )
 
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata, util
@@ -23,8 +24,8 @@ from mla_patch import plugins as plugins_
 from mla_patch import reports
 from mla_patch.compat import gpu, hosts, sglang_fetch
 from mla_patch.features import MEANING, SATISFIED, Feature, State
-from mla_patch.judge import code_of, judge
-from mla_patch.startup import HostFinder, find_host
+from mla_patch.judge import Judgement, code_of, judge
+from mla_patch.startup import HostFinder, experiment, find_host
 
 OK, FINDING, MISUSE = 0, 1, 2
 ENTRY_POINT = "mla_patch"  # our name in the hosts' own plugin groups, and so in their filters
@@ -82,9 +83,48 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", nargs="+", type=_count, default=[], help="requests")
     sub.add_argument("--length", nargs="+", type=_count, default=[], help="tokens of each request")
     _fetch_option(sub)
+    _add_ab(commands)
     sub = add("demo", demo, "patch the installed engine in a fresh interpreter and compare its kernels with ours")
     _fetch_option(sub)
     return parser
+
+
+def _add_ab(commands: Any) -> None:
+    """``ab`` and what belongs to it."""
+    text = "steer a running experiment, watch it, read its verdict"
+    kinds = commands.add_parser("ab", help=text, description=text).add_subparsers(required=True, metavar="WHAT")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command, kind=name)
+        sub.add_argument("directory", type=Path, help="the engine's MLA_PATCH_REPORT")
+        sub.add_argument("--run", help="a run by its name; default: the newest")
+        sub.add_argument("--json", action="store_true", help="machine-readable output")
+        return sub
+
+    for name, what in (("start", "run the schedule, from its warmup on"), ("stop", "run the host's arm")):
+        sub = add(name, ab_send, f"{what}, from a step that all ranks will reach")
+        sub.add_argument("features", nargs="*", metavar="FEATURE", help="default: all that are under test")
+    sub = add("set", ab_send, "choose an arm, outside of any comparison, or the share of the schedule")
+    sub.add_argument("feature")
+    sub.add_argument("setting", type=_setting, metavar="arm=NAME | ratio=SHARE")
+    sub = add("watch", ab_watch, "where it stands, again and again; no verdict, which is for one look at the end")
+    sub.add_argument("--every", type=float, default=2.0, metavar="SECONDS")
+    sub.add_argument("--once", action="store_true", help="one look")
+    sub = add("report", ab_report, "the verdict of each bucket, shadow errors, what happened")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write the run's page, which fetches nothing")
+
+
+def _setting(text: str) -> tuple[str, str | float]:
+    kind, _, value = text.partition("=")
+    if kind == "arm" and value:
+        return kind, value
+    try:
+        if kind == "ratio" and 0 < float(value) < 1:
+            return kind, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}, expected arm=NAME or ratio=SHARE, a share between 0 and 1")
 
 
 CACHES = ("bf16", "fp16", "e4m3", "e5m2")
@@ -123,7 +163,7 @@ def doctor(args: argparse.Namespace) -> int:
     plugins, flags = _read(args.feature)
     found = [one for one in map(find_host, hosts.HOSTS) if one is not None]
     device = gpu.from_nvml() or _torch_gpu()  # before the features, which may depend on it
-    rows = [_would_be(feature, flags) for feature in plugins.features]
+    rows = [_would_be(feature, flags, plugins) for feature in plugins.features]
     report = {
         "version": mla_patch.__version__,
         "python": sys.version.split()[0],
@@ -169,7 +209,7 @@ def explain(args: argparse.Namespace) -> int:
         names = [name for feature in plugins.features for name in (feature.name, feature.label)]
         raise Misuse(f"{args.feature!r} is not a feature{flags_.nearest(args.feature, names)}")
     routes = [row for feature in features for row in _routes(feature)]
-    states = [_would_be(feature, flags) for feature in features]
+    states = [_would_be(feature, flags, plugins) for feature in features]
     for row in states:
         row["meaning"] = MEANING[State(row["state"])]
     if args.json:
@@ -214,12 +254,17 @@ def _read(chosen: Iterable[str]) -> tuple[plugins_.Plugins, flags_.Flags]:
     return plugins, flags_.read(os.environ, plugins.features, modes)
 
 
-def _would_be(feature: Feature, flags: flags_.Flags) -> dict[str, Any]:
+def _would_be(feature: Feature, flags: flags_.Flags, plugins: plugins_.Plugins) -> dict[str, Any]:
     """The feature's row as a process of an engine on this machine would first report it."""
     setting = flags.feature(feature)
     skip = flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
     host = find_host(feature.host_name)
     verdict = judge(feature, setting, host, skip_version_check=skip, skip_finders=(HostFinder,))
+    if setting.value in flags_.EXPERIMENTS and verdict.state is State.ARMED:
+        try:
+            experiment(feature, setting, flags, verdict, plugins)
+        except ValueError as problem:
+            verdict = Judgement(State.REFUSED, str(problem))
     status = reports.FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
     status.state, status.reason = verdict.state, verdict.reason
     status.targets = [reports.TargetStatus(t.module, t.name, t.kind, code_of(t)) for t in verdict.targets]
@@ -406,6 +451,125 @@ def bench(args: argparse.Namespace) -> int:
     return OK if result["right"] else FINDING
 
 
+# ab
+
+
+def ab_send(args: argparse.Namespace) -> int:
+    """Send a command; it holds from a step that no rank has reached."""
+    from mla_patch import ab
+    from mla_patch.experiment.control_file import ControlError
+
+    kind, value = args.setting if args.kind == "set" else (args.kind, None)
+    features = [args.feature] if args.kind == "set" else args.features
+    try:
+        told = ab.command(args.directory, args.run, kind, features, value)
+    except (ab.NotThere, ControlError, ValueError) as problem:
+        raise Misuse(f"ab {args.kind}: {problem}") from None
+    if args.json:
+        _print_json(told)
+        return OK
+    for one in told["commands"]:
+        what = f"{kind} {value}" if value is not None else kind
+        _lines([f"{one['feature']}: {what}, from step {one['at']} of run {told['run']} on"])
+    return OK
+
+
+def ab_watch(args: argparse.Namespace) -> int:
+    """Look again and again, until interrupted."""
+    from rich.live import Live
+
+    from mla_patch import ab
+    from mla_patch.experiment.control_file import ControlError
+
+    def look() -> dict[str, Any]:
+        try:
+            return ab.snapshot(args.directory, args.run)
+        except (ab.NotThere, ControlError) as problem:
+            raise Misuse(f"ab watch: {problem}") from None
+
+    if args.json or args.once:
+        told = look()
+        if args.json:
+            _print_json(told)
+        else:
+            _console().print(_watched(told))
+        return OK
+    try:
+        with Live(_watched(look()), console=_console(), auto_refresh=False) as live:
+            while True:
+                time.sleep(args.every)
+                live.update(_watched(look()), refresh=True)
+    except KeyboardInterrupt:
+        return OK
+
+
+def _watched(told: Mapping[str, Any]) -> Any:
+    from rich.console import Group
+
+    under = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in told["features"].items())
+    last = told["commands"][-1] if told["commands"] else None
+    says = [f"run {told['run']}, {under}", "no verdict while it runs: `mla-patch ab report`, once, at the end"]
+    if last:
+        says.append(f"last command: {last['feature']} {last['kind']} {last['value'] or ''} from step {last['at']}")
+    says += [_note(note) for note in told["notes"]]
+    parts = [_make_table("ranks", ["rank", "step", "heard_s"], told["ranks"])]
+    if told["buckets"]:
+        rows = [row | {"median_us": f"{row['median_us']:.1f}"} for row in told["buckets"]]
+        parts.append(_make_table("steps compared", ["feature", "bucket", "arm", "steps", "median_us"], rows))
+    if told["shadow"]:
+        rows = [_errors(row) for row in told["shadow"]]
+        parts.append(_make_table("shadow checks", ["feature", "comparisons", "median", "worst", "nan"], rows))
+    return Group(*says, *parts)
+
+
+def _note(note: Mapping[str, Any]) -> str:
+    return f"step {note['step']}: {note['feature']} {note['what']}: {_escaped(note['text'])}"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _errors(row: Mapping[str, Any]) -> dict[str, Any]:
+    told = {
+        name: None if value is None else f"{value:.3g}"
+        for name, value in (("median", row["relative"]["0.5"]), ("worst", row["relative"]["1.0"]))
+    }
+    return {**row, **told}
+
+
+def ab_report(args: argparse.Namespace) -> int:
+    from mla_patch import ab
+
+    try:
+        told = ab.report(args.directory, args.run)
+        if args.html:
+            ab.write(args.html, ab.page(args.directory, told))
+    except (ab.NotThere, OSError) as problem:
+        raise Misuse(f"ab report: {problem}") from None
+    if args.json:
+        _print_json(told)
+        return FINDING if told["findings"] else OK
+    for run in told["runs"]:
+        differed = f", {run['differed']} on which ranks differed" if run["differed"] else ""
+        _lines([f"[bold]run {run['run']}[/] {run['steps']} steps, {len(run['ranks'])} rank(s){differed}"])
+        rows = [
+            {**one, "host": f"{one['host_us']:.1f}", "arm_us": f"{one['arm_us']:.1f}"} for one in run["comparisons"]
+        ]
+        if rows:
+            _table("verdicts", ["feature", "bucket", "arm", "host", "arm_us", "text"], rows)
+        if run["shadow"]:
+            columns = ["feature", "comparisons", "median", "worst", "nan"]
+            _table("shadow checks", columns, [_errors(row) for row in run["shadow"]])
+        _lines(map(_note, run["notes"]))
+    _lines([f"finding: {_escaped(text)}" for text in told["findings"]], "yellow")
+    if args.html:
+        _lines([f"written: {args.html}"])
+    return FINDING if told["findings"] else OK
+
+
 # demo
 
 
@@ -474,6 +638,10 @@ def _lines(lines: Iterable[str], style: str = "") -> None:
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    _console().print(_make_table(title, columns, rows))
+
+
+def _make_table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
 
@@ -482,7 +650,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(_cell(column, row.get(column)) for column in columns))
-    _console().print(table)
+    return table
 
 
 _COLOURS = {State.APPLIED: "green", State.ARMED: "green", State.NATIVE: "green", State.OFF: "dim", State.ABSENT: "dim"}
@@ -531,7 +699,8 @@ def _show_status(
         for feature in report["features"]:
             replays = feature.get("replayed")
             captured = feature.get("captured", 0)
-            note = f"{captured} captured, replays not counted" if captured and replays is None else str(replays or "")
+            told = "replays not counted" if replays is None else f"{replays} replayed"
+            note = f"{captured} captured, {told}" if captured else ""
             declined = ", ".join(f"{n} × {reason}" for reason, n in feature.get("declined", {}).items())
             rows.append(
                 feature | {"pid": report["pid"], "engine": report["engine"], "declined": declined, "graphs": note}

@@ -20,15 +20,28 @@ from mla_patch.features import Counts, State
 log = logging.getLogger("mla_patch")
 
 HOST, PATCH = "host", "patch"
+SHADOW = "shadow"  # not an arm: the host's serves, and ours runs beside it on the same inputs
 Serve = Callable[[Any], Any]
 Declines = Callable[[Any], "str | None"]
+Twin = Callable[[Any], "tuple[Any, list[tuple[Any, Any]]]"]
 
 
 class Arms(Protocol):
     """Who chooses, call by call, among the arms of a site. An experiment implements it."""
 
+    candidate: str  # the arm that a shadow check runs beside the host's
+
     def choose(self, site: Site, call: Any) -> str:
-        """The arm that serves ``call``: ``host``, ``patch`` or a name in ``site.arms``."""
+        """The arm that serves ``call``: ``host``, ``patch``, a name in ``site.arms``, or ``shadow``."""
+
+    def compare(self, pairs: list[tuple[Any, Any]]) -> None:
+        """What the host's and the candidate made of the same call: (host's, ours), tensors."""
+
+    def attach(self, switch: Switch, counts: Counts) -> None:
+        """The feature is in place, with this switch."""
+
+    def stopped(self, reason: str) -> None:
+        """The host serves from here on."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +81,24 @@ class Switch:
 class Site:
     """One entry point of a host in which ours has been put."""
 
-    __slots__ = ("arms", "bind", "counts", "declines", "name", "serve", "switch")
+    __slots__ = ("arms", "bind", "counts", "declines", "name", "serve", "switch", "twin")
 
-    def __init__(self, name: str, bind: Callable[..., Any], arms: dict[str, ArmCode], counts: Counts, switch: Switch):
+    def __init__(
+        self,
+        name: str,
+        bind: Callable[..., Any],
+        arms: dict[str, ArmCode],
+        counts: Counts,
+        switch: Switch,
+        twin: Twin | None = None,
+    ):
         self.name = name
         self.bind = bind
         self.arms = arms
         self.serve, self.declines = arms[PATCH].serve, arms[PATCH].declines
         self.counts = counts
         self.switch = switch
+        self.twin = twin  # a call -> the same with outputs of its own, and (host's, ours) to compare
 
     def dispatch(self, host: Callable[..., Any], first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve one call of the host's, or hand it to ``host``.
@@ -101,11 +123,13 @@ class Site:
                 if switch.check is not None:
                     self._check_hardware(call)
                 name = switch.arms.choose(self, call) if switch.arms is not None else PATCH
-                arm = None if name == HOST or switch.stopped else self.arms[name]
+                arm = None if name in (HOST, SHADOW) or switch.stopped else self.arms[name]
             except Exception as problem:
                 switch.trip(f"{self.name}: choosing an arm: {problem!r}")
                 return host(*args, **kwargs)
             if arm is None:
+                if name == SHADOW and not switch.stopped:
+                    return self._shadow(host, call, args, kwargs)
                 return host(*args, **kwargs)
             serve, declines = arm.serve, arm.declines
         try:
@@ -130,6 +154,41 @@ class Site:
         counts.served += 1
         if gpu.capturing():
             counts.captured += 1
+        return result
+
+    def _shadow(self, host: Callable[..., Any], call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the candidate beside the host's on the same inputs; what the model gets is the host's."""
+        switch, counts, arms = self.switch, self.counts, self.switch.arms
+        assert arms is not None and self.twin is not None  # or nobody would have chosen it
+        reason: str | None = None
+        pairs: list[tuple[Any, Any]] = []
+        try:
+            arm = self.arms[arms.candidate]
+            reason = arm.declines(call)
+            if reason is None:
+                # ours first: a host that works in place would change what ours reads
+                ours, pairs = self.twin(call)
+                arm.serve(ours)
+        except ValueError as problem:
+            reason = str(problem)
+        except Exception as problem:
+            if gpu.capturing():
+                raise
+            switch.trip(f"{self.name}: {problem!r}")
+            return host(*args, **kwargs)
+        result = host(*args, **kwargs)
+        if reason is not None:
+            counts.decline(reason)
+            return result
+        counts.served += 1
+        if gpu.capturing():
+            counts.captured += 1
+        try:
+            arms.compare(pairs)
+        except Exception as problem:
+            if gpu.capturing():
+                raise
+            switch.trip(f"{self.name}: comparing: {problem!r}")
         return result
 
     def _check_hardware(self, call: Any) -> None:

@@ -61,6 +61,8 @@ class Feature:
     hardware: Asked | None = None  # (gpu) -> why this device cannot, or None
     variables: tuple[Variable, ...] = ()
     default: str = "on"
+    # version -> edits that tell an experiment of the host's steps and graphs; None: no host arm, so no experiment
+    steps: Callable[[str | None], tuple[Target, ...]] | None = None
 
     @property
     def flag(self) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mla_patch.features import Feature
 
 PREFIX = "MLA_PATCH"
-MODES = ("on", "off", "ab", "shadow", "ab+shadow")
+EXPERIMENTS = ("ab", "shadow", "ab+shadow")
+MODES = ("on", "off", *EXPERIMENTS)
 _SWITCH = {"1": "on", "on": "on", "true": "on", "0": "off", "off": "off", "false": "off", "": "off"}
 
 
@@ -155,10 +157,16 @@ def _read_master(raw: str) -> str:
 
 
 def _read_ab(raw: str) -> str:
-    values = _pairs(raw, {"block": int, "ratio": float, "seed": int, "warmup": int})
+    values = _pairs(raw, {"block": int, "ratio": float, "seed": int, "warmup": int, "arms": _read_arms})
     if values.get("block", 1) < 1 or values.get("warmup", 0) < 0 or not 0 < values.get("ratio", 0.5) < 1:
         raise ValueError("expected block >= 1, 0 < ratio < 1, warmup >= 0")
     return raw.strip()
+
+
+def _read_arms(raw: str) -> str:
+    if len(set(raw.split("+")) - {""}) < 2:
+        raise ValueError
+    return raw
 
 
 def _read_shadow(raw: str) -> str:
@@ -168,7 +176,10 @@ def _read_shadow(raw: str) -> str:
     return raw.strip()
 
 
-def _pairs(raw: str, kinds: Mapping[str, Callable[[str], float]]) -> dict[str, float]:
+_EXPECTED = {int: "a whole number", float: "a number", _read_arms: "two arms or more, as in host+patch"}
+
+
+def _pairs(raw: str, kinds: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
     values = {}
     for part in filter(None, (part.strip() for part in raw.split(","))):
         key, _, text = part.partition("=")
@@ -177,7 +188,5 @@ def _pairs(raw: str, kinds: Mapping[str, Callable[[str], float]]) -> dict[str, f
         try:
             values[key] = kinds[key](text)
         except ValueError:
-            raise ValueError(
-                f"{key}={text}: expected {'a whole number' if kinds[key] is int else 'a number'}"
-            ) from None
+            raise ValueError(f"{key}={text}: expected {_EXPECTED[kinds[key]]}") from None
     return values

@@ -12,7 +12,7 @@ from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.types import Target, key_targets
 from mla_patch.features import Asked, Feature, State
-from mla_patch.flags import Setting
+from mla_patch.flags import EXPERIMENTS, Setting
 
 UNKNOWN_GPU = "NVML tells of no GPU: the first call's decides whether the host's own is kept"
 
@@ -41,9 +41,9 @@ def judge(
         return Judgement(State.REFUSED, setting.problem)
     if setting.value == "off":
         return Judgement(State.OFF, f"{setting.name}=off ({setting.source})")
-    if setting.value != "on":
+    if setting.value in EXPERIMENTS and feature.steps is None:
         return Judgement(
-            State.REFUSED, f"{setting.name}={setting.value}: this version has no experiments yet; set on or off"
+            State.REFUSED, f"{setting.name}={setting.value}: no arm of the host's to compare with; set on or off"
         )
     name, specifier = feature.requirement()
     if host is None:
@@ -70,7 +70,10 @@ def judge(
     taken: list[Target] = []
     natives: list[str] = []
     asks: list[Asked] = []
-    for entry, homes in key_targets(feature.targets(version)).items():
+    entries = feature.targets(version)
+    if setting.value in EXPERIMENTS and feature.steps is not None:
+        entries += feature.steps(version)
+    for entry, homes in key_targets(entries).items():
         # an explicit "on" forces ours where the host has its own
         own = feature.native(homes[0], version) if feature.native is not None and not setting.asked_for else None
         if callable(own):

@@ -24,7 +24,7 @@ import wrapt
 
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Arm, Gpu, Target, Undo
-from mla_patch.dispatch import PATCH, ArmCode, Site, Switch, is_ours, stand_in
+from mla_patch.dispatch import PATCH, ArmCode, Arms, Site, Switch, is_ours, stand_in
 from mla_patch.features import Asked, Counts, Feature, State
 from mla_patch.flags import Setting
 from mla_patch.judge import UNKNOWN_GPU, Judgement, code_of, difference
@@ -98,6 +98,7 @@ class Run:
     setting: Setting
     status: FeatureStatus
     switch: Switch
+    arms: Arms | None = None  # the experiment that chooses; None: ours serves
     targets: list[Target] = field(default_factory=list)
     asks: list[Asked] = field(default_factory=list)  # (gpu) -> why the host's own is kept, or None
     made: dict[str, Any] = field(default_factory=dict)  # entry point -> stand-in; somebody may keep it over restore()
@@ -118,7 +119,7 @@ class Patcher:
         self.runs: dict[str, Run] = {}
         self.lock = threading.RLock()
 
-    def apply(self, feature: Feature, setting: Setting, judgement: Judgement) -> None:
+    def apply(self, feature: Feature, setting: Setting, judgement: Judgement, arms: Arms | None = None) -> None:
         """Act on a judgement: wait for the host's modules, or replace at once in those imported already.
 
         Raises:
@@ -137,7 +138,7 @@ class Patcher:
                 return
             else:
                 self._undo(run)
-            run.setting = setting
+            run.setting, run.arms = setting, arms
             run.warned = bool(setting.problem)  # said with the other flags
             run.status.value, run.status.source = setting.value, setting.source
             run.status.state, run.status.reason = judgement.state, judgement.reason
@@ -192,6 +193,8 @@ class Patcher:
             with self.lock:
                 self._undo(run)
         run.status.state, run.status.reason = state, reason
+        if run.arms is not None:
+            run.arms.stopped(reason)
         self.changed()
         if state is State.FAILED:
             run.warned = True
@@ -252,6 +255,9 @@ class Patcher:
                 if target.edit is None:
                     raise TypeError(f"{target.module}.{target.name}: an edit needs a function")
                 run.undos[target.name] = (target, target.edit(module))
+        if run.arms is not None:
+            run.switch.set(arms=run.arms)
+            run.arms.attach(run.switch, run.status.counts)
         if (run.feature.hardware is not None or run.asks) and gpu.known() is None:
             run.switch.set(check=functools.partial(self._first_call, run))
         for status in run.status.targets:
@@ -308,7 +314,7 @@ class Patcher:
             ours._self_site.switch = run.switch
         else:
             assert target.bind is not None  # or its arms would not have been loaded
-            site = Site(target.name, target.bind, arms, run.status.counts, run.switch)
+            site = Site(target.name, target.bind, arms, run.status.counts, run.switch, target.twin)
             ours = run.made[target.name] = stand_in(found.value, target.kind, site)
         original = ours.__wrapped__
         if found.value is original or found.value is ours:

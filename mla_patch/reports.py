@@ -75,6 +75,11 @@ class ProcessReport:
     problems: list[str] = field(default_factory=list)
     features: list[FeatureStatus] = field(default_factory=list)
 
+    @property
+    def stem(self) -> str:
+        """The name of this process's files."""
+        return f"{self.engine}-{socket.gethostname()}-{self.pid}-{self.started_ns}"
+
     def renew(self) -> None:
         """This is another process now: a forked child counts for itself."""
         self.pid, self.started_ns = os.getpid(), time.time_ns()
@@ -116,8 +121,7 @@ class Writer:
 
     @property
     def path(self) -> Path:
-        r = self.report
-        return self.directory / f"{r.engine}-{socket.gethostname()}-{r.pid}-{r.started_ns}.json"
+        return self.directory / f"{self.report.stem}.json"
 
     def changed(self) -> None:
         """Ask for a write soon; called where a state changes, never per call."""

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from typing import Any
 
-    from mla_patch.flags import Flags
+    from mla_patch.experiment.live import Live, Trial
+    from mla_patch.features import Feature
+    from mla_patch.flags import Flags, Setting
+    from mla_patch.judge import Judgement
     from mla_patch.plugins import Plugins
     from mla_patch.reports import Writer
 
@@ -114,6 +117,7 @@ class Session:
         COMPILES.has_served = self.report.has_served
         self.writer: Writer | None = None
         self.patcher: Patcher = Patcher(plugins.arms, self.flags.on("MLA_PATCH_STRICT"), self._changed)
+        self.live: Live | None = None  # experiments, if any
         self.awake: set[str] = set()
         self.told = False
         if hasattr(os, "register_at_fork"):
@@ -158,12 +162,27 @@ class Session:
                 judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
             except Exception as problem:  # a plugin's declaration; the other features are not to suffer
                 judgement = Judgement(State.FAILED, repr(problem))
+            trial = None
+            if setting.value in flags.EXPERIMENTS and judgement.state is State.ARMED:
+                try:
+                    trial = self._test(feature, setting, settings, judgement)
+                except ValueError as problem:
+                    judgement = Judgement(State.REFUSED, str(problem), watch=[t.module for t in judgement.targets])
             try:
-                self.patcher.apply(feature, setting, judgement)
+                self.patcher.apply(feature, setting, judgement, trial)
             finally:
                 self.report.features = [run.status for run in self.patcher.runs.values()]
                 self._start_writer()
                 self._changed()
+
+    def _test(self, feature: "Feature", setting: "Setting", settings: "Flags", judgement: "Judgement") -> "Trial":
+        """Put a feature under test; ValueError: it cannot be, with the reason."""
+        from mla_patch.experiment.live import Live
+
+        values = experiment(feature, setting, settings, judgement, self.plugins)
+        if self.live is None:
+            self.live = Live(settings.text("MLA_PATCH_REPORT"), lambda: self.report.stem)
+        return self.live.add(*values)
 
     def _tell_problems(self) -> None:
         import logging
@@ -194,6 +213,28 @@ class Session:
         self.report.renew()
         if self.writer is not None:
             self.writer.restart()
+        if self.live is not None:
+            self.live.forked()
+
+
+def experiment(
+    feature: "Feature", setting: "Setting", settings: "Flags", judgement: "Judgement", plugins: "Plugins"
+) -> "tuple[str, str, str, str, tuple[str, ...]]":
+    """What `Live.add` takes to put ``feature`` under test.
+
+    Raises:
+        ValueError: it cannot be; says why.
+    """
+    from mla_patch.experiment.live import Live, Trial
+
+    if "shadow" in setting.value:
+        for target in judgement.targets:
+            if target.kind != "edit" and target.twin is None:
+                raise ValueError(f"{setting.name}={setting.value}: {target.name} does not say what it writes (twin)")
+    more = tuple(arm.name for arm in plugins.arms if feature.matches(arm.feature))
+    values = feature.name, setting.value, settings.text("MLA_PATCH_AB"), settings.text("MLA_PATCH_SHADOW"), more
+    Trial(Live(settings.text("MLA_PATCH_REPORT"), str), *values)
+    return values
 
 
 def find_host(name: str) -> "Any":

@@ -25,6 +25,14 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "from_torch", lambda: None)
 
 
+def with_steps(where: Path) -> None:
+    """The modules that tell an experiment of steps and graphs."""
+    home = where / "sglang" / "srt" / "model_executor"
+    home.mkdir(parents=True)
+    for name in ("model_runner", "cuda_graph_runner"):
+        (home / f"{name}.py").touch()
+
+
 def fake_sglang(where: Path, version: str | None = "0.5.11", table: str = TABLE, told: str = "") -> Path:
     """A package that has SGLang's shape as far as the judge reads it, and fails on import."""
     home = where / "sglang" / "srt" / "layers" / "attention"
@@ -79,7 +87,7 @@ def test_doctor_judges_an_installed_engine_without_importing_it(capsys, tmp_path
     [
         ("0.5.11", {"MLA_PATCH_KV_INDICES": "off"}, TABLE, "off", 0, ""),
         ("0.5.11", {"MLA_PATCH_KV_INDICES": "onn"}, TABLE, "refused", 1, "did you mean on?"),
-        ("0.5.11", {"MLA_PATCH_KV_INDICES": "ab"}, TABLE, "refused", 1, "no experiments yet"),
+        ("0.5.11", {"MLA_PATCH_KV_INDICES": "ab"}, TABLE, "drifted", 1, "model_runner does not exist"),
         ("0.5.11", {"MLA_PATCH_KV_INDICE": "on"}, TABLE, "armed", 1, "did you mean MLA_PATCH_KV_INDICES?"),
         ("0.5.11", {"MLA_PATCH_STRICT": "1"}, TABLE, "armed", 1, "nothing is active"),
         ("0.5.11", {"SGLANG_PLUGINS": "other"}, TABLE, "armed", 1, "SGLANG_PLUGINS=other"),
@@ -125,6 +133,25 @@ def test_doctor_tells_when_python_skips_the_start_up_file(tmp_path):
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert any("-S" in finding for finding in json.loads(done.stdout)["findings"])
+
+
+@pytest.mark.parametrize(
+    "environ, state, says",
+    [
+        ({}, "refused", "MLA_PATCH_REPORT is not set"),
+        ({"MLA_PATCH_REPORT": "/tmp"}, "armed", ""),
+        ({"MLA_PATCH_REPORT": "/tmp", "MLA_PATCH_AB": "arms=host+mine"}, "refused", "arms=mine: kv_indices has host,"),
+    ],
+)
+def test_doctor_judges_an_experiment(capsys, tmp_path, monkeypatch, environ, state, says):
+    monkeypatch.syspath_prepend(str(fake_sglang(tmp_path)))
+    with_steps(tmp_path)
+    for name, value in (environ | {"MLA_PATCH_KV_INDICES": "ab+shadow"}).items():
+        monkeypatch.setenv(name, value)
+    _, report = run(capsys, "doctor")
+    assert row_of(report)["state"] == state and says in row_of(report)["reason"]
+    targets = [target["name"] for target in row_of(report)["targets"]]
+    assert ("ModelRunner.step" in targets and "graphs" in targets) == (state == "armed")
 
 
 def test_the_printed_doctor_says_what_is_missing(capsys, monkeypatch):
@@ -196,11 +223,13 @@ def report_file(folder: Path, pid: int, **feature: Any) -> None:
 def test_status_reads_what_processes_left(capsys, tmp_path):
     report_file(tmp_path, 10, state="armed")
     report_file(tmp_path, 11, served=12, declined={"token_mapping": 3}, captured=4)
+    report_file(tmp_path, 12, served=12, captured=5, replayed=600)
     status, told = run(capsys, "status", str(tmp_path))
-    assert (status, [p["pid"] for p in told["processes"]], told["missing"]) == (0, [10, 11], [])
+    assert (status, [p["pid"] for p in told["processes"]], told["missing"]) == (0, [10, 11, 12], [])
     assert cli.main(["status", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "3 × token_mapping" in shown and "4 captured, replays not counted" in shown
+    assert "5 captured, 600 replayed" in shown
 
 
 @pytest.mark.parametrize(

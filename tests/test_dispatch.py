@@ -398,3 +398,96 @@ def test_the_log_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             patched.call(1, 2), patched.call(1, 2, 3.0), patched.call(1, 2, mask=1), patched.call(ValueError("no"), 2)
     assert not caplog.records
+
+
+# --- shadow checks
+
+
+class Shadowing:
+    """An experiment all of whose steps are sampled."""
+
+    candidate = "patch"
+
+    def __init__(self) -> None:
+        self.compared: list[Any] = []
+
+    def choose(self, site: Site, call: Any) -> str:
+        return "shadow"
+
+    def compare(self, pairs: Any) -> None:
+        self.compared += pairs
+
+
+def shadowed(serve: Callable[[Any], Any], twin: Any = None, **more: Any) -> tuple[Patched, Shadowing]:
+    patched, arms = Patched(patch=serve, **more), Shadowing()
+    patched.site.twin = twin or (lambda call: (Call([*call.q], call.kv, call.scale), [(call.q, "ours")]))
+    patched.call = stand_in(in_place, "call", patched.site)
+    patched.switch.set(arms=arms)
+    return patched, arms
+
+
+def in_place(q: list[Any], kv: Any, scale: float = 1.0) -> str:
+    """A host that overwrites what it was given."""
+    if kv == "raise":
+        raise LookupError("the host's own")
+    q[:] = ["host"]
+    return "host"
+
+
+def test_a_shadow_check_runs_both_and_gives_the_hosts() -> None:
+    seen: list[Any] = []
+    patched, arms = shadowed(lambda call: seen.append(call.q))
+    given = ["input"]
+    assert patched.call(given, 2) == "host"
+    assert (given, seen) == (["host"], [["input"]])  # ours saw the input, whatever the host did with it
+    assert arms.compared == [(["host"], "ours")] and patched.counts.served == 1
+    assert not patched.stops
+
+
+def refuses(call: Any) -> Any:
+    raise ValueError("q: expected int32")
+
+
+@pytest.mark.parametrize(
+    "parts, declined",
+    [
+        ({"serve": refuses}, {"q: expected int32": 1}),
+        ({"serve": serve, "twin": refuses}, {"q: expected int32": 1}),
+        ({"serve": serve, "declines": lambda call: "no"}, {"no": 1}),
+    ],
+)
+def test_a_shadow_check_that_is_declined(parts: dict[str, Any], declined: dict[str, int]) -> None:
+    patched, arms = shadowed(**parts)
+    assert patched.call([1], 2) == "host"
+    assert (patched.counts.declined, patched.counts.served, arms.compared) == (declined, 0, [])
+    assert not patched.stops
+
+
+def test_a_shadow_check_that_fails_stops_ours() -> None:
+    patched, arms = shadowed(broken)
+    assert [patched.call([1], 2) for _ in range(3)] == ["host"] * 3
+    assert patched.stops == [("decode: RuntimeError('boom')", State.FAILED)] and arms.compared == []
+    patched, arms = shadowed(lambda call: None)
+    arms.compare = broken  # type: ignore[method-assign]
+    assert [patched.call([1], 2) for _ in range(3)] == ["host"] * 3
+    assert patched.stops == [("decode: comparing: RuntimeError('boom')", State.FAILED)]
+
+
+def test_a_shadow_check_leaves_the_hosts_exception_alone() -> None:
+    patched, arms = shadowed(lambda call: None)
+    with pytest.raises(LookupError, match="the host's own"):
+        patched.call([1], "raise")
+    assert (patched.stops, arms.compared) == ([], [])
+
+
+@pytest.mark.usefixtures("capturing")
+def test_a_shadow_check_in_a_graph() -> None:
+    patched, _ = shadowed(lambda call: None)
+    assert patched.call([1], 2) == "host" and patched.counts.captured == 1
+    patched, arms = shadowed(lambda call: None)
+    arms.compare = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="boom"):  # part of it is in the graph already
+        patched.call([1], 2)
+    patched, _ = shadowed(broken)
+    with pytest.raises(RuntimeError, match="boom"):
+        patched.call([1], 2)

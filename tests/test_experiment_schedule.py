@@ -199,8 +199,8 @@ def test_defaults_are_the_flags() -> None:
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("blok=3", "'blok' is not one of block, ratio, seed, warmup; did you mean block?"),
-        ("xyz", "'xyz' is not one of block, ratio, seed, warmup"),
+        ("blok=3", "'blok' is not one of block, ratio, seed, warmup, arms; did you mean block?"),
+        ("xyz", "'xyz' is not one of block, ratio, seed, warmup, arms"),
         ("block", "block=: expected a whole number, 1 or more"),
         ("block=0", "block=0: expected a whole number, 1 or more"),
         ("block=1.5", "block=1.5: expected a whole number, 1 or more"),
@@ -210,6 +210,8 @@ def test_defaults_are_the_flags() -> None:
         ("seed=x", "seed=x: expected a whole number"),
         ("warmup=-1", "warmup=-1: expected a whole number, 0 or more"),
         ("block=1,block=2", "block is given twice"),
+        ("arms=host", "arms=host: expected two or more different names joined by +, such as host+patch"),
+        ("arms=host+host", "arms=host+host: expected two or more different names joined by +, such as host+patch"),
     ],
 )
 def test_bad_ab(text: str, problem: str) -> None:

@@ -87,10 +87,11 @@ def test_values(name: str, raw: str, value: str) -> None:
     [
         ("MLA_PATCH_STRICT", "yess", "expected 1 or 0"),
         ("MLA_PATCH_SKIP_VERSION_CHECK", "2", "expected 1 or 0"),
+        ("MLA_PATCH_AB", "arms=host", "arms=host: expected two arms or more, as in host+patch"),
         ("MLA_PATCH_DECODE", "shado", "expected one of on, off, ab, shadow, ab+shadow; did you mean shadow?"),
         ("MLA_PATCH_DECODE", "???", "expected one of on, off, ab, shadow, ab+shadow"),
         ("MLA_PATCH_DECODE_MATH", "exat", "expected one of exact, fast; did you mean exact?"),
-        ("MLA_PATCH_AB", "blok=3", "'blok' is not one of block, ratio, seed, warmup; did you mean block?"),
+        ("MLA_PATCH_AB", "blok=3", "'blok' is not one of block, ratio, seed, warmup, arms; did you mean block?"),
         ("MLA_PATCH_AB", "block", "block=: expected a whole number"),
         ("MLA_PATCH_AB", "block=1.5", "block=1.5: expected a whole number"),
         ("MLA_PATCH_AB", "ratio=half", "ratio=half: expected a number"),

@@ -23,14 +23,14 @@ MAY = {
     "dispatch": {"features", "compat"},
     "judge": {"sources", "flags", "features", "compat"},
     "patcher": {"dispatch", "judge", "reports", "flags", "features", "compat"},
-    "startup": {"flags", "plugins", "patcher", "judge", "reports", "sources", "features", "compat"},
+    "startup": {"experiment", "flags", "plugins", "patcher", "judge", "reports", "sources", "features", "compat"},
     "experiment": {"dispatch", "reports", "features", "kernels", "compat"},
     "flash_mla": {"kernels", "compat"},
     "kernels": {"kernels", "compat"},
     "compat": {"compat"},
     "hooks": {"features", "hookspecs", "kernels", "compat"},
 }
-ABOVE = {"cli", "demo", "bench", "warmup"}  # what a person runs may import anything of ours
+ABOVE = {"ab", "cli", "demo", "bench", "warmup"}  # what a person runs may import anything of ours
 ENGINES = {"sglang", "vllm", "sgl_kernel", "flash_mla"}
 
 

@@ -1319,7 +1319,7 @@ def test_strict_is_content_with_what_it_asked_for(value: str | None, fake_host: 
     [
         ("MLA_PATCH_OSP", "on", "MLA_PATCH_OSP is not a variable of mla-patch; did you mean MLA_PATCH_OPS?"),
         ("MLA_PATCH_OPS", "onn", "MLA_PATCH_OPS=onn: expected one of on, off, ab, shadow, ab+shadow; did you mean on?"),
-        ("MLA_PATCH_AB", "blocks=2", "MLA_PATCH_AB=blocks=2: 'blocks' is not one of block, ratio, seed, warmup;"),
+        ("MLA_PATCH_AB", "blocks=2", "MLA_PATCH_AB=blocks=2: 'blocks' is not one of block, ratio, seed, warmup, arms;"),
     ],
 )
 def test_bad_flags_are_told_once_when_a_host_appears(name: str, value: str, told: str, fake_host: FakeHost) -> None:
@@ -1344,11 +1344,11 @@ def test_a_bad_value_is_refused_and_the_rest_goes_on(fake_host: FakeHost) -> Non
 
 
 @pytest.mark.parametrize("mode", ["ab", "shadow", "ab+shadow"])
-def test_experiments_are_refused_for_now(mode: str, fake_host: FakeHost) -> None:
+def test_no_experiment_without_an_arm_of_the_hosts(mode: str, fake_host: FakeHost) -> None:
     done = fake_host.run(
         "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), state())", {"MLA_PATCH_OPS": mode}
     )
-    assert done.stdout == f"host refused: MLA_PATCH_OPS={mode}: this version has no experiments yet; set on or off\n"
+    assert done.stdout == f"host refused: MLA_PATCH_OPS={mode}: no arm of the host's to compare with; set on or off\n"
     assert len(done.stderr.splitlines()) == 1
 
 

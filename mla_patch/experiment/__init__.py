@@ -6,7 +6,8 @@ record     what each process keeps on disk                  merge     the ranks'
 analysis   records -> verdicts                              stats     their statistics
 control    commands to a running engine                     control_file   their form on disk
 html       verdicts -> one page                             svg       its plots
-breaker    back to the host
+breaker    back to the host                                 metrics   counters, where the engine exposes them
+live       all of it in a running engine
 
 Importing any of them imports neither torch nor an engine.
 """

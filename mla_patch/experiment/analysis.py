@@ -87,7 +87,7 @@ def compare(timings: Iterable[Timing]) -> list[Comparison]:
             groups = times.setdefault((row.feature, row.bucket), defaultdict(dict))
             groups[row.group].setdefault(row.block, (row.arm, []))[1].append(row.us)
     found, effects = [], []
-    for (feature, bucket), groups in sorted(times.items(), key=lambda item: _by_size(*item[0])):
+    for (feature, bucket), groups in sorted(times.items(), key=lambda item: by_size(*item[0])):
         arms = sorted({arm for blocks in groups.values() for arm, _ in blocks.values()} - {HOST})
         for arm in arms:
             one, its_effects = _compare(feature, bucket, arm, groups)
@@ -97,7 +97,7 @@ def compare(timings: Iterable[Timing]) -> list[Comparison]:
     return found
 
 
-def _by_size(*name: str) -> list[tuple[str, int]]:
+def by_size(*name: str) -> list[tuple[str, int]]:
     """A key that puts graph/16/8192 before graph/16/131072."""
     parts = "/".join(name).split("/")
     return [("", int(part)) if part.isdecimal() else (part, 0) for part in parts]

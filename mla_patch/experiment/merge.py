@@ -34,6 +34,7 @@ class Merged:
     differed: int = 0  # steps on which the ranks' arms were not the same, left out
     damaged: int = 0
     lost: int = 0
+    header: dict[str, Any] = field(default_factory=dict)  # the lowest rank's
 
 
 def read_log(path: Path) -> Log:
@@ -100,6 +101,7 @@ def merge(run: str, logs: Iterable[Log]) -> Merged:
     """One run's ranks as one."""
     logs = sorted(logs, key=lambda log: log.header["rank"])
     merged = Merged(run, ranks=[log.header["rank"] for log in logs])
+    merged.header = logs[0].header if logs else {}
     arms: dict[tuple[int, str], str] = {}
     differed: set[int] = set()
     for log in logs:

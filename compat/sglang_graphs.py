@@ -1,0 +1,372 @@
+"""SGLang: where a forward step begins and ends, and how its decode graphs are captured once per arm.
+
+A step is a call of ``ModelRunner.forward``, numbered by its ``forward_pass_id`` in all releases. Draft models' are no
+steps: they keep the host's arm, in graphs and out of them. Prefill graphs keep it, too.
+
+    0.5.1 - 0.5.13    srt.model_executor.cuda_graph_runner.CudaGraphRunner
+                      capture_one_batch_size returns (graph, output), which capture() files under a key of its own in
+                      self.graphs and self.output_buffers; replay() reads both under the key. So the pair becomes one
+                      pair for each arm, and both dicts look up the step's arm.
+    from 0.5.14       srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner
+                      capture_one_shape, can_run_graph and load_batch take their key from _make_graph_key, a frozen
+                      ShapeKey with a free variant_label (LoRA's). So the key's label gets the step's arm, beside what
+                      the host says there, and beside its own attention variants (0.5.18, 0.5.20): they multiply.
+
+Each arm is captured with the host's own method, so from the host's one memory pool, on its stream, after its warm-ups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from packaging.version import Version
+
+from mla_patch.compat import gpu, steps
+from mla_patch.compat.types import Target, Undo
+
+log = logging.getLogger("mla_patch")
+
+_RUNNER = "sglang.srt.model_executor.model_runner"
+_BY_SIZE = "sglang.srt.model_executor.cuda_graph_runner"
+_BY_KEY = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
+
+
+def step_targets(version: str | None) -> tuple[Target, ...]:
+    """The edits that an experiment needs in ``version``; where it is unknown, in whichever home there is."""
+    steps_ = Target(_RUNNER, "ModelRunner.step", kind="edit", edit=watch_steps)
+    by_key = Target(_BY_KEY, "graphs", kind="edit", edit=arms_by_key)
+    by_size = Target(_BY_SIZE, "graphs", kind="edit", edit=arms_by_size)
+    if version is None:
+        return steps_, by_key, by_size
+    return steps_, by_key if Version(version) >= Version("0.5.14") else by_size
+
+
+_edited: dict[type, tuple[int, Undo]] = {}  # features under test at the same time share the edits
+
+
+def _shared(edit: Callable[[ModuleType], tuple[type, dict[str, Any]]]) -> Callable[[ModuleType], Undo]:
+    """An edit of a class's methods, made for the first feature that asks and undone after the last."""
+
+    @functools.wraps(edit)
+    def edit_once(module: ModuleType) -> Undo:
+        owner, ours = edit(module)
+        if owner not in _edited:
+            _edited[owner] = (0, _set_methods(owner, ours))
+        count, undo = _edited[owner]
+        _edited[owner] = (count + 1, undo)
+
+        def give_back() -> None:
+            count, undo = _edited.pop(owner)
+            if count > 1:
+                _edited[owner] = (count - 1, undo)
+            else:
+                undo()
+
+        return give_back
+
+    return edit_once
+
+
+def _set_methods(owner: type, ours: dict[str, Any]) -> Undo:
+    before = {name: vars(owner)[name] for name in ours}
+    for name, method in ours.items():
+        setattr(owner, name, method)
+
+    def undo() -> None:
+        for name, method in ours.items():
+            if vars(owner).get(name) is method:  # or somebody has put something else there since
+                setattr(owner, name, before[name])
+
+    return undo
+
+
+def _method(owner: type, name: str, *params: str) -> Callable[..., Any]:
+    """``owner``'s own method, which must begin with these parameters."""
+    method = vars(owner).get(name)
+    found = tuple(inspect.signature(method).parameters) if method is not None else ()
+    if found[: len(params) + 1] != ("self", *params):
+        told = f"takes ({', '.join(found)})" if method is not None else "does not exist"
+        raise TypeError(f"{owner.__qualname__}.{name} {told}, expected (self, {', '.join((*params, '...'))})")
+    assert method is not None
+    return method
+
+
+# steps
+
+
+@_shared
+def watch_steps(module: ModuleType) -> tuple[type, dict[str, Any]]:
+    """Tell the experiment of each forward step of the target model."""
+    owner = module.ModelRunner
+    original = _method(owner, "forward", "forward_batch")
+
+    @functools.wraps(original)
+    def forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        watcher = steps.watcher
+        if watcher is None or self.is_draft_worker:
+            return original(self, forward_batch, *args, **kwargs)
+        watcher.begin(functools.partial(rank_of, self), self.forward_pass_id + 1)
+        work = None
+        try:
+            output = original(self, forward_batch, *args, **kwargs)
+            work = functools.partial(work_of, forward_batch)
+            return output
+        finally:
+            watcher.end(work)
+
+    return owner, {"forward": forward}
+
+
+def work_of(batch: Any) -> steps.Work | None:
+    """What a batch was; None for an idle one. Python numbers, no tensor."""
+    mode, count = batch.forward_mode, batch.batch_size
+    if mode.is_idle() or not count:
+        return None
+    total = batch.seq_lens_sum  # None where the host plans ahead and has not been told yet
+    kind = "decode" if mode.is_decode() or mode.is_target_verify() else "prefill"
+    return steps.Work(kind, count, (total or 0) // count)
+
+
+def rank_of(runner: Any) -> steps.Rank:
+    """This process's place. The ranks that step together have one parent and one port between them."""
+    rank, ranks = 0, 1
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    args = getattr(runner, "server_args", None)
+    parent = f"{os.getppid()}-{_started(os.getppid())}"
+    if getattr(args, "nnodes", 1) > 1:  # what all nodes know
+        parent = "".join(c if c.isalnum() else "-" for c in str(getattr(args, "dist_init_addr", "")))
+    port = getattr(runner, "dist_port", None)
+    return steps.Rank(f"sglang-{parent}-{port}", rank, ranks, str(getattr(runner, "device", "cpu")))
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's ticks: its number alone comes again."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return "0"
+
+
+# graphs
+
+
+class ByArm(dict[Any, Any]):
+    """A runner's graphs, or their outputs, under the host's keys: what is read is the one of the step's arm."""
+
+    def __getitem__(self, key: Any) -> Any:
+        value = dict.__getitem__(self, key)
+        return value.pick() if isinstance(value, _Variants) else value
+
+
+class _Variants:
+    """One size's graphs or outputs, by label."""
+
+    __slots__ = ("by_label",)
+
+    def __init__(self, by_label: dict[str, Any]) -> None:
+        self.by_label = by_label
+
+    def pick(self) -> Any:
+        watcher = steps.watcher
+        if watcher is None or not watcher.label:
+            return self.by_label[""]
+        found = self.by_label.get(watcher.label)
+        if found is None:
+            watcher.missing = True
+            return self.by_label[""]
+        return found
+
+
+class _Counted:
+    """A graph that says when it is replayed."""
+
+    def __init__(self, graph: Any, calls: dict[str, int]) -> None:
+        self._graph = graph
+        self._calls = calls
+
+    def replay(self) -> None:
+        self._graph.replay()
+        if steps.watcher is not None:
+            steps.watcher.replayed(self._calls)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._graph, name)
+
+
+@_shared
+def arms_by_size(module: ModuleType) -> tuple[type, dict[str, Any]]:
+    """0.5.1 - 0.5.13: each batch size is captured once per arm, and replayed for the step's."""
+    owner = module.CudaGraphRunner
+    capture_one, capture = _method(owner, "capture_one_batch_size", "bs", "forward"), _method(owner, "capture")
+
+    @functools.wraps(capture_one)
+    def capture_one_batch_size(self: Any, bs: int, *args: Any, **kwargs: Any) -> Any:
+        watcher = steps.watcher
+        if watcher is None or self.model_runner.is_draft_worker:
+            return capture_one(self, bs, *args, **kwargs)
+        for name in ("graphs", "output_buffers"):
+            if type(getattr(self, name)) is dict:
+                setattr(self, name, ByArm(getattr(self, name)))
+        graphs, outputs = {}, {}
+
+        def one(label: str) -> dict[str, int]:
+            with watcher.capturing(label) as calls:
+                graph, output = capture_one(self, bs, *args, **kwargs)
+            graphs[label], outputs[label] = _Counted(graph, calls), output
+            return calls
+
+        _capture_all(watcher, one)
+        return _Variants(graphs), _Variants(outputs)
+
+    return owner, {"capture_one_batch_size": capture_one_batch_size, "capture": _told(capture)}
+
+
+@_shared
+def arms_by_key(module: ModuleType) -> tuple[type, dict[str, Any]]:
+    """From 0.5.14: each shape is captured once per arm under a key with the arm in its label."""
+    owner = module.DecodeCudaGraphRunner
+    capture_one = _method(owner, "capture_one_shape", "size", "forward")
+    make_key = _method(owner, "_make_graph_key")
+    execute_ = _method(owner, "execute", "forward_batch")
+    capture = _method(owner, "capture")
+
+    def known(self: Any) -> dict[Any, dict[str, int]]:
+        """Our keys, with the calls of ours in each graph."""
+        return vars(self).setdefault("_mla_patch_keys", {})
+
+    @functools.wraps(make_key)
+    def _make_graph_key(self: Any, *args: Any, **kwargs: Any) -> Any:
+        key = make_key(self, *args, **kwargs)
+        watcher = steps.watcher
+        if watcher is None or self.model_runner.is_draft_worker:
+            return key
+        making = vars(self).get("_mla_patch_making")  # a capture: the key is about to exist
+        label = watcher.label if making is None else making[0]
+        ours = dataclasses.replace(key, variant_label=f"{key.variant_label or ''}+{label}") if label else key
+        if making is not None:
+            making[1] = ours
+        elif label and ours not in known(self):
+            watcher.missing = True
+            return key
+        return ours
+
+    @functools.wraps(capture_one)
+    def capture_one_shape(self: Any, size: int, *args: Any, **kwargs: Any) -> Any:
+        watcher = steps.watcher
+        if watcher is None or self.model_runner.is_draft_worker:
+            return capture_one(self, size, *args, **kwargs)
+
+        def one(label: str) -> Any:
+            making = self._mla_patch_making = [label, None]
+            try:
+                with watcher.capturing(label) as calls:
+                    result = capture_one(self, size, *args, **kwargs)
+            finally:
+                self._mla_patch_making = None
+            known(self)[making[1]] = calls
+            return result
+
+        return _capture_all(watcher, one)
+
+    @functools.wraps(execute_)
+    def execute(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        output = execute_(self, forward_batch, *args, **kwargs)
+        watcher = steps.watcher
+        if watcher is not None and not self.model_runner.is_draft_worker:
+            watcher.replayed(known(self).get(self._replay_graph_key, {}))
+        return output
+
+    return owner, {
+        "capture_one_shape": capture_one_shape,
+        "_make_graph_key": _make_graph_key,
+        "execute": execute,
+        "capture": _told(capture),
+    }
+
+
+class _Cost:
+    """What the captures of one runner took: seconds and bytes, the host's arm and the others'."""
+
+    def __init__(self) -> None:
+        self.seconds = {"host": 0.0, "more": 0.0}
+        self.bytes = {"host": 0, "more": 0}
+        self.graphs = {"host": 0, "more": 0}
+
+    def add(self, which: str, seconds: float, taken: int) -> None:
+        self.seconds[which] += seconds
+        self.bytes[which] += taken
+        self.graphs[which] += 1
+
+    def text(self) -> str:
+        h, m = "host", "more"
+        return (
+            f"{self.graphs[h]} graphs of the host's arm in {self.seconds[h]:.1f} s and {_mib(self.bytes[h])}, "
+            f"{self.graphs[m]} of other arms in {self.seconds[m]:.1f} s and {_mib(self.bytes[m])}"
+        )
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+_cost: _Cost | None = None  # of the capture that is under way
+
+
+def _capture_all(watcher: steps.Watcher, one: Callable[[str], Any]) -> Any:
+    """Capture one size for the host's arm, whose failure is the host's, then for the others."""
+
+    def timed(which: str, label: str) -> Any:
+        free, start = gpu.free_memory(), time.perf_counter()
+        try:
+            return one(label)
+        finally:
+            if _cost is not None:
+                _cost.add(which, time.perf_counter() - start, max(free - gpu.free_memory(), 0))
+
+    first = _cost is not None and not _cost.graphs["host"]
+    result = timed("host", "")
+    labels = watcher.labels()
+    if first and labels and _cost is not None:
+        log.warning(
+            "mla-patch: every CUDA graph is captured %d more times (%s); the largest took %.1f s and %s, which each of "
+            "these can take again",
+            len(labels), "; ".join(labels), _cost.seconds["host"], _mib(_cost.bytes["host"]),
+        )  # fmt: skip
+    for label in labels:
+        try:
+            timed("more", label)
+        except Exception as problem:
+            watcher.failed(label, problem)
+    return result
+
+
+def _told(capture: Callable[..., Any]) -> Callable[..., Any]:
+    """``capture``, with its cost told before, by the first size, and after."""
+
+    @functools.wraps(capture)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _cost
+        if steps.watcher is None or self.model_runner.is_draft_worker or _cost is not None:
+            return capture(self, *args, **kwargs)
+        _cost = cost = _Cost()
+        try:
+            result = capture(self, *args, **kwargs)
+        finally:
+            _cost = None
+        if cost.graphs["more"]:
+            log.warning("mla-patch: captured %s", cost.text())
+        return result
+
+    return wrapped

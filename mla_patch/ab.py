@@ -1,0 +1,152 @@
+"""``mla-patch ab``: steer a running experiment, watch it, and read its verdict.
+
+What it reads and writes are the files in the engine's MLA_PATCH_REPORT; no engine and no torch is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mla_patch import reports
+from mla_patch.experiment import analysis, merge
+from mla_patch.experiment.control import Controller
+from mla_patch.experiment.control_file import Command, ControlError, read
+from mla_patch.experiment.html import report_html
+from mla_patch.experiment.merge import Merged
+from mla_patch.experiment.schedule import OUTSIDE
+
+
+class NotThere(Exception):
+    """There is no such run, feature or file; the text says what there is."""
+
+
+def command(directory: Path, run: str | None, kind: str, features: Sequence[str], value: Any = None) -> dict[str, Any]:
+    """Send one command for each feature, all that are under test if none is named.
+
+    Raises:
+        NotThere: no experiment lives here.
+        ControlError: the control file cannot be trusted, or the command cannot be taken.
+        ValueError: a value that no command has.
+    """
+    path = _control(directory, run)
+    about = _all_ranks(path)
+    sent: list[Command] = []
+    with Controller(path) as control:
+        for feature in features or about.get("features", {}):
+            sent.append(control.send(feature, kind, value))
+    return {"run": about.get("run", path.stem), "commands": [asdict(one) for one in sent]}
+
+
+def _control(directory: Path, run: str | None) -> Path:
+    """The control file of ``run``, or of the newest run."""
+    if not directory.is_dir():
+        raise NotThere(f"{directory}: not a directory")
+    found = sorted(directory.glob("*.control"), key=lambda path: path.stat().st_mtime)
+    if run is not None:
+        found = [path for path in found if path.stem == run]
+    if not found:
+        which = f"no run {run}" if run else "no experiment"
+        raise NotThere(
+            f"{directory}: {which} has a control file here; is MLA_PATCH_<FEATURE>=ab set, and has it stepped?"
+        )
+    return found[-1]
+
+
+def _all_ranks(path: Path) -> dict[str, Any]:
+    """What the file is about. A command that reached some ranks alone would set them apart."""
+    content, beats = read(path)
+    ranks = int(content.about.get("ranks", 1))
+    if len(beats) < ranks:
+        raise ControlError(
+            f"{path}: {len(beats)} of {ranks} ranks are heard here; ranks on several nodes need a shared directory"
+        )
+    newest = max((beat.ns for beat in beats), default=0)
+    if time.time_ns() - newest > 60e9:
+        raise ControlError(f"{path}: no rank has been heard for a minute; has the engine ended?")
+    return content.about
+
+
+def runs(directory: Path, run: str | None = None) -> tuple[list[Merged], list[str]]:
+    """The runs whose records lie here, oldest first, and what could not be read.
+
+    Raises:
+        NotThere: none, or not that one.
+    """
+    if not directory.is_dir():
+        raise NotThere(f"{directory}: not a directory")
+    found, problems = merge.read_runs(directory)
+    found.sort(key=lambda one: one.header.get("started", 0))
+    names = [one.run for one in found]
+    if run is not None:
+        found = [one for one in found if one.run == run]
+    if not found:
+        known = f"; there are {', '.join(names)}" if names else ""
+        raise NotThere(f"{directory}: no records of {f'run {run}' if run else 'an experiment'}{known}")
+    return found, problems
+
+
+def report(directory: Path, run: str | None = None) -> dict[str, Any]:
+    """Every run's verdicts; with ``findings``, what a person must know beside them."""
+    found, problems = runs(directory, run)
+    rows = []
+    findings = list(problems)
+    for one in found:
+        row = analysis.analyse(one)
+        row["tolerance"] = min(one.header.get("tolerance", {}).values(), default=None)
+        rows.append(row)
+        findings += [f"{one.run}: {n.feature}: {n.text}" for n in one.notes if n.what == "breaker"]
+        for count, what in ((one.differed, "steps on which ranks differed"), (one.lost, "rows lost")):
+            findings += [f"{one.run}: {count} {what}"] if count else []
+    return {"runs": rows, "findings": findings}
+
+
+def page(directory: Path, told: dict[str, Any]) -> str:
+    """One run's report, the newest where there are several, as a page."""
+    processes, _ = reports.read_directory(directory)
+    return report_html(told["runs"][-1], processes)
+
+
+def snapshot(directory: Path, run: str | None = None) -> dict[str, Any]:
+    """Where a running experiment stands: no verdict, since looking until one comes finds false ones."""
+    path = _control(directory, run)
+    content, beats = read(path)
+    now = time.time_ns()
+    told: dict[str, Any] = {
+        "run": content.about.get("run", path.stem),
+        "ranks": [{"rank": b.rank, "step": b.step, "heard_s": round((now - b.ns) / 1e9, 1)} for b in beats],
+        "features": content.about.get("features", {}),
+        "commands": [asdict(one) for one in content.commands],
+        "buckets": [],
+        "shadow": [],
+        "notes": [],
+    }
+    try:
+        ((one,), _) = runs(directory, told["run"])
+    except NotThere:  # nothing is written yet
+        return told
+    times: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in one.timings:
+        if row.block != OUTSIDE:
+            times[row.feature, row.bucket][row.arm].append(row.us)
+    for (feature, bucket), arms in sorted(times.items(), key=lambda item: analysis.by_size(*item[0])):
+        for arm, values in sorted(arms.items()):
+            row_ = {"feature": feature, "bucket": bucket, "arm": arm, "steps": len(values)}
+            told["buckets"].append(row_ | {"median_us": median(values)})
+    told["shadow"] = [
+        {key: row[key] for key in ("feature", "comparisons", "relative", "nan")} for row in analysis.shadow(one.errors)
+    ]
+    told["notes"] = [row._asdict() for row in one.notes[-5:]]
+    return told
+
+
+def write(path: Path, text: str) -> None:
+    """For its owner's eyes, since it names hosts and paths."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)

@@ -1,0 +1,108 @@
+"""Real SGLang releases' graph runners on a CPU: each size captured once per arm, and the step's arm replayed."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hosts
+import pytest
+from packaging.version import Version
+
+from mla_patch.compat import sglang_graphs
+from mla_patch.compat.sglang_fetch import fetch
+from mla_patch.experiment import merge
+from mla_patch.experiment.record import Timing
+from mla_patch.experiment.schedule import Plan, Sampling, Schedule
+
+pytestmark = [pytest.mark.network, pytest.mark.slow]
+# of every shape of the runner: one class and dict of its own, one backend and its keys, with more in the keys
+RELEASES = [release for release in hosts.chosen() if release in ("0.5.9", "0.5.13", "0.5.18", "0.5.23")]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
+    report = tmp_path / "report"
+    env |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "MLA_PATCH": "1",
+        "MLA_PATCH_DECODE": "ab+shadow",
+        "MLA_PATCH_AB": "block=2,warmup=0",
+        "MLA_PATCH_SHADOW": "every=8,tolerance=0.02",
+        "MLA_PATCH_REPORT": str(report),
+        "PYTHONPATH": os.pathsep.join(map(str, fetch(release))),
+        "TRITON_INTERPRET": "1",
+    }
+    out = tmp_path / "seen.json"
+    command = [sys.executable, str(hosts.HERE / "graphs_child.py"), release, str(out)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert out.exists(), done.stdout + done.stderr
+    seen = json.loads(out.read_text())
+
+    # two sizes, three arms; a draft model's runner is left alone
+    assert (seen["graphs"], seen["draft graphs"]) == (6, 2)
+    assert seen["labels"] == ["decode=patch", "shadow"]
+    assert seen["captured"] == 4  # one layer: ours in two arms of each size
+    if Version(release) < Version("0.5.14"):
+        assert seen["keys"] == ["8", "4"]
+    else:
+        assert seen["keys"] == ["8", "8+decode=patch", "8+shadow", "4", "4+decode=patch", "4+shadow"]
+    told = [line for line in done.stderr.splitlines() if "mla-patch: " in line]
+    assert len(told) == 2, told
+    assert "captured 2 more times (decode=patch; shadow)" in told[0]
+    assert "captured 2 graphs of the host's arm in" in told[1] and ", 4 of other arms in" in told[1]
+
+    schedule, sampling = Schedule(Plan(block=2, warmup=0, salt="decode")), Sampling(8)
+    count = range(1, len(seen["ran"]) + 1)
+    want = ["shadow" if sampling.due(step) else schedule.turn(step).arm for step in count]
+    assert seen["ran"] == want and set(want) == {"host", "patch", "shadow"}
+    row = seen["row"]
+    assert (row["state"], row["declined"]) == ("applied", {})
+    assert row["replayed"] == len(want) - want.count("host")
+    assert not seen["cuda initialized"]
+
+    ((run,), problems) = merge.read_runs(report)
+    assert problems == []
+    rows = [timing for timing in run.timings if isinstance(timing, Timing)]
+    assert [timing.arm for timing in rows] == [arm for arm in want if arm != "shadow"]
+    assert {timing.bucket for timing in rows} == {"graph/4/64"}
+
+
+def methods(path: Path, owner: str) -> dict[str, list[str]]:
+    """The parameters of each of a class's own methods."""
+    (found,) = [
+        node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef) and node.name == owner
+    ]
+    return {
+        node.name: [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+        for node in found.body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+@pytest.mark.parametrize("release", [release for release in hosts.chosen() if release in hosts.REVIEWED])
+def test_every_release_has_what_the_edits_change(release: str) -> None:
+    """By its source, so that a release need not be driven to be known."""
+    home = fetch(release)[0] / "sglang/srt/model_executor"
+    source = (home / "model_runner.py").read_text()
+    assert methods(home / "model_runner.py", "ModelRunner")["forward"][:2] == ["self", "forward_batch"]
+    assert "self.forward_pass_id += 1" in source and "self.is_draft_worker = is_draft_worker" in source
+    targets = [target.module for target in sglang_graphs.step_targets(release)]
+    runner = home.parents[2].joinpath(*targets[1].split(".")).with_suffix(".py")
+    source = runner.read_text()
+    if Version(release) < Version("0.5.14"):
+        own = methods(runner, "CudaGraphRunner")
+        assert own["capture_one_batch_size"][:3] == ["self", "bs", "forward"]
+        assert "self.graphs = {}" in source and "self.output_buffers = {}" in source
+        assert "].replay()" in source and "output = self.output_buffers[" in source
+    else:
+        own = methods(runner, "DecodeCudaGraphRunner")
+        assert own["capture_one_shape"][:3] == ["self", "size", "forward"] and own["execute"][1] == "forward_batch"
+        assert "variant_label" in own["_make_graph_key"]
+        assert "self.backend.replay(self._replay_graph_key, forward_batch)" in source
+        key = (home / "runner" / "shape_key.py").read_text()
+        assert "@dataclass(frozen=True)\nclass ShapeKey" in key and "variant_label: Optional[str] = None" in key
+    assert own["capture"] == ["self"]

@@ -1,0 +1,182 @@
+"""``mla-patch ab``: commands reach a running engine, a look at it gives no verdict, a report does."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import tapes
+from test_experiment_live import Running
+
+from mla_patch import cli
+from mla_patch.experiment import control, control_file, record
+from mla_patch.experiment.schedule import Plan, Schedule
+
+__all__ = ["tapes"]  # a fixture
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    one = Running(tmp_path, "ab+shadow", "block=4,warmup=4", "every=8,tolerance=0.02", None)
+    one.run(1)
+    yield one
+    one.live.close()
+    for undo in one.undo:
+        undo()
+
+
+def told(capsys: pytest.CaptureFixture[str], *argv: Any) -> tuple[int, Any]:
+    capsys.readouterr()
+    status = cli.main(["ab", *map(str, argv), "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def heard(one: Running) -> None:
+    """Wait until the rank's thread has said where it is."""
+    end = time.monotonic() + 10
+    while not (beats := control_file.read(one.path())[1]) or beats[0].step < one.live.step:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def reach(one: Running, step: int) -> None:
+    assert one.live.control is not None
+    one.live.control.poll()
+    one.run(step - one.live.step)
+
+
+def test_commands_reach_the_engine(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, whose in (
+        (("set", running.folder, "decode", "arm=patch"), {"patch"}),
+        (("stop", running.folder), {"host"}),
+        (("start", running.folder, "decode"), {"host", "patch"}),
+    ):
+        heard(running)
+        status, answer = told(capsys, *argv)
+        assert status == 0
+        (command,) = answer["commands"]
+        assert answer["run"] == running.path().stem and command["at"] > running.live.step
+        reach(running, command["at"] + 4)
+        found = set(running.run(40))
+        assert found - ({"host"} if argv[0] == "set" else set()) == whose  # shadow steps are the host's
+    heard(running)
+    _, answer = told(capsys, "set", running.folder, "decode", "ratio=0.2")
+    assert (answer["commands"][0]["kind"], answer["commands"][0]["value"]) == ("ratio", 0.2)
+
+
+@pytest.mark.parametrize(
+    "argv, problem",
+    [
+        (("set", "{}", "decode", "arm=mine"), "'mine' is not an arm of decode; expected one of host, patch"),
+        (("start", "{}", "kv_indices"), "'kv_indices' is not under test here; under test: decode"),
+        (("stop", "{}", "--run", "other"), "no run other has a control file here"),
+        (("stop", "{}/none"), "not a directory"),
+        (("report", "{}/none"), "not a directory"),
+        (("report", "{}", "--run", "other"), "no records of run other; there are sglang-"),
+        (("watch", "{}/none", "--once"), "not a directory"),
+    ],
+)
+def test_what_cannot_be_done(running: Running, capsys: Any, argv: tuple[str, ...], problem: str) -> None:
+    heard(running)
+    assert running.live.recorder is not None
+    running.run(2)
+    running.live.recorder.flush()
+    assert cli.main(["ab", *(arg.replace("{}", str(running.folder)) for arg in argv)]) == cli.MISUSE
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["arm=", "ratio=2", "ratio=x", "block=3", "arm"])
+def test_a_setting_is_an_arm_or_a_ratio(tmp_path: Path, capsys: Any, given: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ab", "set", str(tmp_path), "decode", given])
+    assert ended.value.code == 2 and "expected arm=NAME or ratio=SHARE" in capsys.readouterr().err
+
+
+def test_ranks_that_are_not_heard_get_no_command(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "r.control"
+    control_file.create(path, {"run": "r", "ranks": 2, "features": {"decode": ["host", "patch"]}})
+    control.Control(path, 0, thread=False).poll()
+    assert cli.main(["ab", "stop", str(tmp_path)]) == cli.MISUSE
+    assert "1 of 2 ranks are heard here; ranks on several nodes need a shared directory" in capsys.readouterr().err
+
+
+def test_an_engine_that_has_ended_gets_no_command(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "r.control"
+    control_file.create(path, {"run": "r", "ranks": 1, "features": {"decode": ["host", "patch"]}})
+    with control_file.opened(path, os.O_RDWR) as file:
+        control_file.beat(file, control_file.Heartbeat(0, 7, time.time_ns() - 90 * 10**9))
+    assert cli.main(["ab", "stop", str(tmp_path)]) == cli.MISUSE
+    assert "no rank has been heard for a minute" in capsys.readouterr().err
+
+
+def test_a_look_gives_no_verdict(running: Running, capsys: Any) -> None:
+    running.run(60)
+    assert running.live.recorder is not None
+    heard(running)
+    running.live.recorder.flush()
+    status, seen = told(capsys, "watch", running.folder)
+    assert status == 0 and seen["features"] == {"decode": ["host", "patch"]}
+    assert [rank["rank"] for rank in seen["ranks"]] == [0]
+    assert {row["arm"] for row in seen["buckets"]} == {"host", "patch"}
+    assert all(row["bucket"] == "eager/4/128" and row["median_us"] > 0 for row in seen["buckets"])
+    assert seen["shadow"][0]["relative"]["0.5"] == pytest.approx(1e-3, rel=1e-2)
+    assert "verdict" not in json.dumps(seen)
+    assert cli.main(["ab", "watch", str(running.folder), "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert "no verdict while it runs" in shown and "eager/4/128" in shown and "faster" not in shown
+
+
+def test_watching_goes_on_until_interrupted(running: Running, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard(running)
+    looks = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    assert cli.main(["ab", "watch", str(running.folder), "--every", "0.5"]) == 0
+    assert looks == [0.5] * 3 and "ranks" in capsys.readouterr().out
+
+
+def record_run(folder: Path, name: str, started: float, factor: float, note: str = "") -> None:
+    recorder = record.Recorder(
+        folder / name, {"run": name, "rank": 0, "started": started, "tolerance": {"decode": 0.02}}
+    )
+    schedule = Schedule(Plan(block=4, warmup=0))
+    for step in range(400):
+        arm, block, group = schedule.turn(step)
+        us = 100.0 * (factor if arm == "patch" else 1) + step % 7
+        recorder.add(record.Timing(step, "decode", arm, block, group, "graph/8/1024", us))
+    if note:
+        recorder.add(record.Note(9, "decode", "breaker", note))
+    recorder.close()
+
+
+def test_the_report_names_the_faster_arm(tmp_path: Path, capsys: Any) -> None:
+    record_run(tmp_path, "second", 2.0, 0.8)
+    record_run(tmp_path, "a-first", 3.0, 1.25)
+    status, report = told(capsys, "report", tmp_path)
+    assert status == 0 and report["findings"] == []
+    assert [run["run"] for run in report["runs"]] == ["second", "a-first"]  # in order of time
+    assert [run["comparisons"][0]["verdict"] for run in report["runs"]] == ["faster", "slower"]
+    page = tmp_path / "page.html"
+    assert cli.main(["ab", "report", str(tmp_path), "--run", "second", "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "patch is faster: 0.80" in shown and f"written: {page}" in shown
+    assert "Kernel experiment second" in page.read_text() and stat.S_IMODE(page.stat().st_mode) == 0o600
+
+
+def test_a_breaker_is_a_finding(tmp_path: Path, capsys: Any) -> None:
+    record_run(tmp_path, "r", 1.0, 1.0, "error [0.05], tolerance 0.02")
+    status, report = told(capsys, "report", tmp_path)
+    assert (status, report["findings"]) == (cli.FINDING, ["r: decode: error [0.05], tolerance 0.02"])
+    cli.main(["ab", "report", str(tmp_path)])
+    assert capsys.readouterr().out.count("error [0.05], tolerance 0.02") == 2

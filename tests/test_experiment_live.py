@@ -1,0 +1,588 @@
+"""Arms in a running engine: eager steps, graphs captured once per arm, shadow checks, the breaker, live commands."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+import timeit
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_engine import ERROR, LAYERS, ByKey, BySize, Engine, Tape, batch, tapes
+
+from mla_patch.compat import sglang_graphs, steps
+from mla_patch.dispatch import ArmCode, Switch
+from mla_patch.experiment import control, control_file, merge
+from mla_patch.experiment.live import Live, Trial
+from mla_patch.experiment.record import Error, Timing
+from mla_patch.experiment.schedule import AGAIN, OUTSIDE, Plan, Sampling, Schedule
+from mla_patch.experiment.shadow import Drain
+from mla_patch.features import Counts, State
+
+__all__ = ["tapes"]  # a fixture
+
+AB = "block=4,warmup=4"
+RUNNERS = [BySize, ByKey]
+
+
+class Running:
+    """An engine under test, with its edits in place."""
+
+    def __init__(self, folder: Path, mode: str, ab: str, shadow: str, runner: type | None, **engine: Any) -> None:
+        self.folder = folder
+        self.engine = Engine(**engine)
+        more = tuple(name for name in engine if name != "error")
+        self.live = Live(str(folder), lambda: "engine-1")
+        self.trial: Trial = self.live.add("decode", mode, ab, shadow, more)
+        module = self.engine.module
+        edits = [sglang_graphs.watch_steps, sglang_graphs.arms_by_size, sglang_graphs.arms_by_key]
+        self.undo = [edit(module) for edit in edits]
+        self.engine.switch.set(arms=self.trial)
+        self.trial.attach(self.engine.switch, self.engine.counts)
+        self.runner = self.engine.start(runner)
+
+    def run(self, count: int, **how: Any) -> list[str]:
+        """Whose each step's result is."""
+        found = []
+        for _ in range(count):
+            found.append(self.engine.whose(self.runner.forward(batch(**how))))
+            self.live.read()  # its thread does it ten times a second
+        return found
+
+    def rows(self) -> list[Any]:
+        self.live.close()
+        (path,) = self.folder.glob("*.steps.jsonl")
+        return merge.read_log(path).rows
+
+    def path(self) -> Path:
+        return next(self.folder.glob("*.control"))
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    made: list[Running] = []
+
+    def start(
+        mode: str = "ab", ab: str = AB, shadow: str = "every=8,tolerance=0.02", runner: Any = None, **engine: Any
+    ) -> Running:
+        made.append(Running(tmp_path, mode, ab, shadow, runner, **engine))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.live.close()
+        for undo in one.undo:
+            undo()
+    assert steps.watcher is None and not sglang_graphs._edited
+
+
+def planned(first: int, last: int, **changes: Any) -> list[str]:
+    schedule = Schedule(Plan(**({"block": 4, "warmup": 4, "salt": "decode"} | changes)))
+    return [schedule.turn(step).arm for step in range(first, last)]
+
+
+def test_each_step_runs_the_arm_of_its_number(start: Start) -> None:
+    one = start()
+    assert one.run(40) == planned(1, 41)
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert [row.arm for row in rows] == planned(1, 41)
+    assert {row.bucket for row in rows} == {"eager/4/128"} and all(row.us > 0 for row in rows)
+    assert [row.block for row in rows[:5]] == [OUTSIDE] * 3 + [4] * 2
+    assert one.engine.counts.served == LAYERS * planned(1, 41).count("patch")
+
+
+def test_outside_of_steps_the_hosts_serves(start: Start) -> None:
+    one = start(ab="block=1,warmup=0,ratio=0.9")
+    one.run(20)
+    assert one.engine.whose(one.engine.model(torch.ones(1, 8))) == "host"
+    draft = one.engine.start(draft=True)
+    assert {one.engine.whose(draft.forward(batch())) for _ in range(20)} == {"host"}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_graphs_are_captured_once_per_arm_and_chosen_at_replay(start: Start, runner: type, caplog: Any) -> None:
+    caplog.set_level(logging.WARNING)
+    one = start(runner=runner)
+    graphs = one.runner.graph_runner.graphs
+    assert one.engine.counts.captured == 2 * LAYERS  # two sizes, one arm of ours
+    served = one.engine.counts.served
+    assert one.run(40) == planned(1, 41)
+    assert one.run(2, size=7) == planned(41, 43)
+    assert one.engine.counts.served == served  # no Python of ours at replay
+    patched = planned(1, 43).count("patch")
+    assert one.engine.counts.replayed == LAYERS * patched
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert [row.arm for row in rows] == planned(1, 43)
+    assert {row.bucket for row in rows} == {"graph/4/128", "graph/8/128"}
+    assert [message for message in caplog.messages if "captured" in message] == [
+        m for m in caplog.messages if "every CUDA graph is captured 1 more times (decode=patch)" in m
+        or "captured 2 graphs of the host's arm" in m
+    ]  # fmt: skip
+    assert len(caplog.messages) == 2
+    assert len(graphs) == (2 if runner is BySize else 4)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_models_graphs_are_captured_once(start: Start, runner: type) -> None:
+    one = start()
+    draft = one.engine.start(runner, draft=True)
+    assert (one.engine.counts.captured, len(draft.graph_runner.graphs)) == (0, 2)
+    assert not one.live.in_graphs and not one.trial.breaker.reason
+    assert one.engine.whose(draft.forward(batch())) == "host"
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_an_arm_without_a_graph_is_no_arm(start: Start, runner: type) -> None:
+    one = start(runner=runner, ab="block=1,warmup=0")
+    graphs = one.runner.graph_runner
+    if runner is BySize:
+        for value in (*dict.values(graphs.graphs), *dict.values(graphs.output_buffers)):
+            del value.by_label["decode=patch"]
+    else:
+        graphs._mla_patch_keys = {key: {} for key in graphs._mla_patch_keys if "decode" not in key.variant_label}
+    assert set(one.run(20)) == {"host"}
+    assert one.live.unmatched == planned(1, 21, block=1, warmup=0).count("patch")
+    rows = one.rows()
+    assert {row.arm for row in rows if isinstance(row, Timing)} == {"host"}
+    assert [(row.feature, row.what) for row in rows if not isinstance(row, Timing)] == [("decode=patch", "no graph")]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_undone_the_hosts_graphs_are_replayed(start: Start, runner: type) -> None:
+    one = start(runner=runner, ab="block=1,warmup=0,ratio=0.9")
+    assert "patch" in one.run(12)
+    for undo in one.undo:
+        undo()
+    one.undo.clear()
+    assert set(one.run(12)) == {"host"}
+    plain = getattr(one.engine.module, runner.name).__dict__["capture"]
+    assert not hasattr(plain, "__wrapped__")
+
+
+def test_features_share_the_edits() -> None:
+    module = Engine().module
+    plain = module.ModelRunner.forward
+    first, second = (sglang_graphs.watch_steps(module) for _ in range(2))
+    ours = module.ModelRunner.forward
+    first()
+    assert module.ModelRunner.forward is ours is not plain
+    second()
+    assert module.ModelRunner.forward is plain
+
+
+def test_a_runner_of_another_shape_is_told() -> None:
+    module = Engine().module
+    del module.CudaGraphRunner.capture
+    with pytest.raises(TypeError, match=r"CudaGraphRunner\.capture does not exist, expected \(self"):
+        sglang_graphs.arms_by_size(module)
+    module.ModelRunner.forward = lambda self, batch: None
+    with pytest.raises(TypeError, match=r"ModelRunner\.forward takes \(self, batch\), expected \(self, forward_batch"):
+        sglang_graphs.watch_steps(module)
+    assert not sglang_graphs._edited
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_a_a_runs_the_hosts_code_under_both_names(start: Start, runner: Any) -> None:
+    one = start(ab=f"{AB},arms=host+{AGAIN}", runner=runner)
+    assert set(one.run(40)) == {"host"}
+    if runner is not None:
+        assert len(Tape.open) == 0
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert [row.arm for row in rows] == planned(1, 41, arms=("host", AGAIN))
+    assert one.engine.counts.served == one.engine.counts.captured == 0
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_a_plugins_arm(start: Start, runner: Any) -> None:
+    def mine(call: Any) -> None:
+        call.out.copy_(call.q * 3)
+
+    one = start(mine=mine, runner=runner)
+    arms = planned(1, 41, arms=("host", "patch", "mine"))
+    found = one.run(40)
+    assert [whose if whose[0] != "?" else "mine" for whose in found] == arms
+    assert "mine" in arms
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ("arms=host+none", "arms=none: decode has host, patch, host-again"),
+        ("arms=patch+host", "expected host first"),
+        ("arms=host", "two or more"),
+        ("blocks=1", "did you mean block"),
+    ],
+)
+def test_arms_that_do_not_exist(tmp_path: Path, given: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Live(str(tmp_path), lambda: "").add("decode", "ab", given, "every=8")
+
+
+def test_no_directory_no_experiment() -> None:
+    with pytest.raises(ValueError, match="MLA_PATCH_REPORT is not set"):
+        Live("", lambda: "").add("decode", "ab", AB, "")
+
+
+def test_declined_steps_are_no_arms(start: Start) -> None:
+    one = start(ab="block=1,warmup=0")
+    one.engine.declining = True
+    assert set(one.run(20)) == {"host"}
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert {(row.arm, row.block == OUTSIDE) for row in rows} == {("host", True), ("host", False)}
+
+
+def test_prefill_and_idle_steps(start: Start) -> None:
+    one = start()
+    one.run(6, mode="extend")
+    one.run(6, mode="idle")
+    one.run(6, mode="target_verify")
+    assert [row.bucket.partition("/")[0] for row in one.rows()] == ["prefill"] * 6 + ["eager"] * 6
+
+
+# --- shadow checks
+
+
+@pytest.mark.parametrize("mode", ["shadow", "ab+shadow"])
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_a_shadow_step_gives_the_hosts_result_and_the_error(start: Start, runner: Any, mode: str) -> None:
+    one = start(mode, runner=runner)
+    due = [step for step in range(1, 65) if Sampling(8).due(step)]
+    arms = planned(1, 65) if "ab" in mode else ["host"] * 64
+    want = ["host" if step in due else arm for step, arm in zip(range(1, 65), arms, strict=True)]
+    assert one.run(64) == want
+    one.run(2)
+    rows = one.rows()
+    errors = [row for row in rows if isinstance(row, Error)]
+    assert [row.step for row in errors if row.tag == 0 and row.step < 65] == due
+    assert {row.tag for row in errors} == set(range(LAYERS))
+    assert all(abs(row.relative - ERROR) < 1e-6 and row.nan == 0 for row in errors)
+    assert not {row.step for row in rows if isinstance(row, Timing)} & set(due)
+    if runner is not None:
+        sizes, labels = 2, 2 if "ab" in mode else 1
+        assert one.engine.counts.captured == sizes * labels * LAYERS
+
+
+def test_a_host_that_steps_in_inference_mode_and_out_of_it(start: Start) -> None:
+    one = start("shadow", shadow="every=1")
+    with torch.inference_mode():
+        one.run(4)
+    one.run(4)
+    assert one.trial.breaker.reason == "" and one.trial.drain is not None and one.trial.drain.problem == ""
+    assert {row.step for row in one.rows() if isinstance(row, Error)} >= set(range(1, 8))
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_an_arm_that_is_wrong_trips_the_breaker(start: Start, runner: Any) -> None:
+    one = start("ab+shadow", "block=1,warmup=0", error=0.05, runner=runner)
+    one.run(40)
+    ((reason, state),) = one.engine.stops
+    assert state is State.FAILED
+    assert reason.startswith("shadow check at step ") and "error 0.05, tolerance 0.02" in reason
+    first = int(reason.split("step ")[1].split(",")[0])
+    assert first == next(step for step in range(1, 41) if Sampling(8).due(step))
+    assert set(one.run(20)) == {"host"}
+    rows = one.rows()
+    assert [row.text for row in rows if getattr(row, "what", "") == "breaker"] == [reason]
+    trips = control_file.read(one.path())[0].commands
+    assert [(command.kind, command.feature) for command in trips] in ([("trip", "decode")], [])
+
+
+def test_the_other_ranks_are_told(start: Start) -> None:
+    one = start("ab+shadow", "block=1,warmup=0", error=0.05)
+    one.run(20)
+    end = time.monotonic() + 10
+    while not control_file.read(one.path())[0].commands:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    (command,) = control_file.read(one.path())[0].commands
+    assert (command.kind, command.feature) == ("trip", "decode") and "error 0.05" in command.reason
+
+
+def test_an_exception_in_an_arm_trips_the_breaker(start: Start) -> None:
+    one = start(ab="block=1,warmup=0", error="raise")
+    one.engine.error = "raise"
+    for _ in range(20):
+        one.runner.forward(batch())
+    assert one.engine.stops == [("decode: RuntimeError('boom')", State.FAILED)]
+    assert one.trial.breaker.reason == "decode: RuntimeError('boom')"
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert len(rows) == 20 and {row.arm for row in rows} == {"host"}  # also of the step in which it happened
+
+
+def test_a_batch_that_tells_nothing_costs_the_experiment_alone(start: Start) -> None:
+    one = start(ab="block=1,warmup=0")
+    odd = batch()
+    del odd.seq_lens_sum
+    assert one.engine.whose(one.runner.forward(odd)) in ("host", "patch")
+    assert "seq_lens_sum" in one.trial.breaker.reason and set(one.run(8)) == {"host"}
+
+
+@pytest.mark.parametrize("error", ["raise", "raise in a graph"])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_an_arm_that_cannot_be_captured_leaves_the_hosts_graphs(start: Start, runner: type, error: str) -> None:
+    one = start(ab="block=1,warmup=0", error=error, runner=runner)
+    where = "decode: " if error == "raise" else "capturing decode=patch: "
+    assert one.engine.stops == [(f"{where}RuntimeError('boom')", State.FAILED)]
+    one.engine.error = ERROR
+    assert set(one.run(20)) == {"host"}
+    assert all(row.arm == "host" for row in one.rows() if isinstance(row, Timing))
+
+
+# --- live control
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_commands_switch_arms_without_a_restart(start: Start, runner: Any) -> None:
+    one = start(runner=runner)
+    one.run(1)
+    path = one.path()
+    about = control_file.read(path)[0].about
+    assert (about["ranks"], about["features"]) == (1, {"decode": ["host", "patch"]})
+
+    def send(kind: str, value: Any = None) -> None:
+        with control.Controller(path) as controller:
+            at = controller.send("decode", kind, value, at=one.live.step + 200).at
+        assert one.live.control is not None
+        one.live.control.poll()
+        one.run(at - one.live.step)
+
+    send("arm", "patch")
+    assert set(one.run(20)) == {"patch"}
+    send("stop")
+    assert set(one.run(20)) == {"host"}
+    send("start")
+    assert set(one.run(40)) == {"host", "patch"}
+    with pytest.raises(control_file.ControlError, match="'mine' is not an arm of decode"):
+        send("arm", "mine")
+    notes = [row.text for row in one.rows() if getattr(row, "what", "") == "command"]
+    assert [note.partition(",")[0] for note in notes] == ["arm patch", "stop", "start"]
+
+
+def test_a_folder_that_cannot_be_written_costs_the_records_alone(start: Start, tmp_path: Path) -> None:
+    one = start()
+    one.live.directory = tmp_path / "file" / "below"
+    (tmp_path / "file").touch()
+    assert one.run(12) == planned(1, 13)
+    assert one.live.control is None and one.live.recorder is not None
+    one.live.recorder.flush()
+    assert one.live.recorder.lost == 12
+
+
+def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    one = start(ab="block=1,warmup=0")
+    one.run(4)
+    monkeypatch.setattr(one.trial.assigner, "turn", lambda step: 1 / 0)
+    assert set(one.run(8)) == {"host"}
+    assert "ZeroDivisionError" in one.trial.breaker.reason
+    assert len([m for m in caplog.messages if "experiment stopped" in m]) == 1
+
+
+def test_checks_that_cannot_be_read_stop_the_arm(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = start("ab+shadow", "block=1,warmup=0", "every=1")
+    monkeypatch.setattr(Drain, "take", lambda self: 1 / 0)
+    end = time.monotonic() + 10
+    while not one.engine.stops:
+        assert time.monotonic() < end
+        one.runner.forward(batch())
+        time.sleep(0.01)
+    assert "ZeroDivisionError" in one.engine.stops[0][0]
+    one.live.trials["decode"].drain = None
+
+
+def test_the_hosts_exception_is_the_hosts(start: Start) -> None:
+    one = start()
+    one.run(2)
+    bad = batch()
+    bad.q = None
+    with pytest.raises(TypeError, match="empty_like"):
+        one.runner.forward(bad)
+    assert one.trial.arm == "host" and one.run(2) == planned(4, 6)
+
+
+def test_a_host_that_counts_anew(start: Start) -> None:
+    one = start()
+    one.run(10)
+    one.runner.forward_pass_id = 0
+    assert one.run(10) == planned(11, 21)
+
+
+def test_a_rank_is_named_by_what_all_ranks_of_a_run_share(start: Start) -> None:
+    one = start()
+    rank = sglang_graphs.rank_of(one.runner)
+    assert (rank.rank, rank.ranks, rank.device) == (0, 1, "cpu")
+    assert rank.run.startswith("sglang-") and rank.run.endswith("-1234")
+    one.run(1)
+    header = json.loads(next(iter((one.rows(), *one.folder.glob("*.jsonl"))[1:])).read_text().splitlines()[0])
+    assert (header["run"], header["rank"]) == (rank.run, 0)
+
+
+# --- what a step costs
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_no_step_waits_for_the_device(start: Start, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors are on ``meta``, where whatever needs a value fails; what waits by name is caught by name."""
+    waits: list[str] = []
+    for owner, names in (
+        (torch.cuda, ("synchronize",)),
+        (torch.cuda.Event, ("synchronize",)),
+        (torch.cuda.Stream, ("synchronize",)),
+        (torch.Tensor, ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, lambda *args, _name=name: waits.append(_name))
+    copies: list[Any] = []
+
+    class Never:
+        def query(self) -> bool:
+            return False
+
+    def copy_aside(targets: Any, sources: Any) -> Any:
+        copies.append(sources)
+        return Never()
+
+    # the one way off the device is the drain's copy on a stream of its own
+    monkeypatch.setattr("mla_patch.experiment.live.Drain", functools.partial(Drain, copy=copy_aside))
+    with torch.device("meta"):
+        one = start("ab+shadow", "block=4,warmup=4", runner=runner)
+        for _ in range(64):
+            one.runner.forward(batch())
+    assert waits == [] and one.engine.stops == [] and one.trial.breaker.reason == ""
+    assert len(copies) == 1 and one.trial.drain is not None and one.trial.drain.problem == ""
+    served = one.engine.counts.replayed if runner else one.engine.counts.served
+    assert served is not None and served > 64 * LAYERS / 4
+
+
+def test_a_wait_in_the_step_is_seen(start: Start) -> None:
+    """The test above can fail."""
+    with torch.device("meta"):
+        one = start(ab="block=1,warmup=0")
+        codes, serve = one.engine.decode._self_site.arms, one.engine.serve
+
+        def waits(call: Any) -> None:
+            if call.q.sum() != 0:
+                serve(call)
+
+        codes["patch"] = ArmCode(waits, codes["patch"].declines)
+        for _ in range(8):
+            one.runner.forward(batch())
+    ((reason, _),) = one.engine.stops
+    assert "meta" in reason
+
+
+@pytest.mark.cost
+@pytest.mark.parametrize("mode", ["ab", "ab+shadow"])
+def test_a_step_costs_little(start: Start, mode: str) -> None:
+    one = start(mode, "", "every=1000000")
+    one.run(1)
+    one.live.in_graphs.add("decode")
+    work, numbers = steps.Work("decode", 16, 4096), iter(range(10, 10**6))
+
+    def step() -> None:
+        one.live.begin(lambda: pytest.fail("asked once"), next(numbers))
+        one.live.end(lambda: work)
+
+    assert min(timeit.repeat(step, number=500, repeat=9)) / 500 < 15e-6  # 20 us with a device's two events
+
+
+@pytest.mark.cost
+def test_off_the_engines_step_and_replay_are_untouched() -> None:
+    engine = Engine()
+    assert steps.watcher is None
+    runner = engine.start(ByKey)
+    for owner in (type(runner), type(runner.graph_runner)):
+        assert not [name for name, value in vars(owner).items() if hasattr(value, "__wrapped__")]
+    assert type(runner.graph_runner.graphs) is dict and engine.switch.plain
+
+
+def test_two_ranks_run_the_same_arm_and_the_breaker_holds_for_both(tmp_path: Path) -> None:
+    lives = [Live(str(tmp_path), lambda rank=rank: f"engine-{rank}") for rank in range(2)]
+    trials = [live.add("decode", "ab", "block=2,warmup=0", "every=8") for live in lives]
+    stops: list[list[Any]] = [[], []]
+    for trial, told in zip(trials, stops, strict=True):
+        switch = Switch(lambda *stop, told=told: told.append(stop))
+        switch.set(arms=trial)
+        trial.attach(switch, Counts())
+
+    def step(number: int) -> list[str]:
+        ran = []
+        for rank, (live, trial) in enumerate(zip(lives, trials, strict=True)):
+            live.begin(lambda rank=rank: steps.Rank("r", rank, 2, "cpu"), number)
+            ran.append(trial.arm)
+            trial.counts.served += trial.arm == "patch"
+            live.end(lambda: steps.Work("decode", 4, 100))
+        return ran
+
+    ran = [step(number) for number in range(1, 41)]
+    assert all(first == second for first, second in ran) and ["patch", "patch"] in ran
+    trials[1].breaker.check(Error(40, "decode", 0, 1.0, 0.5, 0))
+    path = tmp_path / "r.control"
+    end = time.monotonic() + 10
+    while not (commands := control_file.read(path)[0].commands):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    for live in lives:
+        assert live.control is not None
+        live.control.poll()
+    at = commands[0].at
+    after = [step(number) for number in range(41, at + 20)]
+    assert {second for _, second in after} == {"host"}
+    apart = [number for number, arms in enumerate(after, 41) if arms[0] != arms[1]]
+    assert apart and max(apart) < at
+    assert {first for first, _ in after[at - 41 :]} == {"host"}
+    assert stops[0][0][0].startswith("rank 1: shadow check at step 40") and len(stops[0]) == len(stops[1]) == 1
+    for live in lives:
+        live.close()
+    ((run,), problems) = merge.read_runs(tmp_path)
+    assert (problems, run.ranks, run.differed) == ([], [0, 1], len(apart))
+    assert not {row.step for row in run.timings} & set(apart)
+    assert [note.what for note in run.notes] == ["breaker", "command", "command"]  # published, and taken by both
+
+
+def test_features_in_the_same_graphs_multiply(tmp_path: Path, caplog: Any) -> None:
+    live = Live(str(tmp_path), lambda: "engine")
+    one = live.add("one", "ab+shadow", "", "every=4")
+    two = live.add("two", "ab", "", "every=4")
+    other = live.add("beside", "ab", "", "every=4")  # has no call in a graph
+    for trial in (one, two, other):
+        trial.attach(Switch(lambda *stop: None), Counts())
+    assert live.labels() == []
+    live.in_graphs |= {"one", "two"}
+    assert live.labels() == ["two=patch", "one=patch", "one=patch,two=patch", "shadow"]
+    with live.capturing("one=patch,two=patch"):
+        assert (one.arm, two.arm, other.arm) == ("patch", "patch", "host")
+    with live.capturing("shadow"):
+        assert (one.arm, two.arm, other.arm) == ("shadow", "host", "host")
+    assert (one.arm, two.arm, other.arm) == ("host", "host", "host")
+    seen = set()
+    for step in range(1, 600):
+        live.begin(lambda: steps.Rank("r", 0, 1, "cpu"), step)
+        arms = {name: trial.arm for name, trial in live.trials.items()}
+        due = one.due(step)
+        want = ",".join(f"{name}=patch" for name in ("one", "two") if arms[name] == "patch")
+        assert live.label == ("shadow" if due else want)
+        seen.add(live.label)
+        live.end(None)
+    assert seen == {"", *live.labels()}
+    live.failed("shadow", RuntimeError("full"))
+    assert one.sampling is None and "shadow" not in live.labels() and not one.breaker.reason
+    with pytest.raises(ValueError, match="the engine has begun to step"):
+        live.add("late", "ab", "", "")
+    live.close()
+
+
+def test_many_arms_are_warned_of(tmp_path: Path, caplog: Any) -> None:
+    live = Live(str(tmp_path), lambda: "engine")
+    live.add("many", "ab", "", "", tuple("abcdefgh"))
+    live.in_graphs.add("many")
+    assert len(live.labels()) == len(live.labels()) == 9
+    assert caplog.messages == ["mla-patch: 10 graphs of every size; MLA_PATCH_AB=arms=... takes fewer arms"]
+    live.close()
