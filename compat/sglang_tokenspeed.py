@@ -231,7 +231,7 @@ def _kernels_of(owner: Any) -> Any:
                 v_head_dim=self.v_head_dim,
                 page_size=self.page_size,
                 draft_tokens=getattr(runner.server_args, "speculative_num_draft_tokens", None) or 1,
-                has_prefill=not self.skip_prefill,
+                has_prefill=not self.skip_prefill and "forward_extend" in vars(owner),
             )
             for part, kernel in chosen.items():
                 setattr(self, f"_{part}", None if kernel is None else _named(getattr(kernel, part)))

@@ -217,6 +217,7 @@ class Drive:
         self.store.fill_(0x7F)  # NaN where nobody stores
         self.latents = self.random(len(self.slots), 576).to(E4M3)
         self.store[self.slots, 0] = self.latents.view(torch.uint8)
+        self.pool.set_mla_kv_buffer = self.stored  # some releases' kernels for it do not run in the interpreter
         self.layer = SimpleNamespace(
             layer_id=0, tp_q_head_num=HEADS, tp_k_head_num=1, tp_v_head_num=1, head_dim=576, qk_head_dim=576,
             v_head_dim=512, scaling=SCALE, k_scale=None, k_scale_float=None, v_scale=None, v_scale_float=None,
@@ -224,6 +225,11 @@ class Drive:
         self.runner = Runner(self.batch, self.pool, mark)
         with one_process(self.module, self.batch):
             self.backend = self.module.TRTLLMMLABackend(self.runner)
+
+    def stored(self, layer: Any, loc: Any, k: torch.Tensor, k_rope: torch.Tensor) -> None:
+        row = torch.cat([k.view(-1, 512), k_rope.view(-1, 64)], dim=-1)
+        assert row.dtype == E4M3
+        self.store[self.at, 0] = row.view(torch.uint8)
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.rng)
@@ -262,11 +268,13 @@ class Drive:
         with one_process(self.module, self.batch):
             last = torch.tensor(LENS).cumsum(0) - 1
             self.store[self.slots[last]] = 0x7F
-            step = self.step("DECODE", LENS, out_cache_loc=self.slots[last])
+            self.at = self.slots[last]
+            step = self.step("DECODE", LENS, out_cache_loc=self.at)
             self.backend.init_forward_metadata(step)
             q, k = self.random(len(LENS), HEADS, 576), self.latents[last].float()[:, None]
             out = self.backend.forward_decode(
-                q[..., :512].contiguous(), k[..., :512], None, self.layer, step, q_rope=q[..., 512:].contiguous(),
+                q[..., :512].contiguous(), k[..., :512], k[..., :512].contiguous(), self.layer, step,
+                q_rope=q[..., 512:].contiguous(),
                 k_rope=k[..., 512:], cos_sin_cache=torch.zeros(1, 64), is_neox=False,
             )  # fmt: skip
             return self.run([[n] for n in LENS], q, out)
@@ -284,10 +292,11 @@ class Drive:
             self.backend.init_forward_metadata(step)
             ends = torch.tensor(LENS).cumsum(0)[1:]
             at = torch.cat([torch.arange(end - tokens, end) for end in ends.tolist()])
-            vars(step)["out_cache_loc"] = self.slots[at]
+            self.at = step.out_cache_loc = self.slots[at]
             q, k = self.random(len(at), HEADS, 576), self.latents[at].float()[:, None]
             out = self.backend.forward_extend(
-                q[..., :512].contiguous(), k[..., :512], None, self.layer, step, q_rope=q[..., 512:].contiguous(),
+                q[..., :512].contiguous(), k[..., :512], k[..., :512].contiguous(), self.layer, step,
+                q_rope=q[..., 512:].contiguous(),
                 k_rope=k[..., 512:], cos_sin_cache=torch.zeros(1, 64), is_neox=False,
             )  # fmt: skip
             counts = [[], *([n - tokens + 1 + i for i in range(tokens)] for n in LENS[1:])]
@@ -362,6 +371,21 @@ class Drive:
         return seen
 
 
+def draft_backends(drive: Drive) -> list[bool]:
+    """Of a multi-step draft backend's steps, which are ours."""
+    module = drive.module
+    parent = module.TRTLLMMLAMultiStepDraftBackend.__mro__[1]
+
+    def init(self: Any, runner: Any, topk: int, steps: int, *args: Any, **kwargs: Any) -> None:
+        self.topk, self.speculative_num_steps = topk, steps
+        self.attn_backends = [None] * steps
+        self.kv_indptr, self.q_indptr_decode = torch.zeros(steps, 9), torch.arange(9)
+
+    with one_process(module, drive.batch), mock.patch.object(parent, "__init__", init):
+        made = module.TRTLLMMLAMultiStepDraftBackend(drive.runner, 1, 3)
+    return [type(one) is type(drive.backend) for one in made.attn_backends if one is not None]
+
+
 def main(release: str, out: str) -> None:
     said = Said()
     logging.getLogger("mla_patch").addHandler(said)
@@ -380,17 +404,17 @@ def main(release: str, out: str) -> None:
     seen["ours"] = isinstance(backend, module.TRTLLMMLABackend) and type(backend) is not module.TRTLLMMLABackend
     seen["class name"] = type(backend).__name__
     steps = {"decode": drive.decode}
-    if release != "0.5.1":
-        steps["prompts"] = drive.prompts
     if release not in ("0.5.1", "0.5.2"):
+        steps |= {"prompts": drive.prompts, "verify": drive.verify}
+    if release not in ("0.5.1", "0.5.2", "0.5.3"):
         steps |= {
-            "verify": drive.verify,
             "draft extend": lambda: drive.draft_extend((1, 1, 1, 1, 1)),
             "draft extend, padded": lambda: drive.draft_extend((1, 2, 3, 1, 2)),
         }
     for step, run in steps.items():
         del tokenspeed_mla.calls[:]
         seen[step] = run() | {"calls": list(tokenspeed_mla.calls)}
+    seen["drafts"] = draft_backends(drive)
     drive.layer.k_scale_float = 0.5
     seen["scaled"] = failure(drive.decode)
     for what, given in {"cache": {"dtype": torch.bfloat16}, "page": {"page": 128}}.items():
@@ -402,7 +426,7 @@ def main(release: str, out: str) -> None:
     mla_patch.restore("tokenspeed")
     with one_process(module, drive.batch):
         seen["restored"] = type(module.TRTLLMMLABackend(drive.runner)) is module.TRTLLMMLABackend
-    seen["flashinfer restored"] = type(module.flashinfer).__name__
+    seen["flashinfer restored"] = isinstance(module.flashinfer, ModuleType)
     seen["said"], seen["cuda initialized"] = said.lines, torch.cuda.is_initialized()
     Path(out).write_text(json.dumps(seen, indent=1))
 
