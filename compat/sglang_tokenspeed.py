@@ -68,8 +68,11 @@ def targets(version: str | None) -> tuple[Target, ...]:
         Target(
             "sglang.srt.server_args", "ServerArgs.backend", kind="edit", edit=take_name if free else take_other_name
         ),
-        Target("sglang.srt.layers.attention.trtllm_mla_backend", "TRTLLMMLABackend.kernels", kind="edit", edit=seam),
-    )
+        Target(
+            "sglang.srt.layers.attention.trtllm_mla_backend", "TRTLLMMLABackend.kernels", kind="edit", edit=seam,
+            counted=True,
+        ),
+    )  # fmt: skip
 
 
 def take_name(module: ModuleType) -> Undo:
@@ -161,8 +164,11 @@ def kernels(device: Gpu | None, asked: str = OTHER_NAME) -> dict[str, MlaKernel 
 _running: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar("mla_patch_tokenspeed", default=None)
 
 
-def seam(module: ModuleType) -> Undo:
-    """Let marked instances of the host's class become ours, once they have been built."""
+def seam(module: ModuleType, counts: Any) -> Undo:
+    """Let marked instances of the host's class become ours, once they have been built.
+
+    ``counts`` takes the calls that a kernel other than the host's has served.
+    """
     owner = module.TRTLLMMLABackend
     original = vars(owner)["__init__"]
     if tuple(inspect.signature(original).parameters)[:2] != ("self", "model_runner"):
@@ -173,7 +179,7 @@ def seam(module: ModuleType) -> Undo:
         undo_calls = _redirect(module, owner)
     elif len(points) == 1:
         raise TypeError(f"{owner.__qualname__} has {points[0]} alone")
-    ours = _kernels_of(owner) if points else _in_line_of(owner)
+    ours = _kernels_of(owner, counts) if points else _in_line_of(owner, counts)
     ours.__name__ = owner.__name__  # which the host compares in places
 
     @functools.wraps(original)
@@ -203,8 +209,14 @@ def _named(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def _kernels_of(owner: Any) -> Any:
+def _kernels_of(owner: Any, counts: Any) -> Any:
     """A class of whose instances one of ``owner``, which is the host's, can become."""
+
+    def served(out: Any, dtype: Any) -> Any:
+        counts.served += 1
+        if gpu.capturing():
+            counts.captured += 1
+        return out if out.dtype == dtype else out.to(dtype)
 
     class Kernels(owner):
         """The host's backend, with the kernels that a plugin offers."""
@@ -280,7 +292,7 @@ def _kernels_of(owner: Any) -> Any:
                     seam=self._mla_patch_seam,
                 )
             )
-            return out if out.dtype == self.q_data_type else out.to(self.q_data_type)
+            return served(out, self.q_data_type)
 
         def _run_prefill_kernel(
             self: Any, q: Any, k: Any, v: Any, layer: Any, batch_size: int, cum_seq_lens_q: Any, max_q_len: int,
@@ -317,14 +329,14 @@ def _kernels_of(owner: Any) -> Any:
                 )
             )
             out, *lse = result if return_lse else (result,)
-            out = out if out.dtype == self.q_data_type else out.to(self.q_data_type)
+            out = served(out, self.q_data_type)
             return (out, *lse) if return_lse else out
 
     return Kernels
 
 
-def _in_line_of(owner: Any) -> Any:
-    base: Any = _kernels_of(owner)
+def _in_line_of(owner: Any, counts: Any) -> Any:
+    base: Any = _kernels_of(owner, counts)
 
     class InLine(base):
         """The same on releases whose forward methods call flashinfer themselves."""

@@ -251,7 +251,8 @@ class Patcher:
             if target.kind == "edit" and target.name not in run.undos:
                 if target.edit is None:
                     raise TypeError(f"{target.module}.{target.name}: an edit needs a function")
-                run.undos[target.name] = (target, target.edit(module))
+                counts = (run.status.counts,) if target.counted else ()
+                run.undos[target.name] = (target, target.edit(module, *counts))
         if (run.feature.hardware is not None or run.asks) and gpu.known() is None:
             run.switch.set(check=functools.partial(self._first_call, run))
         for status in run.status.targets:

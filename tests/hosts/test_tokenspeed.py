@@ -128,11 +128,13 @@ def test_the_hosts_own_forward_methods(release: str, by: str, kept: Path) -> Non
         assert seen[step]["dtype"] == "torch.float32"
         asked = [call["call"] for call in seen[step]["calls"]]
         assert asked == (["decode"] if by == "package" else []), step
+        assert seen[step]["served"] == 1
     if "prompts" in seen:
         assert max(seen["prompts"]["alone"], seen["prompts"]["merged"]) < 2**-8
         assert seen["prompts"]["no key"] == [0.0, -float("inf")]
         asked = [call["causal"] for call in seen["prompts"]["calls"]]
         assert asked == ([True, True, False, False] if by == "package" else [])
+        assert seen["prompts"]["served"] == 4
 
 
 @pytest.mark.parametrize("release", [one for one in RELEASES if one in ("0.5.11", "0.5.12", "0.5.16", "0.5.23")])

@@ -413,7 +413,9 @@ def main(release: str, out: str) -> None:
         }
     for step, run in steps.items():
         del tokenspeed_mla.calls[:]
+        before = feature()["served"]
         seen[step] = run() | {"calls": list(tokenspeed_mla.calls)}
+        seen[step]["served"] = feature()["served"] - before
     seen["drafts"] = draft_backends(drive)
     drive.layer.k_scale_float = 0.5
     seen["scaled"] = failure(drive.decode)
