@@ -270,9 +270,8 @@ def _kernels_of(owner: Any, counts: Any) -> Any:
                     query=query, kv_cache=kv_cache, block_tables=block_tables, seq_lens=seq_lens,
                     max_seq_len=max_seq_len, layer=layer, **dcp,
                 )  # fmt: skip
-            ranks = {name: value for name, value in dcp.items() if value not in (None, False, 0)}
-            if ranks.get("cp_world") == 1:
-                del ranks["cp_world"]
+            alone = {"causal_seqs": None, "cp_world": 1, "cp_rank": 0, "return_lse": False}
+            ranks = [n for n, v in dcp.items() if n not in alone or torch.is_tensor(v) or v != alone[n]]
             if ranks:
                 raise ValueError(
                     f"decode context parallelism ({', '.join(ranks)}) is not served by this backend: use cutedsl_mla"

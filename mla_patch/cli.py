@@ -308,7 +308,8 @@ def status(args: argparse.Namespace) -> int:
     for label in sorted({f"{f['name']}@{f['host']}" for r in processes for f in r["features"]}):
         rows = [f for r in processes for f in r["features"] if f"{f['name']}@{f['host']}" == label]
         # what only adds a choice is not called by those who choose something else
-        applied = [r for r in rows if r["state"] == State.APPLIED and any(t["kind"] != "edit" for t in r["targets"])]
+        choices = [row for row in rows if {target["kind"] for target in row["targets"]} == {"edit"}]
+        applied = [row for row in rows if row["state"] == State.APPLIED and row not in choices]
         if applied and not any(row["served"] or row["declined"] for row in applied):
             findings.append(f"{label} is applied, and nothing has called it yet")
     if args.json:
