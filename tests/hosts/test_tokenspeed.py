@@ -2,68 +2,25 @@
 and the real package's wheels, which are looked at for the names that are used."""
 
 import ast
-import fcntl
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import hosts
+import matrix
 import pytest
-from packaging.version import Version
+from tokenspeed_runs import NATIVE, STEPS, environment, name_in, row, run, steps_of
 
 from mla_patch.compat import sglang_fetch
 from mla_patch.hooks import sglang_tokenspeed
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
-EXAMPLE = hosts.HERE.parents[1] / "examples" / "mla_kernels"
 ERAS = ("0.5.1", "0.5.3", "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.16", "0.5.23")
 EVERY = set(hosts.chosen()) == set(hosts.KNOWN)
 RELEASES = [one for one in hosts.chosen() if one in (hosts.REVIEWED if EVERY else ERAS)]
 WHEELS = ("0.1.1", "0.1.8", "2.0.4")
-PLUGIN = {
-    "METADATA": "Metadata-Version: 2.1\nName: mla-kernels\nVersion: 0.1\n",
-    "entry_points.txt": "[mla_patch]\nmla_kernels = mla_kernels\n",
-}
-
-
-def name_in(release: str) -> str:
-    return "tokenspeed_mla" if Version(release) < Version("0.5.12") else "tokenspeed_mla_patch"
-
-
-def environment(release: str, *path: Path, **more: str) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
-    env.pop("PYTHONDONTWRITEBYTECODE", None)
-    places = [*path, hosts.HERE / "standin", *sglang_fetch.fetch(release)]
-    own = {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "TRITON_INTERPRET": "1"}
-    return env | own | {"PYTHONPATH": os.pathsep.join(map(str, places))} | more
-
-
-def run(release: str, kept: Path, by: str) -> dict:
-    """What a process of its own saw (see ``tokenspeed_child.py``), its kernels by the package or by the example."""
-    answer = kept / f"tokenspeed-{release}-{by}.json"
-    with open(kept / f"tokenspeed-{release}-{by}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers ask
-        if answer.exists():
-            return json.loads(answer.read_text())
-        path, more = [], {"BACKEND": name_in(release), "MLA_PATCH_TOKENSPEED": "on"}
-        if by == "example":
-            info = kept / "installed" / "mla_kernels-0.1.dist-info"
-            info.mkdir(parents=True, exist_ok=True)
-            for file, text in PLUGIN.items():
-                (info / file).write_text(text)
-            path = [info.parent, EXAMPLE]
-            more |= {"MLA_PATCH_TOKENSPEED_DECODE": "triton", "MLA_PATCH_TOKENSPEED_PREFILL": "torch"}
-        command = [sys.executable, *hosts._PYTHON_OPTIONS.get(release, []), str(hosts.HERE / "tokenspeed_child.py")]
-        done = subprocess.run(
-            [*command, release, str(answer)], env=environment(release, *path, **more), cwd=kept, capture_output=True,
-            text=True, timeout=300,
-        )  # fmt: skip
-        if not answer.exists():
-            raise RuntimeError(f"SGLang {release}: ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    return json.loads(answer.read_text())
 
 
 @pytest.fixture(scope="session")
@@ -102,16 +59,6 @@ def test_the_backend_becomes_ours(release: str, kept: Path) -> None:
     assert (seen["restored"], seen["flashinfer restored"]) == (True, True)
 
 
-def steps_of(release: str) -> set[str]:
-    """What the release's TRT-LLM MLA backend does itself; the rest is FlashInfer's."""
-    steps = {"decode"}
-    if Version(release) >= Version("0.5.3"):
-        steps |= {"prompts", "verify"}
-    if Version(release) >= Version("0.5.4"):
-        steps |= {"draft extend", "draft extend, padded"}
-    return steps
-
-
 ASKED = [(one, "package") for one in RELEASES]
 # without and with the host's override points
 ASKED += [(one, "example") for one in RELEASES if EVERY or one in ("0.5.9", "0.5.23")]
@@ -120,21 +67,27 @@ ASKED += [(one, "example") for one in RELEASES if EVERY or one in ("0.5.9", "0.5
 @pytest.mark.parametrize("release, by", ASKED)
 def test_the_hosts_own_forward_methods(release: str, by: str, kept: Path) -> None:
     seen = run(release, kept, by)
-    every = {"decode", "prompts", "verify", "draft extend", "draft extend, padded"}
-    assert every & set(seen) == steps_of(release)
-    for step in steps_of(release) - {"prompts"}:
+    assert set(STEPS) & set(seen) == steps_of(release)
+    for step in steps_of(release):
         # the output's bfloat16, half an ulp of 2**-8 at most; the model's own float32 takes it as it is
         assert seen[step]["error"] < 2**-8, step
         assert seen[step]["dtype"] == "torch.float32"
-        asked = [call["call"] for call in seen[step]["calls"]]
-        assert asked == (["decode"] if by == "package" else []), step
-        assert seen[step]["served"] == 1
-    if "prompts" in seen:
-        assert max(seen["prompts"]["alone"], seen["prompts"]["merged"]) < 2**-8
-        assert seen["prompts"]["no key"] == [0.0, -float("inf")]
-        asked = [call["causal"] for call in seen["prompts"]["calls"]]
-        assert asked == ([True, True, False, False] if by == "package" else [])
-        assert seen["prompts"]["served"] == 4
+        asked = [(call["call"], call.get("causal")) for call in seen[step]["calls"]]
+        kinds = {"prompts": [("prefill", True)]}
+        # its own tokens, then two chunks of its prefix
+        kinds["prefix chunks"] = [("prefill", True), ("prefill", False), ("prefill", False)]
+        want = kinds.get(step, [("decode", None)])
+        assert asked == (want if by == "package" else []), step
+        assert seen[step]["served"] == len(want)
+    if "prefix chunks" in seen:
+        assert seen["prefix chunks"]["no key"] == [0.0, -float("inf")]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_support_matrix_is_current(release: str, kept: Path) -> None:
+    committed = matrix.PATH.read_text(encoding="utf-8").splitlines()
+    stale = "docs/support-matrix.md is stale: python tests/hosts/matrix.py --write"
+    assert row(release, run(release, kept, "package")) in committed, stale
 
 
 @pytest.mark.parametrize("release", [one for one in RELEASES if one in ("0.5.11", "0.5.12", "0.5.16", "0.5.23")])
@@ -151,7 +104,7 @@ print(*(row["state"] for row in mla_patch.report()["features"] if row["name"] ==
         [sys.executable, "-c", code], env=environment(release), cwd=tmp_path, capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
-    state = "native" if release in ("0.5.12", "0.5.16") else "armed"
+    state = "native" if release in NATIVE else "armed"
     assert done.stdout.splitlines()[-1:] == [state], done.stdout + done.stderr
 
 
