@@ -369,6 +369,31 @@ def test_prepare_by_private_names(packed: ModuleType, caplog: pytest.LogCaptureF
     assert ["compiling its prefill" in line for line in caplog.messages] == [True, False]
 
 
+@pytest.mark.parametrize("causal, lse", [(True, True), (True, False), (False, True)])
+def test_prefill_asks_for_what_is_compiled(packed: ModuleType, causal: bool, lse: bool) -> None:
+    given: dict[str, Any] = {}
+    packed.tokenspeed_mla_prefill = lambda **more: given.update(more) or ("out", "lse")  # type: ignore[attr-defined]
+    ends = torch.tensor([0, 5])
+    q = torch.zeros(5, 4, 192).to(E4M3)
+    call = MlaPrefill(q, q, q[..., :128], 1, ends, 5, ends[1:], ends, 5, 0.25, causal, lse, a_seam())
+    assert hook.prefill(call) == (("out", "lse") if lse else "out")
+    # the log-sum-exp always: its own warm-up compiles no variant without
+    assert (given["is_causal"], given["return_lse"], given["softmax_scale"]) == (causal, True, 0.25)
+    names = ("cum_seq_lens", "cum_seq_lens_q", "seq_lens")
+    assert all(given[name].dtype == torch.int32 for name in names) and given["value"].is_contiguous()
+
+
+def test_decode_asks_for_no_scale_of_the_output(packed: ModuleType) -> None:
+    given: dict[str, Any] = {}
+    packed.tokenspeed_mla_decode = lambda **more: given.update(more) or "out"  # type: ignore[attr-defined]
+    tables, lens = torch.zeros(2, 8, dtype=torch.int32)[:, :4], torch.tensor([3, 70], dtype=torch.int32)
+    query, cache = torch.zeros(2, 12, 16, 576).to(E4M3), torch.zeros(3, 64, 576).to(E4M3)
+    assert hook.decode(MlaDecode(query, cache, tables, lens, 70, 0.25, a_seam())) == "out"
+    assert (given["output_scale"], given["softmax_scale"], given["max_seq_len"]) == (1.0, 0.25, 70)
+    assert given["block_tables"].is_contiguous()
+    assert given["workspace_buffer"].numel() == hook.workspace_bytes(148, 16, 12, 512)
+
+
 # the seam
 
 

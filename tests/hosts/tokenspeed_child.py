@@ -323,8 +323,8 @@ class Drive:
             return self.run(counts, q, out) | {"most": most}
 
     def prompts(self, chunked: bool) -> dict[str, Any]:
-        """New tokens of three requests; ``chunked``: after cached prefixes of 5, 0 and 40, in two chunks that are merged
-        by log-sum-exp."""
+        """New tokens of three requests; ``chunked``: after cached prefixes of 5, 0 and 40, in two chunks, which are
+        merged by log-sum-exp."""
         news, prefix = (7, 3, 20), (5, 0, 40)
         layer = SimpleNamespace(**vars(self.layer) | {"tp_k_head_num": HEADS, "tp_v_head_num": HEADS, "head_dim": 192})
         layer.v_head_dim, layer.qk_head_dim = 128, 192
