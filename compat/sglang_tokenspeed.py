@@ -221,8 +221,9 @@ def _kernels_of(owner: Any, counts: Any) -> Any:
     class Kernels(owner):
         """The host's backend, with the kernels that a plugin offers."""
 
-        _decode: Callable[[MlaDecode], Any] | None
-        _prefill: Callable[[MlaPrefill], Any] | None
+        # None: the host's own
+        _mla_patch_decode: Callable[[MlaDecode], Any] | None
+        _mla_patch_prefill: Callable[[MlaPrefill], Any] | None
 
         def _take_kernels(self: Any, asked: str, runner: Any) -> None:
             import torch
@@ -246,7 +247,7 @@ def _kernels_of(owner: Any, counts: Any) -> Any:
                 has_prefill=not self.skip_prefill and "forward_extend" in vars(owner),
             )
             for part, kernel in chosen.items():
-                setattr(self, f"_{part}", None if kernel is None else _named(getattr(kernel, part)))
+                setattr(self, f"_mla_patch_{part}", None if kernel is None else _named(getattr(kernel, part)))
             for kernel in dict.fromkeys(kernel for kernel in chosen.values() if kernel is not None):
                 if kernel.prepare:
                     parts = frozenset(part for part, one in chosen.items() if one is kernel)
@@ -256,6 +257,8 @@ def _kernels_of(owner: Any, counts: Any) -> Any:
 
         def _compute_decode_bmm1_scale(self: Any, layer: Any) -> float:
             """Softmax scale of the scores; the layer's own scale, since what is stored is not scaled."""
+            if self._mla_patch_decode is None:
+                return super()._compute_decode_bmm1_scale(layer)
             _unscaled(layer, "k_scale_float")
             return float(layer.scaling)
 
@@ -265,7 +268,7 @@ def _kernels_of(owner: Any, counts: Any) -> Any:
         ) -> Any:  # fmt: skip
             import torch
 
-            if self._decode is None:
+            if self._mla_patch_decode is None:
                 return super()._run_decode_kernel(
                     query=query, kv_cache=kv_cache, block_tables=block_tables, seq_lens=seq_lens,
                     max_seq_len=max_seq_len, layer=layer, **dcp,
@@ -279,7 +282,7 @@ def _kernels_of(owner: Any, counts: Any) -> Any:
             batch, q_len, heads, _ = query.shape
             if batch == 0:
                 return query.new_empty((0, q_len, heads, self.kv_lora_rank), dtype=self.q_data_type)
-            out = self._decode(
+            out = self._mla_patch_decode(
                 MlaDecode(
                     query=query,
                     # [pages, 1, page, 576] as the host has it
@@ -300,7 +303,7 @@ def _kernels_of(owner: Any, counts: Any) -> Any:
         ) -> Any:  # fmt: skip
             import torch
 
-            if self._prefill is None:
+            if self._mla_patch_prefill is None:
                 return super()._run_prefill_kernel(
                     q=q, k=k, v=v, layer=layer, batch_size=batch_size, cum_seq_lens_q=cum_seq_lens_q,
                     max_q_len=max_q_len, seq_lens_kv=seq_lens_kv, cum_seq_lens_kv=cum_seq_lens_kv,
@@ -310,7 +313,7 @@ def _kernels_of(owner: Any, counts: Any) -> Any:
             for name in ("k_scale_float", "v_scale_float"):
                 _unscaled(layer, name)
             q, k, v = (one if one.dtype == torch.float8_e4m3fn else one.to(torch.float8_e4m3fn) for one in (q, k, v))
-            result = self._prefill(
+            result = self._mla_patch_prefill(
                 MlaPrefill(
                     q=q,
                     k=k,
@@ -401,14 +404,14 @@ def _redirect(module: ModuleType, owner: type) -> Undo:
 
     def decode(**given: Any) -> Any:
         running = _running.get()
-        if running is None or running[0]._decode is None:
+        if running is None or running[0]._mla_patch_decode is None:
             return flashinfer.decode.trtllm_batch_decode_with_kv_cache_mla(**given)  # type: ignore[union-attr]
         names = ("query", "kv_cache", "block_tables", "seq_lens", "max_seq_len")
         return running[0]._run_decode_kernel(**{name: given[name] for name in names}, layer=running[1])
 
     def prefill(**given: Any) -> Any:
         running = _running.get()
-        if running is None or running[0]._prefill is None:
+        if running is None or running[0]._mla_patch_prefill is None:
             return flashinfer.prefill.trtllm_ragged_attention_deepseek(**given)  # type: ignore[union-attr]
         names = ("batch_size", "cum_seq_lens_q", "max_q_len", "cum_seq_lens_kv", "max_kv_len", "is_causal")
         return running[0]._run_prefill_kernel(

@@ -442,8 +442,11 @@ def with_points() -> tuple[ModuleType, list[Any]]:
             built(self, model_runner, skip_prefill)
 
         def _run_decode_kernel(self, query, kv_cache, block_tables, seq_lens, max_seq_len, layer, **dcp):
-            seen.append(("decode", dcp))
+            seen.append(("decode", self._compute_decode_bmm1_scale(layer)))
             return "flashinfer's decode"
+
+        def _compute_decode_bmm1_scale(self, layer):
+            return "the host's scale"
 
         def _run_prefill_kernel(self, **given):
             seen.append(("prefill", given))
@@ -569,6 +572,8 @@ def test_the_hosts_own_kernel_for_one_part(host: Any, part: str, monkeypatch: An
     assert {name for name, out in told.items() if out == f"flashinfer's {name}"} == {part}
     assert [name for name, _ in seen] == [part]
     assert calls[0][1] == BOTH - {part}  # what the other has to prepare
+    if host is with_points and part == "decode":
+        assert seen == [("decode", "the host's scale")]
 
 
 @HOSTS
