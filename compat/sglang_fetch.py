@@ -20,7 +20,7 @@ from pathlib import Path
 # SGLang's wheels name one Python and one platform, though what is used here is Python source
 _ANY_MACHINE = (
     *("--python-version", "3.12", "--implementation", "cp"),
-    *("--platform", "manylinux_2_34_x86_64", "--platform", "any"),
+    *("--platform", "manylinux_2_34_x86_64", "--platform", "manylinux_2_28_x86_64", "--platform", "any"),
 )
 
 # Every package that a reviewed release imports on its way to the attention backends, with its own needs: pip
@@ -106,6 +106,11 @@ def fetch(version: str, cache: Path | None = None) -> list[Path]:
         _folder(cache, _named("common", _COMMON), _COMMON),
         _folder(cache, _named(pins[0].replace("==", "-"), pins), pins),
     ]
+
+
+def fetch_package(name: str, version: str, cache: Path | None = None) -> Path:
+    """The folder with one package's wheel as it is, without what it needs."""
+    return _folder(cache or cache_dir(), f"{name}-{version}", [f"{name}=={version}"], _ANY_MACHINE)
 
 
 def _key(version: str) -> tuple[int, ...]:

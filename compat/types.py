@@ -40,8 +40,9 @@ class Target:
     bind: Callable[..., Any] | None = None
     declines: str = ""  # "module:function", (call) -> reason or None
     serve: str = ""  # "module:function", (call) -> what the host's function returns
-    edit: Callable[[Any], Undo] | None = None  # kind "edit": edit(module) -> undo
+    edit: Callable[..., Undo] | None = None  # kind "edit": edit(module) -> undo
     lasting: bool = False  # an edit of what is stored: it outlives the breaker and restore()
+    counted: bool = False  # an edit that brings calls of its own: edit(module, counts), and adds to counts.served
     held_by: tuple[Held, ...] = ()
     # for shadow checks: (call) -> the same call with outputs of its own, filled as the host's are now, and pairs of
     # (the host's, its own) tensors to compare; raises ValueError with the reason why this call has none
@@ -79,6 +80,84 @@ class Gpu:
     @property
     def sm(self) -> str:
         return f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One TRT-LLM MLA backend whose kernels a plugin brings: what they will be asked for."""
+
+    device: Any  # torch.device
+    heads: int  # query heads of this rank
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    head_dim: int  # of prompts' queries and keys
+    v_head_dim: int  # of prompts' values
+    page_size: int
+    draft_tokens: int  # the most query tokens of a request in a decode, as far as the arguments tell
+    has_prefill: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MlaDecode:
+    """One decode, target verify or draft extend over the paged latent cache.
+
+        query         [B, q_len, heads, 576] e4m3, B > 0
+        kv_cache      [pages, page_size, 576] e4m3
+        block_tables  [B, width] int32; what it holds past a request's pages is not to be read
+        seq_lens      [B] int32, the query's tokens among them
+
+    Query token i sees the first ``seq_lens - q_len + 1 + i`` tokens. Wanted: [B, q_len, heads, 512]. Called under graph
+    capture: no sync, and nothing that depends on what tensors hold.
+    """
+
+    query: Any
+    kv_cache: Any
+    block_tables: Any
+    seq_lens: Any
+    max_seq_len: int  # of the batch, or of the model under graph capture
+    softmax_scale: float
+    seam: Seam
+
+
+@dataclass(frozen=True, slots=True)
+class MlaPrefill:
+    """One ragged attention of prompts: their own tokens, or a chunk of their prefixes.
+
+        q             [sum of query lengths, heads, 192] e4m3
+        k, v          [sum of key lengths, heads, 192 and 128] e4m3
+        cum_seq_lens  [batch_size + 1] int32, of queries and of keys
+        seq_lens_kv   [batch_size], may be 0
+
+    ``is_causal`` aligns the last query token with the last key. Wanted: [queries, heads, 128], and with ``return_lse``
+    also the natural log-sum-exp of the scaled scores, [queries, heads] float32; where there is no key, 0 and -inf.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    batch_size: int
+    cum_seq_lens_q: Any
+    max_q_len: int
+    seq_lens_kv: Any
+    cum_seq_lens_kv: Any
+    max_kv_len: int
+    softmax_scale: float
+    is_causal: bool
+    return_lse: bool
+    seam: Seam
+
+
+@dataclass(frozen=True)
+class MlaKernel:
+    """A decode kernel, a prefill kernel or both, for the seam of the feature ``tokenspeed``."""
+
+    name: str
+    decode: str = ""  # "module:function", (MlaDecode) -> out
+    prefill: str = ""  # "module:function", (MlaPrefill) -> out, or (out, lse)
+    # why it cannot run here, or None. Asked when the server's arguments are read, with what NVML tells (None: nothing),
+    # and again when a backend has been built; must not touch CUDA
+    problem: Callable[[Gpu | None], str | None] | None = None
+    prepare: str = ""  # "module:function", (Seam, {"decode", "prefill"} or one of them), when a backend has been built
 
 
 @dataclass(frozen=True)

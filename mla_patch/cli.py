@@ -352,7 +352,9 @@ def status(args: argparse.Namespace) -> int:
         findings += [f"pid {report['pid']}: {text}" for text in _unsatisfied(report["features"])]
     for label in sorted({f"{f['name']}@{f['host']}" for r in processes for f in r["features"]}):
         rows = [f for r in processes for f in r["features"] if f"{f['name']}@{f['host']}" == label]
-        applied = [row for row in rows if row["state"] == State.APPLIED]
+        # what only adds a choice is not called by those who choose something else
+        choices = [row for row in rows if {target["kind"] for target in row["targets"]} == {"edit"}]
+        applied = [row for row in rows if row["state"] == State.APPLIED and row not in choices]
         if applied and not any(row["served"] or row["declined"] for row in applied):
             findings.append(f"{label} is applied, and nothing has called it yet")
     if args.json:

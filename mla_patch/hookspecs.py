@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from mla_patch.compat.types import Arm
+    from mla_patch.compat.types import Arm, MlaKernel
     from mla_patch.features import Feature
 
 PROJECT = "mla_patch"
@@ -23,3 +23,8 @@ def mla_patch_features() -> list[Feature]:  # type: ignore[empty-body]
 @hookspec
 def mla_patch_arms() -> list[Arm]:  # type: ignore[empty-body]
     """Further implementations of existing features' calls, for experiments to choose from."""
+
+
+@hookspec
+def mla_patch_mla_kernels() -> list[MlaKernel]:  # type: ignore[empty-body]
+    """Decode and prefill kernels for the backend that the feature ``tokenspeed`` adds; see docs/tokenspeed.md."""

@@ -254,7 +254,8 @@ class Patcher:
             if target.kind == "edit" and target.name not in run.undos:
                 if target.edit is None:
                     raise TypeError(f"{target.module}.{target.name}: an edit needs a function")
-                run.undos[target.name] = (target, target.edit(module))
+                counts = (run.status.counts,) if target.counted else ()
+                run.undos[target.name] = (target, target.edit(module, *counts))
         if run.arms is not None:
             run.switch.set(arms=run.arms)
             run.arms.attach(run.switch, run.status.counts)

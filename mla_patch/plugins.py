@@ -8,13 +8,17 @@ from importlib import import_module, metadata
 import pluggy
 
 from mla_patch import hookspecs
-from mla_patch.compat.types import Arm
+from mla_patch.compat.types import Arm, MlaKernel
 from mla_patch.features import Feature
 from mla_patch.flags import known
 
 GROUP = "mla_patch"
 # where the distribution's metadata is missing (a source tree on PYTHONPATH), these stand in for it
-OWN_HOOKS = {"decode": "mla_patch.hooks.sglang_decode", "kv_indices": "mla_patch.hooks.sglang_kv_indices"}
+OWN_HOOKS = {
+    "decode": "mla_patch.hooks.sglang_decode",
+    "kv_indices": "mla_patch.hooks.sglang_kv_indices",
+    "tokenspeed": "mla_patch.hooks.sglang_tokenspeed",
+}
 
 
 @dataclass
@@ -23,6 +27,7 @@ class Plugins:
 
     features: list[Feature] = field(default_factory=list)
     arms: list[Arm] = field(default_factory=list)
+    kernels: list[MlaKernel] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -48,7 +53,9 @@ def load() -> Plugins:
             others = [p for p in manager.get_plugins() if p is not plugin]
             features = [f for offer in one("mla_patch_features", others)() for f in offer]
             arms = [a for offer in one("mla_patch_arms", others)() for a in offer]
+            kernels = [k for offer in one("mla_patch_mla_kernels", others)() for k in offer]
             _check(features, arms)
+            _check_kernels(kernels, found.kernels)
             labels = [f.label for f in (*found.features, *features)]
             clash = sorted({label for label in labels if labels.count(label) > 1})
             if clash:
@@ -58,6 +65,7 @@ def load() -> Plugins:
             continue
         found.features += features
         found.arms += arms
+        found.kernels += kernels
     names = [name for f in found.features for name in (f.name, f.label)]
     for arm in [arm for arm in found.arms if arm.feature not in names]:
         found.arms.remove(arm)
@@ -88,3 +96,15 @@ def _check(features: list[Feature], arms: list[Arm]) -> None:
             raise TypeError(f"mla_patch_arms offered {arm!r}, expected an Arm")
         if arm.name in ("host", "patch"):
             raise ValueError(f"arm name {arm.name!r} is taken")
+
+
+def _check_kernels(kernels: list[MlaKernel], others: list[MlaKernel]) -> None:
+    names = ["host", *(kernel.name for kernel in others)]
+    for kernel in kernels:
+        if not isinstance(kernel, MlaKernel):
+            raise TypeError(f"mla_patch_mla_kernels offered {kernel!r}, expected an MlaKernel")
+        if not (kernel.decode or kernel.prefill):
+            raise ValueError(f"kernel {kernel.name!r} has neither decode nor prefill")
+        if kernel.name in names:
+            raise ValueError(f"kernel name {kernel.name!r} is taken")
+        names.append(kernel.name)

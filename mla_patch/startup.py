@@ -106,12 +106,14 @@ class Session:
 
     def __init__(self, plugins: "Plugins", environ: "Mapping[str, str]") -> None:
         from mla_patch import flags
+        from mla_patch.compat import sglang_tokenspeed
         from mla_patch.compat.compiles import COMPILES
         from mla_patch.patcher import Patcher
         from mla_patch.reports import ProcessReport
 
         self.plugins = plugins
         self.environ = environ
+        sglang_tokenspeed.KERNELS.update((kernel.name, kernel) for kernel in plugins.kernels)
         self.flags: Flags = flags.read(environ, plugins.features)
         self.report: ProcessReport = ProcessReport(problems=[*plugins.problems, *self.flags.problems])
         COMPILES.has_served = self.report.has_served

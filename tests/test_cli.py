@@ -232,6 +232,13 @@ def test_status_reads_what_processes_left(capsys, tmp_path):
     assert "5 captured, 600 replayed" in shown
 
 
+def test_a_choice_that_nobody_takes_is_no_finding(capsys, tmp_path):
+    report_file(tmp_path, 10, targets=[{"kind": "edit"}, {"kind": "edit"}])
+    assert run(capsys, "status", str(tmp_path))[0] == 0
+    report_file(tmp_path, 10, targets=[{"kind": "edit"}, {"kind": "call"}])
+    assert run(capsys, "status", str(tmp_path))[0] == 1
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

@@ -139,3 +139,8 @@ def test_decode_refuses_what_the_interpreter_has_wrong(tmp_path: Path) -> None:
     env = clean_env({"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "bf16 needs a GPU" in done.stderr
+
+
+def test_the_page_of_the_tokenspeed_backend_shows_the_example_as_it_is() -> None:
+    page = (ROOT / "docs" / "tokenspeed.md").read_text()
+    assert f"```python\n{(EXAMPLES / 'mla_kernels' / 'mla_kernels.py').read_text()}```\n" in page

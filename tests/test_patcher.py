@@ -699,6 +699,15 @@ def scale(module):
         module.SCALE /= 2
     return undo
 
+def counting(module, counts):
+    def attend(x):
+        counts.served += 1
+        return "counted"
+
+    module.attend = attend
+    return lambda: delattr(module, "attend")
+
+
 def fails(module):
     raise RuntimeError("boom")
 
@@ -709,6 +718,7 @@ def undo_fails(module):
 
 LIST = Target("fakehost.ops", "the list", kind="edit", edit=rename)
 SCALE = Target("fakehost.ops", "the scale", kind="edit", edit=scale, lasting=True)
+COUNTED = Target("fakehost.ops", "counted", kind="edit", edit=counting, counted=True)
 FAILS = Target("fakehost.more", "fails", kind="edit", edit=fails)
 UNDO_FAILS = Target("fakehost.ops", "hard to undo", kind="edit", edit=undo_fails)
 """
@@ -747,6 +757,16 @@ def test_edits_and_their_undo(fake_host: FakeHost) -> None:
         "[] 2 host",
         "edit",
     ]
+
+
+def test_the_calls_of_an_edit_are_counted(fake_host: FakeHost) -> None:
+    with_edits(fake_host, "feature('ops', COUNTED)")
+    code = """
+    mla_patch.apply()
+    import fakehost.ops as ops
+    print(ops.attend(1), ops.attend(2), row("ops")["served"])
+    """
+    assert fake_host.says(code) == "counted counted 2"
 
 
 def test_an_edit_that_fails_takes_all_back(fake_host: FakeHost) -> None:

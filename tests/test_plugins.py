@@ -64,7 +64,7 @@ def test_a_plugin_that_is_no_good(text: str, reason: str, fake_host: FakeHost) -
     assert done.stderr.startswith("mla-patch: plugin other ")
     assert done.stderr.count("mla-patch: ") == 1
     names = fake_host.run("print(*(r['name'] for r in (mla_patch.apply(), mla_patch.report())[1]['features']))")
-    assert names.stdout.split() == ["both", "decode", "kernel", "kv_indices", "method", "ops", "tools"]
+    assert names.stdout.split() == ["both", "decode", "kernel", "kv_indices", "method", "ops", "tokenspeed", "tools"]
 
 
 @pytest.mark.parametrize("value", ["no_such_module", "other:no_such", "other.deeper"])
@@ -112,7 +112,7 @@ def test_a_strangers_kv_indices_leaves_ours(fake_host: FakeHost) -> None:
     fake_host.plug("FEATURES = [feature('ops', DECODE)]")
     add(fake_host, "FEATURES = [feature('filled', PREFILL)]", name="kv_indices")
     code = "mla_patch.apply()\nprint(*(r['name'] for r in mla_patch.report()['features']))"
-    assert fake_host.says(code).split() == ["decode", "filled", "kv_indices", "ops"]
+    assert fake_host.says(code).split() == ["decode", "filled", "kv_indices", "ops", "tokenspeed"]
 
 
 def test_plugins_load_when_a_host_appears_and_not_before(fake_host: FakeHost) -> None:
@@ -231,3 +231,31 @@ def test_the_page_shows_the_sample_as_it_is() -> None:
         kind = "python" if path.suffix == ".py" else "toml"
         assert f"`{path.name}`" in page
         assert f"```{kind}\n{path.read_text()}```\n" in page
+
+
+@pytest.mark.parametrize(
+    "offer, reason",
+    [
+        ("['fast']", "TypeError(\"mla_patch_mla_kernels offered 'fast', expected an MlaKernel\")"),
+        ("[MlaKernel('mine')]", "ValueError(\"kernel 'mine' has neither decode nor prefill\")"),
+        ("[MlaKernel('host', decode='other:decode')]", "ValueError(\"kernel name 'host' is taken\")"),
+        (
+            "[MlaKernel('tokenspeed_mla', decode='other:decode')]",
+            "ValueError(\"kernel name 'tokenspeed_mla' is taken\")",
+        ),
+        ("[MlaKernel('mine', 'other:decode')] * 2", "ValueError(\"kernel name 'mine' is taken\")"),
+    ],
+)
+def test_an_mla_kernel_that_is_no_good(offer: str, reason: str, fake_host: FakeHost) -> None:
+    text = "FEATURES = []\nfrom mla_patch.compat.types import MlaKernel\n@hookimpl\n"
+    # asked after ours: plugins go by their names
+    add(fake_host, text + f"def mla_patch_mla_kernels():\n    return {offer}", name="zz_other")
+    _, *problems = fake_host.run(SERVED).stdout.splitlines()
+    assert problems == [f"plugin zz_other was left out: {reason}"]
+
+
+def test_mla_kernels_are_known_where_the_backend_looks(fake_host: FakeHost) -> None:
+    text = "FEATURES = []\nfrom mla_patch.compat.types import MlaKernel\n@hookimpl\n"
+    add(fake_host, text + "def mla_patch_mla_kernels():\n    return [MlaKernel('mine', 'other:decode')]")
+    code = "mla_patch.report()\nfrom mla_patch.compat.sglang_tokenspeed import KERNELS\nprint(*sorted(KERNELS))"
+    assert fake_host.run(code).stdout.split() == ["mine", "tokenspeed_mla"]

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import hosts
+import tokenspeed_runs
 
 PATH = hosts.HERE.parents[1] / "docs" / "support-matrix.md"
 
@@ -31,6 +32,18 @@ _FOOT = """
 Releases before 0.5.1 are outside every feature's range and were run with `MLA_PATCH_SKIP_VERSION_CHECK=1`.
 """
 
+_TOKENSPEED = """
+## tokenspeed
+
+The backend that the feature `tokenspeed` adds, under the name that `--attention-backend` takes for it: which of the
+host's own steps its kernels served, in a process of its own for each release, on a CPU, with a stand-in for the package
+`tokenspeed_mla` that computes in float64 and checks every argument. What is missing the host's backend leaves to
+FlashInfer. The TokenSpeed kernels themselves have not been run: they need a GPU of compute capability 10.x.
+
+| SGLang | state | `--attention-backend` | served |
+|---|---|---|---|
+"""
+
 
 def rows(seen: dict) -> list[str]:
     """One line for each feature in one release."""
@@ -46,6 +59,8 @@ def rows(seen: dict) -> list[str]:
     faults = "; ".join(f"{route}: {what}" for (r, route), what in hosts.FAULTS.items() if r == release)
     lines = []
     for row in seen["features"]:
+        if row["name"] == "tokenspeed":
+            continue  # has a table of its own
         state = f"{row['state']} ({row['reason']})" if row["reason"] else row["state"]
         methods = "; ".join(f"{backend} {', '.join(names)}" for backend, names in served.items())
         cells = (holders, methods, faults)
@@ -63,7 +78,15 @@ def page(releases: tuple[str, ...]) -> str:
         for release in releases:
             print(f"SGLang {release}", file=sys.stderr)
             lines += rows(hosts.run(release, Path(kept)))
-    return _HEAD + "\n".join(lines) + "\n" + _FOOT
+    return _HEAD + "\n".join(lines) + "\n" + _FOOT + tokenspeed(releases)
+
+
+def tokenspeed(releases: tuple[str, ...]) -> str:
+    """The page's second table."""
+    with tempfile.TemporaryDirectory() as kept:
+        asked = [release for release in releases if release in hosts.REVIEWED]
+        runs = {release: tokenspeed_runs.run(release, Path(kept), "package") for release in asked}
+    return _TOKENSPEED + "\n".join(tokenspeed_runs.row(*one) for one in runs.items()) + "\n"
 
 
 if __name__ == "__main__":

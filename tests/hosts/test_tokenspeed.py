@@ -1,0 +1,145 @@
+"""The tokenspeed backend in real SGLang releases on a CPU, over a stand-in for its package that checks every argument;
+and the real package's wheels, which are looked at for the names that are used."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hosts
+import matrix
+import pytest
+from tokenspeed_runs import NATIVE, STEPS, environment, name_in, row, run, steps_of
+
+from mla_patch.compat import sglang_fetch
+from mla_patch.hooks import sglang_tokenspeed
+
+pytestmark = [pytest.mark.network, pytest.mark.slow]
+
+ERAS = ("0.5.1", "0.5.3", "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.16", "0.5.23")
+EVERY = set(hosts.chosen()) == set(hosts.KNOWN)
+RELEASES = [one for one in hosts.chosen() if one in (hosts.REVIEWED if EVERY else ERAS)]
+WHEELS = ("0.1.1", "0.1.8", "2.0.4")
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_arguments(release: str, kept: Path) -> None:
+    told, name = run(release, kept, "package")["arguments"], name_in(release)
+    assert {"--attention-backend", "--decode-attention-backend", "--prefill-attention-backend"} <= set(told["options"])
+    assert (told["parsed"], told["backend"]) == (name, "trtllm_mla")
+    assert (told["mark"], told["mark elsewhere"], told["not asked"]) == (name, name, False)
+    assert told["refused"] == [
+        f"{name} reads an fp8 cache: set --kv-cache-dtype fp8_e4m3, found auto",
+        f"{name} reads pages of 32 or 64 tokens: set --page-size 64, found 16",
+        f"--decode-attention-backend trtllm_mla beside {name}: one of the two, not both",
+    ]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_backend_becomes_ours(release: str, kept: Path) -> None:
+    seen, name = run(release, kept, "package"), name_in(release)
+    assert (seen["feature"]["state"], seen["cuda initialized"]) == ("applied", False), seen["feature"]
+    assert (seen["unmarked"], seen["ours"], seen["class name"]) == (True, True, "TRTLLMMLABackend")
+    assert seen["drafts"] and all(seen["drafts"])
+    assert seen["refused cache"] == f"{name}: the cache is torch.bfloat16: set --kv-cache-dtype fp8_e4m3"
+    assert seen["refused page"] == f"{name}: pages of 128 tokens, expected 32 or 64: set --page-size 64"
+    assert "k_scale_float 0.5, expected 1" in seen["scaled"]
+    # 16 heads, at least 8 query tokens of each request; one for all backends of the device
+    assert seen["workspaces"] == [148 * 16 * 8 * 513 * 4]
+    assert f"mla-patch: {name}: decode by tokenspeed_mla, prefill by tokenspeed_mla" in seen["said"]
+    # 0.5.1 prefills by FlashInfer: nothing to wait for
+    assert any("compiling its prefill" in line for line in seen["said"]) is (release != "0.5.1")
+    assert (seen["restored"], seen["flashinfer restored"]) == (True, True)
+
+
+ASKED = [(one, "package") for one in RELEASES]
+# without and with the host's override points
+ASKED += [(one, "example") for one in RELEASES if EVERY or one in ("0.5.9", "0.5.23")]
+
+
+@pytest.mark.parametrize("release, by", ASKED)
+def test_the_hosts_own_forward_methods(release: str, by: str, kept: Path) -> None:
+    seen = run(release, kept, by)
+    assert set(STEPS) & set(seen) == steps_of(release)
+    for step in steps_of(release):
+        # the output's bfloat16, half an ulp of 2**-8 at most; the model's own float32 takes it as it is
+        assert seen[step]["error"] < 2**-8, step
+        assert seen[step]["dtype"] == "torch.float32"
+        asked = [(call["call"], call.get("causal")) for call in seen[step]["calls"]]
+        kinds = {"prompts": [("prefill", True)]}
+        # its own tokens, then two chunks of its prefix
+        kinds["prefix chunks"] = [("prefill", True), ("prefill", False), ("prefill", False)]
+        want = kinds.get(step, [("decode", None)])
+        assert asked == (want if by == "package" else []), step
+        assert seen[step]["served"] == len(want)
+    if "prefix chunks" in seen:
+        assert seen["prefix chunks"]["no key"] == [0.0, -float("inf")]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_support_matrix_is_current(release: str, kept: Path) -> None:
+    committed = matrix.PATH.read_text(encoding="utf-8").splitlines()
+    stale = "docs/support-matrix.md is stale: python tests/hosts/matrix.py --write"
+    assert row(release, run(release, kept, "package")) in committed, stale
+
+
+@pytest.mark.parametrize("release", [one for one in RELEASES if one in ("0.5.11", "0.5.12", "0.5.16", "0.5.23")])
+def test_where_the_release_has_it_ours_stands_aside(release: str, tmp_path: Path) -> None:
+    code = """
+from mla_patch.compat import sglang_trial
+sglang_trial.prepare()
+import mla_patch, mla_patch.startup
+mla_patch.startup.start()
+import sglang
+print(*(row["state"] for row in mla_patch.report()["features"] if row["name"] == "tokenspeed"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(release), cwd=tmp_path, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    state = "native" if release in NATIVE else "armed"
+    assert done.stdout.splitlines()[-1:] == [state], done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session", params=WHEELS)
+def wheel(request: pytest.FixtureRequest) -> Path:
+    """One real wheel, unpacked beside the host releases."""
+    return sglang_fetch.fetch_package("tokenspeed-mla", request.param)
+
+
+def functions(path: Path) -> dict[str, set[str]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {
+        node.name: {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)}
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_the_wheels_have_the_names_that_are_used(wheel: Path) -> None:
+    root = wheel / "tokenspeed_mla"
+    found = {**functions(root / "mla_decode.py"), **functions(root / "mla_prefill.py"), **functions(root / "utils.py")}
+    for name, names in sglang_tokenspeed._USED.items():
+        assert names <= found[name], name
+        assert f'"{name}",' in (root / "__init__.py").read_text()
+    assert found["warmup_compile_prefill"] >= sglang_tokenspeed._WARM
+    assert set(sglang_tokenspeed._PRIVATE) - {"_compiled_kernels"} <= set(found)
+    # natural: what the host's merge of prefix chunks takes
+    assert "lse = cute.math.log(" in (root / "fmha.py").read_text()
+
+
+def test_the_wheels_say_what_they_lack_on_a_cpu(wheel: Path, tmp_path: Path) -> None:
+    code = "from mla_patch.hooks.sglang_tokenspeed import package, problem\nprint(problem(None))\npackage()"
+    env = environment("0.5.11") | {"PYTHONPATH": str(wheel)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "None\n"
+    last = done.stderr.strip().splitlines()[-1]
+    version = wheel.name.removeprefix("tokenspeed-mla-")
+    assert last.startswith(f"ImportError: tokenspeed_mla {version} cannot be used: what it needs is not installed (")
