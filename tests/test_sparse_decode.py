@@ -72,13 +72,13 @@ def compare(out, lse, want, want_lse, tolerance=4e-3):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("heads", [1, 3, 16, 17, 64, 128])
+@pytest.mark.parametrize("heads", [1, 17, 128])
 def test_heads(layout, heads):
     Case(layout, batch=1, heads=heads, topk=40).check()
 
 
 @LAYOUTS
-@pytest.mark.parametrize("page_size", [1, 2, 61, 64, 256])
+@pytest.mark.parametrize("page_size", [1, 61, 64])
 def test_page_sizes(layout, page_size):
     case = Case(layout, page_size=page_size, holes=0.2, used=300, extra=(2, 33))
     assert case.cache.shape[1] == page_size
@@ -86,8 +86,7 @@ def test_page_sizes(layout, page_size):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("topk", [0, 1, 31, 32, 33, 64, 200])
-@pytest.mark.parametrize("holes", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("topk, holes", [(0, 0.0), (1, 0.0), (31, 0.5), (32, 0.0), (33, 0.5), (64, 1.0), (200, 0.3)])
 def test_indices(layout, topk, holes):
     Case(layout, topk=topk, holes=holes).check()
 
@@ -117,7 +116,7 @@ def test_lengths_and_extra_cache(layout, queries):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("splits", [1, 8])
 def test_any_cut_of_the_work(layout, splits, monkeypatch):
     monkeypatch.setattr(module, "split_count", lambda tiles, blocks, slots: splits)
     case = Case(layout, batch=3, topk=130, holes=0.3, extra=(16, 70))

@@ -14,9 +14,10 @@
     s_j = sm_scale * q . k_j        out = sum_j exp(s_j) k_j[:512] / (sum_j exp(s_j) + exp(sink))
     lse = log sum_j exp(s_j), which leaves the sink out; a query without a key has out 0 and lse +inf
 
-A token's nope values become float16 in units of its largest scale, so that one product of scores and one of values serves
-all its tiles: exact where scales are powers of two, else to 2**-12. That unit goes into the scores as a factor and into
-the weights as a logarithm, beneath the softmax's maximum, so that weights times values stay in float16's range.
+A token's nope values become float16 in units of its largest scale, so that one product of scores and one of values
+serves all its tiles: exact where scales are powers of two, else to 2**-12. That unit goes into the scores as a factor
+and into the weights as a logarithm, beneath the softmax's maximum, so that weights times values stay in float16's
+range.
 
 One program per query, tile of heads and split; splits are cut from the lengths that it finds on the device, so one
 captured graph is right for all of them. A second kernel merges where there is more than one split.
@@ -526,8 +527,8 @@ def launch(
             num_warps=4,
         )  # fmt: skip
     _sparse_kernel[(tiles * splits * lines,)](
-        q, halves, units, out, lse, partial, partial_lse, values, rope, scales, ids, lens, x_values, x_rope, x_scales, extra_ids,
-        extra_lens, sinks, descale_q, descale_k, heads, queries, most, extra_most, count, x_count, float(sm_scale),
+        q, halves, units, out, lse, partial, partial_lse, values, rope, scales, ids, lens, x_values, x_rope, x_scales,
+        extra_ids, extra_lens, sinks, descale_q, descale_k, heads, queries, most, extra_most, count, x_count, float(sm_scale),
         int(causal), splits, q.stride(0), q.stride(1), q.stride(2), page_stride, row_stride, x_stride, *strides,
         *x_strides, *lse.stride()[:1], lse.stride(1), lse.stride(2),
         KIND=kind, ROPE=width == 576 or kind == SPARSE_V4, PAGE=page, EXTRA_PAGE=x_page,
