@@ -61,6 +61,8 @@ class Feature:
     hardware: Asked | None = None  # (gpu) -> why this device cannot, or None
     variables: tuple[Variable, ...] = ()
     default: str = "on"
+    # (who serves, when), where that is chosen call by call; the first that applies. For `explain`
+    providers: tuple[tuple[str, str], ...] = ()
 
     @property
     def flag(self) -> str:

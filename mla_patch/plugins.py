@@ -14,7 +14,11 @@ from mla_patch.flags import known
 
 GROUP = "mla_patch"
 # where the distribution's metadata is missing (a source tree on PYTHONPATH), these stand in for it
-OWN_HOOKS = {"decode": "mla_patch.hooks.sglang_decode", "kv_indices": "mla_patch.hooks.sglang_kv_indices"}
+OWN_HOOKS = {
+    "decode": "mla_patch.hooks.sglang_decode",
+    "kv_indices": "mla_patch.hooks.sglang_kv_indices",
+    "sched_meta": "mla_patch.hooks.sglang_sched_meta",
+}
 
 
 @dataclass

@@ -119,9 +119,7 @@ def test_a_schedule_is_right_for_other_lengths():
         lens.copy_(lens.flip(0).clone())
     args = dense((40, 3))
     args["cache_seqlens"].copy_(torch.tensor([1, 60]))
-    want = dense_decode_ref(
-        args["q"], args["k_cache"], args["block_table"], args["cache_seqlens"], sm_scale=576**-0.5
-    )
+    want = dense_decode_ref(args["q"], args["k_cache"], args["block_table"], args["cache_seqlens"], sm_scale=576**-0.5)
     close(flash_mla_with_kvcache(**args), want)
 
 

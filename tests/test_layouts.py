@@ -14,6 +14,7 @@ from mla_patch.kernels.quantize import quantize, quantize_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 E4M3 = torch.float8_e4m3fn
+BYTES = torch.zeros(11000, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +127,12 @@ def test_slots_beyond_31_bits_of_bytes(monkeypatch):
 @pytest.mark.parametrize(
     "cache, message",
     [
-        (torch.zeros(2, 4, 1, 528, dtype=torch.uint8), r"cache: torch.uint8, shape \(2, 4, 1, 528\), expected"),
+        (BYTES[:4224].view(2, 4, 1, 528), r"cache: torch.uint8, shape \(2, 4, 1, 528\), expected"),
         (torch.zeros(2, 4, 1, 656), r"cache: torch.float32, shape .* one-byte elements"),
-        (torch.zeros(2, 4, 2, 656, dtype=torch.uint8), r"cache: torch.uint8, shape \(2, 4, 2, 656\)"),
-        (torch.zeros(2, 4, 1, 700, dtype=torch.uint8)[..., :656], r"cache: strides .*, expected tokens 656 bytes apart"),
-        (torch.zeros(9000, dtype=torch.uint8).as_strided((2, 4, 1, 584), (1152, 584, 584, 1)), "cache: pages 1152 bytes"),
-        (torch.zeros(9000, dtype=torch.uint8)[8:].as_strided((2, 1, 1, 584), (1152, 584, 584, 1), 8), "multiples of 16"),
+        (BYTES[:10496].view(2, 4, 2, 656), r"cache: torch.uint8, shape \(2, 4, 2, 656\)"),
+        (BYTES[:5600].view(2, 4, 1, 700)[..., :656], r"cache: strides .*, expected tokens 656 bytes apart"),
+        (BYTES.as_strided((2, 4, 1, 584), (1152, 584, 584, 1)), "cache: pages 1152 bytes"),
+        (BYTES.as_strided((2, 1, 1, 584), (1152, 584, 584, 1), 8), "multiples of 16"),
     ],
 )  # fmt: skip
 def test_caches_that_are_refused(cache, message):

@@ -720,7 +720,18 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         options = {name: value for name, value in options.items() if name not in signature}
         options |= {"KIND": kind, "ROPE": True, "PAGE": 64, "EXTRA_PAGE": 2 if extra else 0, "BITS": sm < 89}
         options |= {"MERGE": full, **numbers}
-        divisible = ("q", "out", "lse", "partial", "partial_lse", "values", "q_b", "q_s", "q_h", "page_stride")
+        divisible: tuple[str, ...] = (
+            "q",
+            "out",
+            "lse",
+            "partial",
+            "partial_lse",
+            "values",
+            "q_b",
+            "q_s",
+            "q_h",
+            "page_stride",
+        )
         divisible += ("row_stride",) if kind < SPARSE_V32 else ("rope", "scales", "halves", "units")
         divisible += ("extra_values", "extra_rope", "extra_scales") if extra else ()
         what = ("dense", "dense e4m3", "sparse V3.2", "sparse V4")[kind]
