@@ -81,7 +81,7 @@ def _other_dense(call: KvCacheCall) -> bool:
 
 
 PROVIDERS = (
-    Row(HOST, "a cache that ours does not read: kv_format, use_legacy=False, rows of 528 or 288 bytes", _unknown_format),
+    Row(HOST, "a cache that ours does not read: kv_format, use_legacy=False, 528 or 288 bytes a row", _unknown_format),
     Row(OURS, "FlashMLASchedMeta, sink, second cache or lengths where the release's wrapper has none",
         lambda call: _newer(call) and not call.build.newer),
     Row(OURS, "no CUDA operator of FlashMLA's is loaded", _no_build),

@@ -246,7 +246,7 @@ def test_tensors_have_flash_mlas_shapes(monkeypatch):
     assert [parts(64, 64, 512), parts(128, 64, 512), parts(128, 128, 512), parts(256, 128, 512)] == [132, 66, 66, 33]
     with pytest.raises(ValueError, match="num_heads_k: None"):
         get_mla_metadata(lens, 64)
-    with pytest.raises(ValueError, match="cache_seqlens: torch.float32"):
+    with pytest.raises(ValueError, match=r"cache_seqlens: torch.float32"):
         get_mla_metadata(lens.float(), 64, 1)
 
 

@@ -528,9 +528,9 @@ def launch(
         )  # fmt: skip
     _sparse_kernel[(tiles * splits * lines,)](
         q, halves, units, out, lse, partial, partial_lse, values, rope, scales, ids, lens, x_values, x_rope, x_scales,
-        extra_ids, extra_lens, sinks, descale_q, descale_k, heads, queries, most, extra_most, count, x_count, float(sm_scale),
-        int(causal), splits, q.stride(0), q.stride(1), q.stride(2), page_stride, row_stride, x_stride, *strides,
-        *x_strides, *lse.stride()[:1], lse.stride(1), lse.stride(2),
+        extra_ids, extra_lens, sinks, descale_q, descale_k, heads, queries, most, extra_most, count, x_count,
+        float(sm_scale), int(causal), splits, q.stride(0), q.stride(1), q.stride(2), page_stride, row_stride, x_stride,
+        *strides, *x_strides, *lse.stride(),
         KIND=kind, ROPE=width == 576 or kind == SPARSE_V4, PAGE=page, EXTRA_PAGE=x_page,
         BITS=(0, 0) < capability < (8, 9), MERGE=splits > 1, **numbers,
     )  # fmt: skip
