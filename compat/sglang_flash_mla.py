@@ -195,9 +195,9 @@ def flash_mla_targets(version: str | None) -> tuple[Target, ...]:
         found += _metadata(PACKAGE, "", PACKAGE, _PACKAGE_META, version)
         found += _wrapper(PACKAGE, "", PACKAGE, _PACKAGE, package_call)
     elif Version("0.5.12") <= release < Version("0.5.13") and has_package():
-        # beside the others, so by names of its own
-        found += _metadata(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE_META, "0.5.13")
-        found += _wrapper(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE, package_call)
+        # beside the others, so by names of its own, which source alone tells nothing of; V4 needs the newer API
+        found += _metadata(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE_META[:1], "0.5.13")
+        found += _wrapper(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE[2:], package_call)
     return tuple(found)
 
 

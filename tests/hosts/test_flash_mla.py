@@ -38,6 +38,7 @@ def stand_in(folder: Path, release: str) -> None:
     """The packages that the release takes FlashMLA from, with the signatures of the kernels that it pins."""
     newer = release in ("0.5.13", "0.5.23")
     meta = "class FlashMLASchedMeta:\n    have_initialized = False\n    config = None\n"
+    meta += "    def __init__(self, tile_scheduler_metadata=None, num_splits=None):\n        pass\n"
     first = "    if cache_seqlens is None:\n        return FlashMLASchedMeta(), None\n"
     operators = ["fwd_kvcache_mla", *(["sparse_decode_fwd"] if newer else [])]
     kernel = folder / "sgl_kernel"
