@@ -104,7 +104,7 @@ FEATURE = Feature(
     name="sched_meta",
     host="sglang>=0.5.3,<0.5.24",
     targets=sglang_flash_mla.flash_mla_targets,
-    why="FlashMLA's newer calls need kernels that releases to 0.5.12 lack, and GPUs that FlashMLA has a build for",
+    why="FlashMLA's newer calls fail on older kernel packages, and all of them where it has no build for the GPU",
     upstream="https://github.com/sgl-project/sglang/pull/26132",
     drop_when="FlashMLA serves every GPU, head count and page size that the engine runs with",
     hardware=hardware,
