@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from scratch import clean_env
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels import sparse_decode as module
@@ -244,6 +248,55 @@ def test_how_work_is_shared():
     assert split_count(1, 64, 132) > 8
     assert split_count(1000, 64, 132) == 1 and split_count(4, 0, 132) == 1 and split_count(1, 1, 132) == 1
     assert sparse_config(64, (9, 0))["BLOCK_H"] == 64 and sparse_config(16, (9, 0))["BLOCK_H"] == 16
+
+
+SERVE = """
+import sys
+sys.path.insert(0, TESTS)
+import fake_chip
+import torch
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.kernels import sparse_decode as module
+from mla_patch.kernels.layouts import V4, V32, new_pages
+fake_chip.install()
+COMPILES.has_served = lambda: True
+
+def serve(layout, heads, batch, topk, page, extra):
+    q = torch.zeros(1, dtype=torch.bfloat16).expand(batch * heads * layout.width).clone()
+    ids, lens = torch.zeros(batch, 1, topk).int(), torch.ones(batch).int()
+    options = {} if layout is V32 else {"attn_sink": torch.zeros(heads), "topk_length": lens}
+    if extra:
+        options |= {"extra_k_cache": new_pages(layout, 3, extra), "extra_indices": ids[..., :64].contiguous()}
+        options |= {"extra_topk_length": lens}
+    q = q.view(batch, 1, heads, layout.width)
+    module.sparse_decode(q, new_pages(layout, 3, page), ids, sm_scale=0.1, **options)
+
+for fake_chip.SM in (80, 90, 120):
+    for heads in (16, 64, 128):
+        for layout, pages, extra in ((V32, (), ()), (V4, (256,), (64, 2))):
+            COMPILES.reset()
+            warmed = module.warmup("cpu", heads, pages, extra)
+            for batch in (1, 2, 3, 7, 16, 33, 64, 100, 264):
+                for topk in (64, 128, 2048):
+                    for second in (0, *extra):
+                        serve(layout, heads, batch, topk, *(pages or (64,)), second)
+            print(fake_chip.SM, heads, layout.name, 0 < warmed == COMPILES.before, COMPILES.serving)
+serve(V4, 20, 3, 64, 256, 0)
+print("unforeseen", COMPILES.serving > 0)
+"""
+
+
+def test_nothing_compiles_after_a_warm_up():
+    tests = Path(__file__).resolve().parent
+    code = SERVE.replace("TESTS", repr(str(tests)))
+    env = clean_env({"TRITON_INTERPRET": "0"})
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    *rows, unforeseen = done.stdout.splitlines()
+    # one tile of heads on sm_80 and sm_120, two on sm_90, each of both layouts; 128 heads are tiles of 64
+    assert len(rows) == 18 and not [row for row in rows if not row.endswith(" 0")], rows
+    assert sum("True 0" in row for row in rows) == 8 and unforeseen == "unforeseen True"
 
 
 gpu = pytest.mark.gpu

@@ -419,6 +419,7 @@ def _sparse_kernel(
         tl.store(to + NOPE + tl.arange(0, 64)[None, :], _as(acc_rope * factor, kind), mask=mask)
 
 
+_MERGE = {"SPLITS": 256, "BLOCK_S": 8, "num_warps": 4}  # one for any number of splits
 _MERGE_CHANGING = ["Sq", "splits", "lse_b", "lse_h", "lse_s"]
 
 
@@ -537,7 +538,7 @@ def launch(
     if splits > 1:
         _sparse_merge_kernel[(lines * heads,)](
             out, lse, partial, partial_lse, sinks, descale_k, heads, queries, splits, *lse.stride(),
-            SPLITS=triton.next_power_of_2(splits), BLOCK_S=min(triton.next_power_of_2(splits), 16), num_warps=4,
+            **_MERGE,
         )  # fmt: skip
     return out, lse
 
@@ -745,12 +746,11 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     query |= dict.fromkeys(("H", "Sq", "q_b", "q_s", "q_h"), "i32")
     name = "sparse_decode query"
     cases.append(CompileCase(name, _query_kernel, query, {"NOPE": 448, "BLOCK_H": 4}, ("halves", "units", "q_h")))
-    for splits in (2, 256):
-        merge = {"out": "*bf16", "lse": "*fp32", "partial": "*fp32", "partial_lse": "*fp32", "sinks": "*fp32"}
-        merge |= {"descale_k": "*fp32"} | dict.fromkeys(("H", "Sq", "splits", "lse_b", "lse_h", "lse_s"), "i32")
-        options = {"SPLITS": splits, "BLOCK_S": min(splits, 16)}
-        name = f"sparse_decode merge {splits}"
-        cases.append(CompileCase(name, _sparse_merge_kernel, merge, options, ("out", "lse", "partial", "partial_lse")))
+    merge = {"out": "*bf16", "lse": "*fp32", "partial": "*fp32", "partial_lse": "*fp32", "sinks": "*fp32"}
+    merge |= {"descale_k": "*fp32"} | dict.fromkeys(("H", "Sq", "splits", "lse_b", "lse_h", "lse_s"), "i32")
+    options = {name: value for name, value in _MERGE.items() if name != "num_warps"}
+    aligned = ("out", "lse", "partial", "partial_lse")
+    cases.append(CompileCase("sparse_decode merge", _sparse_merge_kernel, merge, options, aligned))
     return cases
 
 
@@ -758,33 +758,30 @@ _COUNTS = ("H", "Sq", "topk", "extra_topk", "places", "extra_places", "causal", 
 
 
 def warmup(
-    device: torch.device | str, heads: int, page_sizes: tuple[int, ...], extra_page_sizes: tuple[int, ...]
+    device: torch.device | str, heads: int, page_sizes: tuple[int, ...] = (), extra: tuple[int, ...] = ()
 ) -> int:
-    """Compile what `sparse_decode` can reach of V3.2 caches, where both are empty, else of V4's pages of these sizes;
-    how many kernels that took. Real launches, with lengths and sinks beside V4, whose models have them. Nothing on a
-    CPU."""
+    """Compile what `sparse_decode` can reach of V4's caches with pages of these sizes, alone and beside each of
+    ``extra``, or, where no sizes are given, of V3.2's; how many kernels that took.
+
+    Real launches over one token, with lengths and sinks beside V4, whose models have them; one that is split and one
+    that is not, which is all that batches and topk change. Nothing to do on a CPU.
+    """
     layout = V4 if page_sizes else V32
     q = torch.zeros(1, 1, heads, layout.width, dtype=torch.bfloat16, device=device)
     if not q.is_cuda and not _INTERPRETED:
         return 0
     before = COMPILES.total
-    one = torch.ones(1, dtype=torch.int32, device=device)
+    lens = torch.ones(1, dtype=torch.int32, device=device)
     with COMPILES.warming():
-        for size, second, topk in itertools.product(page_sizes or (64,), (0, *extra_page_sizes), (64, 8192)):
-            cache, ids = new_pages(layout, 1, size, device), torch.zeros(1, 1, topk, dtype=torch.int32, device=device)
+        for size, second, topk in itertools.product(page_sizes or (64,), (0, *extra), (1, 8192)):
+            ids = torch.zeros(1, 1, topk, dtype=torch.int32, device=device)
             options: dict[str, Any] = {}
             if layout is V4:
-                options = {"topk_length": one, "attn_sink": torch.zeros(heads, device=device)}
+                options = {"topk_length": lens, "attn_sink": torch.zeros(heads, device=device)}
             if second:
-                extra = new_pages(layout, 1, second, device)
-                options |= {"extra_k_cache": extra, "extra_indices": ids, "extra_topk_length": one}
-            # a batch of one is split, one of many is not
-            for batch in (1, 1024):
-                rows = (batch, -1, -1)
-                mine = {name: x.expand(batch).contiguous() if x is one else x for name, x in options.items()}
-                if second:
-                    mine["extra_indices"] = ids.expand(rows)
-                sparse_decode(q.expand(*rows, -1), cache, ids.expand(rows), sm_scale=1.0, **mine)
+                options |= {"extra_k_cache": new_pages(layout, 1, second, device), "extra_indices": ids}
+                options |= {"extra_topk_length": lens}
+            sparse_decode(q, new_pages(layout, 1, size, device), ids, sm_scale=1.0, **options)
     return COMPILES.total - before
 
 
