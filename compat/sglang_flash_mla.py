@@ -57,7 +57,8 @@ def operators(module: str) -> tuple[bool, bool]:
         import torch
 
         ops = torch.ops.sgl_kernel
-        return hasattr(ops, "fwd_kvcache_mla"), hasattr(ops, "sparse_decode_fwd")
+        newer = hasattr(ops, "sparse_decode_fwd")  # from 0.4.10 behind tensor metadata, too
+        return newer or hasattr(ops, "fwd_kvcache_mla"), newer
     # the package does not import without its extension
     return "flash_mla" in sys.modules, "flash_mla" in sys.modules
 

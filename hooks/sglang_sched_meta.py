@@ -20,6 +20,7 @@ from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
 
 HOST, OURS = "host", "triton"
+_CHIPS = ((9, 0), (10, 0), (10, 3))  # that FlashMLA is built for; dense for the first alone
 
 
 def capability_of(tensor: Any) -> tuple[int, int] | None:
@@ -55,7 +56,7 @@ def _no_build(call: KvCacheCall) -> bool:
 
 
 def _other_chip(call: KvCacheCall) -> bool:
-    return capability_of(call.q) not in ((9, 0), (10, 0), (10, 3))
+    return capability_of(call.q) not in _CHIPS
 
 
 def _other_sparse(call: KvCacheCall) -> bool:
@@ -138,7 +139,8 @@ def declines_metadata(call: MetadataCall) -> str | None:
     if call.cache_seqlens is None:
         own = sglang_flash_mla.knows_sched_meta(call.build)
         return "the host has a FlashMLASchedMeta of its own" if own else None
-    if not call.build.has(False) or capability_of(call.cache_seqlens) not in ((9, 0), (10, 0), (10, 3)):
+    capability = capability_of(call.cache_seqlens)
+    if not call.build.has(False) or capability not in _CHIPS or (call.topk is None and capability != (9, 0)):
         return None
     if call.topk is not None and (call.topk % 64 or not call.topk or call.heads not in (None, 64, 128)):
         return None

@@ -133,6 +133,18 @@ def test_tensors_of_ours_reach_no_operator(machine):
                         assert hook.declines_metadata(made) is not None, (capability, older, heads, topk)
 
 
+def test_who_makes_tensors(machine):
+    def kept_by(*arguments):
+        return hook.declines_metadata(targets("0.5.9", "get_mla_metadata")[0].bind(torch.ones(2), *arguments))
+
+    assert kept_by(20, 1) == kept_by(64, 1, 64, True, 2048) == kept_by(256, 1, 128, True, 64) == OWN
+    assert kept_by(16, 1, 16, True, 2048) is kept_by(64, 1, 64, True, 100) is None
+    machine(SM100)
+    assert kept_by(64, 1, 64, True, 2048) == OWN and kept_by(20, 1) is None
+    machine(SM120)
+    assert kept_by(64, 1, 64, True, 2048) is kept_by(20, 1) is None
+
+
 def test_metadata_is_of_the_class_that_callers_test_for(machine, monkeypatch):
     module = ModuleType(compat.SGL_KERNEL)
     monkeypatch.setitem(sys.modules, compat.SGL_KERNEL, module)
@@ -196,6 +208,8 @@ def test_operators_are_asked_of_torch():
     library = torch.library.Library("sgl_kernel", "FRAGMENT")
     library.define("fwd_kvcache_mla(Tensor q) -> Tensor")
     assert compat.operators.__wrapped__(compat.SGL_KERNEL) == (True, False)
+    library.define("sparse_decode_fwd(Tensor q) -> Tensor")
+    assert compat.operators.__wrapped__(compat.SGL_KERNEL) == (True, True)
     assert compat.operators.__wrapped__(compat.INTERFACE) == ("flash_mla" in sys.modules,) * 2
 
 
