@@ -14,7 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from mla_patch.kernels.decode import mla_decode, mla_decode_paged, mla_decode_ref
 from mla_patch.kernels.decode_splits import mla_decode_splits, mla_decode_splits_ref
+from mla_patch.kernels.dense_decode import dense_decode, dense_decode_ref
 from mla_patch.kernels.kv_indices import build_page_table, build_token_indices, page_table_ref, token_indices_ref
+from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.kernels.quantize import quantize
+from mla_patch.kernels.sparse_decode import sparse_decode, sparse_decode_ref
 
 
 def kv_indices() -> None:
@@ -73,10 +77,36 @@ def pages_and_splits() -> None:
             torch.testing.assert_close(lse.double(), lses, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
+def sparse_and_dense() -> None:
+    for layout in (V32, V4):
+        cache, second = new_pages(layout, 9, 64, "cuda"), new_pages(layout, 70, 2, "cuda")
+        for one, slots in ((cache, 576), (second, 140)):
+            quantize(torch.randn(slots, layout.width, device="cuda"), one, torch.arange(slots, device="cuda"))
+        for heads, batch in ((3, 2), (70, 200)):
+            q = (torch.randn(batch, 2, heads, layout.width, device="cuda") / 4).bfloat16()
+            ids = torch.randint(-9, 600, (batch, 2, 130), device="cuda").int()
+            more = torch.randint(-1, 141, (batch, 2, 33), device="cuda").int()
+            lens = torch.randint(0, 131, (batch,), device="cuda").int()
+            options = {"sm_scale": 0.04, "topk_length": lens, "attn_sink": torch.randn(heads, device="cuda")}
+            options |= {"extra_k_cache": second, "extra_indices": more, "extra_topk_length": lens // 4}
+            want, _ = sparse_decode_ref(q, cache, ids, **options)
+            got, _ = sparse_decode(q, cache, ids, **options)
+            assert (got.double() - want).norm() <= 4e-3 * want.norm()
+    table = torch.full((2, 13), -(2**30), device="cuda", dtype=torch.int32)
+    table[0, :4], table[1, 0] = torch.arange(4, device="cuda"), 5
+    lens = torch.tensor([200, 1], device="cuda").int()
+    for kind in (torch.bfloat16, torch.float8_e4m3fn):
+        q, kv = (torch.randn(n, 64, h, 576, device="cuda").to(kind) for n, h in ((2, 3), (6, 1)))
+        want, _ = dense_decode_ref(q[:, :2], kv, table, lens, sm_scale=0.04, causal=True)
+        got, _ = dense_decode(q[:, :2], kv, table, lens, sm_scale=0.04, causal=True)
+        assert (got.double() - want).norm() <= 4e-3 * want.norm()
+
+
 if __name__ == "__main__":
     kv_indices()
     decode(3)
     decode(70)  # on sm_90 a kernel of its own
     pages_and_splits()
+    sparse_and_dense()
     torch.cuda.synchronize()
     print("every launch equals its definition")

@@ -212,12 +212,20 @@ def explain(args: argparse.Namespace) -> int:
     states = [_would_be(feature, flags, plugins) for feature in features]
     for row in states:
         row["meaning"] = MEANING[State(row["state"])]
+    providers = [
+        {"feature": feature.label, "provider": provider, "when": when}
+        for feature in features
+        for provider, when in feature.providers
+    ]
     if args.json:
-        _print_json({"feature": args.feature, "routes": routes, "states": states})
+        told: dict[str, Any] = {"feature": args.feature, "routes": routes, "states": states}
+        _print_json(told | ({"providers": providers} if providers else {}))
         return OK
     for feature in features:
         _lines([f"[bold]{feature.label}[/] {feature.why}", f"from {feature.upstream}", f"until {feature.drop_when}"])
     _table("routes", ["host", "releases", "module", "name", "kind", "replaced_by"], routes)
+    if providers:
+        _table("who serves a call, by the first row that applies", ["provider", "when"], providers)
     _table("here", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)
     return OK
 
@@ -230,10 +238,12 @@ def _routes(feature: Feature) -> list[dict[str, Any]]:
     reviewed = [v for v in hosts.host(name).reviewed if SpecifierSet(specifier).contains(v, prereleases=True)]
     rows: list[dict[str, Any]] = []
     versions: list[str | None] = [*reviewed] or [None]
-    for version in versions:
+    for before, version in zip([None, *versions], versions, strict=False):
         for target in feature.targets(version):
-            same = next((row for row in reversed(rows) if row["name"] == target.name), None)
-            if same and (same["module"], same["params"]) == (target.module, list(target.params)):
+            entry = (target.name, target.module, list(target.params))
+            alike = (row for row in rows if (row["name"], row["module"], row["params"]) == entry)
+            same = next((row for row in alike if row["releases"].rpartition(" - ")[2] == before), None)
+            if same:
                 same["releases"] = f"{same['releases'].partition(' - ')[0]} - {version}"
                 continue
             rows.append({

@@ -63,6 +63,8 @@ class Feature:
     default: str = "on"
     # version -> edits that tell an experiment of the host's steps and graphs; None: no host arm, so no experiment
     steps: Callable[[str | None], tuple[Target, ...]] | None = None
+    # (who serves, when), where that is chosen call by call; the first that applies. For `explain`
+    providers: tuple[tuple[str, str], ...] = ()
 
     @property
     def flag(self) -> str:

@@ -18,6 +18,7 @@ OWN_HOOKS = {
     "decode": "mla_patch.hooks.sglang_decode",
     "kv_indices": "mla_patch.hooks.sglang_kv_indices",
     "tokenspeed": "mla_patch.hooks.sglang_tokenspeed",
+    "sched_meta": "mla_patch.hooks.sglang_sched_meta",
 }
 
 

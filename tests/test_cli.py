@@ -169,6 +169,18 @@ def test_list(capsys):
     assert "kv_indices" in capsys.readouterr().out
 
 
+def test_explain_says_who_serves_a_call(capsys):
+    status, told = run(capsys, "explain", "sched_meta")
+    assert status == 0
+    assert [row["provider"] for row in told["providers"]] == ["host", *["triton"] * 8, "host"]
+    # three parameter lists of one wrapper, each over all the releases that may have it
+    lists = [row["releases"] for row in told["routes"] if row["name"] == "flash_mla_with_kvcache"]
+    assert lists == [*["0.5.3 - 0.5.4"] * 3, *["0.5.5 - 0.5.22"] * 3, "0.5.23"]
+    assert cli.main(["explain", "sched_meta"]) == 0
+    assert "the host's own CUDA operator serves it" in capsys.readouterr().out
+    assert "providers" not in run(capsys, "explain", "kv_indices")[1]
+
+
 def test_explain_names_every_home(capsys):
     status, told = run(capsys, "explain", "kv_indices")
     assert status == 0 and set(told) == {"feature", "routes", "states"}

@@ -28,7 +28,7 @@ MAY = {
     "flash_mla": {"kernels", "compat"},
     "kernels": {"kernels", "compat"},
     "compat": {"compat"},
-    "hooks": {"features", "hookspecs", "kernels", "compat"},
+    "hooks": {"features", "hookspecs", "flash_mla", "kernels", "compat"},
 }
 ABOVE = {"ab", "cli", "demo", "bench", "warmup"}  # what a person runs may import anything of ours
 ENGINES = {"sglang", "vllm", "sgl_kernel", "flash_mla"}

@@ -1,0 +1,214 @@
+"""Sparse fp8 decode beside FlashMLA's own, on the same tensors in one process, and a sweep of launch numbers.
+
+    python bench/sparse_decode.py [--sweep] [--rounds N] [--ops FILE.so] [--json OUT]      needs a GPU
+
+Peers, where they can be had: `flash_mla` (any wheel with the newer API), `sgl_kernel.flash_mla`, and, with --ops, the
+operators of a bare flashmla_ops library, whose older API serves V3.2 alone. A peer that is missing, or refuses a case,
+is named with the reason. Every arm is first checked against float64 on the stored bytes (eight queries drawn at random;
+all others must be finite), and only then timed: CUDA-graph replay, median, arms of a case in turn. The bytes are those
+of the tokens that the indices name, each read once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import math
+import statistics
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
+
+from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.kernels.quantize import quantize
+from mla_patch.kernels.sparse_decode import sparse_config, sparse_decode, sparse_decode_ref
+
+DEVICE = "cuda"
+# layout, batch, heads, topk, extra topk, context
+CASES = [
+    *((V32, batch, heads, 2048, 0, 32768) for batch, heads in itertools.product((64, 128), (64, 128))),
+    (V32, 1, 128, 2048, 0, 131072),
+    (V32, 128, 16, 2048, 0, 32768),
+    *((V4, batch, heads, 128, 512, 8192) for batch, heads in itertools.product((64, 128), (64, 128))),
+]
+
+
+def make_case(layout: Any, batch: int, heads: int, topk: int, extra: int, context: int) -> types.SimpleNamespace:
+    """Requests of one pool, each with a context of its own to draw indices from; V4's window lies at its end."""
+    page, tokens = 64, min(batch * context, 2**21)
+    cache = new_pages(layout, tokens // page, page, DEVICE)
+    for first in range(0, tokens, 2**16):
+        slots = torch.arange(first, min(first + 2**16, tokens), device=DEVICE)
+        quantize(torch.randn(len(slots), layout.width, device=DEVICE).clamp(-1, 1), cache, slots)
+    begin = torch.arange(batch, device=DEVICE)[:, None] * (tokens // batch)
+    ids = begin + torch.stack([torch.randperm(tokens // batch, device=DEVICE)[:topk] for _ in range(batch)])
+    case = types.SimpleNamespace(
+        layout=layout, batch=batch, heads=heads, sm_scale=layout.width**-0.5, cache=cache,
+        q=(torch.randn(batch, 1, heads, layout.width, device=DEVICE) / 4).bfloat16(),
+        indices=ids[:, None].int().contiguous(), options={}, bytes=batch * (topk + extra) * layout.bytes,
+        flops=2 * batch * heads * (topk + extra) * (layout.width + 512),
+    )  # fmt: skip
+    if layout is V4:
+        lens = torch.full((batch,), topk, dtype=torch.int32, device=DEVICE)
+        case.options = {"attn_sink": torch.randn(heads, device=DEVICE), "topk_length": lens}
+    if extra:
+        pick = torch.stack([torch.randperm(tokens // batch, device=DEVICE)[:extra] for _ in range(batch)])
+        case.options |= {"extra_k_cache": cache, "extra_indices": (begin + pick)[:, None].int().contiguous()}
+        case.options |= {"extra_topk_length": torch.full((batch,), extra, dtype=torch.int32, device=DEVICE)}
+    return case
+
+
+Call = Callable[[], Any]
+
+
+def ours(case: Any, config: dict[str, int] | None = None) -> Call:
+    return lambda: sparse_decode(
+        case.q, case.cache, case.indices, sm_scale=case.sm_scale, config=config, **case.options
+    )
+
+
+def newer_api(module: str) -> Callable[[Any], Call]:
+    """`flash_mla_with_kvcache` of a package, with one FlashMLASchedMeta for all calls, as engines use it."""
+
+    def make(case: Any) -> Call:
+        package = importlib.import_module(module)
+        meta = package.get_mla_metadata()[0]
+        renamed = {"extra_indices": "extra_indices_in_kvcache"}
+        options = {renamed.get(name, name): value for name, value in case.options.items()}
+        return lambda: package.flash_mla_with_kvcache(
+            q=case.q, k_cache=case.cache.view(torch.float8_e4m3fn), block_table=None, cache_seqlens=None,
+            head_dim_v=512, tile_scheduler_metadata=meta, softmax_scale=case.sm_scale, is_fp8_kvcache=True,
+            indices=case.indices, **options,
+        )  # fmt: skip
+
+    return make
+
+
+def older_ops(case: Any) -> Call:
+    """The operators behind sgl-kernel to 0.4.2."""
+    if case.layout is not V32:
+        raise RuntimeError("the older API reads V3.2 alone")
+    ops = torch.ops.sgl_kernel
+    topk = case.indices.shape[-1]
+    lens = torch.full((case.batch,), topk, dtype=torch.int32, device=DEVICE)
+    meta, splits = ops.get_mla_decoding_metadata(lens, case.heads, 1, case.heads, True, topk)
+    empty = torch.empty(case.batch, 0, dtype=torch.int32, device=DEVICE)
+    cache = case.cache.view(torch.float8_e4m3fn)
+    return lambda: ops.fwd_kvcache_mla(
+        case.q, cache, 512, lens, empty, case.sm_scale, False, meta, splits, True, case.indices
+    )
+
+
+def error(case: Any, result: Any) -> float:
+    """The worst of eight queries, relative to the definition's norm."""
+    out = result[0]
+    assert torch.isfinite(out).all(), "not every row is finite"
+    worst = 0.0
+    for b in {0, *torch.randint(0, case.batch, (7,)).tolist()}:
+        one = slice(b, b + 1)
+        options = {
+            name: value[one] if name not in ("attn_sink", "extra_k_cache") else value
+            for name, value in case.options.items()
+        }
+        want, _ = sparse_decode_ref(case.q[one], case.cache, case.indices[one], sm_scale=case.sm_scale, **options)
+        worst = max(worst, float((out[one].double() - want).norm() / want.norm()))
+    return worst
+
+
+def time_us(call: Call, rep: int) -> float:
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    try:
+        return do_bench_cudagraph(call, rep=rep, return_mode="median") * 1e3
+    except Exception:  # a peer that cannot be captured is timed by events instead
+        torch.cuda.synchronize()
+        return do_bench(call, rep=rep, return_mode="median") * 1e3
+
+
+def configs(heads: int) -> dict[str, dict[str, int]]:
+    """Launch numbers that are worth a try, beside the default's."""
+    found = {}
+    for block_n, stages, warps in itertools.product((32, 64), (1, 2, 3), (4, 8)):
+        for block_h in (16, 64) if heads > 16 else (16,):
+            if block_h == 64 and warps == 4:
+                continue  # an accumulator of 512 columns leaves four warps no registers
+            name = f"{block_h}x{block_n} {stages} stages {warps} warps"
+            per_sm = 2 if block_h == 16 and block_n == 32 else 1
+            found[name] = {
+                "BLOCK_H": block_h, "BLOCK_N": block_n, "STAGES": stages, "PER_SM": per_sm, "num_warps": warps,
+            }  # fmt: skip
+    return found
+
+
+def measure(case: Any, arms: dict[str, Callable[[Any], Call]], rounds: int, rep: int) -> dict[str, Any]:
+    """{arm: us per round, error}, or why an arm has none."""
+    ready, table = {}, {}
+    for name, make in arms.items():
+        try:
+            call = make(case)
+            wrong = error(case, call())
+            if not wrong < 0.02:
+                raise RuntimeError(f"error {wrong}")
+        except Exception as problem:
+            table[name] = {"refused": f"{type(problem).__name__}: {problem}".splitlines()[0][:160]}
+            continue
+        ready[name] = call
+        table[name] = {"error": wrong, "us": []}
+    for _ in range(rounds):
+        for name, call in ready.items():
+            table[name]["us"].append(time_us(call, rep))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="our launch numbers instead of peers")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rep", type=int, default=30, help="milliseconds of replay per figure")
+    parser.add_argument("--ops", type=Path, help="a library that registers sgl_kernel's FlashMLA operators")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    print(properties.name, "torch", torch.__version__, "triton", triton.__version__)
+    torch.manual_seed(0)
+    if args.ops:
+        torch.ops.load_library(args.ops)
+    rows = []
+    for layout, batch, heads, topk, extra, context in CASES:
+        case = make_case(layout, batch, heads, topk, extra, context)
+        arms: dict[str, Callable[[Any], Call]] = {"ours": ours}
+        if args.sweep:
+            for name, config in configs(heads).items():
+                arms[name] = lambda case, config=config: ours(case, config)
+        else:
+            arms |= {"flash_mla": newer_api("flash_mla"), "sgl_kernel": newer_api("sgl_kernel.flash_mla")}
+            arms |= {"older operators": older_ops} if args.ops else {}
+        table = measure(case, arms, args.rounds, args.rep)
+        title = f"{layout.name} batch {batch} heads {heads} topk {topk}+{extra}"
+        print(f"{title}   default {sparse_config(heads, (properties.major, properties.minor))}")
+        for name, row in sorted(table.items(), key=lambda item: statistics.median(item[1].get("us") or [math.inf])):
+            if "refused" in row:
+                print(f"    {name:28s} {row['refused']}")
+                continue
+            us = statistics.median(row["us"])
+            spread = (max(row["us"]) - min(row["us"])) / us
+            print(f"    {name:28s} {us:8.1f} us  spread {spread:.1%}  error {row['error']:.5f}  "
+                  f"{case.bytes / us * 1e-3:6.0f} GB/s  {case.flops / us * 1e-6:5.0f} TFLOP/s", flush=True)  # fmt: skip
+        rows.append({"case": title, "bytes": case.bytes, "flops": case.flops, "arms": table})
+    if args.json:
+        versions = {"gpu": properties.name, "torch": torch.__version__, "triton": triton.__version__}
+        args.json.write_text(json.dumps(versions | {"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""SGLang: where it takes FlashMLA's wrappers from, and how they are called, per release.
+
+    to 0.5.4           flash_mla, a package of its own, in either API
+    0.5.5 - 0.5.22     sgl_kernel.flash_mla; sgl-kernel 0.3.16 - 0.4.2.post2 (pinned to 0.5.12.post1) has the older API,
+                       sglang-kernel 0.4.3 (pinned from 0.5.13) the newer, 0.4.10 kv_format, too
+    0.5.12             DeepSeek V4 through the flash_mla package, in the newer API, beside sgl_kernel for the rest
+    from 0.5.23        kernels.ops.attention.flash_mla_interface, over the wheel sgl-flash-mla
+
+    get_mla_metadata        older: lengths, queries per KV head, KV heads, then num_heads_q=None, is_fp8_kvcache=False,
+                            topk=None; newer: all of them optional, and without lengths a FlashMLASchedMeta
+    flash_mla_with_kvcache  older: to `indices`; newer: num_splits=None, attn_sink, extra_k_cache,
+                            extra_indices_in_kvcache, topk_length, extra_topk_length; then kv_format; then use_legacy.
+                            The flash_mla package has no descale_q and descale_k
+
+flashmla_backend binds both by value at its top in every release, the sparse backends import them at each call. From
+0.5.23 DeepSeek V4's backend keeps a partial of the wrapper from its construction on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.machinery import PathFinder
+from types import ModuleType
+from typing import Any
+
+from packaging.version import Version
+
+from mla_patch.compat.types import Target, Undo
+
+INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
+SGL_KERNEL = "sgl_kernel.flash_mla"
+PACKAGE = "flash_mla.flash_mla_interface"
+
+
+class Build:
+    """The FlashMLA behind one wrapper: which of its operators are loaded, and whether the wrapper knows the newer API.
+
+    Operators are asked of torch at the first call, when whatever registers them has been imported.
+    """
+
+    def __init__(self, module: str, newer: bool) -> None:
+        self.module = module
+        self.newer = newer
+
+    def has(self, newer: bool) -> bool:
+        """Whether calls of the newer or the older form have an operator."""
+        return operators(self.module)[newer]
+
+
+@lru_cache(maxsize=8)
+def operators(module: str) -> tuple[bool, bool]:
+    """(older, newer): whether the operators of each API are loaded behind the wrappers in ``module``."""
+    if module == SGL_KERNEL:
+        import torch
+
+        ops = torch.ops.sgl_kernel
+        newer = hasattr(ops, "sparse_decode_fwd")  # from 0.4.10 behind tensor metadata, too
+        return newer or hasattr(ops, "fwd_kvcache_mla"), newer
+    # the package does not import without its extension
+    return "flash_mla" in sys.modules, "flash_mla" in sys.modules
+
+
+class MetadataCall:
+    """One call of get_mla_metadata."""
+
+    __slots__ = ("build", "cache_seqlens", "heads", "is_fp8_kvcache", "kv_heads", "tokens", "topk")
+
+    def __init__(
+        self, build, cache_seqlens=None, num_q_tokens_per_head_k=None, num_heads_k=None, num_heads_q=None,
+        is_fp8_kvcache=False, topk=None,
+    ):  # fmt: skip
+        self.build = build
+        self.cache_seqlens = cache_seqlens
+        self.tokens = num_q_tokens_per_head_k
+        self.kv_heads = num_heads_k
+        self.heads = num_heads_q
+        self.is_fp8_kvcache = is_fp8_kvcache
+        self.topk = topk
+
+
+class KvCacheCall:
+    """One call of flash_mla_with_kvcache, in the newest wrapper's order."""
+
+    __slots__ = (
+        "attn_sink", "block_table", "build", "cache_seqlens", "causal", "descale_k", "descale_q", "extra_indices",
+        "extra_k_cache", "extra_topk_length", "head_dim_v", "indices", "is_fp8_kvcache", "k_cache", "kv_format",
+        "metadata", "num_splits", "q", "softmax_scale", "topk_length", "use_legacy",
+    )  # fmt: skip
+
+    def __init__(
+        self, build, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits=None,
+        softmax_scale=None, causal=False, descale_q=None, descale_k=None, is_fp8_kvcache=False, indices=None,
+        attn_sink=None, extra_k_cache=None, extra_indices_in_kvcache=None, topk_length=None, extra_topk_length=None,
+        kv_format=None, *, use_legacy=True,
+    ):  # fmt: skip
+        self.build = build
+        self.q = q
+        self.k_cache = k_cache
+        self.block_table = block_table
+        self.cache_seqlens = cache_seqlens
+        self.head_dim_v = head_dim_v
+        self.metadata = tile_scheduler_metadata
+        self.num_splits = num_splits
+        self.softmax_scale = softmax_scale
+        self.causal = causal
+        self.descale_q = descale_q
+        self.descale_k = descale_k
+        self.is_fp8_kvcache = is_fp8_kvcache
+        self.indices = indices
+        self.attn_sink = attn_sink
+        self.extra_k_cache = extra_k_cache
+        self.extra_indices = extra_indices_in_kvcache
+        self.topk_length = topk_length
+        self.extra_topk_length = extra_topk_length
+        self.kv_format = kv_format
+        self.use_legacy = use_legacy
+
+
+def package_call(
+    build, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits=None,
+    softmax_scale=None, causal=False, is_fp8_kvcache=False, indices=None, attn_sink=None, extra_k_cache=None,
+    extra_indices_in_kvcache=None, topk_length=None, extra_topk_length=None,
+):  # fmt: skip
+    """The flash_mla package's order, which has no descales."""
+    return KvCacheCall(
+        build, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale,
+        causal, None, None, is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length,
+        extra_topk_length,
+    )  # fmt: skip
+
+
+_META = ("cache_seqlens", "num_q_tokens_per_head_k", "num_heads_k", "num_heads_q", "is_fp8_kvcache", "topk")
+_FIRST = (
+    "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
+    "softmax_scale", "causal",
+)  # fmt: skip
+_SPARSE = ("is_fp8_kvcache", "indices")
+_NEWER = ("attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length")
+_DESCALED = (*_FIRST, "descale_q", "descale_k", *_SPARSE)
+
+# (parameters, whether it is the newer API), for every wrapper that was read
+_SGL_KERNEL = (
+    (_DESCALED, False),
+    ((*_DESCALED, *_NEWER), True),
+    ((*_DESCALED, *_NEWER, "kv_format"), True),
+)
+_PACKAGE = ((_FIRST, False), ((*_FIRST, *_SPARSE), False), ((*_FIRST, *_SPARSE, *_NEWER), True))
+_INTERFACE = (((*_DESCALED, *_NEWER, "kv_format", "use_legacy"), True),)
+
+_HOOK = "mla_patch.hooks.sglang_sched_meta"
+
+
+def _target(module: str, name: str, params: tuple[str, ...], bind: Callable[..., Any], kind: str) -> Target:
+    return Target(module, name, params, "call", bind, f"{_HOOK}:declines_{kind}", f"{_HOOK}:serve_{kind}")
+
+
+def _wrapper(module: str, prefix: str, home: str, variants: Any, call: Callable[..., Any]) -> list[Target]:
+    """``flash_mla_with_kvcache`` in one module, by each of the parameter lists that it may have."""
+    return [
+        _target(home, f"{prefix}flash_mla_with_kvcache", params, partial(call, Build(module, newer)), "kvcache")
+        for params, newer in variants
+    ]
+
+
+def _metadata(module: str, prefix: str, home: str, lists: tuple[tuple[str, ...], ...], version: str | None) -> Any:
+    # its parameters are the same in both APIs; whether it gives a FlashMLASchedMeta is asked when it is called
+    build = Build(module, version is None or Version(version) >= Version("0.5.13"))
+    return [
+        _target(home, f"{prefix}get_mla_metadata", params, partial(MetadataCall, build), "metadata") for params in lists
+    ]
+
+
+_PACKAGE_META = (("*args", "**kwargs"), _META, ("cache_seqlens", "num_heads_per_head_k", "num_heads_k"))
+
+
+def has_package() -> bool:
+    """Whether the flash_mla package is installed; imports nothing of it."""
+    return PathFinder.find_spec("flash_mla") is not None
+
+
+def flash_mla_targets(version: str | None) -> tuple[Target, ...]:
+    """Both wrappers of ``version``; every known home when it is unknown."""
+    release = None if version is None else Version(version)
+    found: list[Target] = []
+    if release is None or release >= Version("0.5.23"):
+        found += _metadata(INTERFACE, "", INTERFACE, (_META,), version)
+        found += _wrapper(INTERFACE, "", INTERFACE, _INTERFACE, KvCacheCall)
+    if release is None or Version("0.5.5") <= release < Version("0.5.23"):
+        found += _metadata(SGL_KERNEL, "", SGL_KERNEL, (_META,), version)
+        found += _wrapper(SGL_KERNEL, "", SGL_KERNEL, _SGL_KERNEL, KvCacheCall)
+        found.append(Target(SGL_KERNEL, "FlashMLASchedMeta", kind="edit", edit=add_sched_meta))
+    if release is None or release < Version("0.5.5"):
+        found += _metadata(PACKAGE, "", PACKAGE, _PACKAGE_META, version)
+        found += _wrapper(PACKAGE, "", PACKAGE, _PACKAGE, package_call)
+    elif Version("0.5.12") <= release < Version("0.5.13") and has_package():
+        # beside the others, so by names of its own, which source alone tells nothing of; V4 needs the newer API
+        found += _metadata(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE_META[:1], "0.5.13")
+        found += _wrapper(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE[2:], package_call)
+    return tuple(found)
+
+
+def knows_sched_meta(build: Build) -> bool:
+    """Whether the wrappers' own module has a FlashMLASchedMeta, whose class its callers test for."""
+    own = getattr(sys.modules.get(build.module), "FlashMLASchedMeta", None)
+    return own is not None and own.__module__ != _CORE
+
+
+_CORE = "mla_patch.flash_mla"
+
+
+def add_sched_meta(module: ModuleType) -> Undo:
+    """Callers import the class from where they import the wrappers: ours, where there is none."""
+    if hasattr(module, "FlashMLASchedMeta"):
+        return lambda: None
+    ours = import_module(_CORE).FlashMLASchedMeta
+    module.FlashMLASchedMeta = ours  # type: ignore[attr-defined]
+
+    def undo() -> None:
+        if vars(module).get("FlashMLASchedMeta") is ours:
+            del module.FlashMLASchedMeta
+
+    return undo

@@ -1,0 +1,153 @@
+"""FlashMLA's wrappers as SGLang calls them, served by mla_patch.flash_mla where no CUDA build can.
+
+Why: code for the newer API (`FlashMLASchedMeta`, sinks, a second cache, lengths) fails on the kernels that releases to
+0.5.12 pin, and FlashMLA has no build for most GPUs, head counts and page sizes.
+
+`PROVIDERS` says who serves a call, by the first row that applies; `mla-patch explain sched_meta` prints it. What the
+host's own CUDA operators can serve they keep, in every release. Metadata follows calls: tensors of ours reach no
+operator of the host's, since whatever keeps the host from making them keeps it from serving what they are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from mla_patch.compat import gpu, sglang_flash_mla
+from mla_patch.compat.sglang_flash_mla import KvCacheCall, MetadataCall
+from mla_patch.compat.types import Gpu
+from mla_patch.features import Feature
+from mla_patch.hookspecs import hookimpl
+
+HOST, OURS = "host", "triton"
+_CHIPS = ((9, 0), (10, 0), (10, 3))  # that FlashMLA is built for; dense for the first alone
+
+
+def capability_of(tensor: Any) -> tuple[int, int] | None:
+    """Of the GPU that a call's tensor lies on."""
+    return gpu.capability(tensor.device.index) if tensor.is_cuda else None
+
+
+class Row(NamedTuple):
+    provider: str
+    when: str  # as `explain` prints it, and the report, where the host keeps a call
+    applies: Callable[[KvCacheCall], bool]
+
+
+def _unknown_format(call: KvCacheCall) -> bool:
+    if call.kv_format is not None or not call.use_legacy:
+        return True
+    return call.indices is not None and call.k_cache.shape[-1] not in (656, 584)
+
+
+def _newer(call: KvCacheCall) -> bool:
+    """Whether a call needs the newer API."""
+    return (
+        hasattr(call.metadata, "have_initialized")
+        or call.attn_sink is not None
+        or call.extra_k_cache is not None
+        or call.topk_length is not None
+        or call.extra_topk_length is not None
+    )
+
+
+def _no_build(call: KvCacheCall) -> bool:
+    return not call.build.has(_newer(call))
+
+
+def _other_chip(call: KvCacheCall) -> bool:
+    return capability_of(call.q) not in _CHIPS
+
+
+def _other_sparse(call: KvCacheCall) -> bool:
+    if call.indices is None:
+        return False
+    counts = [call.indices.shape[-1]]
+    if call.extra_indices is not None:
+        counts.append(call.extra_indices.shape[-1])
+    return call.q.shape[2] not in (64, 128) or any(count % 64 or not count for count in counts)
+
+
+def _v32_with_more(call: KvCacheCall) -> bool:
+    more = call.topk_length is not None or call.extra_k_cache is not None
+    return call.indices is not None and call.k_cache.shape[-1] == 656 and more
+
+
+def _v4_older(call: KvCacheCall) -> bool:
+    return call.indices is not None and call.k_cache.shape[-1] == 584 and not _newer(call)
+
+
+def _other_dense(call: KvCacheCall) -> bool:
+    return call.indices is None and (capability_of(call.q) != (9, 0) or call.k_cache.shape[1] != 64)
+
+
+PROVIDERS = (
+    Row(HOST, "a cache that ours does not read: kv_format, use_legacy=False, 528 or 288 bytes a row", _unknown_format),
+    Row(OURS, "FlashMLASchedMeta, sink, second cache or lengths where the release's wrapper has none",
+        lambda call: _newer(call) and not call.build.newer),
+    Row(OURS, "no CUDA operator of FlashMLA's is loaded", _no_build),
+    Row(OURS, "another GPU than sm_90, sm_100 and sm_103", _other_chip),
+    Row(OURS, "an empty batch", lambda call: call.q.shape[0] == 0),
+    Row(OURS, "sparse: other than 64 or 128 heads, topk 0 or not a multiple of 64", _other_sparse),
+    Row(OURS, "sparse, 656 bytes: lengths or a second cache", _v32_with_more),
+    Row(OURS, "sparse, 584 bytes: tensor metadata", _v4_older),
+    Row(OURS, "dense: another GPU than sm_90, pages of other than 64", _other_dense),
+    Row(HOST, "the host's own CUDA operator serves it", lambda call: True),
+)  # fmt: skip
+
+
+def hardware(device: Gpu) -> str | None:
+    """Why this device cannot, or None."""
+    return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
+
+
+FEATURE = Feature(
+    name="sched_meta",
+    host="sglang>=0.5.3,<0.5.24",
+    targets=sglang_flash_mla.flash_mla_targets,
+    why="FlashMLA's newer calls fail on older kernel packages, and all of them where it has no build for the GPU",
+    upstream="https://github.com/sgl-project/sglang/pull/26132",
+    drop_when="FlashMLA serves every GPU, head count and page size that the engine runs with",
+    hardware=hardware,
+    providers=tuple((row.provider, row.when) for row in PROVIDERS),
+)
+
+
+@hookimpl
+def mla_patch_features() -> list[Feature]:
+    return [FEATURE]
+
+
+def declines_kvcache(call: KvCacheCall) -> str | None:
+    """Why this call goes to the host, or None. What ours cannot take is the launchers' to refuse."""
+    row = next(row for row in PROVIDERS if row.applies(call))
+    return row.when if row.provider == HOST else None
+
+
+def serve_kvcache(call: KvCacheCall) -> Any:
+    from mla_patch.flash_mla import flash_mla_with_kvcache
+
+    return flash_mla_with_kvcache(
+        call.q, call.k_cache, call.block_table, call.cache_seqlens, call.head_dim_v, call.metadata, call.num_splits,
+        call.softmax_scale, call.causal, call.descale_q, call.descale_k, call.is_fp8_kvcache, call.indices,
+        call.attn_sink, call.extra_k_cache, call.extra_indices, call.topk_length, call.extra_topk_length,
+    )  # fmt: skip
+
+
+def declines_metadata(call: MetadataCall) -> str | None:
+    """Why the host makes this metadata, or None."""
+    if call.cache_seqlens is None:
+        own = sglang_flash_mla.knows_sched_meta(call.build)
+        return "the host has a FlashMLASchedMeta of its own" if own else None
+    capability = capability_of(call.cache_seqlens)
+    if not call.build.has(False) or capability not in _CHIPS or (call.topk is None and capability != (9, 0)):
+        return None
+    if call.topk is not None and (call.topk % 64 or not call.topk or call.heads not in (None, 64, 128)):
+        return None
+    return "the host's own CUDA operator serves it"
+
+
+def serve_metadata(call: MetadataCall) -> Any:
+    from mla_patch.flash_mla import get_mla_metadata
+
+    return get_mla_metadata(call.cache_seqlens, call.tokens, call.kv_heads, call.heads, call.is_fp8_kvcache, call.topk)

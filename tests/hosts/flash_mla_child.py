@@ -1,0 +1,156 @@
+"""One SGLang release over a stand-in for its FlashMLA, in a process of its own: who serves which call.
+
+    python flash_mla_child.py RELEASE OUT.json      with the release and the stand-in on PYTHONPATH, and MLA_PATCH=1
+
+The stand-in's functions are named as the release's wrappers are, and answer with what they were called with.
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
+
+import torch
+
+import mla_patch
+import mla_patch.startup
+from mla_patch.compat import sglang_flash_mla, sglang_trial
+from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.kernels.quantize import quantize
+from mla_patch.kernels.sparse_decode import sparse_decode_ref
+from mla_patch.patcher import is_ours
+
+mla_patch.startup.start()
+
+
+def feature() -> dict[str, Any]:
+    return next(row for row in mla_patch.report()["features"] if row["name"] == "sched_meta")
+
+
+def served(call: Any) -> dict[str, Any]:
+    """Run one call; who served it, and the reason where it was the host."""
+    before = feature()
+    result = call()
+    after = feature()
+    declined = [reason for reason, n in after["declined"].items() if n > before["declined"].get(reason, 0)]
+    ours = after["served"] - before["served"]
+    host = isinstance(result, dict)  # as the stand-in answers
+    assert bool(ours) != host, (ours, result)
+    row: dict[str, Any] = {"by": "host" if host else "triton", "reason": declined}
+    return row | ({"with": sorted(result)} if host else {"result": result})
+
+
+def sparse(heads: int, layout: Any = V32, topk: int = 64) -> dict[str, Any]:
+    cache = new_pages(layout, 2, 64)
+    quantize(torch.randn(128, layout.width), cache, torch.arange(128))
+    return {
+        "q": (torch.randn(2, 1, heads, layout.width) / 4).bfloat16(), "k_cache": cache,
+        "indices": torch.randint(-1, 128, (2, 1, topk)).int(), "head_dim_v": 512, "is_fp8_kvcache": True,
+        "softmax_scale": 0.05,
+    }  # fmt: skip
+
+
+def error(result: Any, args: dict[str, Any], **options: Any) -> float:
+    want, _ = sparse_decode_ref(args["q"], args["k_cache"], args["indices"], sm_scale=0.05, **options)
+    return float((result[0].double() - want).norm() / want.norm())
+
+
+def wrappers(release: str) -> Any:
+    """The module that the release's backends take FlashMLA from."""
+    if release == "0.5.23":
+        return importlib.import_module(sglang_flash_mla.INTERFACE)
+    return importlib.import_module(sglang_flash_mla.SGL_KERNEL)
+
+
+def through_the_backend(release: str, heads: int) -> dict[str, Any]:
+    """The release's own sparse decode, of the backend class's method, on a made-up batch."""
+    new = (Path(importlib.import_module("sglang").__file__).parent / "srt/layers/attention/dsa_backend.py").exists()
+    name = "dsa" if new else "nsa"
+    module = importlib.import_module(f"sglang.srt.layers.attention.{name}_backend")
+    owner = module.DeepseekSparseAttnBackend if new else module.NativeSparseAttnBackend
+    args = sparse(heads)
+    lens = torch.full((2,), 64, dtype=torch.int32)
+    made, splits = wrappers(release).get_mla_metadata(
+        cache_seqlens=lens, num_q_tokens_per_head_k=heads, num_heads_k=1, num_heads_q=heads, is_fp8_kvcache=True,
+        topk=64,
+    )  # fmt: skip
+    kept = SimpleNamespace(flashmla_metadata=made, num_splits=splits)
+    backend = SimpleNamespace(
+        real_page_size=64, physical_page_size=64, kv_cache_dim=656, nsa_kv_cache_store_fp8=True,
+        dsa_kv_cache_store_fp8=True, nsa_index_topk=64, dsa_index_topk=64, flashmla_kv_num_q_heads=heads,
+        flashmla_kv_format=None,
+    )  # fmt: skip
+    metadata = SimpleNamespace(nsa_cache_seqlens_int32=lens, dsa_cache_seqlens_int32=lens, flashmla_metadata=kept)
+    before = feature()["served"]
+    out = owner._forward_flashmla_kv(
+        backend, args["q"][:, 0], args["k_cache"], 512, 0.05, SimpleNamespace(tp_q_head_num=heads, head_dim=576),
+        metadata, args["indices"][:, 0],
+    )  # fmt: skip
+    return {"served": feature()["served"] - before, "error": error((out,), args)}
+
+
+def main(release: str, out: str) -> None:
+    # what the stand-in lacks of sgl_kernel is stood in for once it has been looked for in vain
+    sys.meta_path.append(sglang_trial._StubFinder(["sgl_kernel"]))
+    sglang_trial.prepare()
+    importlib.import_module("sglang")
+    if release == "0.5.12":
+        importlib.import_module("flash_mla")
+    module = wrappers(release)
+    seen: dict[str, Any] = {"ours": {name: is_ours(getattr(module, name)) for name in NAMES}}
+    seen["class"] = module.FlashMLASchedMeta.__module__
+    backend = importlib.import_module("sglang.srt.layers.attention.flashmla_backend")
+    seen["backend"] = {name: is_ours(getattr(backend, name)) for name in NAMES}
+    from mla_patch.hooks import sglang_sched_meta as hook
+
+    tensors = {"tile_scheduler_metadata": torch.zeros(1, 8).int(), "num_splits": torch.arange(3).int()}
+    tensors |= {"block_table": torch.empty(2, 0).int(), "cache_seqlens": torch.ones(2).int()}
+    newer = {"block_table": None, "cache_seqlens": None, "num_splits": None}
+    calls: dict[str, Any] = {}
+    for chip, capability in {"sm_90": (9, 0), "sm_120": (12, 0)}.items():
+        hook.capability_of = lambda tensor, capability=capability: capability
+        for heads in (64, 16):
+            args = sparse(heads)
+            row = served(lambda args=args: module.flash_mla_with_kvcache(**args, **tensors))
+            calls[f"{chip} V3.2 {heads} heads"] = row
+            if "result" in row:
+                row["error"] = error(row.pop("result"), args)
+        args, lens, sinks = sparse(64, V4), torch.tensor([64, 9]).int(), torch.randn(64)
+        made = module.get_mla_metadata()[0]
+        calls[f"{chip} class"] = {"is": isinstance(made, module.FlashMLASchedMeta)}
+        more = newer | {"tile_scheduler_metadata": made, "topk_length": lens, "attn_sink": sinks}
+        row = served(lambda args=args, more=more: module.flash_mla_with_kvcache(**args, **more))
+        calls[f"{chip} V4 lengths, sinks"] = row
+        if "result" in row:
+            row["error"] = error(row.pop("result"), args, topk_length=lens, attn_sink=sinks)
+        row = served(lambda: module.get_mla_metadata(torch.ones(2).int(), 64, 1, 64, True, 64))
+        row.pop("result", None)
+        calls[f"{chip} metadata"] = row
+    seen["calls"] = calls
+    seen["through"] = through_the_backend(release, 16)
+    if release == "0.5.12":
+        package = importlib.import_module("flash_mla")
+        seen["package"] = {name: is_ours(getattr(package, name)) for name in NAMES}
+        args = sparse(16, V4)
+        more = newer | {"tile_scheduler_metadata": package.get_mla_metadata()[0]}
+        row = served(lambda: package.flash_mla_with_kvcache(**args, **more))
+        seen["package call"] = {"by": row["by"], "error": error(row["result"], args)}
+    seen["feature"] = {key: feature()[key] for key in ("state", "reason")}
+    mla_patch.restore("sched_meta")
+    seen["restored"] = [is_ours(getattr(one, name)) for one in (module, backend) for name in NAMES]
+    seen["class restored"] = hasattr(module, "FlashMLASchedMeta")
+    Path(out).write_text(json.dumps(seen, indent=1))
+
+
+NAMES = ("get_mla_metadata", "flash_mla_with_kvcache")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # what a release leaves running at exit is not on trial

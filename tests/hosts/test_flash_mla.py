@@ -1,0 +1,131 @@
+"""Real releases over a stand-in for FlashMLA: which calls the host's wrappers keep, and which ours serve."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla_patch.compat import sglang_flash_mla
+from mla_patch.compat.sglang_fetch import fetch
+from mla_patch.hooks.sglang_sched_meta import PROVIDERS
+
+HERE = Path(__file__).parent
+RELEASES = ("0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.23")
+OWN = PROVIDERS[-1].when
+
+_ANY = """
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    from mla_patch.compat.sglang_trial import _Anything, _Stub
+    return _Anything(name, (_Stub,), {})
+"""
+
+
+def wrapper(name: str, params: tuple[str, ...], required: int) -> str:
+    """A function with a release's parameters that answers with the names of what it was given."""
+    given = [f"{one}=None" if i >= required else one for i, one in enumerate(params)]
+    return f"def {name}({', '.join(given)}):\n    return {{k: 1 for k, v in locals().items() if v is not None}}\n"
+
+
+def stand_in(folder: Path, release: str) -> None:
+    """The packages that the release takes FlashMLA from, with the signatures of the kernels that it pins."""
+    newer = release in ("0.5.13", "0.5.23")
+    meta = "class FlashMLASchedMeta:\n    have_initialized = False\n    config = None\n"
+    meta += "    def __init__(self, tile_scheduler_metadata=None, num_splits=None):\n        pass\n"
+    first = "    if cache_seqlens is None:\n        return FlashMLASchedMeta(), None\n"
+    operators = ["fwd_kvcache_mla", *(["sparse_decode_fwd"] if newer else [])]
+    kernel = folder / "sgl_kernel"
+    kernel.mkdir()
+    lines = [f'library.define("{name}(Tensor q) -> Tensor")' for name in operators]
+    define = "import torch\nlibrary = torch.library.Library('sgl_kernel', 'FRAGMENT')\n"
+    (kernel / "__init__.py").write_text(define + "\n".join(lines) + _ANY)
+    params, _ = sglang_flash_mla._SGL_KERNEL[1 if newer else 0]
+    source = (meta if newer else "") + wrapper("get_mla_metadata", sglang_flash_mla._META, 0 if newer else 3)
+    if newer:
+        source = source.replace("    return {k", first + "    return {k")
+    source += wrapper("flash_mla_with_kvcache", params, 6 if newer else 7)
+    (kernel / "flash_mla.py").write_text(source)
+    package = folder / "flash_mla"
+    package.mkdir()
+    names = "FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata"
+    (package / "__init__.py").write_text(f"from flash_mla.flash_mla_interface import {names}\n{_ANY}")
+    inner = meta + "def get_mla_metadata(*args, **kwargs):\n    return FlashMLASchedMeta(), None\n"
+    inner += "def get_mla_decoding_metadata(*args, **kwargs):\n    return {'cache_seqlens': 1}\n"
+    params, _ = sglang_flash_mla._PACKAGE[2]
+    if release == "0.5.23":  # the wheel has what the release's interface passes on
+        inner += "def flash_mla_with_kvcache(**given):\n    return {k: 1 for k, v in given.items() if v is not None}\n"
+        (package / "__init__.py").write_text(
+            f"from flash_mla.flash_mla_interface import {names}, get_mla_decoding_metadata\n{_ANY}"
+        )
+    else:
+        inner += wrapper("flash_mla_with_kvcache", params, 6)
+    (package / "flash_mla_interface.py").write_text(inner)
+
+
+@pytest.fixture(scope="module", params=[one for one in RELEASES if os.environ.get("HOSTS", "spread") == "spread"
+                                        or one in os.environ["HOSTS"].replace(",", " ").split()
+                                        or os.environ["HOSTS"] == "all"])  # fmt: skip
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    release = request.param
+    folder = tmp_path_factory.mktemp("stand-in")
+    stand_in(folder, release)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
+    paths = [str(folder), *map(str, fetch(release))]
+    env |= {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
+    out = tmp_path_factory.mktemp("seen") / "seen.json"
+    command = [sys.executable, str(HERE / "flash_mla_child.py"), release, str(out)]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert out.exists(), done.stdout + done.stderr
+    return json.loads(out.read_text()) | {"release": release, "newer": release in ("0.5.13", "0.5.23")}
+
+
+def test_everybody_holds_ours(seen: dict[str, Any]) -> None:
+    both = {"get_mla_metadata": True, "flash_mla_with_kvcache": True}
+    assert seen["ours"] == seen["backend"] == both  # the backend binds both by value at its top
+    assert seen["feature"]["state"] == "applied"
+    assert not any(seen["restored"])
+    assert seen["class restored"] == seen["newer"]
+    assert (seen["class"] == "mla_patch.flash_mla") == (not seen["newer"])
+
+
+def test_who_serves(seen: dict[str, Any]) -> None:
+    calls = seen["calls"]
+    mine = {name: row["by"] for name, row in calls.items() if "by" in row}
+    assert mine == {
+        "sm_90 V3.2 64 heads": "host",
+        "sm_90 V3.2 16 heads": "triton",
+        "sm_90 V4 lengths, sinks": "host" if seen["newer"] else "triton",
+        "sm_90 metadata": "host",
+        "sm_120 V3.2 64 heads": "triton",
+        "sm_120 V3.2 16 heads": "triton",
+        "sm_120 V4 lengths, sinks": "triton",
+        "sm_120 metadata": "triton",
+    }
+    for name, row in calls.items():
+        if row.get("by") == "host":
+            assert row["reason"] == [OWN], name
+            assert "cache_seqlens" in row["with"] or "topk_length" in row["with"], name
+        elif "error" in row:
+            # 16-bit weights and the rounding of a bfloat16 result
+            assert row["error"] < 4e-3 and not row["reason"], name
+    assert calls["sm_90 class"]["is"] and calls["sm_120 class"]["is"]
+
+
+def test_through_the_releases_own_backend(seen: dict[str, Any]) -> None:
+    assert seen["through"]["served"] == 1 and seen["through"]["error"] < 4e-3
+
+
+def test_the_package_beside_it(seen: dict[str, Any]) -> None:
+    """DeepSeek V4 of 0.5.12 calls the flash_mla package, all else sgl_kernel."""
+    if seen["release"] == "0.5.12":
+        assert seen["package"] == {"get_mla_metadata": True, "flash_mla_with_kvcache": True}
+        assert seen["package call"]["by"] == "triton" and seen["package call"]["error"] < 4e-3
+    else:
+        assert "package" not in seen

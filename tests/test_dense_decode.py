@@ -1,0 +1,111 @@
+"""Dense decode by block table, with its log-sum-exp: in Triton's interpreter, or on a GPU with TRITON_INTERPRET=0."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mla_patch.compat.triton import interpreted
+from mla_patch.kernels import sparse_decode
+from mla_patch.kernels.dense_decode import dense_decode, dense_decode_ref
+
+DEVICE = "cpu" if interpreted() else "cuda"
+E4M3 = torch.float8_e4m3fn
+# the interpreter's tl.dot is wrong on bfloat16
+HALF = torch.float16 if interpreted() else torch.bfloat16
+
+
+class Case:
+    """Pages in any order; what no request owns is NaN, and so are the tables past their ends."""
+
+    def __init__(self, lens, heads=3, queries=1, page=16, width=576, dtype=HALF):
+        counts = [-(-n // page) for n in lens]
+        pages = sum(counts) + 2
+        order = torch.randperm(pages).tolist()
+        kv = torch.full((pages, page, 1, width), math.nan)
+        self.table = torch.full((len(lens), max(counts) + 2), 2147480000, dtype=torch.int32)
+        for b, (length, count) in enumerate(zip(lens, counts, strict=True)):
+            mine = [order.pop() for _ in range(count)]
+            self.table[b, :count] = torch.tensor(mine, dtype=torch.int32)
+            for i, at in enumerate(mine):
+                rows = min(page, length - i * page)
+                kv[at, :rows] = torch.randn(rows, 1, width)
+        self.table, self.kv = self.table.to(DEVICE), kv.to(dtype).to(DEVICE)
+        self.q = torch.randn(len(lens), queries, heads, width).to(dtype).to(DEVICE)
+        self.lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+        self.options = {"sm_scale": width**-0.5}
+
+    def run(self, **options):
+        return dense_decode(self.q, self.kv, self.table, self.lens, **self.options, **options)
+
+    def check(self, **options):
+        out, lse = self.run(**options)
+        options.pop("config", None)
+        want, want_lse = dense_decode_ref(self.q, self.kv, self.table, self.lens, **self.options, **options)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=8 / 65536, atol=1e-3)
+        assert torch.isfinite(out).all() and (out.double() - want).norm() <= 4e-3 * want.norm()
+        return out, lse
+
+
+@pytest.mark.parametrize("dtype, width", [(HALF, 576), (HALF, 512), (E4M3, 576)], ids=str)
+@pytest.mark.parametrize("queries, causal", [(1, True), (3, True), (2, False)])
+def test_lengths(dtype, width, queries, causal):
+    case = Case([70, 0, 1, 2, 33], 3, queries, 16, width, dtype)
+    options = {}
+    if dtype is E4M3:
+        options = {"descale_q": torch.tensor([0.5], device=DEVICE), "descale_k": torch.tensor([3.0], device=DEVICE)}
+    out, lse = case.check(causal=causal, **options)
+    assert out.dtype == (torch.bfloat16 if dtype is E4M3 else dtype)
+    assert (out[1] == 0).all() and (lse[1] == math.inf).all()
+    if causal and queries == 3:  # of a request with one key, only the last query sees it
+        assert (out[2, :2] == 0).all() and (lse[2, :, :2] == math.inf).all() and torch.isfinite(lse[2, :, 2]).all()
+
+
+@pytest.mark.parametrize("page", [1, 24, 64])
+@pytest.mark.parametrize("splits", [1, 5])
+def test_pages_and_splits(page, splits, monkeypatch):
+    monkeypatch.setattr(sparse_decode, "split_count", lambda tiles, blocks, slots: splits)
+    for dtype in (HALF, E4M3):
+        case = Case([150, 3], 20, 2, page, dtype=dtype)
+        case.options |= {"descale_q": torch.ones(1, device=DEVICE), "descale_k": torch.full((1,), 2.0, device=DEVICE)}
+        case.check(causal=True)
+
+
+def test_strided():
+    case = Case([40, 17])
+    want, want_lse = case.run()
+    wide = torch.zeros(*case.kv.shape[:3], 640, dtype=HALF, device=DEVICE)
+    wide[..., :576] = case.kv
+    case.kv, case.lens = wide[..., :576], case.lens.long()
+    out, lse = case.run()
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize(
+    "name, spoil, message",
+    [
+        ("q", lambda x: x.float(), "q: torch.float32, expected"),
+        ("k_cache", lambda x: x.float(), "k_cache: torch.float32, expected torch.float16 as q"),
+        ("k_cache", lambda x: x[..., :512], r"k_cache: shape .*, expected \[pages, page size, 1, 576\]"),
+        ("block_table", lambda x: x.long(), "block_table: torch.int64"),
+        ("block_table", lambda x: x.repeat(1, 2)[:, ::2], "block_table: stride 2"),
+        ("cache_seqlens", lambda x: x.float(), r"cache_seqlens: torch.float32, .*expected int32 or int64, \[2\]"),
+        ("descale_q", lambda x: torch.ones(1), "descale_k: None, expected both"),
+    ],
+)
+def test_misuse(name, spoil, message):
+    case = Case([40, 17], dtype=torch.float16)
+    args = {"q": case.q, "k_cache": case.kv, "block_table": case.table, "cache_seqlens": case.lens, **case.options}
+    args[name] = spoil(args.get(name))
+    with pytest.raises(ValueError, match=message):
+        dense_decode(**args)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, E4M3], ids=str)
+@pytest.mark.parametrize("heads", [16, 20, 128])
+def test_real_shapes(heads, dtype):
+    Case([9000, 1, 0, 64, 4097], heads, 2, 64, dtype=dtype).check(causal=True)

@@ -1,0 +1,323 @@
+"""The wrappers: both forms of metadata, what is refused by name, and the kernel behind each call."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mla_patch import flash_mla
+from mla_patch.compat.triton import interpreted
+from mla_patch.flash_mla import FlashMLASchedMeta, MetadataMismatch, flash_mla_with_kvcache, get_mla_metadata
+from mla_patch.kernels.dense_decode import dense_decode_ref
+from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.kernels.quantize import quantize
+from mla_patch.kernels.sparse_decode import sparse_decode_ref
+
+DEVICE = "cpu" if interpreted() else "cuda"
+HALF = torch.float16 if interpreted() else torch.bfloat16
+
+
+def sparse(layout=V4, batch=2, heads=4, topk=8, page=4, queries=1, pages=9):
+    cache = new_pages(layout, pages, page, DEVICE)
+    quantize(torch.randn(pages * page, layout.width, device=DEVICE), cache, torch.arange(pages * page, device=DEVICE))
+    ids = torch.randint(0, pages * page, (batch, queries, topk), device=DEVICE).int()
+    q = (torch.randn(batch, queries, heads, layout.width, device=DEVICE) / 4).bfloat16()
+    return {
+        "q": q, "k_cache": cache, "block_table": None, "cache_seqlens": None, "head_dim_v": 512,
+        "tile_scheduler_metadata": get_mla_metadata()[0], "is_fp8_kvcache": True, "indices": ids,
+    }  # fmt: skip
+
+
+def dense(lens=(40, 3), heads=4, page=64, queries=1, dtype=HALF):
+    pages = [-(-n // page) for n in lens]
+    kv = torch.randn(sum(pages), page, 1, 576, device=DEVICE).to(dtype)
+    table = torch.arange(sum(pages), device=DEVICE).int()[None].repeat(len(lens), 1)
+    table[1] = table[1].roll(-pages[0])
+    q = torch.randn(len(lens), queries, heads, 576, device=DEVICE).to(dtype)
+    seqlens = torch.tensor(lens, device=DEVICE).int()
+    metadata, num_splits = get_mla_metadata(seqlens, queries * heads, 1)
+    return {
+        "q": q, "k_cache": kv, "block_table": table, "cache_seqlens": seqlens, "head_dim_v": 512,
+        "tile_scheduler_metadata": metadata, "num_splits": num_splits, "causal": True,
+    }  # fmt: skip
+
+
+def tensors(args):
+    """The same call with tensors for metadata, as hosts of the older API make it."""
+    batch, queries, heads = args["q"].shape[:3]
+    seqlens = torch.ones(batch, device=DEVICE).int()
+    metadata, num_splits = get_mla_metadata(seqlens, queries * heads, 1, heads, True, args["indices"].shape[-1])
+    empty = torch.empty(batch, 0, dtype=torch.int32, device=DEVICE)
+    new = {"tile_scheduler_metadata": metadata, "num_splits": num_splits, "block_table": empty}
+    return args | new | {"cache_seqlens": seqlens}
+
+
+def close(got, want):
+    torch.testing.assert_close(got[1].double(), want[1], rtol=8 / 65536, atol=1e-3)
+    assert (got[0].double() - want[0]).norm() <= 4e-3 * want[0].norm()
+
+
+@pytest.mark.parametrize("layout", [V32, V4], ids=lambda layout: layout.name)
+def test_sparse_calls(layout):
+    args = sparse(layout)
+    args |= {"attn_sink": torch.randn(4, device=DEVICE), "topk_length": torch.tensor([8, 0], device=DEVICE).int()}
+    second = sparse(layout, topk=3, page=2)
+    args |= {"extra_k_cache": second["k_cache"], "extra_indices_in_kvcache": second["indices"] // 2}
+    args |= {"extra_topk_length": torch.tensor([2, 3], device=DEVICE).int(), "softmax_scale": 0.1}
+    want = sparse_decode_ref(
+        args["q"], args["k_cache"], args["indices"], sm_scale=0.1, attn_sink=args["attn_sink"],
+        topk_length=args["topk_length"], extra_k_cache=args["extra_k_cache"],
+        extra_indices=args["extra_indices_in_kvcache"], extra_topk_length=args["extra_topk_length"],
+    )  # fmt: skip
+    close(flash_mla_with_kvcache(**args), want)
+
+
+def test_the_scale_is_the_keys_own():
+    for layout in (V32, V4):
+        args = sparse(layout)
+        want = sparse_decode_ref(args["q"], args["k_cache"], args["indices"], sm_scale=layout.width**-0.5)
+        close(flash_mla_with_kvcache(**args), want)
+
+
+def test_tensor_metadata():
+    args = tensors(sparse(V32))
+    close(
+        flash_mla_with_kvcache(**args),
+        sparse_decode_ref(args["q"], args["k_cache"], args["indices"], sm_scale=576**-0.5),
+    )
+    for queries in (1, 2):
+        args = dense(queries=queries)
+        want = dense_decode_ref(
+            args["q"], args["k_cache"], args["block_table"], args["cache_seqlens"], sm_scale=576**-0.5, causal=True
+        )
+        close(flash_mla_with_kvcache(**args), want)
+
+
+def test_dense_e4m3():
+    args = dense(dtype=torch.float8_e4m3fn)
+    args |= {"descale_q": torch.tensor([0.5], device=DEVICE), "descale_k": torch.tensor([2.0], device=DEVICE)}
+    want = dense_decode_ref(
+        args["q"], args["k_cache"], args["block_table"], args["cache_seqlens"], sm_scale=576**-0.5,
+        descale_q=args["descale_q"], descale_k=args["descale_k"],
+    )  # fmt: skip
+    out, lse = flash_mla_with_kvcache(**args)
+    assert out.dtype == torch.bfloat16
+    close((out, lse), want)
+
+
+def test_a_schedule_is_right_for_other_lengths():
+    """Upstream reads stale work from it: wrong rows where lengths grew, a fault where they shrank."""
+    args = sparse(topk=40, pages=20)
+    lens = torch.tensor([3, 40], device=DEVICE).int()
+    for _ in range(2):
+        out = flash_mla_with_kvcache(**args, topk_length=lens)
+        close(out, sparse_decode_ref(
+            args["q"], args["k_cache"], args["indices"], sm_scale=512**-0.5, topk_length=lens))  # fmt: skip
+        lens.copy_(lens.flip(0).clone())
+    args = dense((40, 3))
+    args["cache_seqlens"].copy_(torch.tensor([1, 60]))
+    want = dense_decode_ref(args["q"], args["k_cache"], args["block_table"], args["cache_seqlens"], sm_scale=576**-0.5)
+    close(flash_mla_with_kvcache(**args), want)
+
+
+def test_what_a_sched_meta_was_used_for():
+    args = sparse()
+    meta = args["tile_scheduler_metadata"]
+    assert get_mla_metadata() == (FlashMLASchedMeta(), None) and meta is not get_mla_metadata()[0]
+    flash_mla_with_kvcache(**args)
+    assert meta.have_initialized
+    assert meta.config == FlashMLASchedMeta.Config(2, 1, 4, 4, 1, False, True, 8, None, None)
+    # nothing that a schedule could be stale in
+    assert meta.tile_scheduler_metadata is None and meta.num_splits is None
+    flash_mla_with_kvcache(**args)
+
+
+@pytest.mark.parametrize(
+    "field, change",
+    [
+        ("b", lambda: sparse(batch=3)),
+        ("s_q", lambda: sparse(queries=2)),
+        ("h_q", lambda: sparse(heads=5)),
+        ("page_block_size", lambda: sparse(page=8)),
+        ("topk", lambda: sparse(topk=9)),
+        ("extra_page_block_size", lambda: sparse() | extra(page=4)),
+        ("extra_topk", lambda: sparse() | extra(topk=5)),
+        ("is_fp8_kvcache", lambda: dense((1, 2), page=4) | {"is_fp8_kvcache": False}),
+        ("causal", None),
+        ("h_k", None),
+    ],
+)
+def test_a_sched_meta_of_another_call(field, change):
+    args = sparse() | (extra() if field.startswith("extra") else {})
+    meta = args["tile_scheduler_metadata"]
+    flash_mla_with_kvcache(**args)
+    if change is None:  # what no call of ours gets as far as
+        setattr(meta.config, field, {"causal": True, "h_k": 2}[field])
+        other = args
+    else:
+        other = change() | {"tile_scheduler_metadata": meta, "num_splits": None, "causal": False}
+    with pytest.raises(MetadataMismatch, match=f"tile_scheduler_metadata: made for {field} ") as raised:
+        flash_mla_with_kvcache(**other)
+    assert isinstance(raised.value, AssertionError) and isinstance(raised.value, ValueError)
+
+
+def extra(topk=3, page=2):
+    second = sparse(topk=topk, page=page)
+    return {"extra_k_cache": second["k_cache"], "extra_indices_in_kvcache": second["indices"]}
+
+
+def test_a_hosts_own_class():
+    """It keeps its identity, is given a Config of its own, and nothing is recorded by a call that was refused."""
+
+    class FlashMLASchedMeta:
+        def __init__(self):
+            self.have_initialized, self.config, self.tile_scheduler_metadata = False, None, None
+
+        class Config(SimpleNamespace):
+            pass
+
+    meta = FlashMLASchedMeta()
+    args = sparse() | {"tile_scheduler_metadata": meta}
+    with pytest.raises(ValueError, match="indices"):
+        flash_mla_with_kvcache(**args | {"indices": args["indices"].long()})
+    assert not meta.have_initialized
+    flash_mla_with_kvcache(**args)
+    assert type(meta.config) is FlashMLASchedMeta.Config and meta.config.topk == 8 and meta.config.h_q == 4
+
+
+def test_nothing_to_do():
+    args = sparse(topk=0)
+    out, lse = flash_mla_with_kvcache(**args)
+    assert (out == 0).all() and (lse == math.inf).all()
+    args = sparse()
+    args |= {"q": args["q"][:0], "indices": args["indices"][:0]}
+    assert flash_mla_with_kvcache(**args)[0].shape == (0, 1, 4, 512)
+    args = dense((0, 0))
+    out, lse = flash_mla_with_kvcache(**args | {"k_cache": torch.zeros(1, 64, 1, 576, device=DEVICE, dtype=HALF)})
+    assert (out == 0).all() and (lse == math.inf).all()
+
+
+@pytest.mark.parametrize(
+    "call, changes, message",
+    [
+        (sparse, {"kv_format": "V41"}, "kv_format: V41, expected None"),
+        (sparse, {"use_legacy": False}, "use_legacy: False, expected True"),
+        (sparse, {"k_cache": torch.zeros(2, 4, 1, 528, dtype=torch.uint8)}, "k_cache: 528 bytes a token"),
+        (sparse, {"head_dim_v": 128}, "head_dim_v: 128, expected 512"),
+        (sparse, {"q": torch.zeros(2, 4, 512)}, r"q: shape \(2, 4, 512\), expected 4 dimensions"),
+        (sparse, {"num_splits": torch.zeros(3)}, "num_splits: given, expected None beside a FlashMLASchedMeta"),
+        (sparse, {"causal": True}, "causal: True, expected False beside indices"),
+        (sparse, {"is_fp8_kvcache": False}, "is_fp8_kvcache: False, expected True beside indices"),
+        (sparse, {"descale_k": torch.ones(1)}, "descale_q, descale_k: given"),
+        (sparse, {"tile_scheduler_metadata": 3}, "tile_scheduler_metadata: int, expected"),
+        (lambda: tensors(sparse()), {"num_splits": None}, "num_splits: None, expected a tensor beside tensor"),
+        (lambda: tensors(sparse()), {"block_table": None}, "block_table: None"),
+        (lambda: tensors(sparse()), {"attn_sink": torch.zeros(4)}, "attn_sink: given, expected None beside tensor"),
+        (lambda: tensors(sparse()), {"topk_length": torch.zeros(2)}, "topk_length: given"),
+        (dense, {"cache_seqlens": None}, "cache_seqlens: None"),
+        (dense, {"descale_q": torch.ones(1)}, "descale_k: None, expected both descales or neither"),
+        (
+            dense,
+            {"tile_scheduler_metadata": FlashMLASchedMeta(), "num_splits": None, "topk_length": torch.zeros(2)},
+            "topk_length: given, expected None without indices",
+        ),
+    ],
+)
+def test_misuse(call, changes, message):
+    with pytest.raises(ValueError, match=message):
+        flash_mla_with_kvcache(**call() | changes)
+
+
+def test_tensors_have_flash_mlas_shapes(monkeypatch):
+    """132 multiprocessors: as measured of FlashMLA for 64 and 128 heads, one and two queries."""
+    monkeypatch.setattr(flash_mla.gpu, "sm_count", lambda index: 132)
+    lens = torch.ones(5, dtype=torch.int32)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+
+    def parts(tokens, heads=None, topk=None):
+        schedule, splits = get_mla_metadata(lens, tokens, 1, heads, topk is not None, topk)
+        assert schedule.dtype == splits.dtype == torch.int32 and schedule.shape[1] == 8 and splits.shape == (6,)
+        return schedule.shape[0]
+
+    assert [parts(64), parts(128), parts(16), parts(65), parts(64 * 200)] == [132, 66, 132, 66, 1]
+    assert [parts(64, 64, 512), parts(128, 64, 512), parts(128, 128, 512), parts(256, 128, 512)] == [132, 66, 66, 33]
+    with pytest.raises(ValueError, match="num_heads_k: None"):
+        get_mla_metadata(lens, 64)
+    with pytest.raises(ValueError, match=r"cache_seqlens: torch.float32"):
+        get_mla_metadata(lens.float(), 64, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+def test_the_life_of_a_graph():
+    """As DeepSeek V4's backend does it: an empty FlashMLASchedMeta again after the run before capture."""
+    args = sparse(heads=64, topk=128, page=64, batch=8)
+    lens = torch.ones(8, dtype=torch.int32, device=DEVICE)
+    flash_mla_with_kvcache(**args, topk_length=lens)
+    args["tile_scheduler_metadata"] = get_mla_metadata()[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flash_mla_with_kvcache(**args, topk_length=lens)
+    for _ in range(3):
+        lens.copy_(torch.randint(0, 129, (8,)))
+        graph.replay()
+        want = sparse_decode_ref(args["q"], args["k_cache"], args["indices"], sm_scale=512**-0.5, topk_length=lens)
+        close((out, lse), want)
+
+
+def flash_mla_of_the_host():
+    """FlashMLA's own wrappers, of whichever package has the newer API here."""
+    for name in ("flash_mla", "sgl_kernel.flash_mla"):
+        try:
+            module = importlib.import_module(name)
+        except Exception:
+            continue
+        if hasattr(module, "FlashMLASchedMeta") or hasattr(
+            sys.modules.get(f"{name}.flash_mla_interface"), "FlashMLASchedMeta"
+        ):
+            return module
+    return pytest.skip("no FlashMLA with the newer API is installed")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("layout", [V32, V4], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_beside_flash_mla(layout, heads, queries):
+    theirs = flash_mla_of_the_host()
+    args = sparse(layout, batch=5, heads=heads, topk=128, page=64, queries=queries, pages=40)
+    args["attn_sink"] = torch.randn(heads, device=DEVICE)
+    args["indices"][0] = -1
+    args["indices"][1, :, 5:60] = -1
+    if layout is V4:
+        second = sparse(layout, batch=5, heads=heads, topk=64, page=64, queries=queries, pages=40)
+        args |= {"extra_k_cache": second["k_cache"], "extra_indices_in_kvcache": second["indices"]}
+        args |= {"topk_length": torch.tensor([128, 128, 0, 64, 1], device=DEVICE).int()}
+        args |= {"extra_topk_length": torch.tensor([0, 64, 0, 1, 64], device=DEVICE).int()}
+    out, lse = flash_mla_with_kvcache(**args)
+    meta = theirs.get_mla_metadata()[0]
+    other = {name: args[name].view(torch.float8_e4m3fn) for name in ("k_cache", "extra_k_cache") if name in args}
+    want, want_lse = theirs.flash_mla_with_kvcache(**args | other | {"tile_scheduler_metadata": meta})
+    # infinities in the same places; theirs rounds V3.2's scales to bfloat16, and every weight
+    torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=5e-3)
+    assert (out.double() - want.double()).norm() <= 8e-3 * want.double().norm()
+    assert (out[0] == 0).all() == (want[0] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("queries", [1, 2])
+def test_dense_beside_flash_mla(queries):
+    theirs = flash_mla_of_the_host()
+    args = dense((4000, 1), heads=20, queries=queries, dtype=torch.bfloat16)
+    args |= {"tile_scheduler_metadata": get_mla_metadata()[0], "num_splits": None}
+    out, lse = flash_mla_with_kvcache(**args)
+    want, want_lse = theirs.flash_mla_with_kvcache(**args | {"tile_scheduler_metadata": theirs.get_mla_metadata()[0]})
+    torch.testing.assert_close(lse, want_lse, rtol=8 / 65536, atol=1e-3)
+    assert (out.double() - want.double()).norm() <= 4e-3 * want.double().norm()
