@@ -23,6 +23,9 @@ The keys of all requests, in tiles, are one line of work that is cut into equal 
 its requests on the device, so a captured graph stays right when lengths change. A request that one program has to
 itself is written at once; the others leave at most two partials per program, which a second kernel merges: the programs
 that shared a long request share the work of merging it, too.
+
+On sm_90, calls with 17 heads and more, 16-byte rows and no float32 go to the Gluon kernel of
+`mla_patch.kernels.decode_sm90`.
 """
 
 from __future__ import annotations
@@ -590,9 +593,9 @@ def mla_decode(
     """Attend from every request's query to its cached rows; see the module for shapes and the formula.
 
     ``q``, ``kv`` and ``out`` may be strided but for their last dimension. A request of no rows gets zeros; no requests
-    launch nothing. Two launches on the current stream, no sync; the scratch (17 MB, whatever the lengths) is allocated
-    at a device's and stream's first call and kept, so later calls, and replays of a captured graph, allocate nothing.
-    Equal inputs give equal outputs. ``config`` replaces the launch numbers of `decode_config`. Returns ``out``.
+    launch nothing. Two launches on the current stream, no sync; the scratch (17 MB at 16 heads, whatever the lengths)
+    is allocated at a device's and stream's first call and kept, so later calls, and a captured graph's replays, allocate
+    nothing. Equal inputs, equal outputs. ``config`` replaces the launch numbers of `decode_config`. Returns ``out``.
 
     Raises:
         ValueError: a tensor's shape, type, device or layout, or a scale that is not finite and positive. Values in

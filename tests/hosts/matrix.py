@@ -65,7 +65,7 @@ def rows(seen: dict) -> list[str]:
     lines = []
     for row in seen["features"]:
         if row["name"] in ("tokenspeed", "sched_meta"):
-            continue  # one has a table of its own; FlashMLA is no part of these runs, tests/hosts/test_flash_mla.py has it
+            continue  # one has a table of its own, the other a run of its own (test_flash_mla.py)
         state = f"{row['state']} ({row['reason']})" if row["reason"] else row["state"]
         methods = "; ".join(f"{backend} {', '.join(names)}" for backend, names in served.items())
         cells = (holders, methods, faults)
