@@ -594,7 +594,7 @@ def mla_decode(
 
     ``q``, ``kv`` and ``out`` may be strided but for their last dimension. A request of no rows gets zeros; no requests
     launch nothing. Two launches on the current stream, no sync; the scratch (17 MB at 16 heads, whatever the lengths)
-    is allocated at a device's and stream's first call and kept, so later calls, and a captured graph's replays, allocate
+    is allocated at a device's and stream's first call and kept: later calls, and a captured graph's replays, allocate
     nothing. Equal inputs, equal outputs. ``config`` replaces the launch numbers of `decode_config`. Returns ``out``.
 
     Raises:
