@@ -526,7 +526,7 @@ def watch_scales(module: ModuleType) -> Undo:
 class Capacity:
     """What a backend can be asked to decode, as far as it is known when it has been built."""
 
-    __slots__ = ("cache_dtype", "device", "dtype", "heads", "max_batch")
+    __slots__ = ("cache_dtype", "device", "dtype", "heads", "max_batch", "splits")
 
     def __init__(self, backend: Any, runner: Any, cache_dtype: Any) -> None:
         self.device = runner.device
@@ -535,6 +535,8 @@ class Capacity:
         self.cache_dtype = cache_dtype
         # the running requests at most, times the drafts of each where there are several
         self.max_batch = backend.kv_indptr.numel() - 1
+        # decode context parallelism reads its scratch: how many splits that has, else 0; its heads are of all ranks
+        self.splits = backend.max_kv_splits if getattr(backend, "dcp_size", 1) > 1 else 0
 
 
 def decode_capacity(backend: Any, runner: Any) -> Capacity | None:

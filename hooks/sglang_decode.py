@@ -134,10 +134,13 @@ def warm(capacity: Capacity) -> int:
     """
     import torch
 
-    from mla_patch.kernels import decode, kv_indices
+    from mla_patch.kernels import decode, decode_splits, kv_indices
 
     device = gpu.from_tensor(torch.empty(0, device=capacity.device))
     if capacity.heads == 1 or (device is not None and hardware(device) is not None):
         return 0  # its calls are declined
     c = capacity
-    return kv_indices.warmup(c.device, ()) + decode.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch)
+    ids = kv_indices.warmup(c.device, ())
+    if c.splits:
+        return ids + decode_splits.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.splits)
+    return ids + decode.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch)

@@ -429,6 +429,64 @@ def test_launch_numbers_are_those_that_were_measured():
     assert merge_config(1)["SLICES"] == 16 and merge_config(128)["SLICES"] == 0
 
 
+class Launches:
+    """A kernel that notes what it is launched with."""
+
+    def __init__(self, name, seen):
+        self.name, self.seen = name, seen
+
+    def __getitem__(self, grid):
+        return lambda *args, **numbers: self.seen.append((self.name, grid, args, numbers))
+
+
+@pytest.mark.parametrize(
+    ("heads", "cache", "change", "name", "grid"),
+    [
+        (16, None, "", "decode", (132, 1)),
+        (17, None, "", "wide", (132, 1)),
+        (64, E4M3, "", "wide", (132, 1)),
+        (65, E5M2, "", "wide", (66, 2)),
+        (128, None, "float32", "decode", (33, 4)),
+        (128, None, "row", "decode", (33, 4)),
+        (128, E4M3, "row", "decode", (33, 8)),
+        (128, E4M3, "place", "decode", (33, 8)),
+        (128, None, "config", "decode", (33, 4)),
+        (128, None, "scale", "decode", (33, 4)),
+        (128, None, "sm_100", "decode", (16, 8)),
+        (128, None, "no Gluon", "decode", (33, 4)),
+    ],
+)
+def test_which_kernel_has_a_call(heads, cache, change, name, grid, monkeypatch):
+    """decode_sm90 takes more heads than 16, with rows that can be copied 16 bytes at a time; else the portable one."""
+    seen = []
+    monkeypatch.setattr(module, "_INTERPRETED", False)
+    monkeypatch.setattr(module, "_check", lambda q, kv, out, sinks: module._EIGHT_BIT.get(kv.dtype, module.DIRECT))
+    monkeypatch.setattr(module, "_wide", lambda: (Launches("wide", seen), 5))
+    monkeypatch.setattr(module, "_decode_kernel", Launches("decode", seen))
+    monkeypatch.setattr(module, "_merge_kernel", Launches("merge", seen))
+    monkeypatch.setattr(module, "HAS_GLUON", change != "no Gluon")
+    monkeypatch.setattr(module, "_scratches", {})
+    monkeypatch.setattr(module.gpu, "elsewhere", lambda q: False)
+    monkeypatch.setattr(module.gpu, "capability", lambda index: (10, 0) if change == "sm_100" else (9, 0))
+    monkeypatch.setattr(module.gpu, "sm_count", lambda index: 132)
+    pad = {"row": 8, "place": 0}.get(change, 0)
+    dtype = torch.float16
+    kv = torch.zeros(40 * (576 + pad) + 16, dtype=torch.float16).to(cache or dtype)
+    kv = kv[8 if change == "place" else 0 :].as_strided((40, 1, 576), (576 + pad, 576 + pad, 1))
+    q = torch.zeros(2, heads, 576, dtype=torch.float32 if change == "float32" else dtype)
+    out = torch.zeros(2, heads, 512, dtype=dtype)
+    indptr, ids = torch.tensor([0, 30, 33], dtype=torch.int32), torch.zeros(33, dtype=torch.int64)
+    config = {"BLOCK_H": 32, "BLOCK_N": 16, "STAGES": 1, "PER_SM": 1, "num_warps": 4} if change == "config" else None
+    mla_decode(q, kv, out, indptr, ids, sm_scale=-1.0 if change == "scale" else 1.0, config=config)
+    (kernel, launched, args, numbers), merge = seen
+    assert (kernel, launched) == (name, grid) and merge[0] == "merge"
+    given = args[1]
+    if name == "wide":
+        assert given.dtype is (torch.int32 if cache else dtype) and numbers["KEY"] == 5
+        assert args[18] == given.stride(0) and numbers["E5M2"] == (cache is E5M2)
+    assert args[6].dtype is (torch.float16 if cache else torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
 @pytest.mark.parametrize("cache", [None, E4M3, E5M2], ids=str)

@@ -22,7 +22,7 @@ from mla_patch.compat.compiles import Compiles
 from mla_patch.compat.types import Gpu
 from mla_patch.features import Counts
 from mla_patch.hooks import sglang_decode
-from mla_patch.kernels import decode, kv_indices
+from mla_patch.kernels import decode, decode_splits, kv_indices
 
 TESTS = Path(__file__).resolve().parent
 
@@ -44,7 +44,7 @@ sys.path.insert(0, TESTS)
 import fake_chip
 import itertools, torch
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.kernels import decode, kv_indices
+from mla_patch.kernels import decode, decode_splits, kv_indices
 fake_chip.install()
 
 place = torch.zeros(300, 128, 576, dtype=torch.bfloat16)
@@ -114,9 +114,29 @@ print(decode._scratches)
 serve(16, torch.bfloat16, torch.bfloat16, 8)
 before = dict(decode._scratches)
 decode.warmup("cpu", 128, torch.bfloat16, torch.bfloat16, 5000)
-print(before and decode._scratches == before)
+print(before and decode._scratches == before, decode._outgrown)
+serve(128, torch.bfloat16, torch.bfloat16, 8)
+print(len(decode._outgrown), decode._outgrown[0] is list(before.values())[0])
 """
-    assert in_a_fake_chip(code) == ["{}", "True"]
+    assert in_a_fake_chip(code) == ["{}", "True []", "1 True"]
+
+
+def test_splits_compile_nothing_more() -> None:
+    code = """
+from mla_patch.kernels import decode_splits
+half, fp8 = torch.bfloat16, torch.float8_e4m3fn
+COMPILES.has_served = lambda: True
+for cache in (half, fp8):
+    compiled = decode_splits.warmup("cpu", 32, half, cache, 16)
+    for batch in (1, 2, 16, 100):
+        logits, lse = torch.zeros(batch, 32, 16, 512), torch.zeros(batch, 32, 16)
+        q, kv = place[:batch, :32], torch.zeros(48, 1, 576).to(cache)
+        counts = torch.ones(batch, dtype=torch.int32)
+        given = q, kv, torch.zeros(batch, 32, 512), starts[: batch + 1], ids, logits, lse, counts
+        decode_splits.mla_decode_splits(*given, sm_scale=0.1)
+    print(compiled, COMPILES.serving)
+"""
+    assert in_a_fake_chip(code) == ["2 0", "1 0"]
 
 
 def test_the_index_builders_compile_nothing_more() -> None:
@@ -188,6 +208,7 @@ def warmed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return lambda *args: calls.append((kernel, *args)) or compiled
 
     monkeypatch.setattr(decode, "warmup", note("decode", 10))
+    monkeypatch.setattr(decode_splits, "warmup", note("decode_splits", 2))
     monkeypatch.setattr(kv_indices, "warmup", note("kv_indices", 4))
     return calls
 
@@ -220,6 +241,12 @@ def test_a_cache_that_is_not_ours_warms_nothing(
     sglang.warm_decode(backend)
     backend.TritonAttnBackend(runner(token_to_kv_pool=pool))
     assert not warmed and not caplog.records
+
+
+def test_decode_context_parallelism_is_warmed_for_its_splits(warmed: list[tuple[Any, ...]]) -> None:
+    ranks = SimpleNamespace(num_head=32, kv_indptr=torch.zeros(5), dcp_size=2, max_kv_splits=16)
+    assert sglang_decode.warm(sglang.Capacity(ranks, runner(), torch.float16)) == 6
+    assert warmed[1:] == [("decode_splits", "cpu", 32, torch.float16, torch.float16, 16)]
 
 
 def test_one_head_is_declined_and_not_warmed(warmed: list[tuple[Any, ...]]) -> None:

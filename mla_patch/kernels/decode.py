@@ -957,7 +957,7 @@ def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dty
     q = torch.zeros(1, heads, 576, dtype=dtype, device=device)
     if not q.is_cuda and not _INTERPRETED:
         return 0
-    before, scratches = COMPILES.total, dict(_scratches)
+    before, scratches, outgrown = COMPILES.total, dict(_scratches), len(_outgrown)
     out = torch.empty(1, heads, 512, dtype=dtype, device=device)
     kv = torch.zeros(1, 1, 576, dtype=dtype, device=device).to(cache_dtype)
     ids = torch.zeros(1, dtype=torch.int64, device=device)
@@ -973,4 +973,5 @@ def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dty
         # a captured graph may hold what was there before
         _scratches.clear()
         _scratches.update(scratches)
+        del _outgrown[outgrown:]
     return COMPILES.total - before

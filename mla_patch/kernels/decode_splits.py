@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from mla_patch.compat import gpu
-from mla_patch.compat.triton import TARGETS, CompileCase
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.compat.triton import TARGETS, CompileCase, watch_compiles
 from mla_patch.kernels.decode import (
     _INTERPRETED,
     DIRECT,
@@ -317,3 +318,30 @@ def _check_scratch(
     if not num_kv_splits.is_contiguous():
         raise ValueError(f"num_kv_splits: stride {num_kv_splits.stride(0)}, expected 1")
     _check_device("num_kv_splits", num_kv_splits, q)
+
+
+watch_compiles(_splits_kernel, _merge_splits_kernel)
+
+
+def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, splits: int) -> int:
+    """Compile what `mla_decode_splits` can reach with ``splits`` places in the scratch; how many kernels that took.
+
+    One launch over an empty request, as SGLang calls: int64 token ids, a float32 output, no sinks, cap or temperature.
+    The number of requests is no parameter of these kernels. Nothing to do on a CPU.
+
+    Raises:
+        ValueError: heads or types that `mla_decode_splits` does not take.
+    """
+    q = torch.zeros(1, heads, 576, dtype=dtype, device=device)
+    if not q.is_cuda and not _INTERPRETED:
+        return 0
+    before = COMPILES.total
+    logits = torch.empty(1, heads, splits, 512, device=device)
+    kv = torch.zeros(1, 1, 576, dtype=dtype, device=device).to(cache_dtype)
+    indptr, counts = torch.zeros(2, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    with COMPILES.warming():
+        mla_decode_splits(
+            q, kv, logits[:, :, 0].clone(), indptr, ids, logits, logits[..., 0].clone(), counts, sm_scale=1.0
+        )
+    return COMPILES.total - before
