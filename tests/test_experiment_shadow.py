@@ -278,6 +278,13 @@ def test_a_capture_is_not_disturbed(ring: Ring) -> None:
     assert device.copies == 1
 
 
+def test_results_land_on_the_cpu_whatever_the_default_device_is(ring: Ring) -> None:
+    """Pinned memory is the CPU's: under a default device of CUDA, as engines load models, torch would refuse it."""
+    with torch.device("meta"):
+        drain = Drain(ring, "decode")
+    assert {tensor.device.type for tensor in drain._host} == {"cpu"}
+
+
 def test_the_rings_size() -> None:
     """What is copied each time; docs state it."""
     assert Ring("cpu").rows.numel() * 8 < 64 << 10

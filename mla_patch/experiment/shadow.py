@@ -102,7 +102,7 @@ class Drain:
         self.problem = ""
         cuda = ring.rows.is_cuda
         self._host = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+            torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=cuda)
             for tensor in (ring.count, ring.rows, ring.count)
         ]
         self._stream = torch.cuda.Stream(ring.rows.device) if cuda else None
