@@ -49,8 +49,8 @@ CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
         lambda: test_decode_splits.Splits([40, 3], 2, 2).check(),
     ),
     "dequantize": (dequantize, ["_dequantize_kernel"], paged_tokens),
-    "combine": (prefill_indices, ["_combine_kernel"], lambda: test_prefill_indices.test_no_compressed_tokens()),
-    "swa ids": (prefill_indices, ["_swa_kernel"], lambda: test_prefill_indices.test_golden_windows()),
+    "combine": (prefill_indices, ["_combine_kernel"], lambda: test_prefill_indices.Chunk([9], [2], 4, 4, 4).check()),
+    "swa ids": (prefill_indices, ["_swa_kernel"], test_prefill_indices.test_golden_windows),
     "token ids": (kv_indices, ["_kv_indices_kernel"], token_indices),
 }
 
