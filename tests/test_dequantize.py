@@ -141,31 +141,32 @@ def test_no_slot_no_launch(page_size, monkeypatch):
     assert dequantize_k_cache_paged_ref(random_cache(page_size, 64), none, page_size).shape == got.shape
 
 
-BYTES = torch.zeros(2, 74880, dtype=torch.uint8)
-SLOTS = torch.zeros(3, dtype=torch.int64)
-
-
 @pytest.mark.parametrize(
-    "args, message",
+    "args_of, message",
     [
         (
-            (BYTES, SLOTS),
+            lambda b, n: (b, n),
             r"cache: torch.uint8, shape \(2, 74880\), .*expected \[..., 656\], contiguous, or a page_size",
         ),
-        ((BYTES[:, :1312].view(2, 2, 656), SLOTS), r"cache: .*strides \(74880, 656, 1\), expected \[..., 656\]"),
-        ((BYTES, SLOTS, 0), "page_size: 0, expected 1 or more"),
-        ((BYTES, SLOTS, 256), "cache: 74880 bytes a page, expected 149760 for a page_size of 256"),
-        ((BYTES[:, ::2], SLOTS, 64), r"cache: .*expected \[pages, bytes of a page\]"),
-        ((BYTES[None], SLOTS, 64), r"cache: torch.uint8, shape \(1, 2, 74880\)"),
-        ((BYTES, SLOTS.float(), 128), "slots: torch.float32"),
-        ((BYTES, SLOTS, 128, torch.zeros(3, 512)), r"out: shape \(3, 512\), expected \(3, 1, 512\)"),
-        ((BYTES, SLOTS, 128, torch.zeros(3, 1, 576)), r"out: shape \(3, 1, 576\), expected \(3, 1, 512\)"),
-        ((BYTES, SLOTS, 128, torch.zeros(3, 1, 512)), "out: torch.float32"),
+        (lambda b, n: (b[:, :1312].view(2, 2, 656), n), r"cache: .*strides \(74880, 656, 1\), expected \[..., 656\]"),
+        (lambda b, n: (b, n, 0), "page_size: 0, expected 1 or more"),
+        (lambda b, n: (b, n, 256), "cache: 74880 bytes a page, expected 149760 for a page_size of 256"),
+        (lambda b, n: (b[:, ::2], n, 64), r"cache: .*expected \[pages, bytes of a page\]"),
+        (lambda b, n: (b[None], n, 64), r"cache: torch.uint8, shape \(1, 2, 74880\)"),
+        (lambda b, n: (b, n.float(), 128), "slots: torch.float32"),
+        (lambda b, n: (b, n, 128, torch.zeros(3, 512)), r"out: shape \(3, 512\), expected \(3, 1, 512\)"),
+        (lambda b, n: (b, n, 128, torch.zeros(3, 1, 576)), r"out: shape \(3, 1, 576\), expected \(3, 1, 512\)"),
+        (lambda b, n: (b, n, 128, torch.zeros(3, 1, 512)), "out: torch.float32"),
     ],
 )
-def test_misuse(args, message):
+def test_misuse(args_of, message):
+    pool, slots = (
+        torch.zeros(2, 74880, dtype=torch.uint8, device=DEVICE),
+        torch.zeros(3, dtype=torch.int64, device=DEVICE),
+    )
+    args = args_of(pool, slots)
     with pytest.raises(ValueError, match=message):
-        dequantize_k_cache_paged(*(arg.to(DEVICE) if isinstance(arg, torch.Tensor) else arg for arg in args))
+        dequantize_k_cache_paged(*args)
 
 
 @pytest.mark.gpu

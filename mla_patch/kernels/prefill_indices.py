@@ -336,12 +336,13 @@ def combine_topk_swa_indices_ref(
     queries = len(topk_indices)
     indices, lens = [[-1] * width for _ in range(queries)], [0] * queries
     starts = [start - int(query_start_loc[0]) for start in query_start_loc.tolist()]
-    for r, (seq, gather) in enumerate(zip(seq_lens.tolist(), gather_lens.tolist(), strict=True)):
+    numbers = (tensor.tolist() for tensor in (seq_lens, gather_lens, compressed_base, swa_base))
+    for r, (seq, gather, base, swa) in enumerate(zip(*numbers, strict=True)):
         for t in range(starts[r], min(starts[r + 1], queries)):
             pos = seq - (starts[r + 1] - t) if query_pos is None else int(query_pos[t])
             compressed, recent = min((pos + 1) // compress_ratio, topk), min(pos + 1, window_size)
-            row = [v + int(compressed_base[r]) if v >= 0 else -1 for v in topk_indices[t, :compressed].tolist()]
-            row += [int(swa_base[r]) + pos - recent + 1 - (seq - gather) + i for i in range(recent)]
+            row = [v + base if v >= 0 else -1 for v in topk_indices[t, :compressed].tolist()]
+            row += [swa + pos - recent + 1 - (seq - gather) + i for i in range(recent)]
             indices[t][: len(row)] = [found if found < 2**31 else -1 for found in row]
             lens[t] = compressed + recent
     return indices, lens
