@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import test_decode
 import test_decode_splits
+import test_prefill_indices
 import torch
 
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import decode, decode_splits, kv_indices
+from mla_patch.kernels import decode, decode_splits, dequantize, kv_indices, prefill_indices
 
 
 def tensor(index: int | None) -> Any:
@@ -34,6 +35,11 @@ def token_indices() -> None:
     assert out.tolist() == [20, 21, 22, *range(20)]
 
 
+def paged_tokens() -> None:
+    slots = torch.tensor([2, 0], dtype=torch.int32)
+    assert not dequantize.dequantize_k_cache_paged(torch.zeros(3, 1, 656, dtype=torch.uint8), slots).any()
+
+
 CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
     "decode": (decode, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Case([40, 3], 2).check()),
     "pages": (decode, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Paged([40, 3], 2, 16).check()),
@@ -42,6 +48,9 @@ CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
         ["_splits_kernel", "_merge_splits_kernel"],
         lambda: test_decode_splits.Splits([40, 3], 2, 2).check(),
     ),
+    "dequantize": (dequantize, ["_dequantize_kernel"], paged_tokens),
+    "combine": (prefill_indices, ["_combine_kernel"], lambda: test_prefill_indices.Chunk([9], [2], 4, 4, 4).check()),
+    "swa ids": (prefill_indices, ["_swa_kernel"], test_prefill_indices.test_golden_windows),
     "token ids": (kv_indices, ["_kv_indices_kernel"], token_indices),
 }
 

@@ -8,13 +8,15 @@ Bit for bit what SGLang's own kernels read. The values are decoded by integer ar
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.layouts import V4, V32, Pages, pages_of
+from mla_patch.kernels.layouts import LAYOUTS, V4, V32, Pages, pages_of
 
 _INTERPRETED = interpreted()
 
@@ -100,12 +102,72 @@ def dequantize(cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | Non
     return out
 
 
+def dequantize_k_cache_paged(
+    cache: torch.Tensor, slots: torch.Tensor, page_size: int | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`dequantize` for caches as SGLang holds them: [n, 1, 576 or 512] of the tokens in ``slots``, in their order.
+
+        V4      page_size given; cache [pages, bytes of a page], of any type: its bytes count
+        V3.2    page_size None; cache [..., 656], tokens one after the other
+
+    ``out`` may be a slice of a workspace: its rows may lie apart. Nothing else of it is written, and no launch is made
+    for no slot.
+
+    Raises:
+        ValueError: a cache of another shape or layout, a page size that it cannot have, slots or out as `dequantize`.
+    """
+    found = f"{cache.dtype}, shape {tuple(cache.shape)}, strides {cache.stride()}"
+    if page_size is None:
+        if not cache.shape or cache.shape[-1] != V32.bytes or not cache.is_contiguous():
+            raise ValueError(f"cache: {found}, expected [..., {V32.bytes}], contiguous, or a page_size for V4's")
+        cache = cache.view(cache.numel() // V32.bytes, 1, V32.bytes)
+    else:
+        if page_size < 1:
+            raise ValueError(f"page_size: {page_size}, expected 1 or more")
+        if cache.dim() != 2 or cache.stride(1) != 1:
+            raise ValueError(f"cache: {found}, expected [pages, bytes of a page], pages contiguous")
+        cache, used = cache.view(torch.uint8), page_size * V4.bytes
+        if cache.shape[1] < used:
+            least = V4.page_bytes(page_size)
+            raise ValueError(f"cache: {cache.shape[1]} bytes a page, expected {least} for a page_size of {page_size}")
+        cache = cache[:, :used].view(len(cache), page_size, 1, V4.bytes)
+    if out is not None:
+        shape = (slots.numel(), 1, LAYOUTS[cache.shape[-1]].width)
+        if out.shape != shape:
+            raise ValueError(f"out: shape {tuple(out.shape)}, expected {shape}")
+        out = out[:, 0]
+    return dequantize(cache, slots, out)[:, None]
+
+
 def dequantize_ref(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """The definition in float64, before the rounding: [n, 576 or 512]. Slots must be in the cache."""
     pages = pages_of("cache", cache)
     values, scales, rope = gather(pages, slots.long())
     tiles = values.double().view(-1, pages.layout.tiles, pages.layout.tile)
     return torch.cat([(tiles * scales.double()[..., None]).flatten(1), rope.double()], 1)
+
+
+def dequantize_k_cache_paged_ref(
+    cache: torch.Tensor, slots: torch.Tensor, page_size: int | None = None
+) -> torch.Tensor:
+    """The definition of `dequantize_k_cache_paged`, byte by byte, on the CPU. Slots must be in the cache."""
+    raw = cache.cpu().view(torch.uint8).flatten()
+    tokens = []
+    for slot in slots.tolist():
+        if page_size is None:
+            at = slot * 656
+            values, rope, tile = raw[at : at + 512], raw[at + 528 : at + 656], 128
+            scales = raw[at + 512 : at + 528].clone().view(torch.float32).tolist()
+        else:
+            page = slot // page_size * (raw.numel() // cache.shape[0])
+            at, scale_at = page + slot % page_size * 576, page + page_size * 576 + slot % page_size * 8
+            values, rope, tile = raw[at : at + 448], raw[at + 448 : at + 576], 64
+            codes = raw[scale_at : scale_at + 7].tolist()
+            scales = [0.0 if code == 0 else math.inf if code == 255 else 2.0 ** (code - 127) for code in codes]
+        nope = values.view(torch.float8_e4m3fn).float().view(-1, tile) * torch.tensor(scales)[:, None]
+        tokens.append(torch.cat([nope.bfloat16().flatten(), rope.clone().view(torch.bfloat16)]))
+    width = V32.width if page_size is None else V4.width
+    return torch.stack(tokens)[:, None] if tokens else torch.empty(0, 1, width, dtype=torch.bfloat16)
 
 
 def gather(pages: Pages, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,13 +191,13 @@ def gather(pages: Pages, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def compile_cases(every: bool = False) -> list[CompileCase]:
     """Both layouts; page sizes differ by a constant alone."""
     cases = []
-    for v4 in (False, True):
+    for v4, page in ((False, 1), (False, 64), (True, 64)):
         signature = {"out": "*i16", "slots": "*i64" if v4 else "*i32", "values": "*u8", "rope": "*i16"}
         signature |= {"scales": "*u8" if v4 else "*fp32", "slots_end": "i64" if v4 else "i32"}
         signature |= {"page_chunks": "i32", "out_stride": "i32"}
         divisible = ("values", "rope", "scales", "out_stride")
-        name = f"dequantize {'V4' if v4 else 'V3.2'}"
-        cases.append(CompileCase(name, _dequantize_kernel, signature, {"PAGE": 64, "V4": v4}, divisible))
+        name = f"dequantize {'V4' if v4 else 'V3.2'} {page}"
+        cases.append(CompileCase(name, _dequantize_kernel, signature, {"PAGE": page, "V4": v4}, divisible))
     return cases
 
 
