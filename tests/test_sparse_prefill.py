@@ -75,7 +75,7 @@ def test_indices(width, topk, holes):
 
 @WIDTHS
 def test_a_hole_is_no_neighbour(width):
-    """All keys of a query at the end of its list, behind holes of every kind; row 0 is NaN, which -1 must not become."""
+    """All keys of a query at the end of its list, behind holes of every kind; row 0 is NaN, and -1 is not row 0."""
     case = Case(width, topk=100)
     case.kv[0] = math.nan
     case.written = case.written[case.written > 0]
