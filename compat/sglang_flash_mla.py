@@ -11,8 +11,8 @@
     flash_mla_with_kvcache  older: to `indices`; newer: num_splits=None, attn_sink, extra_k_cache,
                             extra_indices_in_kvcache, topk_length, extra_topk_length; then kv_format; then use_legacy.
                             The flash_mla package has no descale_q and descale_k
-    flash_mla_sparse_fwd    older: to `d_v`; newer: attn_sink, topk_length; from 0.5.23 use_legacy. Statistics are to the
-                            base 2, but for use_legacy=False. The flash_mla package's base is its build's: left alone
+    flash_mla_sparse_fwd    older: to `d_v`; newer: attn_sink, topk_length; from 0.5.23 use_legacy. Statistics are to
+                            the base 2, but for use_legacy=False. The flash_mla package's differ by build: left alone
 
 flashmla_backend binds both by value at its top in every release, the sparse backends import them at each call. From
 0.5.23 DeepSeek V4's backend keeps a partial of the wrapper from its construction on.

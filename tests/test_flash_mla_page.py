@@ -17,7 +17,7 @@ def test_the_table_is_the_hooks():
 
 
 def test_the_table_of_sparse_prefill_is_the_hooks():
-    table = TEXT.split("| --- | --- |\n", 2)[2].split("\n\n", 1)[0]
+    table = TEXT.rsplit("| --- | --- |\n", 1)[1].split("\n\n", 1)[0]
     told = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()]
     assert told == [(row.provider, row.when) for row in PREFILL_PROVIDERS]
 
