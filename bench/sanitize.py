@@ -19,6 +19,7 @@ from mla_patch.kernels.kv_indices import build_page_table, build_token_indices, 
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_decode import sparse_decode, sparse_decode_ref
+from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_ref
 
 
 def kv_indices() -> None:
@@ -102,11 +103,23 @@ def sparse_and_dense() -> None:
         assert (got.double() - want).norm() <= 4e-3 * want.norm()
 
 
+def sparse_prefill() -> None:
+    for width, heads, queries in ((576, 3, 7), (512, 70, 90)):
+        q, kv = (torch.randn(n, h, width, device="cuda").bfloat16() for n, h in ((queries, heads), (300, 1)))
+        ids = torch.randint(-9, 320, (queries, 1, 130), device="cuda").int()
+        options = {"sm_scale": 0.04, "topk_length": torch.randint(0, 140, (queries,), device="cuda").int()}
+        options |= {"attn_sink": torch.randn(heads, device="cuda")}
+        want = mla_sparse_prefill_ref(q, kv, ids, **options)[0]
+        got = mla_sparse_prefill(q, kv, ids, **options)[0]
+        assert (got.double() - want).norm() <= 4e-3 * want.norm()
+
+
 if __name__ == "__main__":
     kv_indices()
     decode(3)
     decode(70)  # on sm_90 a kernel of its own
     pages_and_splits()
     sparse_and_dense()
+    sparse_prefill()
     torch.cuda.synchronize()
     print("every launch equals its definition")

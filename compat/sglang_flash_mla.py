@@ -11,6 +11,8 @@
     flash_mla_with_kvcache  older: to `indices`; newer: num_splits=None, attn_sink, extra_k_cache,
                             extra_indices_in_kvcache, topk_length, extra_topk_length; then kv_format; then use_legacy.
                             The flash_mla package has no descale_q and descale_k
+    flash_mla_sparse_fwd    older: to `d_v`; newer: attn_sink, topk_length; from 0.5.23 use_legacy. Statistics are to
+                            the base 2, but for use_legacy=False. The flash_mla package's differ by build: left alone
 
 flashmla_backend binds both by value at its top in every release, the sparse backends import them at each call. From
 0.5.23 DeepSeek V4's backend keeps a partial of the wrapper from its construction on.
@@ -61,6 +63,17 @@ def operators(module: str) -> tuple[bool, bool]:
         return newer or hasattr(ops, "fwd_kvcache_mla"), newer
     # the package does not import without its extension
     return "flash_mla" in sys.modules, "flash_mla" in sys.modules
+
+
+@lru_cache(maxsize=8)
+def prefill_arity(module: str) -> int:
+    """How many arguments the sparse prefill's operator behind ``module`` takes: 7 with sink and lengths, 0: none is."""
+    if module == SGL_KERNEL:
+        import torch
+
+        operator = getattr(torch.ops.sgl_kernel, "sparse_prefill_fwd", None)
+        return 0 if operator is None else len(operator.default._schema.arguments)
+    return 7 if "flash_mla" in sys.modules else 0
 
 
 class MetadataCall:
@@ -119,6 +132,25 @@ class KvCacheCall:
         self.use_legacy = use_legacy
 
 
+class PrefillCall:
+    """One call of flash_mla_sparse_fwd; ``use_legacy`` is what the wrappers without it do."""
+
+    __slots__ = ("attn_sink", "build", "d_v", "indices", "kv", "q", "sm_scale", "topk_length", "use_legacy")
+
+    def __init__(
+        self, build, q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, *, use_legacy=True
+    ):  # fmt: skip
+        self.build = build
+        self.q = q
+        self.kv = kv
+        self.indices = indices
+        self.sm_scale = sm_scale
+        self.d_v = d_v
+        self.attn_sink = attn_sink
+        self.topk_length = topk_length
+        self.use_legacy = use_legacy
+
+
 def package_call(
     build, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits=None,
     softmax_scale=None, causal=False, is_fp8_kvcache=False, indices=None, attn_sink=None, extra_k_cache=None,
@@ -149,6 +181,8 @@ _SGL_KERNEL = (
 )
 _PACKAGE = ((_FIRST, False), ((*_FIRST, *_SPARSE), False), ((*_FIRST, *_SPARSE, *_NEWER), True))
 _INTERFACE = (((*_DESCALED, *_NEWER, "kv_format", "use_legacy"), True),)
+_PREFILL = ("q", "kv", "indices", "sm_scale", "d_v")
+_PREFILL_NEWER = (*_PREFILL, "attn_sink", "topk_length")
 
 _HOOK = "mla_patch.hooks.sglang_sched_meta"
 
@@ -173,6 +207,13 @@ def _metadata(module: str, prefix: str, home: str, lists: tuple[tuple[str, ...],
     ]
 
 
+def _prefill(home: str, variants: tuple[tuple[str, ...], ...]) -> list[Target]:
+    return [
+        _target(home, "flash_mla_sparse_fwd", params, partial(PrefillCall, Build(home, len(params) > 5)), "prefill")
+        for params in variants
+    ]
+
+
 _PACKAGE_META = (("*args", "**kwargs"), _META, ("cache_seqlens", "num_heads_per_head_k", "num_heads_k"))
 
 
@@ -182,15 +223,17 @@ def has_package() -> bool:
 
 
 def flash_mla_targets(version: str | None) -> tuple[Target, ...]:
-    """Both wrappers of ``version``; every known home when it is unknown."""
+    """The wrappers of ``version``; every known home when it is unknown."""
     release = None if version is None else Version(version)
     found: list[Target] = []
     if release is None or release >= Version("0.5.23"):
         found += _metadata(INTERFACE, "", INTERFACE, (_META,), version)
         found += _wrapper(INTERFACE, "", INTERFACE, _INTERFACE, KvCacheCall)
+        found += _prefill(INTERFACE, ((*_PREFILL_NEWER, "use_legacy"),))
     if release is None or Version("0.5.5") <= release < Version("0.5.23"):
         found += _metadata(SGL_KERNEL, "", SGL_KERNEL, (_META,), version)
         found += _wrapper(SGL_KERNEL, "", SGL_KERNEL, _SGL_KERNEL, KvCacheCall)
+        found += _prefill(SGL_KERNEL, (_PREFILL, _PREFILL_NEWER))
         found.append(Target(SGL_KERNEL, "FlashMLASchedMeta", kind="edit", edit=add_sched_meta))
     if release is None or release < Version("0.5.5"):
         found += _metadata(PACKAGE, "", PACKAGE, _PACKAGE_META, version)

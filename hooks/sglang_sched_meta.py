@@ -3,7 +3,8 @@
 Why: code for the newer API (`FlashMLASchedMeta`, sinks, a second cache, lengths) fails on the kernels that releases to
 0.5.12 pin, and FlashMLA has no build for most GPUs, head counts and page sizes.
 
-`PROVIDERS` says who serves a call, by the first row that applies; `mla-patch explain sched_meta` prints it. What the
+`PROVIDERS` says who serves a call, by the first row that applies, `PREFILL_PROVIDERS` the same of sparse prefill's;
+`mla-patch explain sched_meta` prints both. What the
 host's own CUDA operators can serve they keep, in every release. Metadata follows calls: tensors of ours reach no
 operator of the host's, since whatever keeps the host from making them keeps it from serving what they are for.
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mla_patch.compat import gpu, sglang_flash_mla
-from mla_patch.compat.sglang_flash_mla import KvCacheCall, MetadataCall
+from mla_patch.compat.sglang_flash_mla import KvCacheCall, MetadataCall, PrefillCall
 from mla_patch.compat.types import Gpu
 from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
@@ -31,7 +32,7 @@ def capability_of(tensor: Any) -> tuple[int, int] | None:
 class Row(NamedTuple):
     provider: str
     when: str  # as `explain` prints it, and the report, where the host keeps a call
-    applies: Callable[[KvCacheCall], bool]
+    applies: Callable[[Any], bool]
 
 
 def _unknown_format(call: KvCacheCall) -> bool:
@@ -55,7 +56,7 @@ def _no_build(call: KvCacheCall) -> bool:
     return not call.build.has(_newer(call))
 
 
-def _other_chip(call: KvCacheCall) -> bool:
+def _other_chip(call: KvCacheCall | PrefillCall) -> bool:
     return capability_of(call.q) not in _CHIPS
 
 
@@ -96,6 +97,31 @@ PROVIDERS = (
 )  # fmt: skip
 
 
+def _other_prefill(call: PrefillCall) -> bool:
+    heads, topk = call.q.shape[-2], call.indices.shape[-1]
+    capability = capability_of(call.q)
+    small = heads == 64 or (call.q.shape[-1] == 512 and topk <= 1280)  # of sm_100's builds
+    step = 64 if capability is not None and capability[0] == 10 and small else 128
+    return heads not in (64, 128) or not topk or topk % step != 0
+
+
+def _more_than_the_operator(call: PrefillCall) -> bool:
+    more = call.attn_sink is not None or call.topk_length is not None
+    return more and (not call.build.newer or sglang_flash_mla.prefill_arity(call.build.module) < 7)
+
+
+PREFILL_PROVIDERS = (
+    Row(OURS, "sparse prefill: no CUDA operator of FlashMLA's is loaded",
+        lambda call: not sglang_flash_mla.prefill_arity(call.build.module)),
+    Row(OURS, "sparse prefill: sink or lengths where the release's operator takes none", _more_than_the_operator),
+    Row(OURS, "sparse prefill: another GPU than sm_90, sm_100 and sm_103", _other_chip),
+    Row(OURS, "sparse prefill: no queries", lambda call: call.q.shape[0] == 0),
+    Row(OURS, "sparse prefill: other than 64 or 128 heads, topk 0 or not a multiple of 128 (sm_100: of 64 at times)",
+        _other_prefill),
+    Row(HOST, "sparse prefill: the host's own CUDA operator serves it", lambda call: True),
+)  # fmt: skip
+
+
 def hardware(device: Gpu) -> str | None:
     """Why this device cannot, or None."""
     return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
@@ -109,7 +135,7 @@ FEATURE = Feature(
     upstream="https://github.com/sgl-project/sglang/pull/26132",
     drop_when="FlashMLA serves every GPU, head count and page size that the engine runs with",
     hardware=hardware,
-    providers=tuple((row.provider, row.when) for row in PROVIDERS),
+    providers=tuple((row.provider, row.when) for row in (*PROVIDERS, *PREFILL_PROVIDERS)),
 )
 
 
@@ -131,6 +157,21 @@ def serve_kvcache(call: KvCacheCall) -> Any:
         call.q, call.k_cache, call.block_table, call.cache_seqlens, call.head_dim_v, call.metadata, call.num_splits,
         call.softmax_scale, call.causal, call.descale_q, call.descale_k, call.is_fp8_kvcache, call.indices,
         call.attn_sink, call.extra_k_cache, call.extra_indices, call.topk_length, call.extra_topk_length,
+    )  # fmt: skip
+
+
+def declines_prefill(call: PrefillCall) -> str | None:
+    """Why this call goes to the host, or None."""
+    row = next(row for row in PREFILL_PROVIDERS if row.applies(call))
+    return row.when if row.provider == HOST else None
+
+
+def serve_prefill(call: PrefillCall) -> Any:
+    from mla_patch.flash_mla import flash_mla_sparse_fwd
+
+    return flash_mla_sparse_fwd(
+        call.q, call.kv, call.indices, call.sm_scale, call.d_v, call.attn_sink, call.topk_length,
+        use_legacy=call.use_legacy,
     )  # fmt: skip
 
 

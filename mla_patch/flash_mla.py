@@ -1,4 +1,5 @@
-"""FlashMLA's newer calls on any GPU that Triton compiles for: `get_mla_metadata` and `flash_mla_with_kvcache`.
+"""FlashMLA's newer calls on any GPU that Triton compiles for: `get_mla_metadata`, `flash_mla_with_kvcache` and
+`flash_mla_sparse_fwd`.
 
 The parameters are the union of what FlashMLA and SGLang's wrappers take, in their order. Metadata comes in two forms:
 a `FlashMLASchedMeta` that the first call fills, with sinks, a second cache and lengths; or the older pair of tensors.
@@ -19,6 +20,7 @@ import torch
 from mla_patch.compat import gpu
 from mla_patch.kernels.dense_decode import dense_decode
 from mla_patch.kernels.sparse_decode import sparse_decode
+from mla_patch.kernels.sparse_prefill import mla_sparse_prefill
 
 
 @dataclass
@@ -181,6 +183,35 @@ def flash_mla_with_kvcache(
         _record(tile_scheduler_metadata, q, k_cache, causal, is_fp8_kvcache, indices, extra_k_cache,
                 extra_indices_in_kvcache)  # fmt: skip
     return result
+
+
+def flash_mla_sparse_fwd(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    d_v: int = 512,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    use_legacy: bool | None = None,
+    return_log2: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sparse prefill over a 16-bit workspace (`mla_patch.kernels.sparse_prefill`): ``out`` [Sq, H, 512], ``max_logits``
+    and ``lse`` [Sq, H].
+
+    1 to 128 heads, any topk, any Sq, 0 among them. Both statistics leave the sink out. They are natural, as FlashMLA's
+    are today; with ``return_log2`` to the base 2, as sgl_kernel's. ``use_legacy`` is SGLang's name for the same choice,
+    with True as its default. A query without a key gets out 0, max_logits -inf and lse +inf.
+
+    Raises:
+        ValueError: an argument that the kernel does not take, by its name.
+    """
+    if use_legacy is False and return_log2:
+        raise ValueError("return_log2: True, expected False beside use_legacy=False, whose statistics are natural")
+    log2 = return_log2 if use_legacy is None else use_legacy
+    return mla_sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, out, log2)
 
 
 def unknown_format(

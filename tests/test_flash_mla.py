@@ -12,11 +12,18 @@ import torch
 
 from mla_patch import flash_mla
 from mla_patch.compat.triton import interpreted
-from mla_patch.flash_mla import FlashMLASchedMeta, MetadataMismatch, flash_mla_with_kvcache, get_mla_metadata
+from mla_patch.flash_mla import (
+    FlashMLASchedMeta,
+    MetadataMismatch,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
 from mla_patch.kernels.dense_decode import dense_decode_ref
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_decode import sparse_decode_ref
+from mla_patch.kernels.sparse_prefill import mla_sparse_prefill_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 HALF = torch.float16 if interpreted() else torch.bfloat16
@@ -233,6 +240,46 @@ def test_misuse(call, changes, message):
         flash_mla_with_kvcache(**call() | changes)
 
 
+def prefill(queries=3, heads=4, topk=40, width=576, rows=60, dtype=HALF):
+    q = (torch.randn(queries, heads, width, device=DEVICE) / 4).to(dtype)
+    kv = torch.randn(rows, 1, width, device=DEVICE).to(dtype)
+    ids = torch.randint(-5, rows + 5, (queries, 1, topk), device=DEVICE).int()
+    return {"q": q, "kv": kv, "indices": ids, "sm_scale": width**-0.5}
+
+
+@pytest.mark.parametrize("width", [576, 512])
+@pytest.mark.parametrize(
+    "base, log2",
+    [({}, False), ({"return_log2": True}, True), ({"use_legacy": True}, True), ({"use_legacy": False}, False)],
+)
+def test_sparse_prefill_calls(width, base, log2):
+    """By name and by position, with each way of naming the base of the statistics."""
+    args = prefill(width=width)
+    sink = torch.randn(4, device=DEVICE)
+    lens = torch.tensor([40, 0, 7], device=DEVICE).int()
+    want = mla_sparse_prefill_ref(**args, attn_sink=sink, topk_length=lens, return_log2=log2)
+    place = torch.empty(3, 4, 512, dtype=args["q"].dtype, device=DEVICE)
+    named = flash_mla_sparse_fwd(**args, attn_sink=sink, topk_length=lens, out=place, **base)
+    assert named[0] is place
+    for got in (named, flash_mla_sparse_fwd(*args.values(), 512, sink, lens, **base)):
+        for mine, theirs in zip(got[1:], want[1:], strict=True):
+            torch.testing.assert_close(mine.double(), theirs, rtol=8 / 65536, atol=1e-5)
+        assert (got[0].double() - want[0]).norm() <= 4e-3 * want[0].norm()
+        assert (got[0][1] == 0).all() and (got[2][1] == math.inf).all()
+
+
+def test_sparse_prefill_misuse():
+    with pytest.raises(ValueError, match="return_log2: True, expected False beside use_legacy=False"):
+        flash_mla_sparse_fwd(**prefill(), use_legacy=False, return_log2=True)
+    for changes, message in (
+        ({"d_v": 256}, "d_v: 256, expected 512"),
+        ({"indices": torch.zeros(3, 40, device=DEVICE).int()}, r"indices: .*, expected torch.int32, \[3, 1, topk\]"),
+        ({"topk_length": torch.ones(2, device=DEVICE).int()}, "topk_length: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flash_mla_sparse_fwd(**prefill() | changes)
+
+
 def test_tensors_have_flash_mlas_shapes(monkeypatch):
     """132 multiprocessors: as measured of FlashMLA for 64 and 128 heads, one and two queries."""
     monkeypatch.setattr(flash_mla.gpu, "sm_count", lambda index: 132)
@@ -321,3 +368,23 @@ def test_dense_beside_flash_mla(queries):
     want, want_lse = theirs.flash_mla_with_kvcache(**args | {"tile_scheduler_metadata": theirs.get_mla_metadata()[0]})
     torch.testing.assert_close(lse, want_lse, rtol=8 / 65536, atol=1e-3)
     assert (out.double() - want.double()).norm() <= 4e-3 * want.double().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("width", [576, 512])
+@pytest.mark.parametrize("heads", [64, 128])
+def test_sparse_prefill_beside_flash_mla(width, heads):
+    theirs = flash_mla_of_the_host()
+    args = prefill(50, heads, 640, width, 3000, torch.bfloat16)
+    args["indices"][3] = -1
+    options = {
+        "attn_sink": torch.randn(heads, device=DEVICE), "topk_length": torch.randint(0, 641, (50,), device=DEVICE).int()
+    }  # fmt: skip
+    want = theirs.flash_mla_sparse_fwd(**args, **options)
+    # as measured of 0.4.3; FlashMLA is natural today
+    log2 = theirs.__name__.startswith("sgl_kernel")
+    got = flash_mla_sparse_fwd(**args, **options, return_log2=log2)
+    for mine, other in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5)
+    assert (got[0].double() - want[0].double()).norm() <= 8e-3 * want[0].double().norm()

@@ -4,7 +4,7 @@ import re
 
 from scratch import ROOT
 
-from mla_patch.hooks.sglang_sched_meta import PROVIDERS
+from mla_patch.hooks.sglang_sched_meta import PREFILL_PROVIDERS, PROVIDERS
 
 TEXT = (ROOT / "docs" / "flash-mla.md").read_text(encoding="utf-8")
 
@@ -14,6 +14,12 @@ def test_the_table_is_the_hooks():
     told = [tuple(cell.strip().replace("`", "") for cell in line.strip("|").split("|")) for line in table.splitlines()]
     assert [who for who, _ in told] == [row.provider for row in PROVIDERS]
     assert [when for _, when in told[:-1]] == [row.when for row in PROVIDERS[:-1]]
+
+
+def test_the_table_of_sparse_prefill_is_the_hooks():
+    table = TEXT.rsplit("| --- | --- |\n", 1)[1].split("\n\n", 1)[0]
+    told = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()]
+    assert told == [(row.provider, row.when) for row in PREFILL_PROVIDERS]
 
 
 def test_the_example_runs(run_python):

@@ -24,6 +24,7 @@ def machine(monkeypatch):
     def set_(capability=SM90, older=True, newer=True):
         monkeypatch.setattr(hook, "capability_of", lambda tensor: capability)
         monkeypatch.setattr(compat, "operators", lambda module: (older, newer))
+        monkeypatch.setattr(compat, "prefill_arity", lambda module: 7 if newer else 5 if older else 0)
 
     set_()
     return set_
@@ -185,12 +186,77 @@ def test_every_parameter_reaches_ours(version, machine, monkeypatch):
             target.bind(**values, new=1)
 
 
+def prefill(heads=64, topk=128, width=576, queries=2, **more):
+    q, ids = torch.zeros(queries, heads, width), torch.zeros(queries, 1, topk)
+    return {"q": q, "kv": torch.zeros(3, 1, width), "indices": ids, "sm_scale": 0.1} | more
+
+
+def prefill_kept(arguments, version="0.5.13"):
+    """Why the host keeps a call, or None."""
+    one = targets(version, "flash_mla_sparse_fwd")[0 if version == "0.5.9" else -1]
+    return hook.declines_prefill(one.bind(**arguments))
+
+
+def test_who_serves_sparse_prefill(machine):
+    own = hook.PREFILL_PROVIDERS[-1].when
+    more = ({"attn_sink": torch.zeros(64)}, {"topk_length": torch.zeros(2)})
+    for call in (prefill(), prefill(128, 2048), prefill(64, 640, 512), *(prefill(**one) for one in more)):
+        assert prefill_kept(call) == own
+    for call in (prefill(16), prefill(20), prefill(topk=64), prefill(topk=0), prefill(queries=0)):
+        assert prefill_kept(call) is None
+    machine(SM100)
+    assert prefill_kept(prefill(topk=64)) == prefill_kept(prefill(128, 64, 512)) == own
+    assert prefill_kept(prefill(128, 64)) is prefill_kept(prefill(128, 1344, 512)) is None
+    for capability in (SM120, (8, 9), (8, 0), None):
+        machine(capability)
+        assert prefill_kept(prefill()) is prefill_kept(prefill(), "0.5.9") is None
+    machine(newer=False)
+    assert prefill_kept(prefill(), "0.5.9") == own
+    for one in more:
+        # by the operator, and by the wrapper above it
+        assert prefill_kept(prefill(**one), "0.5.9") is prefill_kept(prefill(**one)) is None
+    machine()
+    assert prefill_kept(prefill(**more[0]), "0.5.9") is None
+    machine(older=False, newer=False)
+    assert prefill_kept(prefill()) is prefill_kept(prefill(), "0.5.9") is None
+
+
+@pytest.mark.parametrize("version", ["0.5.5", "0.5.13", "0.5.23"])
+def test_every_parameter_of_sparse_prefill_reaches_ours(version, monkeypatch):
+    seen: dict[str, Any] = {}
+
+    def record(*args: Any, use_legacy: Any) -> None:
+        names = ("q", "kv", "indices", "sm_scale", "d_v", "attn_sink", "topk_length")
+        seen.update(zip(names, args, strict=True), use_legacy=use_legacy)
+
+    monkeypatch.setattr(flash_mla, "flash_mla_sparse_fwd", record)
+    for target in targets(version, "flash_mla_sparse_fwd"):
+        values = {name: object() for name in target.params}
+        last = {name: values[name] for name in values if name == "use_legacy"}
+        placed = [values[name] for name in values if name != "use_legacy"]
+        for call in (target.bind(*placed, **last), target.bind(**values)):
+            seen.clear()
+            hook.serve_prefill(call)
+            # without the parameter the release's statistics are to the base 2
+            assert seen["use_legacy"] is (last.get("use_legacy", True))
+            assert {name: seen[name] for name in values} == values
+
+
+def test_the_prefill_operator_is_asked_of_torch():
+    ask = compat.prefill_arity.__wrapped__
+    assert ask(compat.SGL_KERNEL) == 0 and ask(compat.INTERFACE) == 7 * ("flash_mla" in sys.modules)
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    library.define("sparse_prefill_fwd(Tensor q, Tensor kv, Tensor indices, float sm_scale, int d_v) -> Tensor")
+    assert ask(compat.SGL_KERNEL) == 5
+
+
 def test_homes(monkeypatch):
     def homes(version):
         return {(one.module, one.name) for one in compat.flash_mla_targets(version)}
 
     monkeypatch.setattr(compat, "has_package", lambda: False)
-    kernel = {(compat.SGL_KERNEL, name) for name in ("get_mla_metadata", "flash_mla_with_kvcache", "FlashMLASchedMeta")}
+    names = ("get_mla_metadata", "flash_mla_with_kvcache", "flash_mla_sparse_fwd", "FlashMLASchedMeta")
+    kernel = {(compat.SGL_KERNEL, name) for name in names}
     for version in ("0.5.5", "0.5.12", "0.5.13", "0.5.22"):
         assert homes(version) == kernel
     assert {module for module, _ in homes("0.5.4")} == {compat.PACKAGE}

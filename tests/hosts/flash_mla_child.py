@@ -23,6 +23,7 @@ from mla_patch.compat import sglang_flash_mla, sglang_trial
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_decode import sparse_decode_ref
+from mla_patch.kernels.sparse_prefill import mla_sparse_prefill_ref
 from mla_patch.patcher import is_ours
 
 mla_patch.startup.start()
@@ -58,6 +59,20 @@ def sparse(heads: int, layout: Any = V32, topk: int = 64) -> dict[str, Any]:
 def error(result: Any, args: dict[str, Any], **options: Any) -> float:
     want, _ = sparse_decode_ref(args["q"], args["k_cache"], args["indices"], sm_scale=0.05, **options)
     return float((result[0].double() - want).norm() / want.norm())
+
+
+def prefill(module: Any, heads: int, **more: Any) -> dict[str, Any]:
+    """One call of flash_mla_sparse_fwd; how far each of its three results is from the definition, to the base 2."""
+    args = {
+        "q": (torch.randn(2, heads, 576) / 4).bfloat16(), "kv": torch.randn(90, 1, 576).bfloat16(),
+        "indices": torch.randint(-1, 90, (2, 1, 128)).int(), "sm_scale": 0.05,
+    }  # fmt: skip
+    row = served(lambda: module.flash_mla_sparse_fwd(**args, **more))
+    if "result" in row:
+        want = mla_sparse_prefill_ref(**args, **more, return_log2=True)
+        pairs = zip(row.pop("result"), want, strict=True)
+        row["errors"] = [float((mine.double() - theirs).norm() / theirs.norm()) for mine, theirs in pairs]
+    return row
 
 
 def wrappers(release: str) -> Any:
@@ -102,7 +117,7 @@ def main(release: str, out: str) -> None:
     if release == "0.5.12":
         importlib.import_module("flash_mla")
     module = wrappers(release)
-    seen: dict[str, Any] = {"ours": {name: is_ours(getattr(module, name)) for name in NAMES}}
+    seen: dict[str, Any] = {"ours": {name: is_ours(getattr(module, name)) for name in (*NAMES, PREFILL)}}
     seen["class"] = module.FlashMLASchedMeta.__module__
     backend = importlib.import_module("sglang.srt.layers.attention.flashmla_backend")
     seen["backend"] = {name: is_ours(getattr(backend, name)) for name in NAMES}
@@ -112,6 +127,7 @@ def main(release: str, out: str) -> None:
     tensors |= {"block_table": torch.empty(2, 0).int(), "cache_seqlens": torch.ones(2).int()}
     newer = {"block_table": None, "cache_seqlens": None, "num_splits": None}
     calls: dict[str, Any] = {}
+    seen["prefill"] = {}
     for chip, capability in {"sm_90": (9, 0), "sm_120": (12, 0)}.items():
         hook.capability_of = lambda tensor, capability=capability: capability
         for heads in (64, 16):
@@ -131,6 +147,10 @@ def main(release: str, out: str) -> None:
         row = served(lambda: module.get_mla_metadata(torch.ones(2).int(), 64, 1, 64, True, 64))
         row.pop("result", None)
         calls[f"{chip} metadata"] = row
+        for heads in (64, 16):
+            seen["prefill"][f"{chip} {heads} heads"] = prefill(module, heads)
+        more = {"attn_sink": torch.randn(64), "topk_length": torch.tensor([128, 9]).int()}
+        seen["prefill"][f"{chip} sink, lengths"] = prefill(module, 64, **more)
     seen["calls"] = calls
     seen["through"] = through_the_backend(release, 16)
     if release == "0.5.12":
@@ -143,11 +163,13 @@ def main(release: str, out: str) -> None:
     seen["feature"] = {key: feature()[key] for key in ("state", "reason")}
     mla_patch.restore("sched_meta")
     seen["restored"] = [is_ours(getattr(one, name)) for one in (module, backend) for name in NAMES]
+    seen["restored"].append(is_ours(getattr(module, PREFILL)))
     seen["class restored"] = hasattr(module, "FlashMLASchedMeta")
     Path(out).write_text(json.dumps(seen, indent=1))
 
 
 NAMES = ("get_mla_metadata", "flash_mla_with_kvcache")
+PREFILL = "flash_mla_sparse_fwd"  # which flashmla_backend does not import
 
 
 if __name__ == "__main__":

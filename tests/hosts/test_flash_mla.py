@@ -13,7 +13,7 @@ import pytest
 
 from mla_patch.compat import sglang_flash_mla
 from mla_patch.compat.sglang_fetch import fetch
-from mla_patch.hooks.sglang_sched_meta import PROVIDERS
+from mla_patch.hooks.sglang_sched_meta import PREFILL_PROVIDERS, PROVIDERS
 
 HERE = Path(__file__).parent
 RELEASES = ("0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.23")
@@ -44,6 +44,8 @@ def stand_in(folder: Path, release: str) -> None:
     kernel = folder / "sgl_kernel"
     kernel.mkdir()
     lines = [f'library.define("{name}(Tensor q) -> Tensor")' for name in operators]
+    arguments = ", ".join(f"Tensor x{i}" for i in range(7 if newer else 5))
+    lines.append(f'library.define("sparse_prefill_fwd({arguments}) -> Tensor")')
     define = "import torch\nlibrary = torch.library.Library('sgl_kernel', 'FRAGMENT')\n"
     (kernel / "__init__.py").write_text(define + "\n".join(lines) + _ANY)
     params, _ = sglang_flash_mla._SGL_KERNEL[1 if newer else 0]
@@ -51,6 +53,9 @@ def stand_in(folder: Path, release: str) -> None:
     if newer:
         source = source.replace("    return {k", first + "    return {k")
     source += wrapper("flash_mla_with_kvcache", params, 6 if newer else 7)
+    source += wrapper(
+        "flash_mla_sparse_fwd", sglang_flash_mla._PREFILL_NEWER if newer else sglang_flash_mla._PREFILL, 4
+    )
     (kernel / "flash_mla.py").write_text(source)
     package = folder / "flash_mla"
     package.mkdir()
@@ -61,9 +66,9 @@ def stand_in(folder: Path, release: str) -> None:
     params, _ = sglang_flash_mla._PACKAGE[2]
     if release == "0.5.23":  # the wheel has what the release's interface passes on
         inner += "def flash_mla_with_kvcache(**given):\n    return {k: 1 for k, v in given.items() if v is not None}\n"
-        (package / "__init__.py").write_text(
-            f"from flash_mla.flash_mla_interface import {names}, get_mla_decoding_metadata\n{_ANY}"
-        )
+        inner += "def flash_mla_sparse_fwd(*args, **given):\n    return {'sm_scale': args[3], **given}\n"
+        names += ", get_mla_decoding_metadata, flash_mla_sparse_fwd"
+        (package / "__init__.py").write_text(f"from flash_mla.flash_mla_interface import {names}\n{_ANY}")
     else:
         inner += wrapper("flash_mla_with_kvcache", params, 6)
     (package / "flash_mla_interface.py").write_text(inner)
@@ -88,7 +93,8 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_everybody_holds_ours(seen: dict[str, Any]) -> None:
     both = {"get_mla_metadata": True, "flash_mla_with_kvcache": True}
-    assert seen["ours"] == seen["backend"] == both  # the backend binds both by value at its top
+    assert seen["ours"] == both | {"flash_mla_sparse_fwd": True}
+    assert seen["backend"] == both  # the backend binds both by value at its top
     assert seen["feature"]["state"] == "applied"
     assert not any(seen["restored"])
     assert seen["class restored"] == seen["newer"]
@@ -116,6 +122,24 @@ def test_who_serves(seen: dict[str, Any]) -> None:
             # 16-bit weights and the rounding of a bfloat16 result
             assert row["error"] < 4e-3 and not row["reason"], name
     assert calls["sm_90 class"]["is"] and calls["sm_120 class"]["is"]
+
+
+def test_who_serves_sparse_prefill(seen: dict[str, Any]) -> None:
+    calls = seen["prefill"]
+    assert {name: row["by"] for name, row in calls.items()} == {
+        "sm_90 64 heads": "host",
+        "sm_90 16 heads": "triton",
+        "sm_90 sink, lengths": "host" if seen["newer"] else "triton",
+        "sm_120 64 heads": "triton",
+        "sm_120 16 heads": "triton",
+        "sm_120 sink, lengths": "triton",
+    }
+    for name, row in calls.items():
+        if row["by"] == "host":
+            assert row["reason"] == [PREFILL_PROVIDERS[-1].when] and "sm_scale" in row["with"], name
+        else:
+            # 16-bit weights and the rounding of a bfloat16 result; statistics to the base 2, as the release's own
+            assert max(row["errors"]) < 8e-3 and not row["reason"], name
 
 
 def test_through_the_releases_own_backend(seen: dict[str, Any]) -> None:
