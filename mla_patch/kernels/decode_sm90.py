@@ -167,6 +167,30 @@ def _scale(scale, unit, SCALED: gl.constexpr):
 
 
 @gluon.jit
+def _begin(
+    q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, HALF: gl.constexpr,
+    SCALED: gl.constexpr,
+):  # fmt: skip
+    """Bring this group's half of a request's queries, once both groups are done with the last ones -> heads' scales."""
+    mbarrier.wait(barriers.index(sm90.Q_FREE), (asked & 1) ^ 1)
+    _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, HALF, SCALED)
+    _arrive(barriers, sm90.Q_FULL)
+    mbarrier.wait(barriers.index(sm90.Q_FULL), asked & 1)
+    return _scale(scale, unit, SCALED)
+
+
+@gluon.jit
+def _total(weights, own, other, barriers, asked):
+    """Both groups' sums of weights; after it this group is done with the queries."""
+    own.store(weights)
+    _arrive(barriers, sm90.SUMS)
+    mbarrier.wait(barriers.index(sm90.SUMS), asked & 1)
+    weights += other.load(sm90.HEAD)
+    _arrive(barriers, sm90.Q_FREE)
+    return weights
+
+
+@gluon.jit
 def _temperature(length, xai_len):
     last = gl.maximum(length - 1, 1).to(gl.float32)  # log2(0) of a single key is not selected
     return gl.where(length - 1 > xai_len, gl.log2(last) / gl.log2(xai_len.to(gl.float32)), 1.0)
@@ -262,11 +286,7 @@ def _even(
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        mbarrier.wait(barriers.index(sm90.Q_FREE), (asked & 1) ^ 1)
-        _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, 0, SCALED)
-        _arrive(barriers, sm90.Q_FULL)
-        mbarrier.wait(barriers.index(sm90.Q_FULL), asked & 1)
-        u = _scale(scale, unit, SCALED)
+        u = _begin(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, 0, SCALED)
         temperature = _temperature(length, xai_len)
         key = (position - begin) * sm90.UNIT
         acc = gl.zeros([64, 256], gl.float32, layout=sm90.OUTPUT)
@@ -326,11 +346,7 @@ def _even(
         acc = warpgroup_mma_wait(0, deps=[acc])
         _arrive(barriers, sm90.FREE_ODD_LOW)
         turn += 1
-        sum_even.store(weights * keep)
-        _arrive(barriers, sm90.SUMS)
-        mbarrier.wait(barriers.index(sm90.SUMS), asked & 1)
-        weights = weights * keep + sum_odd.load(sm90.HEAD)
-        _arrive(barriers, sm90.Q_FREE)
+        weights = _total(weights * keep, sum_even, sum_odd, barriers, asked)
         _finish(
             acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
             v_scale, out_stride_b, out_stride_h, 0,
@@ -365,11 +381,7 @@ def _odd(
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        mbarrier.wait(barriers.index(sm90.Q_FREE), (asked & 1) ^ 1)
-        _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, 1, SCALED)
-        _arrive(barriers, sm90.Q_FULL)
-        mbarrier.wait(barriers.index(sm90.Q_FULL), asked & 1)
-        u = _scale(scale, unit, SCALED)
+        u = _begin(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, 1, SCALED)
         temperature = _temperature(length, xai_len)
         key = (position - begin) * sm90.UNIT + 64
         m = gl.full([64], -float("inf"), gl.float32, layout=sm90.HEAD)
@@ -418,11 +430,7 @@ def _odd(
             acc = warpgroup_mma_wait(0, deps=[acc])
             _arrive(barriers, sm90.FREE_ODD_HIGH)
             turn += 1
-        sum_odd.store(weights)
-        _arrive(barriers, sm90.SUMS)
-        mbarrier.wait(barriers.index(sm90.SUMS), asked & 1)
-        weights += sum_even.load(sm90.HEAD)
-        _arrive(barriers, sm90.Q_FREE)
+        weights = _total(weights, sum_odd, sum_even, barriers, asked)
         _finish(
             acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
             v_scale, out_stride_b, out_stride_h, 1,
@@ -567,6 +575,32 @@ def _widen(place, E5M2: gl.constexpr):
 
 
 @gluon.jit
+def _bring_wide(
+    row, one, AT_ONE: gl.constexpr, two, AT_TWO: gl.constexpr, rope, barriers, free, FREE_ONE: gl.constexpr,
+    FULL_ONE: gl.constexpr, FREE_TWO: gl.constexpr, FULL_TWO: gl.constexpr, E5M2: gl.constexpr,
+):  # fmt: skip
+    """A tile of an 8-bit cache: the half that is free first, then the other and the rope; AT_* where they begin."""
+    mbarrier.wait(barriers.index(FREE_ONE), free)
+    _fetch(one.index(0), row, AT_ONE)
+    async_copy.commit_group()
+    mbarrier.wait(barriers.index(FREE_TWO), free)
+    _fetch(two.index(0), row, AT_TWO)
+    _fetch(rope.index(0), row, 128)
+    async_copy.commit_group()
+    async_copy.wait_group(1)
+    gluon_barrier()
+    _widen(one.index(0), E5M2)
+    fence_async_shared()
+    _arrive(barriers, FULL_ONE)
+    async_copy.wait_group(0)
+    gluon_barrier()
+    _widen(two.index(0), E5M2)
+    _widen(rope.index(0), E5M2)
+    fence_async_shared()
+    _arrive(barriers, FULL_TWO)
+
+
+@gluon.jit
 def _widen_rows(
     kv, lens, token_ids, B, kv_stride, table_stride, page_stride, even_low, even_high, even_rope, odd_low, odd_high,
     odd_rope, barriers, PAGE_SIZE: gl.constexpr, E5M2: gl.constexpr,
@@ -585,48 +619,20 @@ def _widen_rows(
             free = (turn & 1) ^ 1
             row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)[:, None]
             even = _slots(token_ids, first, key + (i + 1) * sm90.UNIT, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH))
-            mbarrier.wait(barriers.index(sm90.FREE_EVEN_LOW), free)
-            _fetch(even_low.index(0), row, 0)
-            async_copy.commit_group()
-            mbarrier.wait(barriers.index(sm90.FREE_EVEN_HIGH), free)
-            _fetch(even_high.index(0), row, 64)
-            _fetch(even_rope.index(0), row, 128)
-            async_copy.commit_group()
-            async_copy.wait_group(1)
-            gluon_barrier()
-            _widen(even_low.index(0), E5M2)
-            fence_async_shared()
-            _arrive(barriers, sm90.FULL_EVEN_LOW)
-            async_copy.wait_group(0)
-            gluon_barrier()
-            _widen(even_high.index(0), E5M2)
-            _widen(even_rope.index(0), E5M2)
-            fence_async_shared()
-            _arrive(barriers, sm90.FULL_EVEN_HIGH)
+            _bring_wide(
+                row, even_low, 0, even_high, 64, even_rope, barriers, free, sm90.FREE_EVEN_LOW, sm90.FULL_EVEN_LOW,
+                sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, E5M2,
+            )  # fmt: skip
             _prefetch(kv, ahead, kv_stride, page_stride, PAGE_SIZE)
             ahead = _slots(token_ids, first, key + (i + 2) * sm90.UNIT, length, PAGE_SIZE, sm90.LANES, 128)
             row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)[:, None]
             odd = _slots(
                 token_ids, first, key + (i + 1) * sm90.UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH)
             )
-            mbarrier.wait(barriers.index(sm90.FREE_ODD_HIGH), free)
-            _fetch(odd_high.index(0), row, 64)
-            async_copy.commit_group()
-            mbarrier.wait(barriers.index(sm90.FREE_ODD_LOW), free)
-            _fetch(odd_low.index(0), row, 0)
-            _fetch(odd_rope.index(0), row, 128)
-            async_copy.commit_group()
-            async_copy.wait_group(1)
-            gluon_barrier()
-            _widen(odd_high.index(0), E5M2)
-            fence_async_shared()
-            _arrive(barriers, sm90.FULL_ODD_HIGH)
-            async_copy.wait_group(0)
-            gluon_barrier()
-            _widen(odd_low.index(0), E5M2)
-            _widen(odd_rope.index(0), E5M2)
-            fence_async_shared()
-            _arrive(barriers, sm90.FULL_ODD_LOW)
+            _bring_wide(
+                row, odd_high, 64, odd_low, 0, odd_rope, barriers, free, sm90.FREE_ODD_HIGH, sm90.FULL_ODD_HIGH,
+                sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW, E5M2,
+            )  # fmt: skip
             turn += 1
         b += 1
         begin = end + sm90.CHANGE
