@@ -463,6 +463,21 @@ def _addresses(kv, slot, kv_stride, page_stride, PAGE_SIZE: gl.constexpr):
 
 
 @gluon.jit
+def _bring(
+    row, c, r, one, AT_ONE: gl.constexpr, two, AT_TWO: gl.constexpr, rope, barriers, free, FREE_ONE: gl.constexpr,
+    FULL_ONE: gl.constexpr, FREE_TWO: gl.constexpr, FULL_TWO: gl.constexpr,
+):  # fmt: skip
+    """A tile of a 16-bit cache: the half that is free first, then the other and the rope; AT_* where they begin."""
+    mbarrier.wait(barriers.index(FREE_ONE), free)
+    gluon_copy(one.index(0), row + AT_ONE + c)
+    async_copy.mbarrier_arrive(barriers.index(FULL_ONE), increment_count=False)
+    mbarrier.wait(barriers.index(FREE_TWO), free)
+    gluon_copy(two.index(0), row + AT_TWO + c)
+    gluon_copy(rope.index(0), row + 512 + r)
+    async_copy.mbarrier_arrive(barriers.index(FULL_TWO), increment_count=False)
+
+
+@gluon.jit
 def _copy_rows(
     kv, lens, token_ids, B, kv_stride, table_stride, page_stride, even_low, even_high, even_rope, odd_low, odd_high,
     odd_rope, barriers, PAGE_SIZE: gl.constexpr,
@@ -481,22 +496,16 @@ def _copy_rows(
         for i in range(count):
             free = (turn & 1) ^ 1
             row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            mbarrier.wait(barriers.index(sm90.FREE_EVEN_LOW), free)
-            gluon_copy(even_low.index(0), row + c)
-            async_copy.mbarrier_arrive(barriers.index(sm90.FULL_EVEN_LOW), increment_count=False)
-            mbarrier.wait(barriers.index(sm90.FREE_EVEN_HIGH), free)
-            gluon_copy(even_high.index(0), row + 256 + c)
-            gluon_copy(even_rope.index(0), row + 512 + r)
-            async_copy.mbarrier_arrive(barriers.index(sm90.FULL_EVEN_HIGH), increment_count=False)
+            _bring(
+                row, c, r, even_low, 0, even_high, 256, even_rope, barriers, free, sm90.FREE_EVEN_LOW,
+                sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH,
+            )  # fmt: skip
             even = _slots(token_ids, first, key + (i + 1) * sm90.UNIT, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS))
             row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            mbarrier.wait(barriers.index(sm90.FREE_ODD_HIGH), free)
-            gluon_copy(odd_high.index(0), row + 256 + c)
-            async_copy.mbarrier_arrive(barriers.index(sm90.FULL_ODD_HIGH), increment_count=False)
-            mbarrier.wait(barriers.index(sm90.FREE_ODD_LOW), free)
-            gluon_copy(odd_low.index(0), row + c)
-            gluon_copy(odd_rope.index(0), row + 512 + r)
-            async_copy.mbarrier_arrive(barriers.index(sm90.FULL_ODD_LOW), increment_count=False)
+            _bring(
+                row, c, r, odd_high, 256, odd_low, 0, odd_rope, barriers, free, sm90.FREE_ODD_HIGH, sm90.FULL_ODD_HIGH,
+                sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW,
+            )  # fmt: skip
             odd = _slots(
                 token_ids, first, key + (i + 1) * sm90.UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS)
             )
