@@ -65,6 +65,7 @@ from typing import Any
 from packaging.version import Version
 
 from mla_patch.compat import gpu
+from mla_patch.compat.methods import set_methods
 from mla_patch.compat.types import Held, Host, Target, Undo
 
 log = logging.getLogger("mla_patch")
@@ -560,13 +561,7 @@ def warm_decode(module: ModuleType) -> Undo:
         original(self, model_runner, *args, **kwargs)
         warm_up("mla_patch.hooks.sglang_decode:warm", self, model_runner)
 
-    owner.__init__ = init
-
-    def undo() -> None:
-        if vars(owner).get("__init__") is init:
-            owner.__init__ = original
-
-    return undo
+    return set_methods(owner, {"__init__": init})
 
 
 def warm_up(path: str, backend: Any, runner: Any) -> None:
@@ -583,8 +578,7 @@ def warm_up(path: str, backend: Any, runner: Any) -> None:
 
 
 def _wrap_methods(owner: type, names: tuple[str, ...], seen_as: Callable[[Any, Any], Any]) -> Undo:
-    """Let ``owner``'s forward methods see ``seen_as(self, layer)`` as their layer. Methods, since the class is bound
-    elsewhere by value."""
+    """Let ``owner``'s forward methods see ``seen_as(self, layer)`` as their layer."""
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -597,13 +591,4 @@ def _wrap_methods(owner: type, names: tuple[str, ...], seen_as: Callable[[Any, A
     for name, method in before.items():
         if tuple(inspect.signature(method).parameters)[:5] != ("self", "q", "k", "v", "layer"):
             raise TypeError(f"{owner.__qualname__}.{name} does not take (q, k, v, layer, ...)")
-    ours = {name: wrap(method) for name, method in before.items()}
-    for name, method in ours.items():
-        setattr(owner, name, method)
-
-    def undo() -> None:
-        for name, method in ours.items():
-            if vars(owner).get(name) is method:  # or somebody has put something else there since
-                setattr(owner, name, before[name])
-
-    return undo
+    return set_methods(owner, {name: wrap(method) for name, method in before.items()})

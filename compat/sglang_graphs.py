@@ -31,6 +31,7 @@ from typing import Any
 from packaging.version import Version
 
 from mla_patch.compat import gpu, steps
+from mla_patch.compat.methods import set_methods
 from mla_patch.compat.types import Target, Undo
 
 log = logging.getLogger("mla_patch")
@@ -60,7 +61,7 @@ def _shared(edit: Callable[[ModuleType], tuple[type, dict[str, Any]]]) -> Callab
     def edit_once(module: ModuleType) -> Undo:
         owner, ours = edit(module)
         if owner not in _edited:
-            _edited[owner] = (0, _set_methods(owner, ours))
+            _edited[owner] = (0, set_methods(owner, ours))
         count, undo = _edited[owner]
         _edited[owner] = (count + 1, undo)
 
@@ -74,19 +75,6 @@ def _shared(edit: Callable[[ModuleType], tuple[type, dict[str, Any]]]) -> Callab
         return give_back
 
     return edit_once
-
-
-def _set_methods(owner: type, ours: dict[str, Any]) -> Undo:
-    before = {name: vars(owner)[name] for name in ours}
-    for name, method in ours.items():
-        setattr(owner, name, method)
-
-    def undo() -> None:
-        for name, method in ours.items():
-            if vars(owner).get(name) is method:  # or somebody has put something else there since
-                setattr(owner, name, before[name])
-
-    return undo
 
 
 def _method(owner: type, name: str, *params: str) -> Callable[..., Any]:

@@ -39,6 +39,7 @@ from typing import Any
 from packaging.version import Version
 
 from mla_patch.compat import gpu
+from mla_patch.compat.methods import set_methods
 from mla_patch.compat.types import Gpu, MlaDecode, MlaKernel, MlaPrefill, Seam, Target, Undo
 
 log = logging.getLogger("mla_patch")
@@ -190,11 +191,10 @@ def seam(module: ModuleType, counts: Any) -> Undo:
             self.__class__ = ours
             self._take_kernels(asked, model_runner)
 
-    owner.__init__ = init
+    undo_init = set_methods(owner, {"__init__": init})
 
     def undo() -> None:
-        if vars(owner).get("__init__") is init:
-            owner.__init__ = original
+        undo_init()
         undo_calls()
 
     return undo
