@@ -1,22 +1,10 @@
 """MLA decode for 17 to 128 heads on sm_90, in Gluon: `mla_patch.kernels.decode` reaches it, by the same definition.
 
-A program has 64 heads and, at a time, two tiles of 64 keys. Three groups of four warps share the work:
-
-    even    scores of the even tile; columns 0 to 255 of the output
-    odd     scores of the odd tile; columns 256 to 511
-    rows    brings both tiles into shared memory
-
-Each of the first two multiplies its own probabilities from registers and the other's from shared memory, so every key's
-latent is read from the cache once for 64 heads, and either group's softmax runs while the other keeps the tensor cores
-busy. A row maximum that both agree on goes with the probabilities. There is room for two tiles and q in float16 and
-bfloat16, 216 KiB; a tile's probabilities lie where its rope was, and a tile is brought in two halves, each as soon as
-the group that needs it last lets go of it.
+`mla_patch.kernels.seesaw` does what is done with keys; here are the schedule, which keys, and what becomes of the
+results: those of the portable kernel, with pieces in units of 128 keys, and its partials and tables.
 
 Rows of a 16-bit cache are copied asynchronously. Rows of an 8-bit cache land in the upper half of the place that their
 float16 will take, and are converted there; q is scaled by a power of two for each head, as in the portable kernel.
-
-Schedule, partials and tables are those of the portable kernel, with pieces in units of 128 keys. After FlashMLA's
-"seesaw" schedule (https://github.com/deepseek-ai/FlashMLA, docs/20250422-new-kernel-deep-dive.md).
 """
 
 from __future__ import annotations
@@ -26,16 +14,10 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 
 from mla_patch.compat.triton import CompileCase, gluon_barrier, gluon_copy, gluon_reinterpret, watch_compiles
-from mla_patch.kernels import sm90
+from mla_patch.kernels import seesaw, sm90
 
 HEADS = 64  # a program's
 
@@ -123,112 +105,9 @@ def _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE: gl.constex
 
 
 @gluon.jit
-def _arrive(barriers, WHICH: gl.constexpr):
-    gluon_barrier()  # one thread arrives for all
-    mbarrier.arrive(barriers.index(WHICH), count=1)
-
-
-@gluon.jit
-def _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, HALF: gl.constexpr, SCALED: gl.constexpr):
-    """Half of the heads' queries into shared memory; scaled, in float16 with a power of two for each head."""
-    to: gl.constexpr = q_low.dtype
-    AT: gl.constexpr = HALF * 32
-    h = gl.program_id(1) * 64 + AT + gl.arange(0, 32, layout=gl.SliceLayout(1, sm90.ROWS))
-    c = gl.arange(0, 256, layout=gl.SliceLayout(0, sm90.ROWS))
-    r = gl.arange(0, 64, layout=gl.SliceLayout(0, sm90.ROWS))
-    source = q + b.to(gl.int64) * q_stride_b + h[:, None].to(gl.int64) * q_stride_h
-    mask = (h < H)[:, None]
-    low = gl.load(source + c[None, :], mask=mask, other=0.0)
-    high = gl.load(source + 256 + c[None, :], mask=mask, other=0.0)
-    rope = gl.load(source + 512 + r[None, :], mask=mask, other=0.0)
-    if SCALED:
-        top = gl.maximum(gl.max(gl.abs(low.to(gl.float32)), 1), gl.max(gl.abs(high.to(gl.float32)), 1))
-        top = gl.maximum(top, gl.max(gl.abs(rope.to(gl.float32)), 1))
-        u = (top.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
-        u = gl.where(u > 0, u, 1.0)
-        unit.slice(AT, 32, 0).store(u)
-        q_low.index(0).slice(AT, 32, 0).store((low.to(gl.float32) / u[:, None]).to(to))
-        q_high.index(0).slice(AT, 32, 0).store((high.to(gl.float32) / u[:, None]).to(to))
-        q_rope.index(0).slice(AT, 32, 0).store((rope.to(gl.float32) / u[:, None]).to(to))
-    else:
-        q_low.index(0).slice(AT, 32, 0).store(low.to(to))
-        q_high.index(0).slice(AT, 32, 0).store(high.to(to))
-        q_rope.index(0).slice(AT, 32, 0).store(rope.to(to))
-    fence_async_shared()
-
-
-@gluon.jit
-def _scale(scale, unit, SCALED: gl.constexpr):
-    if SCALED:
-        u = unit.load(sm90.HEAD) * scale
-    else:
-        u = gl.full([64], scale, gl.float32, layout=sm90.HEAD)
-    return u
-
-
-@gluon.jit
-def _begin(
-    q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, HALF: gl.constexpr,
-    SCALED: gl.constexpr,
-):  # fmt: skip
-    """Bring this group's half of a request's queries, once both groups are done with the last ones -> heads' scales."""
-    mbarrier.wait(barriers.index(sm90.Q_FREE), (asked & 1) ^ 1)
-    _load_q(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, unit, HALF, SCALED)
-    _arrive(barriers, sm90.Q_FULL)
-    mbarrier.wait(barriers.index(sm90.Q_FULL), asked & 1)
-    return _scale(scale, unit, SCALED)
-
-
-@gluon.jit
-def _total(weights, own, other, barriers, asked):
-    """Both groups' sums of weights; after it this group is done with the queries."""
-    own.store(weights)
-    _arrive(barriers, sm90.SUMS)
-    mbarrier.wait(barriers.index(sm90.SUMS), asked & 1)
-    weights += other.load(sm90.HEAD)
-    _arrive(barriers, sm90.Q_FREE)
-    return weights
-
-
-@gluon.jit
 def _temperature(length, xai_len):
     last = gl.maximum(length - 1, 1).to(gl.float32)  # log2(0) of a single key is not selected
     return gl.where(length - 1 > xai_len, gl.log2(last) / gl.log2(xai_len.to(gl.float32)), 1.0)
-
-
-@gluon.jit
-def _dot_keys(
-    q_one, q_two, q_rope, one, two, rope, z, barriers, phase, FULL_ONE: gl.constexpr, FULL_TWO: gl.constexpr,
-    COPIED: gl.constexpr,
-):  # fmt: skip
-    """64 heads by 64 keys, in flight: the half that comes first, then the other and the rope."""
-    s = gl.zeros([64, 64], gl.float32, layout=sm90.SCORES)
-    mbarrier.wait(barriers.index(FULL_ONE), phase)
-    if COPIED:
-        fence_async_shared()  # copies are seen by the tensor cores; who converts has done it already
-    s = warpgroup_mma(q_one.index(z), one.index(z).permute([1, 0]), s, use_acc=False, is_async=True)
-    mbarrier.wait(barriers.index(FULL_TWO), phase)
-    if COPIED:
-        fence_async_shared()
-    s = warpgroup_mma(q_two.index(z), two.index(z).permute([1, 0]), s, is_async=True)
-    return warpgroup_mma(q_rope.index(z), rope.index(z).permute([1, 0]), s, is_async=True)
-
-
-@gluon.jit
-def _softmax(s, u, m, key, length, logit_cap, temperature, CAPPED: gl.constexpr, XAI: gl.constexpr):
-    """Raw scores of the keys from ``key`` on -> (running maximum of each head, weights relative to it)."""
-    if CAPPED:
-        s = s * u[:, None]
-        t = gl.exp2(gl.abs(s / logit_cap) * -2.8853900817779268)
-        s = gl.where(s < 0, -1.4426950408889634, 1.4426950408889634) * logit_cap * (1.0 - t) / (1.0 + t)
-        u = gl.full([64], 1.0, gl.float32, layout=sm90.HEAD)
-    if XAI:
-        u = u * temperature
-    if key + 64 > length:
-        n = gl.arange(0, 64, layout=gl.SliceLayout(0, sm90.SCORES))
-        s = gl.where((key + n < length)[None, :], s, -float("inf"))
-    top = gl.maximum(m, gl.max(s, 1) * u)
-    return top, gl.exp2(s * u[:, None] - top[:, None])
 
 
 @gluon.jit
@@ -276,9 +155,6 @@ def _even(
     top_even, top_odd, sum_even, sum_odd, unit, barriers, SCALED: gl.constexpr, CAPPED: gl.constexpr,
     XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
-    """Even tiles' scores, low columns' output. The odd tile's turn with the low columns comes one unit later, while
-    this group's next scores are on their way."""
-    to: gl.constexpr = q_low.dtype
     each, start, stop = _piece(lens, B, PAGE_SIZE)
     gl.store(spans + gl.program_id(0) * 4, -1)
     turn = gl.to_tensor(0)
@@ -286,67 +162,29 @@ def _even(
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        u = _begin(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, 0, SCALED)
-        temperature = _temperature(length, xai_len)
-        key = (position - begin) * sm90.UNIT
-        acc = gl.zeros([64, 256], gl.float32, layout=sm90.OUTPUT)
-        m = gl.full([64], -float("inf"), gl.float32, layout=sm90.HEAD)
-        z = turn >> 30  # 0, which the compiler cannot know: else it keeps the descriptors of 72 operands in registers
-        s = _dot_keys(
-            q_low, q_high, q_rope, low, high, rope, z, barriers, turn & 1, sm90.FULL_EVEN_LOW, sm90.FULL_EVEN_HIGH,
-            not SCALED,
+        source = q + b.to(gl.int64) * q_stride_b
+        u = seesaw.begin_query(
+            source,
+            gl.program_id(1),
+            H,
+            q_stride_h,
+            q_low,
+            q_high,
+            q_rope,
+            scale,
+            unit,
+            barriers,
+            asked,
+            0,
+            True,
+            SCALED,
+        )
+        acc, weights, m, turn = seesaw.even_units(
+            q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, None, barriers, turn, count,
+            u, (position - begin) * sm90.UNIT, length, logit_cap, _temperature(length, xai_len), -float("inf"), True,
+            not SCALED, CAPPED, XAI,
         )  # fmt: skip
-        s = warpgroup_mma_wait(0, deps=[s])
-        top, p = _softmax(s, u, m, key, length, logit_cap, temperature, CAPPED, XAI)
-        weights = gl.sum(p, 1)
-        own = p.to(to)
-        gluon_barrier()  # the rope has been read by all
-        rope.index(0).store(own)
-        top_even.store(top)
-        fence_async_shared()
-        _arrive(barriers, sm90.WEIGHTS_EVEN)
-        acc = warpgroup_mma(gl.convert_layout(own, sm90.WEIGHTS), low.index(z), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        _arrive(barriers, sm90.FREE_EVEN_LOW)
-        for i in range(1, count):
-            before = turn & 1
-            turn += 1
-            z = turn >> 30
-            s = _dot_keys(
-                q_low, q_high, q_rope, low, high, rope, z, barriers, turn & 1, sm90.FULL_EVEN_LOW, sm90.FULL_EVEN_HIGH,
-                not SCALED,
-            )  # fmt: skip
-            mbarrier.wait(barriers.index(sm90.WEIGHTS_ODD), before)
-            m = top_odd.load(sm90.HEAD)
-            keep = gl.exp2(top - m)
-            weights = weights * keep
-            acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
-            acc = warpgroup_mma(odd_rope.index(z), odd_low.index(z), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            top, p = _softmax(s, u, m, key + i * sm90.UNIT, length, logit_cap, temperature, CAPPED, XAI)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            _arrive(barriers, sm90.FREE_ODD_LOW)  # and every warp has read the rope
-            own = p.to(to)
-            rope.index(0).store(own)
-            top_even.store(top)
-            fence_async_shared()
-            _arrive(barriers, sm90.WEIGHTS_EVEN)
-            keep = gl.exp2(m - top)
-            weights = weights * keep + gl.sum(p, 1)
-            acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
-            acc = warpgroup_mma(gl.convert_layout(own, sm90.WEIGHTS), low.index(z), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            _arrive(barriers, sm90.FREE_EVEN_LOW)
-        mbarrier.wait(barriers.index(sm90.WEIGHTS_ODD), turn & 1)
-        m = top_odd.load(sm90.HEAD)
-        keep = gl.exp2(top - m)
-        acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
-        z = turn >> 30
-        acc = warpgroup_mma(odd_rope.index(z), odd_low.index(z), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        _arrive(barriers, sm90.FREE_ODD_LOW)
-        turn += 1
-        weights = _total(weights * keep, sum_even, sum_odd, barriers, asked)
+        weights = seesaw.end_query(weights, sum_even, sum_odd, barriers, asked)
         _finish(
             acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
             v_scale, out_stride_b, out_stride_h, 0,
@@ -373,64 +211,35 @@ def _odd(
     top_even, top_odd, sum_even, sum_odd, unit, barriers, SCALED: gl.constexpr, CAPPED: gl.constexpr,
     XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
-    """Odd tiles' scores, high columns' output. The even tile's turn comes first, so that its place is free early."""
-    to: gl.constexpr = q_low.dtype
     each, start, stop = _piece(lens, B, PAGE_SIZE)
     turn = gl.to_tensor(0)
     asked = gl.to_tensor(0)
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        u = _begin(q, b, H, q_stride_b, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, 1, SCALED)
-        temperature = _temperature(length, xai_len)
-        key = (position - begin) * sm90.UNIT + 64
-        m = gl.full([64], -float("inf"), gl.float32, layout=sm90.HEAD)
-        weights = gl.zeros([64], gl.float32, layout=sm90.HEAD)
-        acc = gl.zeros([64, 256], gl.float32, layout=sm90.OUTPUT)
-        for i in range(count):
-            phase = turn & 1
-            z = turn >> 30  # see the other group
-            mbarrier.wait(barriers.index(sm90.FULL_EVEN_HIGH), phase)
-            mbarrier.wait(barriers.index(sm90.WEIGHTS_EVEN), phase)
-            if not SCALED:
-                fence_async_shared()
-            top = top_even.load(sm90.HEAD)
-            keep = gl.exp2(m - top)
-            weights = weights * keep
-            acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
-            acc = warpgroup_mma(even_rope.index(z), even_high.index(z), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            _arrive(barriers, sm90.FREE_EVEN_HIGH)
-            s = _dot_keys(
-                q_high,
-                q_low,
-                q_rope,
-                high,
-                low,
-                rope,
-                z,
-                barriers,
-                phase,
-                sm90.FULL_ODD_HIGH,
-                sm90.FULL_ODD_LOW,
-                not SCALED,
-            )
-            s = warpgroup_mma_wait(0, deps=[s])
-            m, p = _softmax(s, u, top, key + i * sm90.UNIT, length, logit_cap, temperature, CAPPED, XAI)
-            own = p.to(to)
-            gluon_barrier()  # the rope has been read by all
-            rope.index(0).store(own)
-            top_odd.store(m)
-            fence_async_shared()
-            _arrive(barriers, sm90.WEIGHTS_ODD)
-            keep = gl.exp2(top - m)
-            weights = weights * keep + gl.sum(p, 1)
-            acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
-            acc = warpgroup_mma(gl.convert_layout(own, sm90.WEIGHTS), high.index(z), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            _arrive(barriers, sm90.FREE_ODD_HIGH)
-            turn += 1
-        weights = _total(weights, sum_odd, sum_even, barriers, asked)
+        source = q + b.to(gl.int64) * q_stride_b
+        u = seesaw.begin_query(
+            source,
+            gl.program_id(1),
+            H,
+            q_stride_h,
+            q_low,
+            q_high,
+            q_rope,
+            scale,
+            unit,
+            barriers,
+            asked,
+            1,
+            True,
+            SCALED,
+        )
+        acc, weights, m, turn = seesaw.odd_units(
+            q_low, q_high, q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, None, barriers, turn,
+            count, u, (position - begin) * sm90.UNIT + 64, length, logit_cap, _temperature(length, xai_len),
+            -float("inf"), True, not SCALED, CAPPED, XAI,
+        )  # fmt: skip
+        weights = seesaw.end_query(weights, sum_odd, sum_even, barriers, asked)
         _finish(
             acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
             v_scale, out_stride_b, out_stride_h, 1,
@@ -463,21 +272,6 @@ def _addresses(kv, slot, kv_stride, page_stride, PAGE_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _bring(
-    row, c, r, one, AT_ONE: gl.constexpr, two, AT_TWO: gl.constexpr, rope, barriers, free, FREE_ONE: gl.constexpr,
-    FULL_ONE: gl.constexpr, FREE_TWO: gl.constexpr, FULL_TWO: gl.constexpr,
-):  # fmt: skip
-    """A tile of a 16-bit cache: the half that is free first, then the other and the rope; AT_* where they begin."""
-    mbarrier.wait(barriers.index(FREE_ONE), free)
-    gluon_copy(one.index(0), row + AT_ONE + c)
-    async_copy.mbarrier_arrive(barriers.index(FULL_ONE), increment_count=False)
-    mbarrier.wait(barriers.index(FREE_TWO), free)
-    gluon_copy(two.index(0), row + AT_TWO + c)
-    gluon_copy(rope.index(0), row + 512 + r)
-    async_copy.mbarrier_arrive(barriers.index(FULL_TWO), increment_count=False)
-
-
-@gluon.jit
 def _copy_rows(
     kv, lens, token_ids, B, kv_stride, table_stride, page_stride, even_low, even_high, even_rope, odd_low, odd_high,
     odd_rope, barriers, PAGE_SIZE: gl.constexpr,
@@ -496,15 +290,15 @@ def _copy_rows(
         for i in range(count):
             free = (turn & 1) ^ 1
             row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            _bring(
-                row, c, r, even_low, 0, even_high, 256, even_rope, barriers, free, sm90.FREE_EVEN_LOW,
-                sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH,
+            seesaw.bring(
+                row, c, r, None, None, even_low, 0, even_high, 256, even_rope, barriers, free, sm90.FREE_EVEN_LOW,
+                sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, True,
             )  # fmt: skip
             even = _slots(token_ids, first, key + (i + 1) * sm90.UNIT, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS))
             row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            _bring(
-                row, c, r, odd_high, 256, odd_low, 0, odd_rope, barriers, free, sm90.FREE_ODD_HIGH, sm90.FULL_ODD_HIGH,
-                sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW,
+            seesaw.bring(
+                row, c, r, None, None, odd_high, 256, odd_low, 0, odd_rope, barriers, free, sm90.FREE_ODD_HIGH,
+                sm90.FULL_ODD_HIGH, sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW, True,
             )  # fmt: skip
             odd = _slots(
                 token_ids, first, key + (i + 1) * sm90.UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS)
@@ -600,13 +394,13 @@ def _bring_wide(
     gluon_barrier()
     _widen(one.index(0), E5M2)
     fence_async_shared()
-    _arrive(barriers, FULL_ONE)
+    seesaw.arrive(barriers, FULL_ONE)
     async_copy.wait_group(0)
     gluon_barrier()
     _widen(two.index(0), E5M2)
     _widen(rope.index(0), E5M2)
     fence_async_shared()
-    _arrive(barriers, FULL_TWO)
+    seesaw.arrive(barriers, FULL_TWO)
 
 
 @gluon.jit
