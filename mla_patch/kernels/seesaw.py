@@ -1,4 +1,4 @@
-"""What MLA kernels on sm_90 share, in Gluon: 64 heads and, at a time, two tiles of 64 keys, by three groups of four warps.
+"""What MLA kernels on sm_90 share, in Gluon: 64 heads and, at a time, two tiles of 64 keys, by three groups of warps.
 
     even    scores of the even tile; columns 0 to 255 of the output
     odd     scores of the odd tile; columns 256 to 511
@@ -7,8 +7,8 @@
 Each of the first two multiplies its own probabilities from registers and the other's from shared memory, so every key's
 latent is read from the cache once for 64 heads, and either group's softmax runs while the other keeps the tensor cores
 busy. A row maximum that both agree on goes with the probabilities. There is room for two tiles and q in 16 bits,
-216 KiB; a tile's probabilities lie where its rope was, or would be, and a tile is brought in two halves, each as soon as
-the group that needs it last lets go of it.
+216 KiB; a tile's probabilities lie where its rope was, or would be, and a tile is brought in two halves, each as soon
+as the group that needs it last lets go of it.
 
 Here are the first two groups' work on one query and one list of keys, and the third's ways of bringing 16-bit rows.
 `decode_sm90` and `sparse_sm90` say which keys, and what becomes of the results.

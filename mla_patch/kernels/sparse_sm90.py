@@ -77,67 +77,61 @@ def _finish(
 
 @gluon.jit
 def _even(
-    items, q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk, extra_topk, scale, base_unit,
+    q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk, extra_topk, scale, base_unit,
     splits, q_b, q_s, q_h, out_l, out_h, lse_b, lse_h, lse_s, q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope,
     known, top_even, top_odd, sum_even, sum_odd, barriers, ROPE: gl.constexpr, COPIED: gl.constexpr,
     EXTRA: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    turn = gl.to_tensor(0)
-    asked = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, line, b, s, split = _place(item, H, Sq, splits)
-        _start, count, _units, _keys, _more = _share(lens, extra_lens, b, topk, extra_topk, split, splits, EXTRA)
-        source = q + b.to(gl.int64) * q_b + s.to(gl.int64) * q_s
-        u = seesaw.begin_query(
-            source, tile, H, q_h, q_low, q_high, q_rope, scale, None, barriers, asked, 0, ROPE, False
-        )  # fmt: skip
-        acc, weights, m, turn = seesaw.even_units(
-            q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, known, barriers, turn, count, u,
-            0, 0, 0.0, 1.0, -3.4028234663852886e38, ROPE, COPIED, False, False,
-        )  # fmt: skip
-        weights = seesaw.end_query(weights, sum_even, sum_odd, barriers, asked)
-        _finish(
-            acc, weights, m, out, lse, max_logits, partial, partial_lse, sinks, tile, line, b, s, split, splits, H,
-            base_unit, out_l, out_h, lse_b, lse_h, lse_s, MERGE, 0,
-        )  # fmt: skip
-        asked += 1
+    zero = gl.to_tensor(0)
+    tile, line, b, s, split = _place(H, Sq, splits)
+    _start, count, _units, _keys, _more = _share(lens, extra_lens, b, topk, extra_topk, split, splits, EXTRA)
+    source = q + b.to(gl.int64) * q_b + s.to(gl.int64) * q_s
+    u = seesaw.begin_query(
+        source, tile, H, q_h, q_low, q_high, q_rope, scale, None, barriers, zero, 0, ROPE, False
+    )  # fmt: skip
+    acc, weights, m, _turn = seesaw.even_units(
+        q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, known, barriers, zero, count, u,
+        0, 0, 0.0, 1.0, -3.4028234663852886e38, ROPE, COPIED, False, False,
+    )  # fmt: skip
+    weights = seesaw.end_query(weights, sum_even, sum_odd, barriers, zero)
+    _finish(
+        acc, weights, m, out, lse, max_logits, partial, partial_lse, sinks, tile, line, b, s, split, splits, H,
+        base_unit, out_l, out_h, lse_b, lse_h, lse_s, MERGE, 0,
+    )  # fmt: skip
 
 
 @gluon.jit
 def _odd(
-    items, q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk, extra_topk, scale, base_unit,
+    q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk, extra_topk, scale, base_unit,
     splits, q_b, q_s, q_h, out_l, out_h, lse_b, lse_h, lse_s, q_low, q_high, q_rope, low, high, rope, even_high,
     even_rope, known, top_even, top_odd, sum_even, sum_odd, barriers, ROPE: gl.constexpr, COPIED: gl.constexpr,
     EXTRA: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    turn = gl.to_tensor(0)
-    asked = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, line, b, s, split = _place(item, H, Sq, splits)
-        _start, count, _units, _keys, _more = _share(lens, extra_lens, b, topk, extra_topk, split, splits, EXTRA)
-        source = q + b.to(gl.int64) * q_b + s.to(gl.int64) * q_s
-        u = seesaw.begin_query(
-            source, tile, H, q_h, q_low, q_high, q_rope, scale, None, barriers, asked, 1, ROPE, False
-        )  # fmt: skip
-        acc, weights, m, turn = seesaw.odd_units(
-            q_low, q_high, q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, known, barriers, turn, count,
-            u, 0, 0, 0.0, 1.0, -3.4028234663852886e38, ROPE, COPIED, False, False,
-        )  # fmt: skip
-        weights = seesaw.end_query(weights, sum_odd, sum_even, barriers, asked)
-        _finish(
-            acc, weights, m, out, lse, max_logits, partial, partial_lse, sinks, tile, line, b, s, split, splits, H,
-            base_unit, out_l, out_h, lse_b, lse_h, lse_s, MERGE, 1,
-        )  # fmt: skip
-        asked += 1
+    zero = gl.to_tensor(0)
+    tile, line, b, s, split = _place(H, Sq, splits)
+    _start, count, _units, _keys, _more = _share(lens, extra_lens, b, topk, extra_topk, split, splits, EXTRA)
+    source = q + b.to(gl.int64) * q_b + s.to(gl.int64) * q_s
+    u = seesaw.begin_query(
+        source, tile, H, q_h, q_low, q_high, q_rope, scale, None, barriers, zero, 1, ROPE, False
+    )  # fmt: skip
+    acc, weights, m, _turn = seesaw.odd_units(
+        q_low, q_high, q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, known, barriers, zero, count,
+        u, 0, 0, 0.0, 1.0, -3.4028234663852886e38, ROPE, COPIED, False, False,
+    )  # fmt: skip
+    weights = seesaw.end_query(weights, sum_odd, sum_even, barriers, zero)
+    _finish(
+        acc, weights, m, out, lse, max_logits, partial, partial_lse, sinks, tile, line, b, s, split, splits, H,
+        base_unit, out_l, out_h, lse_b, lse_h, lse_s, MERGE, 1,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _place(item, H, Sq, splits):
-    """An item of work: tile of heads, query and split. Tiles of one query are neighbours, which find its keys in L2."""
+def _place(H, Sq, splits):
+    """This program's tile of heads, query and split. Tiles of one query are neighbours, which find its keys in L2."""
     tiles = (H + 63) // 64
-    rest = item // tiles
+    rest = gl.program_id(0) // tiles
     line = rest // splits
-    return item % tiles, line, line // Sq, line % Sq, rest % splits
+    return gl.program_id(0) % tiles, line, line // Sq, line % Sq, rest % splits
 
 
 @gluon.jit
@@ -159,37 +153,34 @@ def _named(
 
 @gluon.jit
 def _copy_rows(
-    items, kv, ids, lens, H, Sq, topk, places, splits, kv_s, ids_b, ids_s, even_low, even_high, even_rope, odd_low, odd_high,
+    kv, ids, lens, H, Sq, topk, places, splits, kv_s, ids_b, ids_s, even_low, even_high, even_rope, odd_low, odd_high,
     odd_rope, seen_even, seen_odd, barriers, ROPE: gl.constexpr,
 ):  # fmt: skip
     """16-bit rows, as they are."""
     L: gl.constexpr = gl.SliceLayout(1, sm90.ROWS)
     c = gl.arange(0, 256, layout=gl.SliceLayout(0, sm90.ROWS))[None, :]
     r = gl.arange(0, 64, layout=gl.SliceLayout(0, sm90.ROWS))[None, :]
-    turn = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        _tile, _line, b, s, split = _place(item, H, Sq, splits)
-        start, count, units, keys, _more = _share(lens, None, b, topk, 0, split, splits, False)
-        own = ids + b.to(gl.int64) * ids_b + s.to(gl.int64) * ids_s
-        even = _named(own, own, start, 0, units, keys, 0, places, 0, False, L, 64)
-        odd = _named(own, own, start, 64, units, keys, 0, places, 0, False, L, 64)
-        for i in range(count):
-            free = (turn & 1) ^ 1
-            row = (kv + gl.maximum(even, 0).to(gl.int64) * kv_s)[:, None]
-            known = even >= 0
-            even = _named(own, own, start + i + 1, 0, units, keys, 0, places, 0, False, L, 64)
-            seesaw.bring(
-                row, c, r, known, seen_even, even_low, 0, even_high, 256, even_rope, barriers, free, sm90.FREE_EVEN_LOW,
-                sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, ROPE,
-            )  # fmt: skip
-            row = (kv + gl.maximum(odd, 0).to(gl.int64) * kv_s)[:, None]
-            known = odd >= 0
-            odd = _named(own, own, start + i + 1, 64, units, keys, 0, places, 0, False, L, 64)
-            seesaw.bring(
-                row, c, r, known, seen_odd, odd_high, 256, odd_low, 0, odd_rope, barriers, free, sm90.FREE_ODD_HIGH,
-                sm90.FULL_ODD_HIGH, sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW, ROPE,
-            )  # fmt: skip
-            turn += 1
+    _tile, _line, b, s, split = _place(H, Sq, splits)
+    start, count, units, keys, _more = _share(lens, None, b, topk, 0, split, splits, False)
+    own = ids + b.to(gl.int64) * ids_b + s.to(gl.int64) * ids_s
+    even = _named(own, own, start, 0, units, keys, 0, places, 0, False, L, 64)
+    odd = _named(own, own, start, 64, units, keys, 0, places, 0, False, L, 64)
+    for i in range(count):
+        free = (i & 1) ^ 1
+        row = (kv + gl.maximum(even, 0).to(gl.int64) * kv_s)[:, None]
+        known = even >= 0
+        even = _named(own, own, start + i + 1, 0, units, keys, 0, places, 0, False, L, 64)
+        seesaw.bring(
+            row, c, r, known, seen_even, even_low, 0, even_high, 256, even_rope, barriers, free, sm90.FREE_EVEN_LOW,
+            sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, ROPE,
+        )  # fmt: skip
+        row = (kv + gl.maximum(odd, 0).to(gl.int64) * kv_s)[:, None]
+        known = odd >= 0
+        odd = _named(own, own, start + i + 1, 64, units, keys, 0, places, 0, False, L, 64)
+        seesaw.bring(
+            row, c, r, known, seen_odd, odd_high, 256, odd_low, 0, odd_rope, barriers, free, sm90.FREE_ODD_HIGH,
+            sm90.FULL_ODD_HIGH, sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW, ROPE,
+        )  # fmt: skip
     async_copy.wait_group(0)
 
 
@@ -216,7 +207,7 @@ def _rows(
 
 
 @gluon.jit
-def _prefetch(row):
+def _prefetch(row, scale):
     """Rows into the second-level cache, before they are copied."""
     gl.inline_asm_elementwise(
         """prefetch.global.L2 [$1];
@@ -224,9 +215,10 @@ def _prefetch(row):
         prefetch.global.L2 [$1+256];
         prefetch.global.L2 [$1+384];
         prefetch.global.L2 [$1+512];
+        prefetch.global.L2 [$2];
         mov.b32 $0, 0;""",
-        "=r,l",
-        [row.to(gl.int64, bitcast=True)],
+        "=r,l,l",
+        [row.to(gl.int64, bitcast=True), scale.to(gl.int64, bitcast=True)],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -289,78 +281,73 @@ def _scaled(x, scale):
 
 
 @gluon.jit
-def _scale_of(scales, K: gl.constexpr, V4: gl.constexpr):
-    """Of the row's k-th 64 values."""
-    if V4:
-        code = (scales.slice(K // 4, 1, 1).load(sm90.READ) >> (K % 4 * 8)) & 0xFF
-        return (code << 23).to(gl.float32, bitcast=True)
-    else:
-        return scales.slice(K // 2, 1, 1).load(sm90.READ).to(gl.float32, bitcast=True)
+def _scale_of(code, K: gl.constexpr):
+    """The k-th of four ue8m0 scales in an int32."""
+    return (((code >> (K * 8)) & 0xFF) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def _widen(place, scales, AT: gl.constexpr, BLOCKS: gl.constexpr, V4: gl.constexpr):
-    """A half that has landed -> bfloat16. All of it is read before any is overwritten."""
+def _widen(place, scales, HIGH: gl.constexpr, V4: gl.constexpr):
+    """A half that has landed -> bfloat16. All of it is read before any is overwritten, and its scales with it: behind
+    a store they would be waited for."""
+    if V4:
+        code = scales.slice(HIGH, 1, 1).load(sm90.READ)
+    else:
+        one = scales.slice(2 * HIGH, 1, 1).load(sm90.READ).to(gl.float32, bitcast=True)
+        two = scales.slice(2 * HIGH + 1, 1, 1).load(sm90.READ).to(gl.float32, bitcast=True)
     a = _block(place, 0).load(sm90.READ)
     b = _block(place, 1).load(sm90.READ)
     c = _block(place, 2).load(sm90.READ)
-    if BLOCKS == 4:
+    if not (HIGH and V4):
         d = _block(place, 3).load(sm90.READ)
     gluon_barrier()
-    _columns(place, 0).store(_scaled(a, _scale_of(scales, AT, V4)))
-    _columns(place, 1).store(_scaled(b, _scale_of(scales, AT + 1, V4)))
-    _columns(place, 2).store(_scaled(c, _scale_of(scales, AT + 2, V4)))
-    if BLOCKS == 4:
-        _columns(place, 3).store(_scaled(d, _scale_of(scales, AT + 3, V4)))
+    _columns(place, 0).store(_scaled(a, _scale_of(code, 0) if V4 else one))
+    _columns(place, 1).store(_scaled(b, _scale_of(code, 1) if V4 else one))
+    _columns(place, 2).store(_scaled(c, _scale_of(code, 2) if V4 else two))
+    if not (HIGH and V4):
+        _columns(place, 3).store(_scaled(d, _scale_of(code, 3) if V4 else two))
 
 
 @gluon.jit
-def _bring_half(place, row, mask, HIGH: gl.constexpr, V4: gl.constexpr):
-    """Begin to copy a half's values; the high one of V4 ends with the rope."""
-    if HIGH and V4:
-        _land(place, row, mask, 64, 3)
-        c = gl.arange(0, 32, layout=gl.SliceLayout(0, sm90.FETCH))
-        gluon_copy(_columns(place, 3), row[:, None] + (112 + c)[None, :], mask=mask)
-    else:
-        _land(place, row, mask, HIGH * 64, 4)
-
-
-@gluon.jit
-def _bring_scaled(
-    row, scale, known, seen, scales, one, two, rope, barriers, free, FREE_ONE: gl.constexpr, FULL_ONE: gl.constexpr,
-    FREE_TWO: gl.constexpr, FULL_TWO: gl.constexpr, HIGH_FIRST: gl.constexpr, V4: gl.constexpr,
+def _land(
+    place, rope, row, scale, known, seen, scales, barriers, free, FREE: gl.constexpr, HIGH: gl.constexpr,
+    FIRST: gl.constexpr, V4: gl.constexpr,
 ):  # fmt: skip
-    """A tile of an fp8 cache: the half that is free first, then the other and the rope."""
-    FIRST: gl.constexpr = 3 if HIGH_FIRST and V4 else 4
-    SECOND: gl.constexpr = 3 if V4 and not HIGH_FIRST else 4
+    """Begin to copy a half once it is free: ``FIRST`` with scales and what is known, second with the rope."""
+    mbarrier.wait(barriers.index(FREE), free)
     mask = known[:, None]
-    mbarrier.wait(barriers.index(FREE_ONE), free)
-    seen.store(known.to(gl.int32))
-    gluon_copy(scales, scale[:, None] + gl.arange(0, scales.shape[1], layout=gl.SliceLayout(0, sm90.FETCH))[None, :],
-               mask=mask)  # fmt: skip
-    _bring_half(one.index(0), row, mask, HIGH_FIRST, V4)
+    row = row[:, None]
+    c = gl.arange(0, 16, layout=gl.SliceLayout(0, sm90.FETCH))[None, :]
+    r = gl.arange(0, 32, layout=gl.SliceLayout(0, sm90.FETCH))[None, :]
+    if FIRST:
+        seen.store(known.to(gl.int32))
+        n = gl.arange(0, scales.shape[1], layout=gl.SliceLayout(0, sm90.FETCH))[None, :]
+        gluon_copy(scales, scale[:, None] + n, mask=mask)
+    gluon_copy(_block(place.index(0), 0), row + (HIGH * 64 + c), mask=mask)
+    gluon_copy(_block(place.index(0), 1), row + (HIGH * 64 + 16 + c), mask=mask)
+    gluon_copy(_block(place.index(0), 2), row + (HIGH * 64 + 32 + c), mask=mask)
+    if HIGH and V4:  # the rope is the rest of the row
+        gluon_copy(_columns(place.index(0), 3), row + (112 + r), mask=mask)
+    else:
+        gluon_copy(_block(place.index(0), 3), row + (HIGH * 64 + 48 + c), mask=mask)
+    if not FIRST and not V4:
+        gluon_copy(_columns(rope.index(0), 0), row + (132 + r), mask=mask)
     async_copy.commit_group()
-    mbarrier.wait(barriers.index(FREE_TWO), free)
-    _bring_half(two.index(0), row, mask, not HIGH_FIRST, V4)
-    if not V4:
-        c = gl.arange(0, 32, layout=gl.SliceLayout(0, sm90.FETCH))
-        gluon_copy(_columns(rope.index(0), 0), row[:, None] + (132 + c)[None, :], mask=mask)
-    async_copy.commit_group()
-    async_copy.wait_group(1)
+
+
+@gluon.jit
+def _landed(place, scales, barriers, FULL: gl.constexpr, HIGH: gl.constexpr, LEFT: gl.constexpr, V4: gl.constexpr):
+    """Convert a half, all but the last ``LEFT`` groups of copies having come."""
+    async_copy.wait_group(LEFT)
     gluon_barrier()
-    _widen(one.index(0), scales, 4 * HIGH_FIRST, FIRST, V4)
+    _widen(place.index(0), scales, HIGH, V4)
     fence_async_shared()
-    seesaw.arrive(barriers, FULL_ONE)
-    async_copy.wait_group(0)
-    gluon_barrier()
-    _widen(two.index(0), scales, 4 - 4 * HIGH_FIRST, SECOND, V4)
-    fence_async_shared()
-    seesaw.arrive(barriers, FULL_TWO)
+    seesaw.arrive(barriers, FULL)
 
 
 @gluon.jit
 def _scale_rows(
-    items, values, ids, lens, extra_values, extra_ids, extra_lens, H, Sq, topk, extra_topk, places, extra_places, splits,
+    values, ids, lens, extra_values, extra_ids, extra_lens, H, Sq, topk, extra_topk, places, extra_places, splits,
     page_stride, extra_page_stride, ids_b, ids_s, extra_ids_b, extra_ids_s, even_low, even_high, even_rope, odd_low,
     odd_high, odd_rope, seen_even, seen_odd, scales, barriers, V4: gl.constexpr, PAGE: gl.constexpr,
     EXTRA_PAGE: gl.constexpr,
@@ -368,67 +355,58 @@ def _scale_rows(
     """fp8 caches: rows land, and become bfloat16."""
     L: gl.constexpr = gl.SliceLayout(1, sm90.FETCH)
     EXTRA: gl.constexpr = EXTRA_PAGE > 0
-    turn = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        _tile, _line, b, s, split = _place(item, H, Sq, splits)
-        start, count, units, keys, more = _share(lens, extra_lens, b, topk, extra_topk, split, splits, EXTRA)
-        own = ids + b.to(gl.int64) * ids_b + s.to(gl.int64) * ids_s
-        other = own
-        if EXTRA:
-            other = extra_ids + b.to(gl.int64) * extra_ids_b + s.to(gl.int64) * extra_ids_s
-        even = _named(own, other, start, 0, units, keys, more, places, extra_places, EXTRA, L, 64)
-        odd = _named(own, other, start, 64, units, keys, more, places, extra_places, EXTRA, L, 64)
-        ahead = _named(own, other, start + 1, 0, units, keys, more, places, extra_places, EXTRA, sm90.LANES, 128)
-        for i in range(count):
-            free = (turn & 1) ^ 1
-            at = start + i
-            known = even >= 0
-            row, scale = _rows(
-                values,
-                extra_values,
-                gl.maximum(even, 0),
-                at,
-                units,
-                page_stride,
-                extra_page_stride,
-                PAGE,
-                EXTRA_PAGE,
-                V4,
-            )
-            even = _named(own, other, at + 1, 0, units, keys, more, places, extra_places, EXTRA, L, 64)
-            _bring_scaled(
-                row, scale, known, seen_even, scales.index(0), even_low, even_high, even_rope, barriers, free,
-                sm90.FREE_EVEN_LOW, sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, False, V4,
-            )  # fmt: skip
-            row, _scale = _rows(
-                values, extra_values, gl.maximum(ahead, 0), at + 1, units, page_stride, extra_page_stride, PAGE, EXTRA_PAGE,
-                V4,
-            )  # fmt: skip
-            _prefetch(row)
-            ahead = _named(own, other, at + 2, 0, units, keys, more, places, extra_places, EXTRA, sm90.LANES, 128)
-            known = odd >= 0
-            row, scale = _rows(
-                values,
-                extra_values,
-                gl.maximum(odd, 0),
-                at,
-                units,
-                page_stride,
-                extra_page_stride,
-                PAGE,
-                EXTRA_PAGE,
-                V4,
-            )
-            odd = _named(own, other, at + 1, 64, units, keys, more, places, extra_places, EXTRA, L, 64)
-            _bring_scaled(
-                row, scale, known, seen_odd, scales.index(1), odd_high, odd_low, odd_rope, barriers, free,
-                sm90.FREE_ODD_HIGH, sm90.FULL_ODD_HIGH, sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW, True, V4,
-            )  # fmt: skip
-            turn += 1
+    _tile, _line, b, s, split = _place(H, Sq, splits)
+    start, count, units, keys, more = _share(lens, extra_lens, b, topk, extra_topk, split, splits, EXTRA)
+    own = ids + b.to(gl.int64) * ids_b + s.to(gl.int64) * ids_s
+    other = own
+    if EXTRA:
+        other = extra_ids + b.to(gl.int64) * extra_ids_b + s.to(gl.int64) * extra_ids_s
+    even = _named(own, other, start, 0, units, keys, more, places, extra_places, EXTRA, L, 64)
+    odd = _named(own, other, start, 64, units, keys, more, places, extra_places, EXTRA, L, 64)
+    ahead = _named(own, other, start + 1, 0, units, keys, more, places, extra_places, EXTRA, sm90.LANES, 128)
+    for i in range(count):
+        free = (i & 1) ^ 1
+        at = start + i
+        known = even >= 0
+        row, scale = _rows(
+            values, extra_values, gl.maximum(even, 0), at, units, page_stride, extra_page_stride, PAGE, EXTRA_PAGE, V4
+        )
+        even = _named(own, other, at + 1, 0, units, keys, more, places, extra_places, EXTRA, L, 64)
+        _land(
+            even_low, even_rope, row, scale, known, seen_even, scales.index(0), barriers, free, sm90.FREE_EVEN_LOW, 0,
+            True, V4,
+        )  # fmt: skip
+        _land(
+            even_high, even_rope, row, scale, known, seen_even, scales.index(0), barriers, free, sm90.FREE_EVEN_HIGH, 1,
+            False, V4,
+        )  # fmt: skip
+        _landed(even_low, scales.index(0), barriers, sm90.FULL_EVEN_LOW, 0, 1, V4)
+        _landed(even_high, scales.index(0), barriers, sm90.FULL_EVEN_HIGH, 1, 0, V4)
+        row, scale = _rows(
+            values, extra_values, gl.maximum(ahead, 0), at + 1, units, page_stride, extra_page_stride, PAGE, EXTRA_PAGE,
+            V4,
+        )  # fmt: skip
+        _prefetch(row, scale)
+        ahead = _named(own, other, at + 2, 0, units, keys, more, places, extra_places, EXTRA, sm90.LANES, 128)
+        known = odd >= 0
+        row, scale = _rows(
+            values, extra_values, gl.maximum(odd, 0), at, units, page_stride, extra_page_stride, PAGE, EXTRA_PAGE, V4
+        )
+        odd = _named(own, other, at + 1, 64, units, keys, more, places, extra_places, EXTRA, L, 64)
+        _land(
+            odd_high, odd_rope, row, scale, known, seen_odd, scales.index(1), barriers, free, sm90.FREE_ODD_HIGH, 1,
+            True, V4,
+        )  # fmt: skip
+        _land(
+            odd_low, odd_rope, row, scale, known, seen_odd, scales.index(1), barriers, free, sm90.FREE_ODD_LOW, 0,
+            False, V4,
+        )  # fmt: skip
+        _landed(odd_high, scales.index(1), barriers, sm90.FULL_ODD_HIGH, 1, 1, V4)
+        _landed(odd_low, scales.index(1), barriers, sm90.FULL_ODD_LOW, 0, 0, V4)
 
 
 _CHANGING = [
-    "items", "Sq", "topk", "extra_topk", "places", "extra_places", "sm_scale", "base_unit", "splits", "ids_b", "ids_s",
+    "Sq", "topk", "extra_topk", "places", "extra_places", "sm_scale", "base_unit", "splits", "ids_b", "ids_s",
     "extra_ids_b", "extra_ids_s", "lse_b", "lse_h", "lse_s", "q_b", "q_s",
 ]  # fmt: skip
 _ANYWHERE = ["q", "ids", "extra_ids", "lens", "extra_lens", "sinks", "lse", "max_logits", "out"]
@@ -436,14 +414,14 @@ _ANYWHERE = ["q", "ids", "extra_ids", "lens", "extra_lens", "sinks", "lse", "max
 
 @gluon.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_ANYWHERE)
 def sparse_sm90(
-    items, q, values, ids, lens, extra_values, extra_ids, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq,
+    q, values, ids, lens, extra_values, extra_ids, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq,
     topk, extra_topk, places, extra_places, sm_scale, base_unit, splits, q_b, q_s, q_h, stride, extra_stride, ids_b,
     ids_s, extra_ids_b, extra_ids_s, out_l, out_h, lse_b, lse_h, lse_s, WIDTH: gl.constexpr, PAGE: gl.constexpr,
     EXTRA_PAGE: gl.constexpr, MERGE: gl.constexpr, KEY: gl.constexpr,
 ):  # fmt: skip
-    """Queries [b, s, head], flat lines of b * Sq + s in ``out`` and partials. ``values`` is a 16-bit workspace with rows
-    ``stride`` apart, or, as int32, an fp8 cache with pages 16 * ``stride`` bytes apart: V3.2 for a WIDTH of 576, V4 for
-    512. ``base_unit`` multiplies base-2 statistics. sm_scale above 0."""
+    """Queries [b, s, head], lines of b * Sq + s in ``out`` and partials. ``values`` is a 16-bit workspace with rows
+    ``stride`` apart, or, as int32, an fp8 cache with pages 16 * ``stride`` bytes apart: V3.2 for a WIDTH of 576, V4
+    for 512. ``base_unit`` multiplies base-2 statistics. sm_scale above 0."""
     EIGHT: gl.constexpr = values.dtype.element_ty.primitive_bitwidth == 32
     V4: gl.constexpr = WIDTH == 512
     ROPE: gl.constexpr = WIDTH == 576
@@ -485,15 +463,15 @@ def sparse_sm90(
         scales = gl.allocate_shared_memory(gl.int32, [2, 64, N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         gl.warp_specialize(
             [
-                (_even, (items, q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk,
+                (_even, (q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk,
                          extra_topk, scale, base_unit, splits, q_b, q_s, q_h, out_l, out_h, lse_b, lse_h, lse_s, q_low,
                          q_high, q_rope, e_low, e_high, e_rope, o_low, o_rope, seen_even, top_even, top_odd, sum_even,
                          sum_odd, barriers, ROPE, False, EXTRA, MERGE)),
-                (_odd, (items, q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk,
+                (_odd, (q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk,
                         extra_topk, scale, base_unit, splits, q_b, q_s, q_h, out_l, out_h, lse_b, lse_h, lse_s, q_low,
                         q_high, q_rope, o_low, o_high, o_rope, e_high, e_rope, seen_odd, top_even, top_odd, sum_even,
                         sum_odd, barriers, ROPE, False, EXTRA, MERGE)),
-                (_scale_rows, (items, values, ids, lens, extra_values, extra_ids, extra_lens, H, Sq, topk, extra_topk, places,
+                (_scale_rows, (values, ids, lens, extra_values, extra_ids, extra_lens, H, Sq, topk, extra_topk, places,
                                extra_places, splits, stride, extra_stride, ids_b, ids_s, extra_ids_b, extra_ids_s,
                                e_low, e_high, e_rope, o_low, o_high, o_rope, seen_even, seen_odd, scales, barriers, V4,
                                PAGE, EXTRA_PAGE)),
@@ -504,15 +482,15 @@ def sparse_sm90(
     else:
         gl.warp_specialize(
             [
-                (_even, (items, q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk,
+                (_even, (q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk,
                          extra_topk, scale, base_unit, splits, q_b, q_s, q_h, out_l, out_h, lse_b, lse_h, lse_s, q_low,
                          q_high, q_rope, e_low, e_high, e_rope, o_low, o_rope, seen_even, top_even, top_odd, sum_even,
                          sum_odd, barriers, ROPE, True, EXTRA, MERGE)),
-                (_odd, (items, q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk,
+                (_odd, (q, lens, extra_lens, sinks, out, lse, max_logits, partial, partial_lse, H, Sq, topk,
                         extra_topk, scale, base_unit, splits, q_b, q_s, q_h, out_l, out_h, lse_b, lse_h, lse_s, q_low,
                         q_high, q_rope, o_low, o_high, o_rope, e_high, e_rope, seen_odd, top_even, top_odd, sum_even,
                         sum_odd, barriers, ROPE, True, EXTRA, MERGE)),
-                (_copy_rows, (items, values, ids, lens, H, Sq, topk, places, splits, stride, ids_b, ids_s, e_low, e_high,
+                (_copy_rows, (values, ids, lens, H, Sq, topk, places, splits, stride, ids_b, ids_s, e_low, e_high,
                               e_rope, o_low, o_high, o_rope, seen_even, seen_odd, barriers, ROPE)),
             ],
             [4, 4],
@@ -532,7 +510,6 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         signature = {"q": "*bf16", "values": "*i32" if eight else "*bf16", "ids": "*i32", "out": "*bf16"}
         signature |= {"lse": "*fp32", "partial": "*fp32", "partial_lse": "*fp32"}
         scalars = [
-            "items",
             "H",
             "Sq",
             "topk",
