@@ -39,8 +39,8 @@ def test_the_arguments(release: str, kept: Path) -> None:
         f"{name} reads an fp8 cache: set --kv-cache-dtype fp8_e4m3, found auto",
         f"{name} reads pages of 32 or 64 tokens: set --page-size 64, found 16",
         f"--decode-attention-backend trtllm_mla beside {name}: one of the two, not both",
-        f"{name}, decode by tokenspeed_mla: its kernels are for compute capability 10.x alone, found compute capability "
-        "12.0 (NVIDIA RTX PRO 6000); MLA_PATCH_TOKENSPEED_DECODE chooses another",
+        f"{name}, decode by tokenspeed_mla: its kernels are for compute capability 10.x alone, found "
+        "compute capability 12.0 (NVIDIA RTX PRO 6000); MLA_PATCH_TOKENSPEED_DECODE chooses another",
     ]
 
 
