@@ -246,7 +246,8 @@ def serve(heads, width, queries, rows, topk, more, log2, part=64):
     mla_sparse_prefill(q, kv, ids, 0.1, return_log2=log2, **options)
 
 for fake_chip.SM in (80, 90, 120):
-    for heads, width, more in ((1, 576, False), (64, 576, False), (64, 576, "lengths"), (20, 512, True), (128, 512, True)):
+    of_v32 = (1, 576, False), (64, 576, False), (64, 576, "lengths")
+    for heads, width, more in (*of_v32, (20, 512, True), (128, 512, True)):
         COMPILES.reset()
         warmed = warmup("cpu", heads, width, more=more is True, lengths=more == "lengths")
         for queries in (1, 2, 16, 33, 4096):

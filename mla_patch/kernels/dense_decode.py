@@ -125,11 +125,10 @@ def dense_decode_ref(
 
 
 def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, page_size: int = 64, width: int = 576) -> int:
-    """Compile what `dense_decode` can reach for queries and a cache of this shape and type, e4m3 with descales; how many
-    kernels that took.
+    """Compile what `dense_decode` can reach with queries and a cache of this kind; how many kernels that took.
 
-    Real launches over one token; one that is split and one that is not, which is all that batches and lengths change.
-    Nothing to do on a CPU.
+    Real launches over one token, e4m3 with descales; one that is split and one that is not, which is all that batches
+    and lengths change. Nothing to do on a CPU.
     """
     q = torch.zeros(1, 1, heads, width, device=device).to(dtype)
     if not q.is_cuda and not interpreted():
