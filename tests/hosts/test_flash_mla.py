@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hosts
 import pytest
 from packaging.version import Version
 
@@ -102,6 +104,32 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "newer": release in NEWER,
         "alone": request.param == ALONE,
     }
+
+
+@pytest.mark.parametrize("release", [one for one in hosts.chosen() if Version(one) >= Version("0.5.3")])
+def test_backends_are_built_as_their_warm_ups_need_it(release: str) -> None:
+    """From source, in every release."""
+    root = fetch(release)[0]
+    found = [one for one in sglang_flash_mla.flash_mla_targets(release) if one.name.endswith(".warmup")]
+    assert len(found) == (3 if Version(release) >= Version("0.5.12") else 2)
+    for target in found:
+        tree = ast.parse(root.joinpath(*target.module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
+        inits = {
+            owner.name: [arg.arg for arg in method.args.args]
+            for owner in tree.body
+            if isinstance(owner, ast.ClassDef)
+            for method in owner.body
+            if isinstance(method, ast.FunctionDef) and method.name == "__init__"
+        }
+        owners = [name for name in BUILT[target.edit.__name__] if name in inits]
+        assert [inits[name][:2] for name in owners] == [["self", "model_runner"]], (target.module, owners)
+
+
+BUILT = {
+    "warm_dense": ["FlashMLABackend"],
+    "warm_v32": ["NativeSparseAttnBackend", "DeepseekSparseAttnBackend"],
+    "warm_v4": ["DeepseekV4AttnBackend"],
+}
 
 
 def test_everybody_holds_ours(seen: dict[str, Any]) -> None:

@@ -73,6 +73,43 @@ def test_the_hosts_own_forward_methods(release: str, by: str, kept: Path) -> Non
     assert faults(release, seen, by, "cpu") == []
 
 
+SEEN = {"error": 1e-4, "dtype": "torch.float32", "served": 1, "captured": 0, "calls": [{"call": "decode"}]}
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({}, None),
+        ({"error": float("nan")}, "decode: error nan"),
+        ({"served": 0}, "decode: served 0, captured 0"),
+        ({"captured": 1}, "decode: served 1, captured 1"),
+        ({"dtype": "torch.bfloat16"}, "decode: torch.bfloat16"),
+        ({"calls": []}, "decode: the package was asked for []"),
+        ({"failed": "why"}, "decode: why"),
+    ],
+)
+def test_faults_are_told(changes: dict, fault: str | None) -> None:
+    assert faults("0.5.1", {"decode": SEEN | changes}, "package", "cpu") == ([] if fault is None else [fault])
+
+
+def test_faults_of_a_graph_and_of_what_is_missing() -> None:
+    again = SEEN | {"calls": []}
+    seen = {"decode": again, "decode again": again | {"served": 2, "captured": 1}}
+    assert faults("0.5.1", seen, "example", "cuda") == []
+    assert faults("0.5.1", seen, "example", "cpu") == ["decode again: served 2, captured 1"]
+    assert faults("0.5.2", seen, "example", "cuda") == ["no prompts"]
+
+
+@pytest.mark.parametrize("provider, says", [("package", "is for CPUs alone"), ("example", "torch sees no GPU")])
+def test_a_gpu_that_cannot_be(provider: str, says: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(hosts.HERE / "tokenspeed_child.py"), "0.5.11", "seen.json", "--device", "cuda"]
+    env = environment("0.5.11") | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [*command, "--provider", provider], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0 and says in done.stderr and not (tmp_path / "seen.json").exists()
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_support_matrix_is_current(release: str, kept: Path) -> None:
     committed = matrix.PATH.read_text(encoding="utf-8").splitlines()
