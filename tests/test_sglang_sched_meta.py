@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from scratch import clean_env
 
 from mla_patch import flash_mla
 from mla_patch.compat import gpu
@@ -456,6 +459,102 @@ def test_v4_of_0512_is_warmed_where_the_package_is_ours(machine, warmed, monkeyp
     hook.warm(compat.v4_calls(compat.PACKAGE, backend, runner()))  # on an H200
     undo()
     assert {call[:2] for call in warmed} == {("sparse_decode", 64), ("sparse_decode", 128)}
+
+
+SERVE = """
+import sys
+sys.path.insert(0, TESTS)
+import fake_chip
+import torch
+from types import ModuleType, SimpleNamespace
+from mla_patch.compat import gpu, sglang_flash_mla as compat
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.flash_mla import get_mla_metadata
+from mla_patch.hooks import sglang_sched_meta as hook
+from mla_patch.kernels.layouts import V4, V32, new_pages
+fake_chip.install()
+gpu.from_tensor = lambda tensor: None
+for name in ("sgl_kernel", compat.SGL_KERNEL):
+    sys.modules[name] = ModuleType(name)
+sys.modules[compat.SGL_KERNEL].FlashMLASchedMeta = type("FlashMLASchedMeta", (), {"__module__": compat.SGL_KERNEL})
+COMPILES.has_served = lambda: True
+half, fp8, home = torch.bfloat16, torch.float8_e4m3fn, compat.SGL_KERNEL
+runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=128))
+pool = SimpleNamespace(page_size=256, swa_kv_pool=SimpleNamespace(page_size=128, kv_cache_total_dim=584))
+build = compat.Build(home, True)
+
+def ids(rows, topk):
+    return torch.zeros(rows, 1, topk).int()
+
+def tell(what, compiled):
+    print(what, compiled == COMPILES.before, COMPILES.serving)
+
+def dense(dtype):
+    backend = SimpleNamespace(kv_lora_rank=512, qk_rope_head_dim=64, num_q_heads=16, data_type=dtype, q_data_type=half)
+    compiled = hook.warm(compat.dense_calls(home, backend, runner))
+    for rows, queries, width in ((1, 1, 1), (3, 1, 2600), (16, 4, 40), (200, 1, 3)):
+        q = torch.zeros(rows * queries, 16, 576).to(dtype).view(rows, queries, 16, 576)
+        cache, scale = torch.zeros(9 * 64, 1, 576).to(dtype).view(-1, 64, 1, 576), torch.ones(1)
+        scales = (scale, scale) if dtype is fp8 else (None, None)
+        table = torch.zeros(rows + 5, width).int()[:rows]
+        made = torch.zeros(8, 8).int(), torch.zeros(rows + 1).int()
+        hook.serve_kvcache(compat.KvCacheCall(
+            build, q, cache, table, torch.ones(rows).int(), 512, *made, 0.1, True, *scales))
+    return compiled
+
+def v32():
+    backend = SimpleNamespace(num_q_heads=16, dsa_index_topk=2048, dsa_prefill_impl="flashmla_auto")
+    backend.flashmla_kv_num_q_heads = 64
+    backend.device_sm_major = 8
+    compiled = hook.warm(compat.v32_calls(home, backend, runner))
+    for rows in (1, 2, 16, 77):
+        q = torch.zeros(rows, 1, 64, 576).to(half)
+        cache, lens = new_pages(V32, 9, 64), torch.ones(rows).int()
+        made = torch.zeros(8, 8).int(), torch.zeros(rows + 1).int()
+        hook.serve_kvcache(compat.KvCacheCall(
+            build, q, cache, torch.zeros(rows, 0).int(), lens, 512, *made, 0.1, is_fp8_kvcache=True,
+            indices=ids(rows, 2048), kv_format="V32"))
+        for more in ({}, {"topk_length": lens}):
+            kv = torch.zeros(rows + 99, 1, 576).to(half)
+            hook.serve_prefill(compat.PrefillCall(build, q[:, 0], kv, ids(rows, 2048), 0.1, 512, **more))
+    return compiled
+
+def v4(heads):
+    backend = SimpleNamespace(token_to_kv_pool=pool, _forward_prefill_sparse=None)
+    compiled = hook.warm(compat.v4_calls(home, backend, runner))
+    for rows in (1, 2, 16, 77):
+        q, sink, lens = torch.zeros(rows, 1, heads, 512).to(half), torch.zeros(heads), torch.ones(rows).int()
+        more = {"is_fp8_kvcache": True, "indices": ids(rows, 128), "attn_sink": sink, "topk_length": lens}
+        for extra, topk in ((0, 0), (64, 512), (2, 4096)):
+            if extra:
+                more |= {"extra_k_cache": new_pages(V4, 7, extra), "extra_indices_in_kvcache": ids(rows, topk)}
+                more |= {"extra_topk_length": lens}
+            hook.serve_kvcache(compat.KvCacheCall(
+                build, q, new_pages(V4, 9, 128), None, None, 512, get_mla_metadata()[0], None, 0.1, **more))
+        kv = torch.zeros(rows + 999, 1, 512).to(half)
+        hook.serve_prefill(compat.PrefillCall(
+            build, q[:, 0], kv, ids(rows, 640), 0.1, 512, attn_sink=sink, topk_length=lens))
+    return compiled
+
+for fake_chip.SM in (80, 89, 120):
+    hook.capability_of = lambda tensor: (fake_chip.SM // 10, fake_chip.SM % 10)
+    work = {"dense": lambda: dense(half), "dense fp8": lambda: dense(fp8), "v3.2": v32}
+    if fake_chip.SM != 120:
+        work |= {"v4, 64": lambda: v4(64), "v4, 128": lambda: v4(128)}
+    for what, do in work.items():
+        COMPILES.reset()
+        tell(f"{fake_chip.SM} {what}", do())
+"""
+
+
+def test_what_releases_call_compiles_nothing_more():
+    code = SERVE.replace("TESTS", repr(str(Path(__file__).resolve().parent)))
+    env = clean_env({"TRITON_INTERPRET": "0"})
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    assert len(rows) == 13 and not [row for row in rows if not row.endswith(" True 0")], rows
 
 
 def test_an_amd_gpu_is_not_warmed(machine, warmed, monkeypatch):
