@@ -551,7 +551,11 @@ def decode_capacity(backend: Any, runner: Any) -> Capacity | None:
 
 def warm_decode(module: ModuleType) -> Undo:
     """Have our decode compiled once a backend is built, which all releases do before they capture graphs or serve."""
-    owner = module.TritonAttnBackend
+    return warm_once_built(module.TritonAttnBackend, "mla_patch.hooks.sglang_decode:warm", decode_capacity)
+
+
+def warm_once_built(owner: type, path: str, find: Callable[[Any, Any], Any]) -> Undo:
+    """Have instances of ``owner`` warmed up at the end of their ``__init__``; see ``warm_up``."""
     original = vars(owner)["__init__"]
     if tuple(inspect.signature(original).parameters)[:2] != ("self", "model_runner"):
         raise TypeError(f"{owner.__qualname__}.__init__ does not take (model_runner, ...)")
@@ -559,19 +563,22 @@ def warm_decode(module: ModuleType) -> Undo:
     @functools.wraps(original)
     def init(self: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
         original(self, model_runner, *args, **kwargs)
-        warm_up("mla_patch.hooks.sglang_decode:warm", self, model_runner)
+        warm_up(path, self, model_runner, find)
 
     return set_methods(owner, {"__init__": init})
 
 
-def warm_up(path: str, backend: Any, runner: Any) -> None:
-    """Call ``path``, "module:function", with what ``backend`` can be asked. Nothing in it may fail the engine."""
+def warm_up(path: str, backend: Any, runner: Any, find: Callable[[Any, Any], Any] = decode_capacity) -> None:
+    """Call ``path``, "module:function", with what ``find`` says that ``backend`` can be asked.
+
+    Nothing in it may fail the engine.
+    """
     try:
-        capacity = decode_capacity(backend, runner)
-        if capacity is not None:
+        asked = find(backend, runner)
+        if asked:
             module, _, name = path.partition(":")
             start = time.perf_counter()
-            compiled = getattr(importlib.import_module(module), name)(capacity)
+            compiled = getattr(importlib.import_module(module), name)(asked)
             log.info("mla-patch: %d kernels compiled in %.1f s", compiled, time.perf_counter() - start)
     except Exception as problem:
         _say_once("warmup", "no warm-up, so kernels are compiled at their first calls: %r", problem)

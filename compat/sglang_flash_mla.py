@@ -9,28 +9,46 @@
     get_mla_metadata        older: lengths, queries per KV head, KV heads, then num_heads_q=None, is_fp8_kvcache=False,
                             topk=None; newer: all of them optional, and without lengths a FlashMLASchedMeta
     flash_mla_with_kvcache  older: to `indices`; newer: num_splits=None, attn_sink, extra_k_cache,
-                            extra_indices_in_kvcache, topk_length, extra_topk_length; then kv_format; then use_legacy.
+                            extra_indices_in_kvcache, topk_length, extra_topk_length; then kv_format, which 0.5.22 and
+                            0.5.23 set to V32 for a cache of 656 bytes a token; then use_legacy.
                             The flash_mla package has no descale_q and descale_k
     flash_mla_sparse_fwd    older: to `d_v`; newer: attn_sink, topk_length; from 0.5.23 use_legacy. Statistics are to
                             the base 2, but for use_legacy=False. The flash_mla package's differ by build: left alone
 
 flashmla_backend binds both by value at its top in every release, the sparse backends import them at each call. From
 0.5.23 DeepSeek V4's backend keeps a partial of the wrapper from its construction on.
+
+What a backend can ask of them, which is compiled at the end of its __init__, before graphs are captured:
+
+    flashmla_backend.FlashMLABackend                  dense over pages of 64, in the model's type or e4m3
+    nsa_backend.NativeSparseAttnBackend to 0.5.12,    V3.2, by names of implementations: flashmla_kv (to 0.5.4 also
+    dsa_backend.DeepseekSparseAttnBackend             flashmla_decode) is sparse decode, flashmla_sparse
+                                                      (flashmla_prefill) sparse prefill, flashmla_auto both. They are in
+                                                      globals of its module to 0.5.5. Heads are padded to 64 or 128 for
+                                                      sparse prefill from 0.5.6, for decode from flashmla_kv_num_q_heads
+    deepseek_v4_backend.DeepseekV4AttnBackend         V4 from 0.5.12, sparse prefill from 0.5.13; all heads of the
+                                                      model, later at least 64 of this rank's
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import import_module
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 from packaging.version import Version
 
+from mla_patch.compat import gpu
+from mla_patch.compat.sglang import warm_once_built
 from mla_patch.compat.types import Target, Undo
+
+log = logging.getLogger("mla_patch")
 
 INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
 SGL_KERNEL = "sgl_kernel.flash_mla"
@@ -223,7 +241,7 @@ def has_package() -> bool:
 
 
 def flash_mla_targets(version: str | None) -> tuple[Target, ...]:
-    """The wrappers of ``version``; every known home when it is unknown."""
+    """The wrappers of ``version`` and the backends around them; every known home when it is unknown."""
     release = None if version is None else Version(version)
     found: list[Target] = []
     if release is None or release >= Version("0.5.23"):
@@ -238,11 +256,41 @@ def flash_mla_targets(version: str | None) -> tuple[Target, ...]:
     if release is None or release < Version("0.5.5"):
         found += _metadata(PACKAGE, "", PACKAGE, _PACKAGE_META, version)
         found += _wrapper(PACKAGE, "", PACKAGE, _PACKAGE, package_call)
-    elif Version("0.5.12") <= release < Version("0.5.13") and has_package():
-        # beside the others, so by names of its own, which source alone tells nothing of; V4 needs the newer API
-        found += _metadata(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE_META[:1], "0.5.13")
-        found += _wrapper(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE[2:], package_call)
-    return tuple(found)
+    elif Version("0.5.12") <= release < Version("0.5.13"):
+        if has_package():
+            # beside the others, so by names of its own, which source alone tells nothing of; V4 needs the newer API
+            found += _metadata(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE_META[:1], "0.5.13")
+            found += _wrapper(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE[2:], package_call)
+        else:
+            found.append(Target(_V4, "flash_mla", kind="edit", edit=be_the_package, counted=True))
+    return (*found, *_warm_ups(release))
+
+
+_BACKENDS = "sglang.srt.layers.attention"
+_V4 = f"{_BACKENDS}.deepseek_v4_backend"
+
+
+def _warm_ups(release: Version | None) -> list[Target]:
+    """What has our kernels compiled once a backend is built."""
+
+    def target(backend: str, name: str, edit: Callable[..., Undo], home: str) -> Target:
+        edit = functools.update_wrapper(partial(edit, home), edit)  # by its own name in reports
+        return Target(f"{_BACKENDS}.{backend}", f"{name}.warmup", kind="edit", edit=edit)
+
+    if release is None or release >= Version("0.5.23"):
+        home = INTERFACE
+    else:
+        home = SGL_KERNEL if release >= Version("0.5.5") else PACKAGE
+    found = [target("flashmla_backend", "FlashMLABackend", warm_dense, home)]
+    # alternatives where the release is unknown
+    if release is None or release >= Version("0.5.13"):
+        found.append(target("dsa_backend", "SparseAttnBackend", warm_v32, home))
+    if release is None or release < Version("0.5.13"):
+        found.append(target("nsa_backend", "SparseAttnBackend", warm_v32, home))
+    if release is not None and release >= Version("0.5.12"):
+        v4_home = home if release >= Version("0.5.13") else PACKAGE
+        found.append(target("deepseek_v4_backend", "DeepseekV4AttnBackend", warm_v4, v4_home))
+    return found
 
 
 def knows_sched_meta(build: Build) -> bool:
@@ -266,3 +314,143 @@ def add_sched_meta(module: ModuleType) -> Undo:
             del module.FlashMLASchedMeta
 
     return undo
+
+
+def be_the_package(module: ModuleType, counts: Any) -> Undo:
+    """0.5.12's DeepSeek V4 imports flash_mla at each call: where it is not installed, it finds ours.
+
+    In all of this process; nothing else of the release asks for it. ``counts`` takes what is served.
+    """
+    if "flash_mla" in sys.modules:
+        return lambda: None
+    core = import_module(_CORE)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            counts.served += 1
+            if gpu.capturing():
+                counts.captured += 1
+            return result
+
+        return call
+
+    names = {name: counted(getattr(core, name)) for name in ("get_mla_metadata", "flash_mla_with_kvcache")}
+    names["FlashMLASchedMeta"] = core.FlashMLASchedMeta
+    ours = {}
+    for name in ("flash_mla", PACKAGE):
+        one = ours[name] = ModuleType(name, "mla-patch's, in the place of a package that is not installed")
+        one.__spec__ = ModuleSpec(name, None, is_package=name == "flash_mla")
+        vars(one).update(names)
+    ours["flash_mla"].__path__ = []
+    ours["flash_mla"].flash_mla_interface = ours[PACKAGE]  # type: ignore[attr-defined]
+    sys.modules.update(ours)
+    log.info("mla-patch: flash_mla is not installed: DeepSeek V4's attention runs on our Triton kernels")
+
+    def undo() -> None:
+        for name, one in ours.items():
+            if sys.modules.get(name) is one:
+                del sys.modules[name]
+
+    return undo
+
+
+def warm_dense(home: str, module: ModuleType) -> Undo:
+    return warm_once_built(module.FlashMLABackend, f"{_HOOK}:warm", partial(dense_calls, home))
+
+
+def warm_v32(home: str, module: ModuleType) -> Undo:
+    owner = getattr(module, "DeepseekSparseAttnBackend", None) or module.NativeSparseAttnBackend
+    return warm_once_built(owner, f"{_HOOK}:warm", partial(v32_calls, home))
+
+
+def warm_v4(home: str, module: ModuleType) -> Undo:
+    return warm_once_built(module.DeepseekV4AttnBackend, f"{_HOOK}:warm", partial(v4_calls, home))
+
+
+def _build(home: str) -> Build:
+    """The FlashMLA that a backend will call: most import it at their first call, so it may not be loaded yet."""
+    import_module(home)
+    return Build(home, knows_sched_meta(Build(home, False)))
+
+
+def dense_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall]:
+    """What a FlashMLABackend can ask, over one page."""
+    import torch
+
+    if (backend.kv_lora_rank, backend.qk_rope_head_dim) != (512, 64):
+        return []
+    e4m3 = torch.float8_e4m3fn
+    dtype = e4m3 if backend.data_type is e4m3 else backend.q_data_type
+    q = torch.zeros(1, 1, backend.num_q_heads, 576, device=runner.device).to(dtype)
+    cache = torch.zeros(1, 64, 1, 576, device=runner.device).to(dtype)
+    return [KvCacheCall(_build(home), q, cache, None, None, 512, None)]
+
+
+def v32_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall | PrefillCall]:
+    """What V3.2's backend can ask, over one token."""
+    import torch
+
+    names = ("nsa_prefill_impl", "nsa_decode_impl", "dsa_prefill_impl", "dsa_decode_impl")
+    chosen = {getattr(backend, name, None) for name in names}
+    scope = vars(sys.modules[type(backend).__module__])
+    chosen |= {scope.get("NSA_PREFILL_IMPL"), scope.get("NSA_DECODE_IMPL")}
+    sparse = bool(chosen & {"flashmla_decode", "flashmla_kv", "flashmla_auto"})
+    prefill = bool(chosen & {"flashmla_prefill", "flashmla_sparse", "flashmla_auto"}) and home != PACKAGE
+    # from 0.5.22 there are models without rope, whose caches are the host's
+    if not (sparse or prefill) or getattr(backend, "qk_rope_head_dim", 64) != 64:
+        return []
+    build, device = _build(home), runner.device
+    topk = backend.dsa_index_topk if hasattr(backend, "dsa_index_topk") else backend.nsa_index_topk
+    ids = torch.zeros(1, 1, topk, dtype=torch.int32, device=device)
+    calls: list[KvCacheCall | PrefillCall] = []
+    if sparse:
+        heads = getattr(backend, "flashmla_kv_num_q_heads", backend.num_q_heads)
+        q = torch.zeros(1, 1, heads, 576, dtype=torch.bfloat16, device=device)
+        cache = torch.zeros(1, 64, 1, 656, dtype=torch.uint8, device=device)
+        calls.append(KvCacheCall(build, q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=ids))
+    if prefill:
+        heads, least = backend.num_q_heads, 128 if getattr(backend, "device_sm_major", 0) >= 10 else 64
+        if hasattr(backend, "device_sm_major") and heads % least:
+            heads = least
+        q = torch.zeros(1, heads, 576, dtype=torch.bfloat16, device=device)
+        calls.append(PrefillCall(build, q, q[:, :1], ids, 1.0))
+        if build.newer:  # later releases over it pass lengths with prompts that have a prefix
+            lens = torch.ones(1, dtype=torch.int32, device=device)
+            calls.append(PrefillCall(build, q, q[:, :1], ids, 1.0, topk_length=lens))
+    return calls
+
+
+def v4_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall | PrefillCall]:
+    """What DeepSeek V4's backend can ask, over one token."""
+    import torch
+
+    pool, device = backend.token_to_kv_pool, runner.device
+    place = torch.ones(1, dtype=torch.int32, device=device)
+    # on sm_120 the release has kernels of its own from 0.5.13
+    own = home != PACKAGE and place.is_cuda and gpu.capability(place.device.index)[0] == 12
+    if own or getattr(backend, "trtllm_attn", False) or pool.swa_kv_pool.kv_cache_total_dim != 584:
+        return []
+    build = _build(home)
+
+    def cache(size: int) -> Any:
+        return torch.zeros(1, size, 1, 584, dtype=torch.uint8, device=device)
+
+    ids = torch.zeros(1, 1, 128, dtype=torch.int32, device=device)
+    ratios = [ratio for ratio in getattr(backend, "present_ratios", (4, 128)) if ratio in (4, 128)]
+    calls: list[KvCacheCall | PrefillCall] = []
+    # all of the model's, or those of a rank in 64
+    for heads in sorted({runner.model_config.num_attention_heads, 64}):
+        q = torch.zeros(1, 1, heads, 512, dtype=torch.bfloat16, device=device)
+        sink = torch.zeros(heads, device=device)
+        for ratio in (None, *ratios):
+            given: dict[str, Any] = {}
+            if ratio is not None:
+                given["extra_k_cache"] = cache(pool.page_size // ratio)
+                given |= {"extra_indices_in_kvcache": ids, "extra_topk_length": place}
+            given |= {"is_fp8_kvcache": True, "indices": ids, "attn_sink": sink, "topk_length": place}
+            calls.append(KvCacheCall(build, q, cache(pool.swa_kv_pool.page_size), None, None, 512, None, **given))
+        if hasattr(backend, "_forward_prefill_sparse"):
+            calls.append(PrefillCall(build, q[0], q[0, :, :1], ids, 1.0, attn_sink=sink, topk_length=place))
+    return calls

@@ -36,9 +36,10 @@ class Row(NamedTuple):
 
 
 def _unknown_format(call: KvCacheCall) -> bool:
-    if call.kv_format is not None or not call.use_legacy:
+    known = {None: (656, 584), "V32": (656,)}.get(call.kv_format)
+    if known is None or not call.use_legacy:
         return True
-    return call.indices is not None and call.k_cache.shape[-1] not in (656, 584)
+    return call.indices is not None and call.k_cache.shape[-1] not in known
 
 
 def _newer(call: KvCacheCall) -> bool:
@@ -83,7 +84,8 @@ def _other_dense(call: KvCacheCall) -> bool:
 
 
 PROVIDERS = (
-    Row(HOST, "a cache that ours does not read: kv_format, use_legacy=False, 528 or 288 bytes a row", _unknown_format),
+    Row(HOST, "a cache that ours does not read: a kv_format but V32, use_legacy=False, 528 or 288 bytes a row",
+        _unknown_format),
     Row(OURS, "FlashMLASchedMeta, sink, second cache or lengths where the release's wrapper has none",
         lambda call: _newer(call) and not call.build.newer),
     Row(OURS, "no CUDA operator of FlashMLA's is loaded", _no_build),
@@ -192,3 +194,29 @@ def serve_metadata(call: MetadataCall) -> Any:
     from mla_patch.flash_mla import get_mla_metadata
 
     return get_mla_metadata(call.cache_seqlens, call.tokens, call.kv_heads, call.heads, call.is_fp8_kvcache, call.topk)
+
+
+def warm(calls: list[KvCacheCall | PrefillCall]) -> int:
+    """Compile what those of a backend's calls reach that ours serve, before graphs are captured; how many kernels."""
+    from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
+
+    compiled = 0
+    for call in calls:
+        q, device = call.q, call.q.device
+        told = gpu.from_tensor(q)
+        if told is not None and hardware(told) is not None:
+            continue
+        if isinstance(call, PrefillCall):
+            if declines_prefill(call) is None:
+                more, lengths = call.attn_sink is not None, call.topk_length is not None
+                compiled += sparse_prefill.warmup(device, q.shape[1], q.shape[2], q.dtype, more, lengths)
+        elif declines_kvcache(call) is not None:
+            continue
+        elif call.indices is None:
+            compiled += dense_decode.warmup(device, q.shape[2], q.dtype, call.k_cache.shape[1])
+        elif call.k_cache.shape[-1] == 656:
+            compiled += sparse_decode.warmup(device, q.shape[2])
+        else:
+            extra = () if call.extra_k_cache is None else (call.extra_k_cache.shape[1],)
+            compiled += sparse_decode.warmup(device, q.shape[2], (call.k_cache.shape[1],), extra)
+    return compiled

@@ -73,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command and its arguments")
     sub = add("warmup", warmup, "compile what an engine on this machine can reach, so that nothing compiles in it")
     sub.add_argument("--heads", nargs="+", type=_heads, default=[16, 128], help="query heads of one GPU: 1 to 128")
+    sub.add_argument(
+        "--backend", nargs="+", choices=WARM_BACKENDS, default=["triton"],
+        help="the engine's attention backends (dsa: nsa, too); default: triton",
+    )  # fmt: skip
     sub.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16", help="of the model")
     sub.add_argument("--cache", nargs="+", choices=CACHES, help="of the cache; default: the model's, and e4m3")
     sub.add_argument("--max-batch", type=_count, default=512, help="requests that decode at once")
@@ -128,6 +132,7 @@ def _setting(text: str) -> tuple[str, str | float]:
 
 
 CACHES = ("bf16", "fp16", "e4m3", "e5m2")
+WARM_BACKENDS = ("triton", "flashmla", "dsa", "dsv4")  # of SGLang; dsa was called nsa to 0.5.12
 
 
 def _number(most: int) -> Callable[[str], int]:
@@ -421,7 +426,7 @@ def warmup(args: argparse.Namespace) -> int:
         if cache in ("bf16", "fp16") and cache != args.dtype:
             raise Misuse(f"warmup: --cache {cache} with --dtype {args.dtype}, expected {args.dtype}, e4m3 or e5m2")
     device = _torch_gpu()
-    result = warmup_.run(device, args.heads, args.dtype, args.cache, args.max_batch)
+    result = warmup_.run(device, args.heads, args.dtype, args.cache, args.max_batch, args.backend)
     if args.json:
         _print_json(result)
         return OK

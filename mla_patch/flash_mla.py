@@ -218,12 +218,13 @@ def unknown_format(
     k_cache: torch.Tensor, indices: torch.Tensor | None, kv_format: str | None, use_legacy: bool
 ) -> str | None:
     """Why a cache is none that we can read, or None. V4.1's rows and V3.2's without rope are 528 bytes alike."""
-    if kv_format is not None:
-        return f"kv_format: {kv_format}, expected None"
+    if kv_format not in (None, "V32"):
+        return f"kv_format: {kv_format}, expected None or V32"
     if not use_legacy:
         return "use_legacy: False, expected True"
-    if indices is not None and k_cache.shape[-1] not in (656, 584):
-        return f"k_cache: {k_cache.shape[-1]} bytes a token, expected 656 or 584"
+    known = (656, 584) if kv_format is None else (656,)
+    if indices is not None and k_cache.shape[-1] not in known:
+        return f"k_cache: {k_cache.shape[-1]} bytes a token, expected {' or '.join(map(str, known))}"
     return None
 
 

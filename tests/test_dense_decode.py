@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from scratch import clean_env
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels import sparse_decode
@@ -101,6 +105,55 @@ def test_misuse(name, spoil, message):
     args[name] = spoil(args.get(name))
     with pytest.raises(ValueError, match=message):
         dense_decode(**args)
+
+
+SERVE = """
+import sys
+sys.path.insert(0, TESTS)
+import fake_chip
+import torch
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.kernels import dense_decode as module
+fake_chip.install()
+COMPILES.has_served = lambda: True
+
+def serve(heads, dtype, batch, queries, pages, page=64):
+    q = torch.zeros(1).to(dtype).expand(batch * queries * heads * 576).clone().view(batch, queries, heads, 576)
+    cache = torch.zeros(7, page, 1, 576).to(dtype)
+    scale = torch.ones(2)[1:] if dtype is torch.float8_e4m3fn else None
+    table, lens = torch.zeros(batch, pages + 3).int()[:, 3:], torch.ones(batch).int()
+    module.dense_decode(q, cache, table, lens, sm_scale=0.1, causal=True, descale_q=scale, descale_k=scale)
+
+for fake_chip.SM in (80, 90, 120):
+    for heads in (16, 20, 128):
+        for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+            COMPILES.reset()
+            warmed = module.warmup("cpu", heads, dtype)
+            for batch in (1, 2, 3, 16, 33, 100, 264):
+                for queries, pages in ((1, 1), (1, 16), (4, 5), (1, 640)):
+                    serve(heads, dtype, batch, queries, pages)
+            print(fake_chip.SM, heads, warmed == COMPILES.before, COMPILES.serving)
+serve(20, torch.bfloat16, 3, 1, 5, page=32)
+print("unforeseen", COMPILES.serving > 0)
+"""
+
+
+def test_nothing_compiles_after_a_warm_up():
+    code = SERVE.replace("TESTS", repr(str(Path(__file__).resolve().parent)))
+    env = clean_env({"TRITON_INTERPRET": "0"})
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    *rows, unforeseen = done.stdout.splitlines()
+    assert len(rows) == 27 and all(row.endswith("True 0") for row in rows), rows
+    assert unforeseen == "unforeseen True"
+
+
+def test_a_warm_up_has_nothing_to_do_on_a_cpu():
+    code = "import torch; from mla_patch.kernels.dense_decode import warmup; print(warmup('cpu', 16, torch.float16))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=clean_env({"TRITON_INTERPRET": "0"}), capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
 
 
 @pytest.mark.gpu

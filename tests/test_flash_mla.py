@@ -212,7 +212,8 @@ def test_nothing_to_do():
 @pytest.mark.parametrize(
     "call, changes, message",
     [
-        (sparse, {"kv_format": "V41"}, "kv_format: V41, expected None"),
+        (sparse, {"kv_format": "V41"}, "kv_format: V41, expected None or V32"),
+        (sparse, {"kv_format": "V32"}, "k_cache: 584 bytes a token, expected 656"),
         (sparse, {"use_legacy": False}, "use_legacy: False, expected True"),
         (sparse, {"k_cache": torch.zeros(2, 4, 1, 528, dtype=torch.uint8)}, "k_cache: 528 bytes a token"),
         (sparse, {"head_dim_v": 128}, "head_dim_v: 128, expected 512"),

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from types import ModuleType
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from scratch import clean_env
 
 from mla_patch import flash_mla
+from mla_patch.compat import gpu
 from mla_patch.compat import sglang_flash_mla as compat
 from mla_patch.compat.types import Gpu
+from mla_patch.features import Counts
 from mla_patch.hooks import sglang_sched_meta as hook
+from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
 
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
 
@@ -111,6 +118,7 @@ def test_the_older_api(machine):
     "arguments",
     [
         sparse(**META, kv_format="V41"),
+        sparse(512, **META, kv_format="V32"),
         sparse(**META, use_legacy=False),
         sparse(**META) | {"k_cache": torch.zeros(1, 64, 1, 528, dtype=torch.uint8)},
         sparse(512, **META) | {"k_cache": torch.zeros(1, 64, 1, 288, dtype=torch.uint8)},
@@ -119,6 +127,13 @@ def test_the_older_api(machine):
 def test_unknown_layouts_are_the_hosts_on_any_gpu(arguments, machine):
     machine(SM120, False, False)
     assert kept(arguments, "0.5.23") == hook.PROVIDERS[0].when
+
+
+def test_the_format_that_0522_and_0523_name(machine):
+    machine(SM120)
+    assert kept(sparse(kv_format="V32"), "0.5.23") is None
+    machine()
+    assert kept(sparse(kv_format="V32"), "0.5.23") == OWN
 
 
 def test_tensors_of_ours_reach_no_operator(machine):
@@ -252,21 +267,300 @@ def test_the_prefill_operator_is_asked_of_torch():
 
 def test_homes(monkeypatch):
     def homes(version):
-        return {(one.module, one.name) for one in compat.flash_mla_targets(version)}
+        return {(one.module, one.name) for one in compat.flash_mla_targets(version) if one.edit is None}
+
+    def edits(version):
+        found = [one for one in compat.flash_mla_targets(version) if one.edit is not None]
+        return {(one.module.rpartition(".")[2], one.edit.__name__) for one in found}
 
     monkeypatch.setattr(compat, "has_package", lambda: False)
-    names = ("get_mla_metadata", "flash_mla_with_kvcache", "flash_mla_sparse_fwd", "FlashMLASchedMeta")
+    names = ("get_mla_metadata", "flash_mla_with_kvcache", "flash_mla_sparse_fwd")
     kernel = {(compat.SGL_KERNEL, name) for name in names}
     for version in ("0.5.5", "0.5.12", "0.5.13", "0.5.22"):
         assert homes(version) == kernel
     assert {module for module, _ in homes("0.5.4")} == {compat.PACKAGE}
     assert {module for module, _ in homes("0.5.23")} == {compat.INTERFACE}
+    dense, nsa, dsa = (("flashmla_backend", "warm_dense"), ("nsa_backend", "warm_v32"), ("dsa_backend", "warm_v32"))
+    v4, ours = ("deepseek_v4_backend", "warm_v4"), ("flash_mla", "add_sched_meta")
+    assert edits("0.5.4") == {dense, nsa} and edits("0.5.5") == edits("0.5.11") == {dense, nsa, ours}
+    assert edits("0.5.12") == {dense, nsa, v4, ours, ("deepseek_v4_backend", "be_the_package")}
+    assert edits("0.5.13") == edits("0.5.22") == {dense, dsa, v4, ours} and edits("0.5.23") == {dense, dsa, v4}
+    assert edits(None) == {dense, nsa, dsa, ours}
     monkeypatch.setattr(compat, "has_package", lambda: True)
     assert homes("0.5.12.post1") - kernel == {
         ("flash_mla", f"flash_mla_interface.{name}") for name in ("get_mla_metadata", "flash_mla_with_kvcache")
     }
+    assert edits("0.5.12.post1") == {dense, nsa, v4, ours}
     assert homes("0.5.11") == homes("0.5.13") == kernel
     assert homes(None) >= kernel
+
+
+# the package that 0.5.12's DeepSeek V4 imports
+
+
+def test_the_package_where_there_is_none(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    for name in ("flash_mla", compat.PACKAGE):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    counts = Counts()
+    undo = compat.be_the_package(ModuleType("deepseek_v4_backend"), counts)
+    import flash_mla as package  # as the release does
+    from flash_mla.flash_mla_interface import FlashMLASchedMeta
+
+    made, nothing = package.get_mla_metadata()
+    assert type(made) is FlashMLASchedMeta is flash_mla.FlashMLASchedMeta and nothing is None
+    assert (counts.served, counts.captured) == (1, 0)
+    with pytest.raises(ValueError, match="head_dim_v: 3, expected 512"):
+        package.flash_mla_with_kvcache(torch.zeros(1), torch.zeros(1), None, None, 3, made)
+    assert counts.served == 1  # what was refused is not served
+    assert find_spec("flash_mla") is package.__spec__  # others may ask, too
+    assert "flash_mla is not installed: DeepSeek V4's attention runs on our Triton kernels" in caplog.text
+    undo()
+    assert not {"flash_mla", compat.PACKAGE} & set(sys.modules)
+
+
+def test_the_package_where_it_is_is_left_alone(monkeypatch):
+    theirs = ModuleType("flash_mla")
+    monkeypatch.setitem(sys.modules, "flash_mla", theirs)
+    undo = compat.be_the_package(ModuleType("deepseek_v4_backend"), Counts())
+    assert sys.modules["flash_mla"] is theirs and compat.PACKAGE not in sys.modules
+    undo()
+    assert sys.modules["flash_mla"] is theirs
+
+
+# what is compiled once a backend is built
+
+
+@pytest.fixture
+def warmed(monkeypatch):
+    """What our kernels were warmed for, over a FlashMLA with the newer API."""
+    calls: list[tuple[Any, ...]] = []
+    module = ModuleType(compat.SGL_KERNEL)
+    module.FlashMLASchedMeta = type("FlashMLASchedMeta", (), {"__module__": compat.SGL_KERNEL})
+    monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
+    monkeypatch.setitem(sys.modules, compat.SGL_KERNEL, module)
+    for kernel in (dense_decode, sparse_decode, sparse_prefill):
+        name = kernel.__name__.rpartition(".")[2]
+        monkeypatch.setattr(kernel, "warmup", lambda *args, name=name: calls.append((name, *args[1:])) or 1)
+    return calls
+
+
+def runner(**changes: Any) -> SimpleNamespace:
+    config = SimpleNamespace(num_attention_heads=128)
+    return SimpleNamespace(**{"device": "cpu", "model_config": config} | changes)
+
+
+class FlashMLABackend:
+    def __init__(self, model_runner: Any, skip_prefill: bool = False) -> None:
+        self.kv_lora_rank, self.qk_rope_head_dim, self.num_q_heads = 512, 64, 16
+        self.data_type, self.q_data_type = model_runner.cache, torch.bfloat16
+
+
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.float8_e4m3fn])
+def test_flashmla_is_warmed_where_ours_serves(cache, machine, warmed):
+    module = ModuleType("flashmla_backend")
+    module.FlashMLABackend = type("FlashMLABackend", (FlashMLABackend,), dict(vars(FlashMLABackend)))
+    before = dict(vars(module.FlashMLABackend))
+    undo = compat.warm_dense(compat.SGL_KERNEL, module)
+    module.FlashMLABackend(runner(cache=cache))
+    assert not warmed  # on an H200 FlashMLA serves
+    machine(SM120)
+    assert module.FlashMLABackend(runner(cache=cache), skip_prefill=True).num_q_heads == 16
+    assert warmed == [("dense_decode", 16, cache, 64)]
+    undo()
+    assert dict(vars(module.FlashMLABackend)) == before
+
+
+class Backend(SimpleNamespace):
+    """Of a class whose module may hold names, as older releases' does."""
+
+
+def v32(**changes: Any) -> Backend:
+    """A backend of 0.5.13 and later, on eight ranks."""
+    given = {"num_q_heads": 16, "flashmla_kv_num_q_heads": 64, "device_sm_major": 12, "dsa_index_topk": 2048}
+    given |= {"dsa_prefill_impl": "tilelang", "dsa_decode_impl": "fa3", "qk_rope_head_dim": 64}
+    return Backend(**given | changes)
+
+
+def warm_v32(backend: Any, home: str = compat.SGL_KERNEL) -> int:
+    return hook.warm(compat.v32_calls(home, backend, runner()))
+
+
+PREFILLS = [("sparse_prefill", 128, 576, torch.bfloat16, False, lens) for lens in (False, True)]
+
+
+def test_v32_is_warmed_for_its_implementations(machine, warmed, monkeypatch):
+    machine(SM120)
+    assert warm_v32(v32()) == 0 and warm_v32(v32(dsa_decode_impl="flashmla_kv", qk_rope_head_dim=0)) == 0
+    assert warm_v32(v32(dsa_decode_impl="flashmla_kv")) == 1 and warmed == [("sparse_decode", 64)]
+    warmed.clear()
+    assert warm_v32(v32(dsa_prefill_impl="flashmla_auto")) == 3
+    assert warmed == [("sparse_decode", 64), *PREFILLS]
+    warmed.clear()
+    warm_v32(v32(dsa_prefill_impl="flashmla_sparse", device_sm_major=8, num_q_heads=128))
+    assert warmed == PREFILLS
+    warmed.clear()
+    # 0.5.5: names in the module, no padding, the older API
+    older = Backend(num_q_heads=20, nsa_index_topk=2048)
+    del sys.modules[compat.SGL_KERNEL].FlashMLASchedMeta
+    monkeypatch.setitem(globals(), "NSA_PREFILL_IMPL", "flashmla_sparse")
+    monkeypatch.setitem(globals(), "NSA_DECODE_IMPL", "flashmla_kv")
+    warm_v32(older)
+    assert warmed == [("sparse_decode", 20), ("sparse_prefill", 20, 576, torch.bfloat16, False, False)]
+
+
+def test_v32_on_an_h200_is_warmed_for_what_flashmla_has_no_build_for(machine, warmed):
+    both = {"dsa_decode_impl": "flashmla_kv", "dsa_prefill_impl": "flashmla_sparse", "device_sm_major": 9}
+    assert warm_v32(v32(**both)) == 0
+    del both["device_sm_major"]
+    without = v32(**both, nsa_index_topk=2048)
+    del without.flashmla_kv_num_q_heads, without.device_sm_major
+    assert warm_v32(without) == 3
+    assert [call[:2] for call in warmed] == [("sparse_decode", 16), *[("sparse_prefill", 16)] * 2]
+
+
+def v4(**changes: Any) -> SimpleNamespace:
+    pool = SimpleNamespace(page_size=256, swa_kv_pool=SimpleNamespace(page_size=128, kv_cache_total_dim=584))
+    return SimpleNamespace(**{"token_to_kv_pool": pool, "_forward_prefill_sparse": None} | changes)
+
+
+def test_v4_is_warmed_for_each_of_its_caches(machine, warmed):
+    machine((8, 9))
+    compiled = hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(), runner()))
+    both = [("sparse_decode", (128,), extra) for extra in ((), (64,), (2,))]
+    both += [("sparse_prefill", 512, torch.bfloat16, True, True)]
+    assert warmed == [(name, heads, *rest) for heads in (64, 128) for name, *rest in both] and compiled == 8
+    warmed.clear()
+    # a model of V4.1's has other ratios
+    hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(present_ratios=(1, 4)), runner()))
+    assert {call[3] for call in warmed if call[0] == "sparse_decode"} == {(), (64,)}
+    warmed.clear()
+    other = SimpleNamespace(page_size=256, swa_kv_pool=SimpleNamespace(page_size=128, kv_cache_total_dim=528))
+    for backend in (v4(token_to_kv_pool=other), v4(trtllm_attn=True)):
+        assert compat.v4_calls(compat.SGL_KERNEL, backend, runner()) == []
+    machine()
+    assert hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(), runner())) == 0
+
+
+def test_v4_on_sm_120_is_the_hosts_from_0513(monkeypatch, warmed):
+    monkeypatch.setattr(gpu, "capability", lambda index: SM120)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    assert compat.v4_calls(compat.SGL_KERNEL, v4(), runner()) == []
+    monkeypatch.setattr(gpu, "capability", lambda index: (8, 9))
+    assert compat.v4_calls(compat.SGL_KERNEL, v4(), runner())
+
+
+def test_v4_of_0512_is_warmed_where_the_package_is_ours(machine, warmed, monkeypatch):
+    for name in ("flash_mla", compat.PACKAGE):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    undo = compat.be_the_package(ModuleType("deepseek_v4_backend"), Counts())
+    backend = v4()
+    del backend._forward_prefill_sparse
+    hook.warm(compat.v4_calls(compat.PACKAGE, backend, runner()))  # on an H200
+    undo()
+    assert {call[:2] for call in warmed} == {("sparse_decode", 64), ("sparse_decode", 128)}
+
+
+SERVE = """
+import sys
+sys.path.insert(0, TESTS)
+import fake_chip
+import torch
+from types import ModuleType, SimpleNamespace
+from mla_patch.compat import gpu, sglang_flash_mla as compat
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.flash_mla import get_mla_metadata
+from mla_patch.hooks import sglang_sched_meta as hook
+from mla_patch.kernels.layouts import V4, V32, new_pages
+fake_chip.install()
+gpu.from_tensor = lambda tensor: None
+for name in ("sgl_kernel", compat.SGL_KERNEL):
+    sys.modules[name] = ModuleType(name)
+sys.modules[compat.SGL_KERNEL].FlashMLASchedMeta = type("FlashMLASchedMeta", (), {"__module__": compat.SGL_KERNEL})
+COMPILES.has_served = lambda: True
+half, fp8, home = torch.bfloat16, torch.float8_e4m3fn, compat.SGL_KERNEL
+runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=128))
+pool = SimpleNamespace(page_size=256, swa_kv_pool=SimpleNamespace(page_size=128, kv_cache_total_dim=584))
+build = compat.Build(home, True)
+
+def ids(rows, topk):
+    return torch.zeros(rows, 1, topk).int()
+
+def tell(what, compiled):
+    print(what, compiled == COMPILES.before, COMPILES.serving)
+
+def dense(dtype):
+    backend = SimpleNamespace(kv_lora_rank=512, qk_rope_head_dim=64, num_q_heads=16, data_type=dtype, q_data_type=half)
+    compiled = hook.warm(compat.dense_calls(home, backend, runner))
+    for rows, queries, width in ((1, 1, 1), (3, 1, 2600), (16, 4, 40), (200, 1, 3)):
+        q = torch.zeros(rows * queries, 16, 576).to(dtype).view(rows, queries, 16, 576)
+        cache, scale = torch.zeros(9 * 64, 1, 576).to(dtype).view(-1, 64, 1, 576), torch.ones(1)
+        scales = (scale, scale) if dtype is fp8 else (None, None)
+        table = torch.zeros(rows + 5, width).int()[:rows]
+        made = torch.zeros(8, 8).int(), torch.zeros(rows + 1).int()
+        hook.serve_kvcache(compat.KvCacheCall(
+            build, q, cache, table, torch.ones(rows).int(), 512, *made, 0.1, True, *scales))
+    return compiled
+
+def v32():
+    backend = SimpleNamespace(num_q_heads=16, dsa_index_topk=2048, dsa_prefill_impl="flashmla_auto")
+    backend.flashmla_kv_num_q_heads = 64
+    backend.device_sm_major = 8
+    compiled = hook.warm(compat.v32_calls(home, backend, runner))
+    for rows in (1, 2, 16, 77):
+        q = torch.zeros(rows, 1, 64, 576).to(half)
+        cache, lens = new_pages(V32, 9, 64), torch.ones(rows).int()
+        made = torch.zeros(8, 8).int(), torch.zeros(rows + 1).int()
+        hook.serve_kvcache(compat.KvCacheCall(
+            build, q, cache, torch.zeros(rows, 0).int(), lens, 512, *made, 0.1, is_fp8_kvcache=True,
+            indices=ids(rows, 2048), kv_format="V32"))
+        for more in ({}, {"topk_length": lens}):
+            kv = torch.zeros(rows + 99, 1, 576).to(half)
+            hook.serve_prefill(compat.PrefillCall(build, q[:, 0], kv, ids(rows, 2048), 0.1, 512, **more))
+    return compiled
+
+def v4(heads):
+    backend = SimpleNamespace(token_to_kv_pool=pool, _forward_prefill_sparse=None)
+    compiled = hook.warm(compat.v4_calls(home, backend, runner))
+    for rows in (1, 2, 16, 77):
+        q, sink, lens = torch.zeros(rows, 1, heads, 512).to(half), torch.zeros(heads), torch.ones(rows).int()
+        more = {"is_fp8_kvcache": True, "indices": ids(rows, 128), "attn_sink": sink, "topk_length": lens}
+        for extra, topk in ((0, 0), (64, 512), (2, 4096)):
+            if extra:
+                more |= {"extra_k_cache": new_pages(V4, 7, extra), "extra_indices_in_kvcache": ids(rows, topk)}
+                more |= {"extra_topk_length": lens}
+            hook.serve_kvcache(compat.KvCacheCall(
+                build, q, new_pages(V4, 9, 128), None, None, 512, get_mla_metadata()[0], None, 0.1, **more))
+        kv = torch.zeros(rows + 999, 1, 512).to(half)
+        hook.serve_prefill(compat.PrefillCall(
+            build, q[:, 0], kv, ids(rows, 640), 0.1, 512, attn_sink=sink, topk_length=lens))
+    return compiled
+
+for fake_chip.SM in (80, 89, 120):
+    hook.capability_of = lambda tensor: (fake_chip.SM // 10, fake_chip.SM % 10)
+    work = {"dense": lambda: dense(half), "dense fp8": lambda: dense(fp8), "v3.2": v32}
+    if fake_chip.SM != 120:
+        work |= {"v4, 64": lambda: v4(64), "v4, 128": lambda: v4(128)}
+    for what, do in work.items():
+        COMPILES.reset()
+        tell(f"{fake_chip.SM} {what}", do())
+"""
+
+
+def test_what_releases_call_compiles_nothing_more():
+    code = SERVE.replace("TESTS", repr(str(Path(__file__).resolve().parent)))
+    env = clean_env({"TRITON_INTERPRET": "0"})
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    assert len(rows) == 13 and not [row for row in rows if not row.endswith(" True 0")], rows
+
+
+def test_an_amd_gpu_is_not_warmed(machine, warmed, monkeypatch):
+    machine((9, 4), False, False)
+    monkeypatch.setattr(gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4)))
+    assert hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(), runner())) == 0 and not warmed
 
 
 def test_operators_are_asked_of_torch():

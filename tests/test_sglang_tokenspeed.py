@@ -343,6 +343,12 @@ def test_the_workspace_only_grows(packed: ModuleType) -> None:
     assert [id(one) for one in hook._workspaces[torch.device("cpu")]] == [id(first), id(larger)]  # graphs keep it
 
 
+def test_every_device_has_a_workspace_of_its_own(packed: ModuleType) -> None:
+    here, there = (hook.workspace(a_seam(device=torch.device(name)), 1) for name in ("cpu", "meta"))
+    assert (here.device.type, there.device.type) == ("cpu", "meta")
+    assert hook.workspace(a_seam(), 1) is here
+
+
 BOTH = frozenset({"decode", "prefill"})
 
 
@@ -627,6 +633,31 @@ def test_backends_that_cannot_be(host: Any, changes: dict[str, Any], text: str) 
     with pytest.raises(ValueError, match=text):
         module.TRTLLMMLABackend(runner(**changes))
     module.TRTLLMMLABackend(runner(None, **changes))  # nobody asked
+
+
+@HOSTS
+@pytest.mark.parametrize("device", [B200, H200, RTX])
+def test_without_nvml_the_backend_asks_its_own_gpu(host: Any, device: Gpu, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "tokenspeed_mla", ModuleType("tokenspeed_mla"))
+    monkeypatch.setattr(torch, "empty", lambda *size, device: SimpleNamespace())
+    monkeypatch.setattr(gpu, "from_tensor", lambda tensor: device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(hook, "prepare", prepare)
+    monkeypatch.delenv("MLA_PATCH_TOKENSPEED_DECODE")
+    module, _ = host()
+    sglang_tokenspeed.seam(module, Counts())
+    on_a_gpu = runner()
+    on_a_gpu.device = "cuda"
+    if device is B200:
+        module.TRTLLMMLABackend(on_a_gpu)
+        assert {seam.device for seam, _ in calls} == {torch.device("cuda", 3)}
+    else:
+        found = f"{device.capability[0]}.0 ({device.name})"
+        with pytest.raises(
+            ValueError, match=r"decode by tokenspeed_mla: its kernels are for .* 10\.x alone"
+        ) as problem:
+            module.TRTLLMMLABackend(on_a_gpu)
+        assert found in str(problem.value)
 
 
 @HOSTS

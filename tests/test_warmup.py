@@ -22,7 +22,7 @@ from mla_patch.compat.compiles import Compiles
 from mla_patch.compat.types import Gpu
 from mla_patch.features import Counts
 from mla_patch.hooks import sglang_decode
-from mla_patch.kernels import decode, decode_splits, kv_indices
+from mla_patch.kernels import decode, decode_splits, dense_decode, kv_indices, sparse_decode, sparse_prefill
 
 TESTS = Path(__file__).resolve().parent
 
@@ -433,6 +433,22 @@ def test_warmup_of_what_is_asked(
     assert warmed[1:] == [("decode", "cuda", 8, torch.float16, kind, 64) for kind in kinds]
     assert cli.main(["warmup"]) == 0
     assert "compiled for NVIDIA H200 (sm_90)" in capsys.readouterr().out
+    for kernel in (dense_decode, sparse_decode, sparse_prefill):
+        name = kernel.__name__.rpartition(".")[2]
+        monkeypatch.setattr(kernel, "warmup", lambda *args, name=name: warmed.append((name, *args)) or 3)
+    warmed.clear()
+    result = told(capsys, "--backend", "flashmla", "dsa", "dsv4", "--heads", "64", "--cache", "bf16", "e4m3", "e5m2")
+    assert warmed[1:] == [
+        *[("dense_decode", "cuda", 64, kind) for kind in (half, fp8)],
+        ("sparse_decode", "cuda", 64),
+        *[("sparse_prefill", "cuda", 64, 576, half, False, lengths) for lengths in (False, True)],
+        ("sparse_decode", "cuda", 64, (128,), (64, 2)),
+        ("sparse_prefill", "cuda", 64, 512, half, True),
+    ]
+    assert [(row["kernel"], row.get("cache"), row["compiled"]) for row in result["kernels"][1:]] == [
+        ("dense_decode", "bf16", 3), ("dense_decode", "e4m3", 3), ("sparse_decode", "V3.2", 3),
+        ("sparse_prefill", "bf16", 6), ("sparse_decode", "V4", 3), ("sparse_prefill", "bf16", 3),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -441,6 +457,7 @@ def test_warmup_of_what_is_asked(
         (["--cache", "fp16"], "--cache fp16 with --dtype bf16, expected bf16, e4m3 or e5m2"),
         (["--heads", "0"], "'0', expected a number from 1 to 128"),
         (["--max-batch", "many"], "'many', expected a number from 1"),
+        (["--backend", "nsa"], "invalid choice: 'nsa'"),
     ],
 )
 def test_warmup_misuse_is_2(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,8 @@ import math
 
 import torch
 
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.compat.triton import interpreted
 from mla_patch.kernels.sparse_decode import DENSE, DENSE_E4M3, check_device, check_q, launch
 
 _E4M3 = torch.float8_e4m3fn
@@ -120,3 +122,22 @@ def dense_decode_ref(
                 lse[b, :, s] = total = scores.logsumexp(-1)
                 out[b, s] = torch.exp(scores - total[:, None]) @ seen[:, :512]
     return out, lse
+
+
+def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, page_size: int = 64, width: int = 576) -> int:
+    """Compile what `dense_decode` can reach with queries and a cache of this kind; how many kernels that took.
+
+    Real launches over one token, e4m3 with descales; one that is split and one that is not, which is all that batches
+    and lengths change. Nothing to do on a CPU.
+    """
+    q = torch.zeros(1, 1, heads, width, device=device).to(dtype)
+    if not q.is_cuda and not interpreted():
+        return 0
+    before = COMPILES.total
+    cache = torch.zeros(1, page_size, 1, width, device=device).to(dtype)
+    scale = torch.ones(1, device=device) if dtype is _E4M3 else None
+    with COMPILES.warming():
+        for pages in (1, 8192 // page_size + 1):
+            table = torch.zeros(1, pages, dtype=torch.int32, device=device)
+            dense_decode(q, cache, table, table[0, :1] + 1, sm_scale=1.0, descale_q=scale, descale_k=scale)
+    return COMPILES.total - before

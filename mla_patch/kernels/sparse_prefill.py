@@ -312,10 +312,11 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
 
 
 def warmup(
-    device: torch.device | str, heads: int, width: int = 576, dtype: torch.dtype = torch.bfloat16, more: bool = False
-) -> int:
+    device: torch.device | str, heads: int, width: int = 576, dtype: torch.dtype = torch.bfloat16, more: bool = False,
+    lengths: bool = False,
+) -> int:  # fmt: skip
     """Compile what `mla_sparse_prefill` can reach for queries of this shape and type, ``more``: with sink and int32
-    lengths; how many kernels that took. Queries, rows, topk and base change nothing.
+    lengths, ``lengths``: with these alone; how many kernels that took. Queries, rows, topk and base change nothing.
 
     A real launch over one key. Nothing to do on a CPU.
     """
@@ -325,7 +326,7 @@ def warmup(
     before = COMPILES.total
     ids = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
     sink = torch.zeros(heads, device=device) if more else None
-    lens = torch.ones(1, dtype=torch.int32, device=device) if more else None
+    lens = torch.ones(1, dtype=torch.int32, device=device) if more or lengths else None
     with COMPILES.warming():
         mla_sparse_prefill(q, q[:, :1], ids, 1.0, attn_sink=sink, topk_length=lens)
     return COMPILES.total - before

@@ -9,9 +9,11 @@ import importlib
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
 
@@ -20,6 +22,7 @@ import torch
 import mla_patch
 import mla_patch.startup
 from mla_patch.compat import sglang_flash_mla, sglang_trial
+from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_decode import sparse_decode_ref
@@ -98,7 +101,7 @@ def through_the_backend(release: str, heads: int) -> dict[str, Any]:
     backend = SimpleNamespace(
         real_page_size=64, physical_page_size=64, kv_cache_dim=656, nsa_kv_cache_store_fp8=True,
         dsa_kv_cache_store_fp8=True, nsa_index_topk=64, dsa_index_topk=64, flashmla_kv_num_q_heads=heads,
-        flashmla_kv_format=None,
+        flashmla_kv_format="V32",
     )  # fmt: skip
     metadata = SimpleNamespace(nsa_cache_seqlens_int32=lens, dsa_cache_seqlens_int32=lens, flashmla_metadata=kept)
     before = feature()["served"]
@@ -109,12 +112,110 @@ def through_the_backend(release: str, heads: int) -> dict[str, Any]:
     return {"served": feature()["served"] - before, "error": error((out,), args)}
 
 
+def through_v4(heads: int) -> dict[str, Any]:
+    """DeepSeek V4's own forward, over the window's cache and one of every 4 tokens', with metadata that it makes."""
+    module = importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend")
+    pools = importlib.import_module("sglang.srt.mem_cache.deepseek_v4_memory_pool")
+    stored = {}
+    for name, size in {"swa": 128, "extra": 64}.items():
+        stored[name] = torch.zeros(2, V4.page_bytes(size), dtype=torch.uint8)
+        view = stored[name][:, : size * 584].view(2, size, 1, 584)
+        quantize(torch.randn(2 * size, 512), view, torch.arange(2 * size))
+        stored[name, "view"] = view
+    ids = {name: torch.randint(-1, 128, (3, 64)).int() for name in ("swa", "extra")}
+    lens = {"swa": torch.tensor([64, 5, 0]).int(), "extra": torch.tensor([9, 64, 0]).int()}
+    pool = object.__new__(pools.DeepSeekV4TokenToKVPool)
+    vars(pool).update(
+        page_size=256, swa_window_size=128, swa_kv_pool=SimpleNamespace(kv_cache_total_dim=584),
+        get_swa_key_buffer_radix=lambda layer: stored["swa"], get_extra_key_buffer=lambda layer: stored["extra"],
+    )  # fmt: skip
+    core = object.__new__(module.DSV4AttnMetadata)
+    vars(core).update(
+        swa_page_indices=ids["swa"], swa_topk_lengths=lens["swa"], c4_sparse_page_indices=ids["extra"],
+        c4_sparse_topk_lengths=lens["extra"], c4_flashmla_metadata=module._create_flashmla_metadata(),
+    )  # fmt: skip
+    batch = sglang_trial.make_batch("cpu", (64,), width=256, page=64)
+    backend = sglang_trial._backend(
+        module.DeepseekV4AttnBackend, batch, head_dim_v=512, softmax_scale=0.05, mtp_enabled=False,
+        forward_metadata=SimpleNamespace(core_attn_metadata=core),
+    )  # fmt: skip
+    q, k, sink = (torch.randn(3, heads, 512) / 4).bfloat16(), torch.zeros(3, 512), torch.randn(heads)
+    before = feature()["served"]
+    out = backend.forward(
+        q, k, k, SimpleNamespace(layer_id=0, v_head_dim=512), SimpleNamespace(token_to_kv_pool=pool), 4, False, sink
+    )
+    want, _ = sparse_decode_ref(
+        q[:, None], stored["swa", "view"], ids["swa"][:, None], sm_scale=0.05, attn_sink=sink,
+        topk_length=lens["swa"], extra_k_cache=stored["extra", "view"], extra_indices=ids["extra"][:, None],
+        extra_topk_length=lens["extra"],
+    )  # fmt: skip
+    error = float((out.double() - want[:, 0]).norm() / want.norm())
+    return {"served": feature()["served"] - before, "error": error, "without a key": float(out[2].abs().max())}
+
+
+def noted(rows: list[list[str]], kind: str) -> Any:
+    """In the place of a kernel's warm-up: what it was asked for, but for the device."""
+
+    def warmup(device: Any, *args: Any) -> int:
+        rows.append([kind, *map(str, args)])
+        return 1
+
+    return warmup
+
+
+def warm_ups(release: str) -> dict[str, Any]:
+    """Of each backend that calls FlashMLA: what ours is compiled for on another chip, by attributes of its own."""
+    from mla_patch.hooks import sglang_sched_meta as hook
+
+    hook.capability_of = lambda tensor: (8, 9)
+    runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=128))
+    pool = SimpleNamespace(page_size=256, swa_kv_pool=SimpleNamespace(page_size=128, kv_cache_total_dim=584))
+    of_sparse = {f"{name}_{part}_impl": impl for name in ("nsa", "dsa") for part, impl in IMPLS.items()}
+    of_sparse |= {f"{name}_index_topk": 2048 for name in ("nsa", "dsa")}
+    of_sparse |= {"num_q_heads": 16, "flashmla_kv_num_q_heads": 64, "device_sm_major": 8, "qk_rope_head_dim": 64}
+    of_dense = {"num_q_heads": 16, "data_type": torch.bfloat16, "q_data_type": torch.bfloat16}
+    of_dense |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    known = {
+        "warm_dense": (of_dense, sglang_flash_mla.dense_calls),
+        "warm_v32": (of_sparse, sglang_flash_mla.v32_calls),
+        "warm_v4": ({"token_to_kv_pool": pool, "present_ratios": (4, 128)}, sglang_flash_mla.v4_calls),
+    }
+    batch = sglang_trial.make_batch("cpu", (64,), width=256, page=64)
+    warmed: dict[str, Any] = {}
+    for target in sglang_flash_mla.flash_mla_targets(release):
+        if not target.name.endswith(".warmup"):
+            continue
+        module = importlib.import_module(target.module)
+        name = target.edit.__name__
+        owner = next(
+            vars(module)[one]
+            for one in ("FlashMLABackend", "NativeSparseAttnBackend", "DeepseekSparseAttnBackend",
+                        "DeepseekV4AttnBackend")
+            if one in vars(module) and vars(module)[one].__module__ == target.module
+        )  # fmt: skip
+        bare = sglang_trial._backend(owner, batch)  # with every attribute that its __init__ sets
+        given = {key: value for key, value in known[name][0].items() if key in vars(bare)}
+        backend = sglang_trial._backend(owner, batch, **given)
+        scope = {f"NSA_{part.upper()}_IMPL": impl for part, impl in IMPLS.items()}
+        for key in scope.keys() & vars(module).get("__annotations__", {}).keys():
+            setattr(module, key, scope[key])
+        with ExitStack() as stack:
+            rows = warmed[name] = []
+            for kind, kernel in {"dense": dense_decode, "sparse": sparse_decode, "prefill": sparse_prefill}.items():
+                stack.enter_context(mock.patch.object(kernel, "warmup", noted(rows, kind)))
+            hook.warm(known[name][1](target.edit.args[0], backend, runner))
+    return warmed
+
+
+IMPLS = {"prefill": "flashmla_sparse", "decode": "flashmla_kv"}
+
+
 def main(release: str, out: str) -> None:
     # what the stand-in lacks of sgl_kernel is stood in for once it has been looked for in vain
     sys.meta_path.append(sglang_trial._StubFinder(["sgl_kernel"]))
     sglang_trial.prepare()
     importlib.import_module("sglang")
-    if release == "0.5.12":
+    if sglang_flash_mla.has_package() and release == "0.5.12":
         importlib.import_module("flash_mla")
     module = wrappers(release)
     seen: dict[str, Any] = {"ours": {name: is_ours(getattr(module, name)) for name in (*NAMES, PREFILL)}}
@@ -154,13 +255,18 @@ def main(release: str, out: str) -> None:
     seen["calls"] = calls
     seen["through"] = through_the_backend(release, 16)
     if release == "0.5.12":
+        importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend")
+        seen["v4"] = through_v4(20)
+    if sglang_flash_mla.has_package() and release == "0.5.12":
         package = importlib.import_module("flash_mla")
         seen["package"] = {name: is_ours(getattr(package, name)) for name in NAMES}
         args = sparse(16, V4)
         more = newer | {"tile_scheduler_metadata": package.get_mla_metadata()[0]}
         row = served(lambda: package.flash_mla_with_kvcache(**args, **more))
         seen["package call"] = {"by": row["by"], "error": error(row["result"], args)}
+    seen["warm"] = warm_ups(release)
     seen["feature"] = {key: feature()[key] for key in ("state", "reason")}
+    seen["not taken"] = [one["name"] for one in feature()["targets"] if one["replaced_by"] is None]
     mla_patch.restore("sched_meta")
     seen["restored"] = [is_ours(getattr(one, name)) for one in (module, backend) for name in NAMES]
     seen["restored"].append(is_ours(getattr(module, PREFILL)))

@@ -31,10 +31,11 @@ with a relative error below 0.004.
 _FOOT = """
 Releases before 0.5.1 are outside every feature's range and were run with `MLA_PATCH_SKIP_VERSION_CHECK=1`.
 
-`sched_meta` (0.5.3 - 0.5.23) needs FlashMLA, which no CPU has: 0.5.5, 0.5.9, 0.5.11, 0.5.12, 0.5.13 and 0.5.23 were run
-over a stand-in with the wrappers' parameters (`tests/hosts/test_flash_mla.py`). In each, the module and
-`flashmla_backend` hold ours, the release's own sparse decode is served by ours, and every call reaches the provider
-that `mla-patch explain sched_meta` names.
+`sched_meta` (0.5.3 - 0.5.23) needs FlashMLA, which no CPU has: 0.5.5, 0.5.9, 0.5.11, 0.5.12, 0.5.13, 0.5.22 and 0.5.23
+were run over a stand-in with the wrappers' parameters (`tests/hosts/test_flash_mla.py`). In each, the module and
+`flashmla_backend` hold ours, the release's own sparse decode is served by ours, every call reaches the provider that
+`mla-patch explain sched_meta` names, and each backend that calls FlashMLA has what it can ask of ours compiled. In
+0.5.12 DeepSeek V4 attends through ours, over the package `flash_mla` and without it.
 """
 
 _TOKENSPEED = """

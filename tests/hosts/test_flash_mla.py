@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -9,14 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hosts
 import pytest
+from packaging.version import Version
 
 from mla_patch.compat import sglang_flash_mla
 from mla_patch.compat.sglang_fetch import fetch
 from mla_patch.hooks.sglang_sched_meta import PREFILL_PROVIDERS, PROVIDERS
 
 HERE = Path(__file__).parent
-RELEASES = ("0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.23")
+RELEASES = ("0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.22", "0.5.23")
+NEWER = ("0.5.13", "0.5.22", "0.5.23")
+ALONE = "0.5.12 without flash_mla"
 OWN = PROVIDERS[-1].when
 
 _ANY = """
@@ -34,9 +39,9 @@ def wrapper(name: str, params: tuple[str, ...], required: int) -> str:
     return f"def {name}({', '.join(given)}):\n    return {{k: 1 for k, v in locals().items() if v is not None}}\n"
 
 
-def stand_in(folder: Path, release: str) -> None:
+def stand_in(folder: Path, release: str, package_too: bool) -> None:
     """The packages that the release takes FlashMLA from, with the signatures of the kernels that it pins."""
-    newer = release in ("0.5.13", "0.5.23")
+    newer = release in NEWER
     meta = "class FlashMLASchedMeta:\n    have_initialized = False\n    config = None\n"
     meta += "    def __init__(self, tile_scheduler_metadata=None, num_splits=None):\n        pass\n"
     first = "    if cache_seqlens is None:\n        return FlashMLASchedMeta(), None\n"
@@ -48,7 +53,7 @@ def stand_in(folder: Path, release: str) -> None:
     lines.append(f'library.define("sparse_prefill_fwd({arguments}) -> Tensor")')
     define = "import torch\nlibrary = torch.library.Library('sgl_kernel', 'FRAGMENT')\n"
     (kernel / "__init__.py").write_text(define + "\n".join(lines) + _ANY)
-    params, _ = sglang_flash_mla._SGL_KERNEL[1 if newer else 0]
+    params, _ = sglang_flash_mla._SGL_KERNEL[2 if release == "0.5.22" else 1 if newer else 0]
     source = (meta if newer else "") + wrapper("get_mla_metadata", sglang_flash_mla._META, 0 if newer else 3)
     if newer:
         source = source.replace("    return {k", first + "    return {k")
@@ -57,6 +62,8 @@ def stand_in(folder: Path, release: str) -> None:
         "flash_mla_sparse_fwd", sglang_flash_mla._PREFILL_NEWER if newer else sglang_flash_mla._PREFILL, 4
     )
     (kernel / "flash_mla.py").write_text(source)
+    if not package_too:
+        return
     package = folder / "flash_mla"
     package.mkdir()
     names = "FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata"
@@ -74,13 +81,17 @@ def stand_in(folder: Path, release: str) -> None:
     (package / "flash_mla_interface.py").write_text(inner)
 
 
-@pytest.fixture(scope="module", params=[one for one in RELEASES if os.environ.get("HOSTS", "spread") == "spread"
-                                        or one in os.environ["HOSTS"].replace(",", " ").split()
-                                        or os.environ["HOSTS"] == "all"])  # fmt: skip
+def chosen() -> list[str]:
+    asked = os.environ.get("HOSTS", "spread")
+    found = [one for one in RELEASES if asked in ("spread", "all") or one in asked.replace(",", " ").split()]
+    return [*found, *([ALONE] if "0.5.12" in found else [])]
+
+
+@pytest.fixture(scope="module", params=chosen())
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    release = request.param
+    release = request.param.split()[0]
     folder = tmp_path_factory.mktemp("stand-in")
-    stand_in(folder, release)
+    stand_in(folder, release, request.param != ALONE)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
     paths = [str(folder), *map(str, fetch(release))]
     env |= {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
@@ -88,14 +99,44 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     command = [sys.executable, str(HERE / "flash_mla_child.py"), release, str(out)]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
     assert out.exists(), done.stdout + done.stderr
-    return json.loads(out.read_text()) | {"release": release, "newer": release in ("0.5.13", "0.5.23")}
+    return json.loads(out.read_text()) | {
+        "release": release,
+        "newer": release in NEWER,
+        "alone": request.param == ALONE,
+    }
+
+
+@pytest.mark.parametrize("release", [one for one in hosts.chosen() if Version(one) >= Version("0.5.3")])
+def test_backends_are_built_as_their_warm_ups_need_it(release: str) -> None:
+    """From source, in every release."""
+    root = fetch(release)[0]
+    found = [one for one in sglang_flash_mla.flash_mla_targets(release) if one.name.endswith(".warmup")]
+    assert len(found) == (3 if Version(release) >= Version("0.5.12") else 2)
+    for target in found:
+        tree = ast.parse(root.joinpath(*target.module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
+        inits = {
+            owner.name: [arg.arg for arg in method.args.args]
+            for owner in tree.body
+            if isinstance(owner, ast.ClassDef)
+            for method in owner.body
+            if isinstance(method, ast.FunctionDef) and method.name == "__init__"
+        }
+        owners = [name for name in BUILT[target.edit.__name__] if name in inits]
+        assert [inits[name][:2] for name in owners] == [["self", "model_runner"]], (target.module, owners)
+
+
+BUILT = {
+    "warm_dense": ["FlashMLABackend"],
+    "warm_v32": ["NativeSparseAttnBackend", "DeepseekSparseAttnBackend"],
+    "warm_v4": ["DeepseekV4AttnBackend"],
+}
 
 
 def test_everybody_holds_ours(seen: dict[str, Any]) -> None:
     both = {"get_mla_metadata": True, "flash_mla_with_kvcache": True}
     assert seen["ours"] == both | {"flash_mla_sparse_fwd": True}
     assert seen["backend"] == both  # the backend binds both by value at its top
-    assert seen["feature"]["state"] == "applied"
+    assert (seen["feature"]["state"], seen["not taken"]) == ("applied", []), seen["feature"]
     assert not any(seen["restored"])
     assert seen["class restored"] == seen["newer"]
     assert (seen["class"] == "mla_patch.flash_mla") == (not seen["newer"])
@@ -148,8 +189,34 @@ def test_through_the_releases_own_backend(seen: dict[str, Any]) -> None:
 
 def test_the_package_beside_it(seen: dict[str, Any]) -> None:
     """DeepSeek V4 of 0.5.12 calls the flash_mla package, all else sgl_kernel."""
-    if seen["release"] == "0.5.12":
+    if seen["release"] == "0.5.12" and not seen["alone"]:
         assert seen["package"] == {"get_mla_metadata": True, "flash_mla_with_kvcache": True}
         assert seen["package call"]["by"] == "triton" and seen["package call"]["error"] < 4e-3
     else:
         assert "package" not in seen
+
+
+def test_deepseek_v4_of_0512(seen: dict[str, Any]) -> None:
+    """Its own forward, over the package and without it."""
+    if seen["release"] != "0.5.12":
+        assert "v4" not in seen
+        return
+    assert seen["v4"]["served"] == 1
+    assert seen["v4"]["error"] < 4e-3 and seen["v4"]["without a key"] == 0
+
+
+def test_what_is_compiled_before_graphs(seen: dict[str, Any]) -> None:
+    """For a chip that FlashMLA has no build for, from what each release's backends set."""
+    release, v4 = seen["release"], Version(seen["release"]) >= Version("0.5.12")
+    want = {"warm_dense": [["dense", "16", "torch.bfloat16", "64"]]}
+    heads = "16" if release == "0.5.5" else "64"
+    prefill = ["prefill", heads, "576", "torch.bfloat16", "False"]
+    padded = "16" if release in ("0.5.5", "0.5.9") else "64"
+    want["warm_v32"] = [["sparse", padded], [*prefill, "False"], *([[*prefill, "True"]] if seen["newer"] else [])]
+    if v4:
+        want["warm_v4"] = []
+        for count in ("64", "128"):
+            want["warm_v4"] += [["sparse", count, "(128,)", extra] for extra in ("()", "(64,)", "(2,)")]
+            if release != "0.5.12":
+                want["warm_v4"].append(["prefill", count, "512", "torch.bfloat16", "True", "True"])
+    assert seen["warm"] == want

@@ -10,7 +10,7 @@ from pathlib import Path
 import hosts
 import matrix
 import pytest
-from tokenspeed_runs import NATIVE, STEPS, environment, name_in, row, run, steps_of
+from tokenspeed_runs import NATIVE, STEPS, environment, faults, name_in, row, run, steps_of
 
 from mla_patch.compat import sglang_fetch
 from mla_patch.hooks import sglang_tokenspeed
@@ -39,6 +39,8 @@ def test_the_arguments(release: str, kept: Path) -> None:
         f"{name} reads an fp8 cache: set --kv-cache-dtype fp8_e4m3, found auto",
         f"{name} reads pages of 32 or 64 tokens: set --page-size 64, found 16",
         f"--decode-attention-backend trtllm_mla beside {name}: one of the two, not both",
+        f"{name}, decode by tokenspeed_mla: its kernels are for compute capability 10.x alone, found "
+        "compute capability 12.0 (NVIDIA RTX PRO 6000); MLA_PATCH_TOKENSPEED_DECODE chooses another",
     ]
 
 
@@ -68,19 +70,44 @@ ASKED += [(one, "example") for one in RELEASES if EVERY or one in ("0.5.9", "0.5
 def test_the_hosts_own_forward_methods(release: str, by: str, kept: Path) -> None:
     seen = run(release, kept, by)
     assert set(STEPS) & set(seen) == steps_of(release)
-    for step in steps_of(release):
-        # the output's bfloat16, half an ulp of 2**-8 at most; the model's own float32 takes it as it is
-        assert seen[step]["error"] < 2**-8, step
-        assert seen[step]["dtype"] == "torch.float32"
-        asked = [(call["call"], call.get("causal")) for call in seen[step]["calls"]]
-        kinds = {"prompts": [("prefill", True)]}
-        # its own tokens, then two chunks of its prefix
-        kinds["prefix chunks"] = [("prefill", True), ("prefill", False), ("prefill", False)]
-        want = kinds.get(step, [("decode", None)])
-        assert asked == (want if by == "package" else []), step
-        assert seen[step]["served"] == len(want)
-    if "prefix chunks" in seen:
-        assert seen["prefix chunks"]["no key"] == [0.0, -float("inf")]
+    assert faults(release, seen, by, "cpu") == []
+
+
+SEEN = {"error": 1e-4, "dtype": "torch.float32", "served": 1, "captured": 0, "calls": [{"call": "decode"}]}
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({}, None),
+        ({"error": float("nan")}, "decode: error nan"),
+        ({"served": 0}, "decode: served 0, captured 0"),
+        ({"captured": 1}, "decode: served 1, captured 1"),
+        ({"dtype": "torch.bfloat16"}, "decode: torch.bfloat16"),
+        ({"calls": []}, "decode: the package was asked for []"),
+        ({"failed": "why"}, "decode: why"),
+    ],
+)
+def test_faults_are_told(changes: dict, fault: str | None) -> None:
+    assert faults("0.5.1", {"decode": SEEN | changes}, "package", "cpu") == ([] if fault is None else [fault])
+
+
+def test_faults_of_a_graph_and_of_what_is_missing() -> None:
+    again = SEEN | {"calls": []}
+    seen = {"decode": again, "decode again": again | {"served": 2, "captured": 1}}
+    assert faults("0.5.1", seen, "example", "cuda") == []
+    assert faults("0.5.1", seen, "example", "cpu") == ["decode again: served 2, captured 1"]
+    assert faults("0.5.2", seen, "example", "cuda") == ["no prompts"]
+
+
+@pytest.mark.parametrize("provider, says", [("package", "is for CPUs alone"), ("example", "torch sees no GPU")])
+def test_a_gpu_that_cannot_be(provider: str, says: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(hosts.HERE / "tokenspeed_child.py"), "0.5.11", "seen.json", "--device", "cuda"]
+    env = environment("0.5.11") | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [*command, "--provider", provider], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0 and says in done.stderr and not (tmp_path / "seen.json").exists()
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -1,9 +1,15 @@
-"""The tokenspeed backend in one SGLang release, in a process of its own, over the stand-in for its package.
+"""The tokenspeed backend in one SGLang release, in a process of its own.
 
-    python tokenspeed_child.py RELEASE OUT.json        with the release and the stand-in on PYTHONPATH and MLA_PATCH=1
+    python tests/hosts/tokenspeed_child.py RELEASE OUT.json         with the release on PYTHONPATH
+
+    --provider package    the kernels of the stand-in for tokenspeed_mla, which is for CPUs alone
+    --provider example    those of examples/mla_kernels: decode in Triton, prompts in plain torch
+    --device cuda         on this machine's GPU, of whatever kind, without TRITON_INTERPRET
+    --heads 64            of a rank; 16 unless said
 
 Reads the server's arguments by the release's own parser, builds the release's own backend on a mock runner, and drives
-its forward_decode and forward_extend. Judges nothing: it writes down what it saw.
+its forward_decode and forward_extend; on a GPU it also captures and replays a decode as a CUDA graph. Writes down what
+it saw, prints a line for each step, and ends with 1 where one of them is not as it should be (tokenspeed_runs.faults).
 """
 
 import argparse
@@ -13,6 +19,8 @@ import logging
 import os
 import pickle
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,17 +30,63 @@ from unittest import mock
 
 sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
 
-import mla_patch
-import mla_patch.startup
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+INFO = {
+    "METADATA": "Metadata-Version: 2.1\nName: mla-kernels\nVersion: 0.1\n",
+    "entry_points.txt": "[mla_patch]\nmla_kernels = mla_kernels\n",
+}
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("release")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--provider", choices=["package", "example"], default="package")
+    parser.add_argument("--heads", type=int, default=16)
+    given = parser.parse_args()
+    if given.device == "cuda" and given.provider == "package":
+        parser.error("--provider package: the stand-in is for CPUs alone, expected --provider example with cuda")
+    return given
+
+
+def set_up(provider: str) -> None:
+    """What a user would have installed and set, before anything of ours is imported."""
+    os.environ |= {"MLA_PATCH": "1", "MLA_PATCH_TOKENSPEED": "on"}
+    # a checkout will do; the stand-in for the package is looked for even where the example serves
+    sys.path += [str(HERE / "standin"), str(ROOT)]
+    if provider == "example":
+        os.environ |= {"MLA_PATCH_TOKENSPEED_DECODE": "triton", "MLA_PATCH_TOKENSPEED_PREFILL": "torch"}
+        folder = tempfile.mkdtemp()
+        info = Path(folder, "mla_kernels-0.1.dist-info")
+        info.mkdir()
+        for file, text in INFO.items():
+            (info / file).write_text(text)
+        sys.path += [folder, str(ROOT / "examples" / "mla_kernels")]
+
+
+GIVEN = options()
+set_up(GIVEN.provider)
+
+import mla_patch  # noqa: E402
+import mla_patch.startup  # noqa: E402
 
 mla_patch.startup.start()
 
 import tokenspeed_mla  # noqa: E402
 import torch  # noqa: E402
+from packaging.version import Version  # noqa: E402
 
-from mla_patch.compat import sglang_trial  # noqa: E402
+from mla_patch.compat import gpu, sglang_trial  # noqa: E402
+from mla_patch.compat.triton import interpreted  # noqa: E402
+from mla_patch.compat.types import Gpu  # noqa: E402
 
-E4M3, HEADS, PAGE = torch.float8_e4m3fn, 16, 64
+if GIVEN.device == "cuda" and (interpreted() or not torch.cuda.is_available()):
+    sys.exit(f"--device cuda: {'TRITON_INTERPRET is set' if interpreted() else 'torch sees no GPU'}")
+
+E4M3, HEADS, PAGE = torch.float8_e4m3fn, GIVEN.heads, 64
+DEVICE = torch.device(GIVEN.device)
 LENS = (1, 33, 64, 97, 130)
 SCALE = 0.0417
 
@@ -89,7 +143,7 @@ def arguments(name: str) -> dict[str, Any]:
         try:
             getattr(one, reader)()
         except ValueError as problem:
-            if "fp8 cache" in str(problem) or "page-size" in str(problem) or "not both" in str(problem):
+            if any(ours in str(problem) for ours in ("fp8 cache", "page-size", "not both", "compute capability 10.x")):
                 raise
         except Exception as problem:
             seen["the host's own"] = f"{type(problem).__name__}: {problem}"[:80]
@@ -106,6 +160,9 @@ def arguments(name: str) -> dict[str, Any]:
         failure(read, record(page_size=16)),
         failure(read, record(decode_attention_backend="trtllm_mla")),
     ]
+    if GIVEN.provider == "package":
+        with mock.patch.object(gpu, "from_nvml", lambda: Gpu("NVIDIA RTX PRO 6000", (12, 0))):
+            seen["refused"].append(failure(read, record()))
     seen["not asked"] = hasattr(read(record(attention_backend="trtllm_mla")), "_mla_patch_tokenspeed")
     return seen
 
@@ -145,7 +202,7 @@ class Runner:
     """A model runner as far as the backend's constructor reads it."""
 
     def __init__(self, batch: Any, pool: Any, mark: str | None, page: int = PAGE, dtype: Any = E4M3) -> None:
-        self.device, self.dtype, self.kv_cache_dtype, self.page_size = "cpu", torch.float32, dtype, page
+        self.device, self.dtype, self.kv_cache_dtype, self.page_size = GIVEN.device, torch.float32, dtype, page
         self.req_to_token_pool = SimpleNamespace(req_to_token=batch.table, size=len(batch.table))
         self.token_to_kv_pool, self.token_to_kv_pool_allocator = pool, None
         self.max_running_requests, self.is_draft_worker = len(batch.table), False
@@ -166,7 +223,7 @@ def one_process(module: ModuleType, batch: Any) -> Iterator[None]:
         made = sglang_trial._backend(
             type(self), batch, page_size=runner.page_size, max_context_len=256, skip_prefill=skip_prefill,
             token_to_kv_pool=runner.token_to_kv_pool, req_to_token_pool=runner.req_to_token_pool,
-            device=torch.device("cpu"), q_indptr_decode=torch.arange(9, dtype=torch.int32), _kernel_page_multiplier=1,
+            device=DEVICE, q_indptr_decode=torch.arange(9, dtype=torch.int32, device=DEVICE), _kernel_page_multiplier=1,
         )  # fmt: skip
         vars(self).update(vars(made))
 
@@ -206,11 +263,11 @@ class Drive:
     def __init__(self, mark: str | None) -> None:
         self.rng = torch.Generator().manual_seed(0)
         self.module = importlib.import_module("sglang.srt.layers.attention.trtllm_mla_backend")
-        self.batch = sglang_trial.make_batch("cpu", LENS, width=256, page=PAGE)
+        self.batch = sglang_trial.make_batch(GIVEN.device, LENS, width=256, page=PAGE)
         pools = importlib.import_module("sglang.srt.mem_cache.memory_pool")
         self.pool = pools.MLATokenToKVPool(
             size=len(self.batch.table) * 256, page_size=PAGE, dtype=E4M3, kv_lora_rank=512, qk_rope_head_dim=64,
-            layer_num=1, device="cpu", enable_memory_saver=False,
+            layer_num=1, device=GIVEN.device, enable_memory_saver=False,
         )  # fmt: skip
         self.slots = sglang_trial.expected_token_ids(self.batch, LENS)
         self.store = sglang_trial._bytes(self.pool)
@@ -232,14 +289,16 @@ class Drive:
         self.store[self.at, 0] = row.view(torch.uint8)
 
     def random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.rng)
+        return torch.randn(*shape, generator=self.rng).to(DEVICE)
 
     def step(self, mode: str, lens: tuple[int, ...], **more: Any) -> Any:
-        batch = sglang_trial.Batch(torch.tensor(lens), self.batch.rows[: len(lens)], self.batch.table, lens)
+        rows = self.batch.rows[: len(lens)]
+        batch = sglang_trial.Batch(torch.tensor(lens, device=DEVICE), rows, self.batch.table, lens)
         step = sglang_trial._forward_batch(batch, mode, self.backend, more.pop("prefix", None))
         vars(step).update(
-            token_to_kv_pool=self.pool, out_cache_loc_is_physical=True, positions=torch.zeros(1, dtype=torch.int64),
-            mha_return_lse=False, attn_attend_prefix_cache=None, mha_one_shot=False, **more,
+            token_to_kv_pool=self.pool, out_cache_loc_is_physical=True, mha_return_lse=False,
+            positions=torch.zeros(1, dtype=torch.int64, device=DEVICE), attn_attend_prefix_cache=None,
+            mha_one_shot=False, **more,
         )  # fmt: skip
         return step
 
@@ -263,21 +322,29 @@ class Drive:
         want = self.expected(q, counts)
         return {"error": sglang_trial.relative_error(got, want), "dtype": str(out.dtype), "rows": len(got)}
 
-    def decode(self) -> dict[str, Any]:
-        """Each request's last token, whose latent the host stores itself."""
+    def decode(self, again: bool = False) -> dict[str, Any]:
+        """Each request's last token, whose latent the host stores itself; ``again``: and then with other queries in the
+        same tensor, on a GPU by a CUDA graph."""
         with one_process(self.module, self.batch):
-            last = torch.tensor(LENS).cumsum(0) - 1
+            last = torch.tensor(LENS, device=DEVICE).cumsum(0) - 1
             self.store[self.slots[last]] = 0x7F
             self.at = self.slots[last]
             step = self.step("DECODE", LENS, out_cache_loc=self.at)
             self.backend.init_forward_metadata(step)
             q, k = self.random(len(LENS), HEADS, 576), self.latents[last].float()[:, None]
-            out = self.backend.forward_decode(
-                q[..., :512].contiguous(), k[..., :512], k[..., :512].contiguous(), self.layer, step,
-                q_rope=q[..., 512:].contiguous(),
-                k_rope=k[..., 512:], cos_sin_cache=torch.zeros(1, 64), is_neox=False,
-            )  # fmt: skip
-            return self.run([[n] for n in LENS], q, out)
+            table = torch.zeros(1, 64, device=DEVICE)
+
+            def forward() -> torch.Tensor:
+                return self.backend.forward_decode(
+                    q[..., :512].contiguous(), k[..., :512], k[..., :512].contiguous(), self.layer, step,
+                    q_rope=q[..., 512:].contiguous(), k_rope=k[..., 512:], cos_sin_cache=table, is_neox=False,
+                )  # fmt: skip
+
+            if not again:
+                return self.run([[n] for n in LENS], q, forward())
+            replay = captured(forward)
+            q.copy_(self.random(*q.shape))
+            return self.run([[n] for n in LENS], q, replay())
 
     def verify(self, tokens: int = 4) -> dict[str, Any]:
         """``tokens`` drafts of each request, the last of its stored tokens."""
@@ -291,13 +358,13 @@ class Drive:
             self.batch = rows
             self.backend.init_forward_metadata(step)
             ends = torch.tensor(LENS).cumsum(0)[1:]
-            at = torch.cat([torch.arange(end - tokens, end) for end in ends.tolist()])
+            at = torch.cat([torch.arange(end - tokens, end) for end in ends.tolist()]).to(DEVICE)
             self.at = step.out_cache_loc = self.slots[at]
             q, k = self.random(len(at), HEADS, 576), self.latents[at].float()[:, None]
             out = self.backend.forward_extend(
                 q[..., :512].contiguous(), k[..., :512], k[..., :512].contiguous(), self.layer, step,
                 q_rope=q[..., 512:].contiguous(),
-                k_rope=k[..., 512:], cos_sin_cache=torch.zeros(1, 64), is_neox=False,
+                k_rope=k[..., 512:], cos_sin_cache=torch.zeros(1, 64, device=DEVICE), is_neox=False,
             )  # fmt: skip
             counts = [[], *([n - tokens + 1 + i for i in range(tokens)] for n in LENS[1:])]
             return self.run(counts, q, out)
@@ -311,7 +378,7 @@ class Drive:
             step = self.step(mode, LENS, prefix=prefix, spec_info=None)
             self.backend.init_forward_metadata(step)
             q = self.random(sum(tokens), HEADS, 576)
-            k = torch.zeros(len(q), 1, 576)  # stored before; 0.5.4 looks at its shape
+            k = torch.zeros(len(q), 1, 576, device=DEVICE)  # stored before; 0.5.4 looks at its shape
             out = self.backend.forward_extend(
                 q.view(len(q), -1), k, k[..., :512].contiguous(), self.layer, step, save_kv_cache=False
             )
@@ -347,7 +414,7 @@ class Drive:
                 alone = ask(*own, attn_attend_prefix_cache=False, mha_return_lse=False)
             parts = [] if not chunked else [ask(*own, attn_attend_prefix_cache=False, mha_return_lse=True)]
             chunks = [[(0, min(24, old)) for old in prefix], [(min(24, old), old) for old in prefix]]
-            sizes = [torch.tensor([b - a for a, b in chunk]) for chunk in chunks]
+            sizes = [torch.tensor([b - a for a, b in chunk], device=DEVICE) for chunk in chunks]
             vars(step).update(
                 prefix_chunk_seq_lens=[size.int() for size in sizes],
                 prefix_chunk_cu_seq_lens=[torch.nn.functional.pad(size.cumsum(0), (1, 0)).int() for size in sizes],
@@ -361,7 +428,8 @@ class Drive:
         for b, (old, new) in enumerate(zip(prefix, news, strict=True)):
             k, v = (of[b].to(E4M3).double() for of in (keys, values))
             scores = torch.einsum("ihd,jhd->ihj", q[at : at + new].to(E4M3).double(), k) * SCALE
-            scores.masked_fill_(torch.ones(new, old + new).triu(old + 1).bool()[:, None], -torch.inf)
+            above = torch.ones(new, old + new, device=DEVICE).triu(old + 1).bool()
+            scores.masked_fill_(above[:, None], -torch.inf)
             want.append(torch.einsum("ihj,jhd->ihd", scores.softmax(-1), v))
             want_own.append(torch.einsum("ihj,jhd->ihd", scores[..., old:].softmax(-1), v[old:]))
             at += new
@@ -375,6 +443,23 @@ class Drive:
         empty = slice(news[0], news[0] + news[1])  # a request without a prefix
         seen["no key"] = [float(outs[1][empty].abs().max()), float(lses[1][empty].max())]
         return seen
+
+
+def captured(forward: Any) -> Any:
+    """What runs ``forward`` again: a CUDA graph of it, or on a CPU itself."""
+    if DEVICE.type == "cpu":
+        return forward
+    forward()  # what is compiled or allocated at a first call is not for a graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+
+    def replay() -> torch.Tensor:
+        out.fill_(torch.nan)
+        graph.replay()
+        return out
+
+    return replay
 
 
 def draft_backends(drive: Drive) -> list[bool]:
@@ -392,13 +477,13 @@ def draft_backends(drive: Drive) -> list[bool]:
     return [type(one) is type(drive.backend) for one in made.attn_backends if one is not None]
 
 
-def main(release: str, out: str) -> None:
+def main(release: str, out: Path) -> None:
     said = Said()
     logging.getLogger("mla_patch").addHandler(said)
     logging.getLogger("mla_patch").setLevel(logging.INFO)
     seen: dict[str, Any] = {"release": release, "stubbed": sglang_trial.prepare()}
     importlib.import_module("sglang.srt.server_args")
-    name = os.environ["BACKEND"]
+    name = "tokenspeed_mla" if Version(release) < Version("0.5.12") else "tokenspeed_mla_patch"
     seen["arguments"] = arguments(name)
     stand_in_flashinfer()
     module = importlib.import_module("sglang.srt.layers.attention.trtllm_mla_backend")
@@ -409,7 +494,7 @@ def main(release: str, out: str) -> None:
     backend = drive.backend
     seen["ours"] = isinstance(backend, module.TRTLLMMLABackend) and type(backend) is not module.TRTLLMMLABackend
     seen["class name"] = type(backend).__name__
-    steps = {"decode": drive.decode}
+    steps = {"decode": drive.decode, "decode again": lambda: drive.decode(again=True)}
     if release != "0.5.1":
         steps["prompts"] = lambda: drive.prompts(False)
     if release not in ("0.5.1", "0.5.2"):
@@ -420,9 +505,14 @@ def main(release: str, out: str) -> None:
             steps["draft extend, padded"] = lambda: drive.draft_extend((1, 2, 3, 1, 2))
     for step, run in steps.items():
         del tokenspeed_mla.calls[:]
-        before = feature()["served"]
-        seen[step] = run() | {"calls": list(tokenspeed_mla.calls)}
-        seen[step]["served"] = feature()["served"] - before
+        before = feature()
+        try:
+            seen[step] = run()
+        except Exception as problem:  # so that a GPU's few minutes tell of all steps
+            seen[step] = {"failed": "".join(traceback.format_exception(problem)[-4:])}
+        after = feature()
+        seen[step] |= {"calls": list(tokenspeed_mla.calls)}
+        seen[step] |= {name: after[name] - before[name] for name in ("served", "captured")}
     seen["drafts"] = draft_backends(drive)
     drive.layer.k_scale_float = 0.5
     seen["scaled"] = failure(drive.decode)
@@ -437,10 +527,28 @@ def main(release: str, out: str) -> None:
         seen["restored"] = type(module.TRTLLMMLABackend(drive.runner)) is module.TRTLLMMLABackend
     seen["flashinfer restored"] = isinstance(module.flashinfer, ModuleType)
     seen["said"], seen["cuda initialized"] = said.lines, torch.cuda.is_initialized()
-    Path(out).write_text(json.dumps(seen, indent=1))
+    out.write_text(json.dumps(seen, indent=1))
+
+
+def tell() -> int:
+    """What a person reads; 1 where something is not as it should be."""
+    sys.path.insert(0, str(HERE))  # the host has imported what it imports
+    from tokenspeed_runs import faults
+
+    seen = json.loads(GIVEN.out.read_text())
+    for step, row in seen.items():
+        if isinstance(row, dict) and "error" in row:
+            print(f"{step}: error {row['error']:.2g}, {row['served']} served, {row['captured']} captured")
+    found = faults(GIVEN.release, seen, GIVEN.provider, GIVEN.device)
+    for fault in found:
+        print(f"FAULT: {fault}")
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    print(f"SGLang {GIVEN.release}, {GIVEN.provider}, {HEADS} heads, {where}: {len(found)} faults")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(GIVEN.release, GIVEN.out)
+    status = tell()
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(status)

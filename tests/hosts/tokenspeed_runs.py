@@ -14,13 +14,6 @@ from packaging.version import Version
 
 from mla_patch.compat import sglang_fetch
 
-EXAMPLE = hosts.HERE.parents[1] / "examples" / "mla_kernels"
-PLUGIN = {
-    "METADATA": "Metadata-Version: 2.1\nName: mla-kernels\nVersion: 0.1\n",
-    "entry_points.txt": "[mla_patch]\nmla_kernels = mla_kernels\n",
-}
-
-
 STEPS = ("decode", "verify", "draft extend", "draft extend, padded", "prompts", "prefix chunks")
 
 
@@ -28,12 +21,12 @@ def name_in(release: str) -> str:
     return "tokenspeed_mla" if Version(release) < Version("0.5.12") else "tokenspeed_mla_patch"
 
 
-def environment(release: str, *path: Path, **more: str) -> dict[str, str]:
+def environment(release: str) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    places = [*path, hosts.HERE / "standin", *sglang_fetch.fetch(release)]
+    places = [hosts.HERE / "standin", *sglang_fetch.fetch(release)]
     own = {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "TRITON_INTERPRET": "1"}
-    return env | own | {"PYTHONPATH": os.pathsep.join(map(str, places))} | more
+    return env | own | {"PYTHONPATH": os.pathsep.join(map(str, places))}
 
 
 def run(release: str, kept: Path, by: str) -> dict:
@@ -43,18 +36,10 @@ def run(release: str, kept: Path, by: str) -> dict:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers ask
         if answer.exists():
             return json.loads(answer.read_text())
-        path, more = [], {"BACKEND": name_in(release), "MLA_PATCH_TOKENSPEED": "on"}
-        if by == "example":
-            info = kept / "installed" / "mla_kernels-0.1.dist-info"
-            info.mkdir(parents=True, exist_ok=True)
-            for file, text in PLUGIN.items():
-                (info / file).write_text(text)
-            path = [info.parent, EXAMPLE]
-            more |= {"MLA_PATCH_TOKENSPEED_DECODE": "triton", "MLA_PATCH_TOKENSPEED_PREFILL": "torch"}
         command = [sys.executable, *hosts._PYTHON_OPTIONS.get(release, []), str(hosts.HERE / "tokenspeed_child.py")]
         done = subprocess.run(
-            [*command, release, str(answer)], env=environment(release, *path, **more), cwd=kept, capture_output=True,
-            text=True, timeout=300,
+            [*command, release, str(answer), "--provider", by], env=environment(release), cwd=kept,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         if not answer.exists():
             raise RuntimeError(f"SGLang {release}: ended with {done.returncode}\n{done.stdout}{done.stderr}")
@@ -71,6 +56,39 @@ def steps_of(release: str) -> set[str]:
     if Version(release) >= Version("0.5.4"):
         steps |= {"draft extend"} if release == "0.5.7" else {"draft extend", "draft extend, padded"}
     return steps
+
+
+def faults(release: str, seen: dict, by: str, device: str) -> list[str]:
+    """What is not as it should be in the steps that a process saw, one line each."""
+    found = []
+    if missing := steps_of(release) - set(seen):
+        found.append(f"no {', '.join(sorted(missing))}")
+    for step in (*STEPS, "decode again"):
+        row = seen.get(step)
+        if row is None:
+            continue
+        if "failed" in row:
+            found.append(f"{step}: {row['failed']}")
+            continue
+        kinds = {"prompts": [("prefill", True)]}
+        # its own tokens, then two chunks of its prefix
+        kinds["prefix chunks"] = [("prefill", True), ("prefill", False), ("prefill", False)]
+        want = kinds.get(step, [("decode", None)])
+        asked = [(call["call"], call.get("causal")) for call in row["calls"]]
+        if asked != (want if by == "package" else []):
+            found.append(f"{step}: the package was asked for {asked}")
+        graph = device == "cuda" and step == "decode again"  # a call before the capture, and that under it
+        told = (row["served"], row["captured"])
+        if told != ((2, 1) if graph else (len(want), 0)):
+            found.append(f"{step}: served {told[0]}, captured {told[1]}")
+        # the output's bfloat16, half an ulp of 2**-8 at most; the model's own float32 takes it as it is
+        if not row["error"] < 2**-8:
+            found.append(f"{step}: error {row['error']}")
+        if row["dtype"] != "torch.float32":
+            found.append(f"{step}: {row['dtype']}")
+    if "no key" in seen.get("prefix chunks", {}) and seen["prefix chunks"]["no key"] != [0.0, -float("inf")]:
+        found.append(f"prefix chunks: without a key {seen['prefix chunks']['no key']}")
+    return found
 
 
 NATIVE = [one for one in hosts.REVIEWED if Version("0.5.12") <= Version(one) < Version("0.5.23")]
