@@ -77,7 +77,8 @@ def test_the_page_is_drawn_and_asks_nobody(browser: Browser, page: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "media, page_colour", [("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 23, 27)"), ("print", "rgb(255, 255, 255)")]
+    "media, page_colour",
+    [("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 23, 27)"), ("print", "rgb(255, 255, 255)")],
 )
 def test_light_dark_and_paper_differ(browser: Browser, page: Path, media: str, page_colour: str) -> None:
     scheme = {"name": "prefers-color-scheme", "value": "light" if media == "light" else "dark"}
