@@ -52,15 +52,15 @@ class Trial:
         """
         self.name = name
         self.ab = "ab" in mode.split("+")
-        plan = parse_ab(ab)
-        arms = plan.arms if "arms=" in ab else (HOST, PATCH, *more)
+        plan = parse_ab(ab, (HOST, PATCH, *more))
+        arms = plan.arms
         known = (HOST, PATCH, AGAIN, *more)
         for arm in arms:
             if arm not in known:
                 raise ValueError(f"MLA_PATCH_AB: arms={arm}: {name} has {', '.join(known)}")
         if arms[0] != HOST:
             raise ValueError(f"MLA_PATCH_AB: arms={'+'.join(arms)}: expected {HOST} first")
-        self.plan = replace(plan, arms=arms, salt=name)
+        self.plan = replace(plan, salt=name)
         self.sampling: Sampling | None = parse_shadow(shadow) if "shadow" in mode.split("+") else None
         self.candidate = next((arm for arm in arms if arm not in (HOST, AGAIN)), PATCH)
         self.arm = HOST  # what runs now
