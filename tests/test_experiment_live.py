@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from fake_engine import ERROR, LAYERS, ByKey, BySize, Engine, Tape, batch, tapes
+from fake_engine import ERROR, LAYERS, ByKey, BySize, DraftByKey, Engine, Tape, batch, tapes
 
 from mla_patch.compat import sglang_graphs, steps
 from mla_patch.dispatch import ArmCode, Switch
-from mla_patch.experiment import control, control_file, merge
+from mla_patch.experiment import analysis, control, control_file, merge
 from mla_patch.experiment.live import Live, Trial
 from mla_patch.experiment.record import Error, Timing
 from mla_patch.experiment.schedule import AGAIN, OUTSIDE, Plan, Sampling, Schedule
@@ -81,7 +81,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         one.live.close()
         for undo in one.undo:
             undo()
-    assert steps.watcher is None and not sglang_graphs._edited
+    assert steps.watcher is None and not sglang_graphs._edited and not sglang_graphs._drafts
 
 
 def planned(first: int, last: int, **changes: Any) -> list[str]:
@@ -137,6 +137,131 @@ def test_a_draft_models_graphs_are_captured_once(start: Start, runner: type) -> 
     assert (one.engine.counts.captured, len(draft.graph_runner.graphs)) == (0, 2)
     assert not one.live.in_graphs and not one.trial.breaker.reason
     assert one.engine.whose(draft.forward(batch())) == "host"
+
+
+# --- draft models, where they are asked for
+
+
+def spoken(one: Running, count: int, decode: Callable[..., Any], **how: Any) -> tuple[list[str], list[str]]:
+    """Whose each step's result is, and whose the draft's after it."""
+    steps, drafts = [], []
+    for _ in range(count):
+        steps += one.run(1)
+        drafts.append(one.engine.whose(decode(batch(**how))))
+        one.live.read()
+    return steps, drafts
+
+
+@pytest.mark.parametrize("draft", ["", ",draft=0", ",draft=1"])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_models_decodes_run_the_steps_arm_if_asked(
+    start: Start, runner: type, draft: str, caplog: Any
+) -> None:
+    one = start(ab=AB + draft, runner=runner)
+    before = one.engine.counts.captured
+    eagle = one.engine.start_eagle(runner)
+    decode = eagle.eagle.replay if runner is BySize else eagle.eagle.execute
+    first = one.engine.whose(decode(batch()))
+    steps, drafts = spoken(one, 40, decode)
+    asked, sizes, variants = draft == ",draft=1", 2, 1 if runner is BySize else 2
+    assert first == "host"  # before any step
+    assert steps == planned(1, 41) and drafts == (steps if asked else ["host"] * 40)
+    assert one.engine.counts.captured - before == asked * sizes * variants * LAYERS
+    patched = steps.count("patch") * (1 + asked)
+    assert one.engine.counts.replayed == LAYERS * patched
+    assert len(eagle.eagle.graphs) == (sizes if runner is BySize else sizes * variants * (1 + asked))
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert [row.arm for row in rows if row.bucket == "graph/4/128"] == steps
+    assert [(row.step, row.arm) for row in rows if row.bucket == "draft/4/128"] == list(
+        enumerate(drafts if asked else [], 1)
+    )
+    assert one.live.unmatched == 0
+    told = [message for message in caplog.messages if "CUDA graph of the draft model is captured 1 more times" in message]
+    assert len(told) == asked
+    assert one.trial.breaker.reason == "" and merge.read_runs(one.folder)[0][0].differed == 0
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_draft_model_without_graphs(start: Start, asked: bool) -> None:
+    one = start(ab=f"{AB},draft={asked:d}")
+    draft = one.engine.start(draft=True)
+    steps, drafts = spoken(one, 40, draft.forward)
+    assert drafts == (steps if asked else ["host"] * 40) and "patch" in steps
+    assert one.engine.whose(draft.forward(batch(mode="extend"))) == "host"
+    modes = [row.bucket.partition("/")[0] for row in one.rows()]
+    assert modes.count("draft-eager") == 40 * asked and set(modes) <= {"eager", "draft-eager"}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_alone_has_calls_in_graphs(start: Start, runner: type) -> None:
+    """As with SGLang's Triton backend, whose verify is an extend: the steps' own graphs are captured once."""
+    one = start(ab=f"{AB},draft=1")
+    model, one.runner.model = one.runner.model, lambda q: q * 2**LAYERS
+    one.runner.graph_runner = getattr(one.engine.module, runner.name)(one.runner)
+    one.runner.model = model
+    eagle = one.engine.start_eagle(runner)
+    assert (one.live.in_graphs, one.live.in_drafts) == (set(), {"decode"})
+    steps, drafts = spoken(one, 40, eagle.eagle.replay if runner is BySize else eagle.eagle.execute)
+    assert set(steps) == {"host"} and drafts == planned(1, 41) and one.live.unmatched == 0
+    one.rows()
+    ((run,), _) = merge.read_runs(one.folder)
+    told = analysis.analyse(run)
+    assert run.differed == 0 and (told["steps"], told["outside"]) == (40, 3)
+    assert {comparison["bucket"] for comparison in told["comparisons"]} >= {"draft/4/128"}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("mode", ["shadow", "ab+shadow"])
+def test_a_wrong_draft_trips_the_breaker(start: Start, runner: type, mode: str) -> None:
+    one = start(mode, "block=1,warmup=0,draft=1", error=0.05)
+    one.runner.model = lambda q: q * 2**LAYERS
+    eagle = one.engine.start_eagle(runner)
+    decode = eagle.eagle.replay if runner is BySize else eagle.eagle.execute
+    spoken(one, 40, decode)
+    ((reason, state),) = one.engine.stops
+    assert state is State.FAILED and "error 0.05, tolerance 0.02" in reason
+    sampled = next(step for step in range(1, 41) if Sampling(8).due(step))
+    assert reason.startswith(f"shadow check at step {sampled},")
+    assert spoken(one, 20, decode)[1] == ["host"] * 20
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_breaker_that_trips_between_a_step_and_its_draft(start: Start, runner: type) -> None:
+    one = start(ab="block=1,warmup=0,ratio=0.9,draft=1")
+    eagle = one.engine.start_eagle(runner)
+    decode = eagle.eagle.replay if runner is BySize else eagle.eagle.execute
+    while one.run(1) != ["patch"]:
+        pass
+    one.trial.breaker.trip("enough")
+    assert one.engine.whose(decode(batch())) == "host"
+    row = [row for row in one.rows() if isinstance(row, Timing)][-1]
+    assert (row.bucket, row.arm, row.block) == ("draft/4/128", "host", OUTSIDE)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_that_is_captured_while_steps_run(start: Start, runner: type) -> None:
+    """Its model is called in captures and warm-ups: those are no decodes."""
+    one = start(ab="block=1,warmup=0,ratio=0.9,draft=1")
+    while one.run(1) != ["patch"]:
+        pass
+    eagle = one.engine.start_eagle(runner)
+    assert one.engine.whose((eagle.eagle.replay if runner is BySize else eagle.eagle.execute)(batch())) == "patch"
+    assert {row.bucket.partition("/")[0] for row in one.rows()} == {"eager", "draft"}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_runner_of_another_shape_keeps_the_hosts_arm(start: Start, runner: type, caplog: Any) -> None:
+    one = start(ab=f"{AB},draft=1")
+    owner = one.engine.drafts[runner]
+    if runner is BySize:
+        owner.replay = lambda self, batch: BySize.replay(self, batch)
+    else:
+        owner.execute = lambda self, batch: DraftByKey.execute(self, batch)
+    eagle = one.engine.start_eagle(runner)
+    assert one.engine.counts.captured == 0 and not sglang_graphs._drafts
+    assert one.engine.whose(eagle.eagle.replay(batch())) == "host"
+    (told,) = caplog.messages
+    assert told.startswith("mla-patch: the draft model's graphs keep the host's arm: EAGLEDraftCudaGraphRunner.")
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

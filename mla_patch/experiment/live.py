@@ -1,8 +1,9 @@
 """The experiments of one process: the arm of each step, the graphs of each arm, and what becomes of the steps.
 
 A `Trial` is one feature's; the dispatcher asks it call by call. `Live` is the process's; the edits in the host tell it
-of steps, captures and replays. Outside of steps and captures every call is the host's: draft models, warm-ups, graphs
-that are captured once. A step with a shadow check runs the host's arm of every feature, and is timed for none.
+of steps, captures and replays. Outside of steps and captures every call is the host's: draft models, unless they are
+asked for, warm-ups, graphs that are captured once. A step with a shadow check runs the host's arm of every feature, and
+is timed for none.
 
 On the step path: two events, one look at each schedule, appends to bounded queues. No sync, no copy, no file.
 """
@@ -26,7 +27,7 @@ from mla_patch.experiment.assign import Assigner
 from mla_patch.experiment.breaker import Breaker
 from mla_patch.experiment.control import Control
 from mla_patch.experiment.metrics import Metrics, metrics
-from mla_patch.experiment.record import Note, Recorder, Row, Timing, bucket
+from mla_patch.experiment.record import DRAFT, Note, Recorder, Row, Timing, bucket
 from mla_patch.experiment.schedule import AGAIN, HOST, OUTSIDE, PATCH, SHADOW, Sampling, Turn, parse_ab, parse_shadow
 from mla_patch.experiment.shadow import Drain, Ring
 from mla_patch.experiment.timing import EventPool, device_event
@@ -65,7 +66,7 @@ class Trial:
         self.candidate = next((arm for arm in arms if arm not in (HOST, AGAIN)), PATCH)
         self.arm = HOST  # what runs now
         self.turn = _OUT
-        self.before = 0  # calls served before this step
+        self.before = 0  # calls served before this step, or this draft
         self.counts = Counts()
         self.assigner = Assigner(name, self.plan)
         self.breaker = Breaker(parse_shadow(shadow).tolerance, self._stop, self._publish)
@@ -79,8 +80,8 @@ class Trial:
     # for the dispatcher
 
     def choose(self, site: Site, call: Any) -> str:
-        if self._live.graph_open and gpu.capturing():
-            self._live.in_graphs.add(self.name)
+        if self._live.graph_open is not None and gpu.capturing():
+            self._live.graph_open.add(self.name)
         return HOST if self.arm == AGAIN else self.arm
 
     def compare(self, pairs: list[tuple[Any, Any]]) -> None:
@@ -101,7 +102,7 @@ class Trial:
 
         with torch.inference_mode(False):  # a host that steps in it may capture out of it, or the other way round
             self._ring = Ring(device)
-            self._ring.begin(self._live.step if not self._live.graph_open else 0)
+            self._ring.begin(self._live.step if self._live.graph_open is None else 0)
             self.drain = Drain(self._ring, self.name)
 
     def attach(self, switch: Switch, counts: Counts) -> None:
@@ -125,13 +126,16 @@ class Trial:
     def due(self, step: int) -> bool:
         return self.sampling is not None and not self.breaker.reason and self.sampling.due(step)
 
-    def begin(self, step: int, shadow: bool, due: bool) -> None:
+    def take(self, step: int) -> None:
+        """The host's step ``step`` begins: its turn, after commands."""
         taken = len(self.assigner.taken)
-        self.turn = turn = self.assigner.turn(step)
-        if len(self.assigner.taken) != taken:
-            for command in self.assigner.taken[taken:]:
-                text = " ".join(map(str, filter(None, (command.kind, command.value, command.reason))))
-                self._live.note(self.name, "command", f"{text}, by {command.by}")
+        self.turn = self.assigner.turn(step)
+        for command in self.assigner.taken[taken:]:
+            text = " ".join(map(str, filter(None, (command.kind, command.value, command.reason))))
+            self._live.note(self.name, "command", f"{text}, by {command.by}")
+
+    def begin(self, step: int, shadow: bool, due: bool) -> None:
+        """The target model, or a draft model, runs this turn."""
         self.before = self.counts.served
         self._tag, self._in_graph = 0, False
         if shadow:
@@ -139,7 +143,7 @@ class Trial:
             if due and self._ring is not None:
                 self._ring.begin(step)
         else:
-            self.arm = turn.arm if self.ab else HOST
+            self.arm = self.turn.arm if self.ab and not self.breaker.reason else HOST
 
     def end(self) -> None:
         if self.arm == SHADOW and self._ring is not None:
@@ -180,13 +184,15 @@ class Live:
         self.label = ""
         self.missing = False
         self.step = 0
-        self.graph_open = False
         self.in_graphs: set[str] = set()  # features with calls in captured graphs
+        self.in_drafts: set[str] = set()  # the same, in draft models'
+        self.graph_open: set[str] | None = None  # the one of these that a capture under way belongs to
         self.unmatched = 0  # steps whose arm had no graph
         self.recorder: Recorder | None = None
         self.control: Control | None = None
         self._stem = stem
         self._offset = 0
+        self._within = ""  # what has begun and not ended: "step", "draft"
         self._shadow = False
         self._calls: dict[str, int] | None = None
         self._pool: EventPool | None = None
@@ -208,6 +214,10 @@ class Live:
         steps.watcher = self
         return trial
 
+    @property
+    def draft(self) -> bool:
+        return any(trial.plan.draft for trial in self.trials.values())
+
     # steps
 
     def begin(self, rank: Callable[[], Rank], step: int) -> None:
@@ -219,18 +229,34 @@ class Live:
                 self._offset += self.step + 1 - step
                 step = self.step + 1
             self.step = step
-            self.missing, self._calls = False, None
-            due = [trial.due(step) for trial in self.trials.values()]
-            self._shadow = any(due)
-            for trial, its in zip(self.trials.values(), due, strict=True):
-                trial.begin(step, self._shadow, its)
-            self.label = self._label() if self.in_graphs else ""
-            assert self._pool is not None
-            self._pool.begin()
+            for trial in self.trials.values():
+                trial.take(step)
+            self._begin("step", self.in_graphs)
         except Exception as problem:
             self._fail(problem)
 
+    def begin_draft(self) -> None:
+        if self._pool is None or self.graph_open is not None:  # no step yet, or it is being captured
+            return
+        try:
+            self._begin("draft", self.in_drafts)
+        except Exception as problem:
+            self._fail(problem)
+
+    def _begin(self, what: str, in_graphs: set[str]) -> None:
+        assert self._pool is not None
+        self._within, self.missing, self._calls = what, False, None
+        due = [trial.due(self.step) for trial in self.trials.values()]
+        self._shadow = any(due)
+        for trial, its in zip(self.trials.values(), due, strict=True):
+            trial.begin(self.step, self._shadow, its)
+        self.label = self._label(in_graphs) if in_graphs else ""
+        self._pool.begin()
+
     def end(self, work: Callable[[], Work | None] | None) -> None:
+        within, self._within = self._within, ""
+        if not within:
+            return
         try:
             rows: list[Timing] = []
             if self.missing:
@@ -240,6 +266,8 @@ class Live:
             done = work() if work is not None and not self._shadow else None
             if done is not None:
                 mode = "graph" if self._calls is not None else "eager" if done.kind == "decode" else "prefill"
+                if within == "draft":
+                    mode = DRAFT if mode == "graph" else f"{DRAFT}-{mode}"
                 found = (trial.row(self.step, mode, done, self._calls) for trial in self.trials.values())
                 rows = [row for row in found if row is not None]
             for trial in self.trials.values():
@@ -266,31 +294,32 @@ class Live:
             self._failed = True
             log.warning("mla-patch: the experiment stopped, the host's arm runs", exc_info=problem)
 
-    def _label(self) -> str:
+    def _label(self, in_graphs: set[str]) -> str:
         if self._shadow:
-            return SHADOW if any(self.trials[name].arm == SHADOW for name in self.in_graphs) else ""
-        return _label({name: trial.arm for name, trial in self.trials.items() if name in self.in_graphs})
+            return SHADOW if any(self.trials[name].arm == SHADOW for name in in_graphs) else ""
+        return _label({name: trial.arm for name, trial in self.trials.items() if name in in_graphs})
 
     # graphs
 
     @contextmanager
-    def capturing(self, label: str) -> Iterator[dict[str, int]]:
+    def capturing(self, label: str, draft: bool = False) -> Iterator[dict[str, int]]:
         calls: dict[str, int] = {}
         before = {name: trial.counts.captured for name, trial in self.trials.items()}
         arms, was = self._arms[label], {name: trial.arm for name, trial in self.trials.items()}
         for name, trial in self.trials.items():
             trial.prepare(arms.get(name, HOST))
-        self.graph_open = True
+        self.graph_open = self.in_drafts if draft else self.in_graphs
         try:
             yield calls
         finally:
-            self.graph_open = False
+            self.graph_open = None
             for name, trial in self.trials.items():
                 calls[name] = trial.counts.captured - before[name]
                 trial.arm = was[name]
 
-    def labels(self) -> list[str]:
-        names = [name for name in self.trials if name in self.in_graphs]
+    def labels(self, draft: bool = False) -> list[str]:
+        in_graphs = self.in_drafts if draft else self.in_graphs
+        names = [name for name in self.trials if name in in_graphs]
         choices = [self.trials[n].plan.arms if self.trials[n].ab else (HOST,) for n in names]
         found = {_label(arms): arms for arms in (dict(zip(names, c, strict=True)) for c in itertools.product(*choices))}
         shadowed = {name: SHADOW for name in names if self.trials[name].sampling is not None}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mla_patch.experiment.record import FORMAT, KINDS, OLD, SUFFIX, TYPES, Error, Note, Row, Timing
+from mla_patch.experiment.record import DRAFT, FORMAT, KINDS, OLD, SUFFIX, TYPES, Error, Note, Row, Timing
 
 
 @dataclass
@@ -102,7 +102,7 @@ def merge(run: str, logs: Iterable[Log]) -> Merged:
     logs = sorted(logs, key=lambda log: log.header["rank"])
     merged = Merged(run, ranks=[log.header["rank"] for log in logs])
     merged.header = logs[0].header if logs else {}
-    arms: dict[tuple[int, str], str] = {}
+    arms: dict[tuple[int, str, bool], str] = {}  # step, feature, whether of a draft model -> arm
     differed: set[int] = set()
     for log in logs:
         merged.damaged += log.damaged
@@ -112,7 +112,7 @@ def merge(run: str, logs: Iterable[Log]) -> Merged:
                 merged.errors.append(row)
             elif isinstance(row, Note):
                 merged.notes.append(row)
-            elif arms.setdefault((row.step, row.feature), row.arm) != row.arm:
+            elif arms.setdefault((row.step, row.feature, row.bucket.startswith(DRAFT)), row.arm) != row.arm:
                 differed.add(row.step)  # of one feature: no comparison can use the step
     lowest = logs[0].rows if logs else []
     merged.timings = [row for row in lowest if isinstance(row, Timing) and row.step not in differed]
