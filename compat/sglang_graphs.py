@@ -401,8 +401,8 @@ def _capture_all(watcher: steps.Watcher, one: Callable[[str], Any], draft: bool)
     labels = watcher.labels(draft)
     if first and labels and _cost is not None:
         log.warning(
-            "mla-patch: every CUDA graph%s is captured %d more times (%s); the largest took %.1f s and %s, which each of "
-            "these can take again",
+            "mla-patch: every CUDA graph%s is captured %d more times (%s); the largest took %.1f s and %s, which each "
+            "of these can take again",
             " of the draft model" * draft, len(labels), "; ".join(labels), _cost.seconds["host"],
             _mib(_cost.bytes["host"]),
         )  # fmt: skip

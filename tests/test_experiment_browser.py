@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_the_page_is_drawn_and_asks_nobody(browser: Browser, page: Path) -> None
     for left, _, right, _ in (*plots, *browser.evaluate(BOXES % ".wide")):
         assert left >= 0 and right <= width
     blocks = sorted(box[1::2] for box in (*plots, *tables))
-    assert all(below[0] >= above[1] for above, below in zip(blocks, blocks[1:], strict=False))  # none over another
+    assert all(below[0] >= above[1] for above, below in pairwise(blocks))  # none over another
 
     assert browser.evaluate("document.querySelectorAll('svg circle').length") == 3 + 6 + 100
     assert browser.evaluate("document.querySelectorAll('tbody tr').length") == 3 + 1 + 1 + 2

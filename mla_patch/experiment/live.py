@@ -181,6 +181,7 @@ class Live:
             raise ValueError("MLA_PATCH_REPORT is not set: an experiment needs a directory for its records")
         self.directory = Path(directory)
         self.trials: dict[str, Trial] = {}
+        self.draft = False
         self.label = ""
         self.missing = False
         self.step = 0
@@ -211,12 +212,9 @@ class Live:
         if self.recorder is not None and name not in self.trials:
             raise ValueError("the engine has begun to step: experiments are chosen before it starts")
         trial = self.trials[name] = Trial(self, name, mode, ab, shadow, more)
+        self.draft = trial.plan.draft  # of all features alike
         steps.watcher = self
         return trial
-
-    @property
-    def draft(self) -> bool:
-        return any(trial.plan.draft for trial in self.trials.values())
 
     # steps
 

@@ -73,9 +73,9 @@ _LETTERS = {kind: letter for letter, kind in KINDS.items()}
 def bucket(mode: str, batch: int, context: int) -> str:
     """The class of steps that a step is compared within: ``graph/16/8192``.
 
-    ``mode`` is ``graph``, ``eager`` or ``prefill``, for a draft model's decode ``draft`` (all its steps in one graph) or
-    ``draft-eager`` (one step); they are never mixed. ``batch`` and ``context`` (the longest
-    or the mean, always the same one) go up to the next power of two, as graphs' batch sizes mostly do by themselves.
+    ``mode`` is ``graph``, ``eager`` or ``prefill``, for a draft model's decode ``draft`` (all its steps in one graph)
+    or ``draft-eager`` (one step); they are never mixed. ``batch`` and ``context`` (the mean of the requests') go up to
+    the next power of two, as graphs' batch sizes mostly do by themselves.
     """
     return f"{mode}/{1 << max(batch - 1, 0).bit_length()}/{1 << max(context - 1, 0).bit_length()}"
 
