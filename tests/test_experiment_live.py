@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import threading
 import time
 import timeit
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import pytest
 import torch
 from fake_engine import ERROR, LAYERS, ByKey, BySize, DraftByKey, Engine, Tape, batch, tapes
 
+from mla_patch import ab
 from mla_patch.compat import sglang_graphs, steps
 from mla_patch.dispatch import ArmCode, Switch
 from mla_patch.experiment import analysis, control, control_file, merge
@@ -507,16 +510,74 @@ def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytes
     assert len([m for m in caplog.messages if "experiment stopped" in m]) == 1
 
 
-def test_checks_that_cannot_be_read_stop_the_arm(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("problem", [ZeroDivisionError("x"), KeyboardInterrupt("killed")])
+def test_checks_that_cannot_be_read_stop_the_arm(
+    start: Start, monkeypatch: pytest.MonkeyPatch, problem: BaseException
+) -> None:
+    """The reader fails, or is killed: its thread ends with the latter."""
     one = start("ab+shadow", "block=1,warmup=0", "every=1")
-    monkeypatch.setattr(Drain, "take", lambda self: 1 / 0)
+
+    def take(drain: Drain) -> Any:
+        raise problem
+
+    monkeypatch.setattr(Drain, "take", take)
     end = time.monotonic() + 10
     while not one.engine.stops:
         assert time.monotonic() < end
         one.runner.forward(batch())
         time.sleep(0.01)
-    assert "ZeroDivisionError" in one.engine.stops[0][0]
+    assert repr(problem) in one.engine.stops[0][0]
+    assert {one.engine.whose(one.runner.forward(batch())) for _ in range(8)} == {"host"}
     one.live.trials["decode"].drain = None
+
+
+def test_two_readers_take_each_check_once(start: Start) -> None:
+    """The thread, and whoever closes."""
+    one = start("shadow", shadow="every=1")
+    one.run(1)
+    drain, inside = one.trial.drain, threading.Barrier(2)
+    assert drain is not None
+    take = drain.take
+
+    def slow() -> list[Error]:
+        found = take()
+        with contextlib.suppress(threading.BrokenBarrierError):  # broken: the other waits for its turn
+            inside.wait(0.2)
+        return found
+
+    drain.take = slow  # type: ignore[method-assign]
+    for _ in range(3):
+        one.runner.forward(batch())
+    readers = [threading.Thread(target=one.live.read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert inside.broken
+    drain.take = take  # type: ignore[method-assign]
+
+
+def test_what_is_lost_is_in_the_report(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_patch.experiment.live.TELL", 0.0)
+    one = start("ab+shadow", shadow="every=1")
+    one.run(4)
+    assert one.trial.drain is not None and one.live._pool is not None and one.live.control is not None
+    one.path().unlink()
+    one.live.control.poll()
+    one.trial.drain.lost += 3
+    one.live._pool.dropped += 1
+    one.trial.assigner.late += 2
+    one.run(4)
+    one.rows()
+    told = ab.report(one.folder)
+    (finding,) = told["findings"]
+    for part in (
+        "rank 0: 1 steps untimed", "2 commands to decode came after their step", "live control: ", "No such file",
+        "3 shadow comparisons of decode overwritten before they were fetched",
+    ):  # fmt: skip
+        assert part in finding
+    assert finding in [f"{one.live.recorder.header['run']}: {note['text']}" for note in told["runs"][0]["notes"]]
 
 
 def test_the_hosts_exception_is_the_hosts(start: Start) -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mla_patch")
 INTERVAL = 0.1  # seconds between two looks for shadow results
+TELL = 10.0  # seconds between two notes of what is lost
 MANY = 8  # graphs of one size, beyond which the memory is worth a warning
 _OUT = Turn(HOST, OUTSIDE, OUTSIDE)
 
@@ -200,6 +201,9 @@ class Live:
         self._arms: dict[str, dict[str, str]] = {"": {}}  # label -> feature -> arm
         self._broken: set[str] = set()
         self._stop = threading.Event()
+        self._reading = threading.Lock()  # of the reader and of who closes; never taken on the step path
+        self._rank = 0
+        self._told, self._tell_at = "", 0.0
         self._failed = False
         self._metrics: Metrics | None = None
 
@@ -362,6 +366,7 @@ class Live:
         tolerance = {name: t.breaker.tolerance for name, t in self.trials.items() if t.sampling is not None}
         header = {"run": rank.run, "rank": rank.rank, "started": time.time()}
         header |= {"features": about, "tolerance": tolerance}
+        self._rank = rank.rank
         self.recorder = Recorder(self.directory / self._stem(), header)
         path = self.directory / f"{rank.run}.control"
         try:
@@ -382,25 +387,46 @@ class Live:
         while not stop.wait(INTERVAL):
             try:
                 self.read()
-            except Exception as problem:  # whose checks are lost: no arm may run on without them
+            except BaseException as problem:  # whose checks are lost: no arm may run on without them
                 for trial in self.trials.values():
                     trial.stopped(f"experiment: {problem!r}")
+                if not isinstance(problem, Exception):
+                    raise
 
     def read(self) -> None:
-        """Judge and record the shadow results that have arrived; count what is to be counted."""
-        for trial in self.trials.values():
-            if trial.drain is None or self.recorder is None:
-                continue
-            for error in trial.drain.take():
-                if error.step > 0:  # or of a warm-up before a capture
-                    self._add(error)
-                    trial.breaker.check(error)
-        if self._metrics is not None:
-            self._metrics.count()
+        """Judge and record the shadow results that have arrived; count what is to be counted; say what is lost."""
+        with self._reading:
+            for trial in self.trials.values():
+                if trial.drain is None or self.recorder is None:
+                    continue
+                for error in trial.drain.take():
+                    if error.step > 0:  # or of a warm-up before a capture
+                        self._add(error)
+                        trial.breaker.check(error)
+            if self._metrics is not None:
+                self._metrics.count()
+            if time.monotonic() >= self._tell_at:
+                self._tell_losses()
+
+    def _tell_losses(self) -> None:
+        """Note what this process has lost beside rows, which the recorder counts, when it has changed."""
+        pool, control = self._pool, self.control
+        counts = [(pool.untimed + pool.dropped, "steps untimed")] if pool is not None else []
+        problems = [f"live control: {control.problem}"] if control is not None and control.problem else []
+        for name, trial in self.trials.items():
+            counts.append((trial.assigner.late, f"commands to {name} came after their step"))
+            if trial.drain is not None:
+                counts.append((trial.drain.lost, f"shadow comparisons of {name} overwritten before they were fetched"))
+                problems += [f"shadow results of {name}: {trial.drain.problem}"] if trial.drain.problem else []
+        told = "; ".join([f"{count} {what}" for count, what in counts if count] + problems)
+        if told and told != self._told:
+            self._told, self._tell_at = told, time.monotonic() + TELL
+            self.note("", "lost", f"rank {self._rank}: {told}")
 
     def close(self) -> None:
         """Write what there is; for tests and the end of a run."""
         self._stop.set()
+        self._tell_at = 0.0
         self.read()
         if self.control is not None:
             self.control.close()
@@ -412,6 +438,7 @@ class Live:
     def forked(self) -> None:
         """In a child: files, threads and events are made anew at its first step."""
         self._pool = self.recorder = self.control = self._metrics = None
+        self._reading = threading.Lock()  # another thread of the parent's may have held it
 
 
 def _label(arms: dict[str, str]) -> str:

@@ -66,7 +66,7 @@ def _take(log: Log | None, line: str) -> Log | None:
         value = json.loads(text) if line.endswith("\n") else None  # the last one, torn
     except ValueError:
         value = None
-    if isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value.get("rank"), int):
+    if isinstance(value, dict) and _is_header(value):
         return log or Log(value)
     if log is None:
         return None
@@ -77,6 +77,13 @@ def _take(log: Log | None, line: str) -> Log | None:
     else:
         log.damaged += 1
     return log
+
+
+def _is_header(value: dict[str, Any]) -> bool:
+    """What is read of it later is there in its type, or not there."""
+    types: dict[str, Any] = {"run": str, "started": (int, float), "tolerance": dict}
+    fits = all(isinstance(value[name], kind) for name, kind in types.items() if name in value)
+    return value.get("format") == FORMAT and isinstance(value.get("rank"), int) and fits
 
 
 def _fits(value: list[Any]) -> bool:
