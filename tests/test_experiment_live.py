@@ -610,18 +610,46 @@ def test_a_rank_is_named_by_what_all_ranks_of_a_run_share(start: Start) -> None:
 # --- what a step costs
 
 
-@pytest.mark.parametrize("runner", [None, *RUNNERS])
-def test_no_step_waits_for_the_device(start: Start, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tensors are on ``meta``, where whatever needs a value fails; what waits by name is caught by name."""
-    waits: list[str] = []
+class Event:
+    """In place of torch.cuda.Event."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has waited, by name. With all tensors on ``meta``, whatever needs a value or a copy off it fails besides."""
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     for owner, names in (
         (torch.cuda, ("synchronize",)),
-        (torch.cuda.Event, ("synchronize",)),
+        (torch.accelerator, ("synchronize",)),
+        (Event, ("synchronize",)),
         (torch.cuda.Stream, ("synchronize",)),
         (torch.Tensor, ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")),
     ):
         for name in names:
-            monkeypatch.setattr(owner, name, lambda *args, _name=name: waits.append(_name))
+            monkeypatch.setattr(owner, name, lambda *args, _name=name: seen.append(_name))
+    return seen
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_no_step_waits_for_the_device(
+    start: Start, runner: Any, monkeypatch: pytest.MonkeyPatch, waits: list[str]
+) -> None:
     copies: list[Any] = []
 
     class Never:
@@ -635,30 +663,55 @@ def test_no_step_waits_for_the_device(start: Start, runner: Any, monkeypatch: py
     # the one way off the device is the drain's copy on a stream of its own
     monkeypatch.setattr("mla_patch.experiment.live.Drain", functools.partial(Drain, copy=copy_aside))
     with torch.device("meta"):
-        one = start("ab+shadow", "block=4,warmup=4", runner=runner)
+        one = start("ab+shadow", "block=4,warmup=4,draft=1", runner=runner)
+        draft = one.engine.start(draft=True)
+        if runner is not None:
+            eagle = one.engine.start_eagle(runner).eagle
+        one.runner.device = "cuda"
         for _ in range(64):
             one.runner.forward(batch())
+            draft.forward(batch())
+            if runner is not None:
+                (eagle.replay if runner is BySize else eagle.execute)(batch())
     assert waits == [] and one.engine.stops == [] and one.trial.breaker.reason == ""
     assert len(copies) == 1 and one.trial.drain is not None and one.trial.drain.problem == ""
     served = one.engine.counts.replayed if runner else one.engine.counts.served
-    assert served is not None and served > 64 * LAYERS / 4
+    assert served is not None and served > 2 * 64 * LAYERS / 4
+    assert {row.us for row in one.rows() if isinstance(row, Timing)} == {1000.0}  # by the device's events
 
 
-def test_a_wait_in_the_step_is_seen(start: Start) -> None:
+WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "torch.cuda.synchronize": lambda q: torch.cuda.synchronize(),
+    "torch.accelerator.synchronize": lambda q: torch.accelerator.synchronize(),
+    "Event.synchronize": lambda q: torch.cuda.Event().synchronize(),
+    "item": lambda q: q.sum().item(),
+    "if": lambda q: 1 if q.sum() != 0 else 0,
+    "int": lambda q: int(q.sum()),
+    "tolist": lambda q: q.tolist(),
+    "nonzero": lambda q: q.nonzero(),
+    "cpu": lambda q: q.cpu(),
+    "to": lambda q: q.to("cpu"),
+    "to, not blocking": lambda q: q.to("cpu", non_blocking=True),
+    "copy_": lambda q: torch.empty(q.shape, device="cpu").copy_(q),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+@pytest.mark.parametrize("where", ["the arm", "the schedule"])
+def test_a_wait_in_the_step_is_seen(
+    start: Start, waits: list[str], what: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test above can fail."""
     with torch.device("meta"):
         one = start(ab="block=1,warmup=0")
-        codes, serve = one.engine.decode._self_site.arms, one.engine.serve
-
-        def waits(call: Any) -> None:
-            if call.q.sum() != 0:
-                serve(call)
-
-        codes["patch"] = ArmCode(waits, codes["patch"].declines)
+        if where == "the arm":
+            codes, serve = one.engine.decode._self_site.arms, one.engine.serve
+            codes["patch"] = ArmCode(lambda call: (WAITS[what](call.q), serve(call))[1], codes["patch"].declines)
+        else:
+            monkeypatch.setattr(one.trial, "due", lambda step: bool(WAITS[what](torch.ones(2))) and False)
         for _ in range(8):
             one.runner.forward(batch())
-    ((reason, _),) = one.engine.stops
-    assert "meta" in reason
+    assert waits or one.engine.stops
 
 
 @pytest.mark.cost
