@@ -34,7 +34,7 @@ def _pipe() -> list[int]:
 class Browser:
     """``with Browser(program, profile) as browser: browser.load(page)``; it may ask no server for anything."""
 
-    def __init__(self, program: str, profile: Path, seconds: float = 60) -> None:
+    def __init__(self, program: str, profile: Path, seconds: float = 120) -> None:
         self.requests: dict[str, str] = {}  # what was asked for, by the protocol's name of the request
         self.stopped: dict[str, str] = {}  # what of it was not let out, and by what
         self.complaints: list[str] = []

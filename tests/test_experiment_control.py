@@ -196,6 +196,7 @@ def test_two_controllers_at_once(path: Path, killed: bool) -> None:
     other = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"in\n"
+        assert stat.S_IMODE(path.with_name(path.name + ".lock").stat().st_mode) == 0o600
         with pytest.raises(ControlError, match=f"another controller is at work .process {other.pid} on "):
             send(path, "decode", "stop")
     finally:
