@@ -310,7 +310,7 @@ def _by_key(owner: type, draft: bool = False) -> dict[str, Any]:
             finally:
                 self._mla_patch_making = None
             # 0.5.23 captures a draft model's size twice, with and without its proposal's distribution: alike to us
-            each = {name: count // len(keys) for name, count in calls.items()}
+            each = {name: count // max(len(keys), 1) for name, count in calls.items()}
             known(self).update(dict.fromkeys(keys, each))
             return result
 
@@ -322,7 +322,7 @@ def _by_key(owner: type, draft: bool = False) -> dict[str, Any]:
         watcher = _watcher(self, draft)
         if watcher is not None:
             # a draft model's runner keeps its key to itself
-            key = self._mla_patch_key if draft else self._replay_graph_key
+            key = vars(self).get("_mla_patch_key") if draft else self._replay_graph_key
             watcher.replayed(known(self).get(key, {}))
         return output
 

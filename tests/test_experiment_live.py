@@ -264,6 +264,25 @@ def test_a_draft_runner_of_another_shape_keeps_the_hosts_arm(start: Start, runne
     assert told.startswith("mla-patch: the draft model's graphs keep the host's arm: EAGLEDraftCudaGraphRunner.")
 
 
+def test_a_draft_runner_that_makes_no_keys_is_the_hosts(start: Start) -> None:
+    one = start(ab=f"{AB},draft=1")
+    owner = one.engine.drafts[ByKey]
+
+    def capture_one_shape(self: Any, size: int, forward: Any, *more: Any) -> None:
+        self.model_runner.draft(self.buffer[:size])
+
+    def execute(self: Any, forward_batch: Any) -> torch.Tensor:
+        return host_model(forward_batch.q)
+
+    def host_model(q: torch.Tensor) -> torch.Tensor:
+        return q * 2**LAYERS
+
+    owner.capture_one_shape, owner.execute = capture_one_shape, execute
+    eagle = one.engine.start_eagle(ByKey)
+    assert set(spoken(one, 20, eagle.eagle.execute)[1]) == {"host"}
+    assert one.trial.breaker.reason == "" and owner in sglang_graphs._drafts
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_an_arm_without_a_graph_is_no_arm(start: Start, runner: type) -> None:
     one = start(runner=runner, ab="block=1,warmup=0")
