@@ -520,6 +520,20 @@ def test_a_folder_that_cannot_be_written_costs_the_records_alone(start: Start, t
     assert one.live.recorder.lost == 12
 
 
+@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), control_file.ControlError("no room")])
+def test_a_control_file_that_cannot_be_made_costs_the_commands_alone(
+    start: Start, problem: Exception, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def create(path: Path, about: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(control_file, "create", create)
+    one = start()
+    assert one.run(12) == planned(1, 13)
+    assert one.live.control is None and [m for m in caplog.messages if f"no live control: {problem}" in m]
+    assert len(one.rows()) == 12
+
+
 def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     one = start(ab="block=1,warmup=0")
     one.run(4)

@@ -93,6 +93,7 @@ def create(path: Path, about: dict[str, Any]) -> None:
 
     Raises:
         OSError: the directory cannot be written.
+        ControlError: more to say than there is room for.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     blank = bytearray(SIZE)

@@ -372,7 +372,7 @@ class Live:
         try:
             control_file.create(path, {"run": rank.run, "ranks": rank.ranks, "features": about})
             self.control = Control(path, rank.rank)
-        except OSError as problem:
+        except (OSError, control_file.ControlError) as problem:
             log.warning("mla-patch: no live control: %s", problem)
         for name, trial in self.trials.items():
             trial.assigner = Assigner(name, trial.plan, self.control, trial.breaker)
