@@ -1,7 +1,8 @@
 """SGLang: where a forward step begins and ends, and how its decode graphs are captured once per arm.
 
 A step is a call of ``ModelRunner.forward``, numbered by its ``forward_pass_id`` in all releases. Draft models' are no
-steps: they keep the host's arm, in graphs and out of them. Prefill graphs keep it, too.
+steps: they keep the host's arm, unless it is asked for that their decodes run that of the target model's step before
+them. Their extends keep it in any case, as do prefill graphs.
 
     0.5.1 - 0.5.13    srt.model_executor.cuda_graph_runner.CudaGraphRunner
                       capture_one_batch_size returns (graph, output), which capture() files under a key of its own in
@@ -11,6 +12,10 @@ steps: they keep the host's arm, in graphs and out of them. Prefill graphs keep 
                       capture_one_shape, can_run_graph and load_batch take their key from _make_graph_key, a frozen
                       ShapeKey with a free variant_label (LoRA's). So the key's label gets the step's arm, beside what
                       the host says there, and beside its own attention variants (0.5.18, 0.5.20): they multiply.
+
+EAGLE's and stand-alone draft models decode in graphs of srt.speculative.eagle_draft_cuda_graph_runner, all their steps
+in one: to 0.5.13 a class beside the above whose capture() calls CudaGraphRunner's, later a subclass. Both are found
+when they capture, so that their module is nobody's to wait for.
 
 Each arm is captured with the host's own method, so from the host's one memory pool, on its stream, after its warm-ups.
 """
@@ -52,6 +57,7 @@ def step_targets(version: str | None) -> tuple[Target, ...]:
 
 
 _edited: dict[type, tuple[int, Undo]] = {}  # features under test at the same time share the edits
+_drafts: dict[type, Undo] = {}  # draft models' graph runners that have been edited, too
 
 
 def _shared(edit: Callable[[ModuleType], tuple[type, dict[str, Any]]]) -> Callable[[ModuleType], Undo]:
@@ -69,8 +75,10 @@ def _shared(edit: Callable[[ModuleType], tuple[type, dict[str, Any]]]) -> Callab
             count, undo = _edited.pop(owner)
             if count > 1:
                 _edited[owner] = (count - 1, undo)
-            else:
-                undo()
+                return
+            undo()
+            while _drafts:
+                _drafts.popitem()[1]()
 
         return give_back
 
@@ -100,18 +108,30 @@ def watch_steps(module: ModuleType) -> tuple[type, dict[str, Any]]:
     @functools.wraps(original)
     def forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         watcher = steps.watcher
-        if watcher is None or self.is_draft_worker:
+        if watcher is None:
             return original(self, forward_batch, *args, **kwargs)
-        watcher.begin(functools.partial(rank_of, self), self.forward_pass_id + 1)
-        work = None
-        try:
-            output = original(self, forward_batch, *args, **kwargs)
-            work = functools.partial(work_of, forward_batch)
-            return output
-        finally:
-            watcher.end(work)
+        if not self.is_draft_worker:
+            watcher.begin(functools.partial(rank_of, self), self.forward_pass_id + 1)
+        elif watcher.draft and forward_batch.forward_mode.is_decode():
+            watcher.begin_draft()
+        else:
+            return original(self, forward_batch, *args, **kwargs)
+        return _until_end(watcher, original, self, forward_batch, args, kwargs)
 
     return owner, {"forward": forward}
+
+
+def _until_end(
+    watcher: steps.Watcher, original: Callable[..., Any], runner: Any, batch: Any, args: Any, kwargs: Any
+) -> Any:
+    """What has begun, to its end."""
+    work = None
+    try:
+        output = original(runner, batch, *args, **kwargs)
+        work = functools.partial(work_of, batch)
+        return output
+    finally:
+        watcher.end(work)
 
 
 def work_of(batch: Any) -> steps.Work | None:
@@ -193,42 +213,66 @@ class _Counted:
         return getattr(self._graph, name)
 
 
+def _watcher(runner: Any, draft: bool) -> steps.Watcher | None:
+    """Who chooses among a runner's graphs; nobody where it is a draft model's, unless that is asked for."""
+    watcher = steps.watcher
+    if watcher is None or bool(runner.model_runner.is_draft_worker) != draft or (draft and not watcher.draft):
+        return None
+    return watcher
+
+
 @_shared
 def arms_by_size(module: ModuleType) -> tuple[type, dict[str, Any]]:
     """0.5.1 - 0.5.13: each batch size is captured once per arm, and replayed for the step's."""
     owner = module.CudaGraphRunner
-    capture_one, capture = _method(owner, "capture_one_batch_size", "bs", "forward"), _method(owner, "capture")
+    return owner, {**_by_size(owner, "bs"), "capture": _told(_method(owner, "capture"), _draft_by_size)}
+
+
+def _draft_by_size(owner: type) -> dict[str, Any]:
+    replay = _drafting(_method(owner, "replay", "forward_batch"))
+    return {**_by_size(owner, "num_seqs", draft=True), "replay": replay}
+
+
+def _by_size(owner: type, size: str, draft: bool = False) -> dict[str, Any]:
+    capture_one = _method(owner, "capture_one_batch_size", size, "forward")
 
     @functools.wraps(capture_one)
     def capture_one_batch_size(self: Any, bs: int, *args: Any, **kwargs: Any) -> Any:
-        watcher = steps.watcher
-        if watcher is None or self.model_runner.is_draft_worker:
+        watcher = _watcher(self, draft)
+        if watcher is None:
             return capture_one(self, bs, *args, **kwargs)
         for name in ("graphs", "output_buffers"):
             if type(getattr(self, name)) is dict:
                 setattr(self, name, ByArm(getattr(self, name)))
         graphs, outputs = {}, {}
 
-        def one(label: str) -> dict[str, int]:
-            with watcher.capturing(label) as calls:
+        def one(label: str) -> None:
+            with watcher.capturing(label, draft) as calls:
                 graph, output = capture_one(self, bs, *args, **kwargs)
             graphs[label], outputs[label] = _Counted(graph, calls), output
-            return calls
 
-        _capture_all(watcher, one)
+        _capture_all(watcher, one, draft)
         return _Variants(graphs), _Variants(outputs)
 
-    return owner, {"capture_one_batch_size": capture_one_batch_size, "capture": _told(capture)}
+    return {"capture_one_batch_size": capture_one_batch_size}
 
 
 @_shared
 def arms_by_key(module: ModuleType) -> tuple[type, dict[str, Any]]:
     """From 0.5.14: each shape is captured once per arm under a key with the arm in its label."""
     owner = module.DecodeCudaGraphRunner
+    return owner, {**_by_key(owner), "capture": _told(_method(owner, "capture"), _draft_by_key)}
+
+
+def _draft_by_key(owner: type) -> dict[str, Any]:
+    ours = _by_key(owner, draft=True)
+    return {**ours, "execute": _drafting(ours["execute"])}
+
+
+def _by_key(owner: type, draft: bool = False) -> dict[str, Any]:
     capture_one = _method(owner, "capture_one_shape", "size", "forward")
     make_key = _method(owner, "_make_graph_key")
     execute_ = _method(owner, "execute", "forward_batch")
-    capture = _method(owner, "capture")
 
     def known(self: Any) -> dict[Any, dict[str, int]]:
         """Our keys, with the calls of ours in each graph."""
@@ -237,51 +281,80 @@ def arms_by_key(module: ModuleType) -> tuple[type, dict[str, Any]]:
     @functools.wraps(make_key)
     def _make_graph_key(self: Any, *args: Any, **kwargs: Any) -> Any:
         key = make_key(self, *args, **kwargs)
-        watcher = steps.watcher
-        if watcher is None or self.model_runner.is_draft_worker:
+        watcher = _watcher(self, draft)
+        if watcher is None:
             return key
         making = vars(self).get("_mla_patch_making")  # a capture: the key is about to exist
         label = watcher.label if making is None else making[0]
         ours = dataclasses.replace(key, variant_label=f"{key.variant_label or ''}+{label}") if label else key
         if making is not None:
-            making[1] = ours
+            making[1].append(ours)
         elif label and ours not in known(self):
             watcher.missing = True
-            return key
+            ours = key
+        self._mla_patch_key = ours
         return ours
 
     @functools.wraps(capture_one)
     def capture_one_shape(self: Any, size: int, *args: Any, **kwargs: Any) -> Any:
-        watcher = steps.watcher
-        if watcher is None or self.model_runner.is_draft_worker:
+        watcher = _watcher(self, draft)
+        if watcher is None:
             return capture_one(self, size, *args, **kwargs)
 
         def one(label: str) -> Any:
-            making = self._mla_patch_making = [label, None]
+            keys: list[Any] = []
+            self._mla_patch_making = label, keys
             try:
-                with watcher.capturing(label) as calls:
+                with watcher.capturing(label, draft) as calls:
                     result = capture_one(self, size, *args, **kwargs)
             finally:
                 self._mla_patch_making = None
-            known(self)[making[1]] = calls
+            # 0.5.23 captures a draft model's size twice, with and without its proposal's distribution: alike to us
+            each = {name: count // max(len(keys), 1) for name, count in calls.items()}
+            known(self).update(dict.fromkeys(keys, each))
             return result
 
-        return _capture_all(watcher, one)
+        return _capture_all(watcher, one, draft)
 
     @functools.wraps(execute_)
     def execute(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         output = execute_(self, forward_batch, *args, **kwargs)
-        watcher = steps.watcher
-        if watcher is not None and not self.model_runner.is_draft_worker:
-            watcher.replayed(known(self).get(self._replay_graph_key, {}))
+        watcher = _watcher(self, draft)
+        if watcher is not None:
+            # a draft model's runner keeps its key to itself
+            key = vars(self).get("_mla_patch_key") if draft else self._replay_graph_key
+            watcher.replayed(known(self).get(key, {}))
         return output
 
-    return owner, {
-        "capture_one_shape": capture_one_shape,
-        "_make_graph_key": _make_graph_key,
-        "execute": execute,
-        "capture": _told(capture),
-    }
+    return {"capture_one_shape": capture_one_shape, "_make_graph_key": _make_graph_key, "execute": execute}
+
+
+def _drafting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A replay of a draft model's graph, as one that begins and ends."""
+
+    @functools.wraps(original)
+    def wrapped(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        watcher = _watcher(self, draft=True)
+        if watcher is None:
+            return original(self, forward_batch, *args, **kwargs)
+        watcher.begin_draft()
+        return _until_end(watcher, original, self, forward_batch, args, kwargs)
+
+    return wrapped
+
+
+def _edit_draft(runner: Any, edit: Callable[[type], dict[str, Any]]) -> bool:
+    """Have a draft model's graph runner choose arms; False where it is not one that decodes, or has changed."""
+    owner = next((c for c in type(runner).__mro__ if c.__name__ == "EAGLEDraftCudaGraphRunner"), None)
+    if owner is None:
+        return False
+    if owner not in _drafts:
+        try:
+            _drafts[owner] = set_methods(owner, edit(owner))
+        except Exception as problem:
+            log.warning("mla-patch: the draft model's graphs keep the host's arm: %s", problem)
+            return False
+    return True
 
 
 class _Cost:
@@ -312,7 +385,7 @@ def _mib(count: int) -> str:
 _cost: _Cost | None = None  # of the capture that is under way
 
 
-def _capture_all(watcher: steps.Watcher, one: Callable[[str], Any]) -> Any:
+def _capture_all(watcher: steps.Watcher, one: Callable[[str], Any], draft: bool) -> Any:
     """Capture one size for the host's arm, whose failure is the host's, then for the others."""
 
     def timed(which: str, label: str) -> Any:
@@ -325,12 +398,13 @@ def _capture_all(watcher: steps.Watcher, one: Callable[[str], Any]) -> Any:
 
     first = _cost is not None and not _cost.graphs["host"]
     result = timed("host", "")
-    labels = watcher.labels()
+    labels = watcher.labels(draft)
     if first and labels and _cost is not None:
         log.warning(
-            "mla-patch: every CUDA graph is captured %d more times (%s); the largest took %.1f s and %s, which each of "
-            "these can take again",
-            len(labels), "; ".join(labels), _cost.seconds["host"], _mib(_cost.bytes["host"]),
+            "mla-patch: every CUDA graph%s is captured %d more times (%s); the largest took %.1f s and %s, which each "
+            "of these can take again",
+            " of the draft model" * draft, len(labels), "; ".join(labels), _cost.seconds["host"],
+            _mib(_cost.bytes["host"]),
         )  # fmt: skip
     for label in labels:
         try:
@@ -340,13 +414,14 @@ def _capture_all(watcher: steps.Watcher, one: Callable[[str], Any]) -> Any:
     return result
 
 
-def _told(capture: Callable[..., Any]) -> Callable[..., Any]:
-    """``capture``, with its cost told before, by the first size, and after."""
+def _told(capture: Callable[..., Any], edit_draft: Callable[[type], dict[str, Any]]) -> Callable[..., Any]:
+    """``capture``, with its cost told before, by the first size, and after. Draft models' runners come here, too."""
 
     @functools.wraps(capture)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         global _cost
-        if steps.watcher is None or self.model_runner.is_draft_worker or _cost is not None:
+        draft = bool(self.model_runner.is_draft_worker)
+        if _watcher(self, draft) is None or _cost is not None or (draft and not _edit_draft(self, edit_draft)):
             return capture(self, *args, **kwargs)
         _cost = cost = _Cost()
         try:

@@ -102,6 +102,8 @@ def report(directory: Path, run: str | None = None) -> dict[str, Any]:
         row["tolerance"] = min(one.header.get("tolerance", {}).values(), default=None)
         rows.append(row)
         findings += [f"{one.run}: {n.feature}: {n.text}" for n in one.notes if n.what == "breaker"]
+        last = {n.text.partition(":")[0]: n.text for n in one.notes if n.what == "lost"}  # of each rank
+        findings += [f"{one.run}: {text}" for text in last.values()]
         for count, what in ((one.differed, "steps on which ranks differed"), (one.lost, "rows lost")):
             findings += [f"{one.run}: {count} {what}"] if count else []
     return {"runs": rows, "findings": findings}
@@ -149,4 +151,5 @@ def snapshot(directory: Path, run: str | None = None) -> dict[str, Any]:
 def write(path: Path, text: str) -> None:
     """For its owner's eyes, since it names hosts and paths."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o600)  # there may have been one
         file.write(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from mla_patch.features import Feature
 
@@ -65,13 +64,7 @@ def known(features: Iterable[Feature]) -> dict[str, Known]:
         Known(PREFIX, "off", _read_master, "1", "turns the plugin on; unset, nothing of it is imported"),
         Known("MLA_PATCH_STRICT", "off", _read_switch, "1", "an asked-for feature that cannot be had ends the process"),
         Known("MLA_PATCH_REPORT", "", str, "a directory", "each process keeps its report there"),
-        Known(
-            "MLA_PATCH_AB",
-            "block=64,ratio=0.5,seed=0,warmup=128",
-            _read_ab,
-            "as the default",
-            "A/B schedule",
-        ),
+        Known("MLA_PATCH_AB", "block=64,ratio=0.5,seed=0,warmup=128", _read_ab, "as the default", "A/B schedule"),
         Known("MLA_PATCH_SHADOW", "every=64,tolerance=0.02", _read_shadow, "as the default", "shadow sampling"),
         Known("MLA_PATCH_SKIP_VERSION_CHECK", "off", _read_switch, "1", "apply outside the reviewed releases too"),
     ]
@@ -157,36 +150,14 @@ def _read_master(raw: str) -> str:
 
 
 def _read_ab(raw: str) -> str:
-    values = _pairs(raw, {"block": int, "ratio": float, "seed": int, "warmup": int, "arms": _read_arms})
-    if values.get("block", 1) < 1 or values.get("warmup", 0) < 0 or not 0 < values.get("ratio", 0.5) < 1:
-        raise ValueError("expected block >= 1, 0 < ratio < 1, warmup >= 0")
+    from mla_patch.experiment.schedule import parse_ab  # nothing of experiments is imported where none is asked for
+
+    parse_ab(raw)
     return raw.strip()
-
-
-def _read_arms(raw: str) -> str:
-    if len(set(raw.split("+")) - {""}) < 2:
-        raise ValueError
-    return raw
 
 
 def _read_shadow(raw: str) -> str:
-    values = _pairs(raw, {"every": int, "tolerance": float})
-    if values.get("every", 1) < 1 or not values.get("tolerance", 1.0) > 0:
-        raise ValueError("expected every >= 1, tolerance > 0")
+    from mla_patch.experiment.schedule import parse_shadow
+
+    parse_shadow(raw)
     return raw.strip()
-
-
-_EXPECTED = {int: "a whole number", float: "a number", _read_arms: "two arms or more, as in host+patch"}
-
-
-def _pairs(raw: str, kinds: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
-    values = {}
-    for part in filter(None, (part.strip() for part in raw.split(","))):
-        key, _, text = part.partition("=")
-        if key not in kinds:
-            raise ValueError(f"{key!r} is not one of {', '.join(kinds)}{nearest(key, kinds)}")
-        try:
-            values[key] = kinds[key](text)
-        except ValueError:
-            raise ValueError(f"{key}={text}: expected {_EXPECTED[kinds[key]]}") from None
-    return values

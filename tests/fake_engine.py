@@ -154,6 +154,41 @@ class ByKey:
         return self.execute(batch)
 
 
+class DraftBySize(BySize):
+    """EAGLE's, 0.5.1 - 0.5.13: not a subclass, but it captures with the other's loop."""
+
+    name = "EAGLEDraftCudaGraphRunner"
+
+    def capture(self) -> None:
+        self.model_runner.engine.module.CudaGraphRunner.capture(self)
+
+    def capture_one_batch_size(self, num_seqs: int, forward: Any, stream_idx: Any = 0) -> Any:
+        return BySize.capture_one_batch_size(self, num_seqs, self.model_runner.draft, stream_idx)
+
+    def replay(self, forward_batch: Any) -> torch.Tensor:
+        return BySize.replay(self, forward_batch)
+
+
+class DraftByKey(ByKey):
+    """EAGLE's, from 0.5.14: each size is captured twice, as 0.5.23 does where it samples drafts."""
+
+    name = "EAGLEDraftCudaGraphRunner"
+
+    def _make_graph_key(self, bs: int, stream_idx: Any = None, variant_label: Any = None) -> ShapeKey:
+        return ShapeKey(bs, variant_label=variant_label)
+
+    def capture_one_shape(self, size: int, forward: Any, stream_idx: Any = None, variant_label: Any = None) -> None:
+        for variant in (None, "greedy"):
+            ByKey.capture_one_shape(self, size, self.model_runner.draft, None, variant)
+
+    def execute(self, forward_batch: Any) -> torch.Tensor:
+        key = self._make_graph_key(4 if forward_batch.batch_size <= 4 else 8, variant_label="greedy")
+        self.buffer[: forward_batch.batch_size].copy_(forward_batch.q)
+        graph, out = self.graphs[key]
+        graph.replay()
+        return out[: forward_batch.batch_size]
+
+
 class Engine:
     """One rank. ``runner`` is a graph runner's class, or None for eager steps alone."""
 
@@ -174,6 +209,11 @@ class Engine:
         self.module.ModelRunner = type("ModelRunner", (_ModelRunner,), dict(vars(_ModelRunner)))
         for runner in (BySize, ByKey):
             setattr(self.module, runner.name, type(runner.name, (runner,), dict(vars(runner))))
+        # what EAGLE's are beside, or below
+        self.drafts = {
+            BySize: type(DraftBySize.name, (DraftBySize,), dict(vars(DraftBySize))),
+            ByKey: type(DraftByKey.name, (self.module.DecodeCudaGraphRunner,), dict(vars(DraftByKey))),
+        }
 
     def _stopped(self, reason: str, state: State) -> None:
         self.stops.append((reason, state))
@@ -198,6 +238,12 @@ class Engine:
             made.graph_runner = getattr(self.module, runner.name)(made)
         return made
 
+    def start_eagle(self, runner: type) -> Any:
+        """A draft model whose decodes are replayed from graphs of its own."""
+        made = self.module.ModelRunner(self, True)
+        made.eagle = self.drafts[runner](made)
+        return made
+
     def whose(self, out: torch.Tensor) -> str:
         """Which arm a step's result is of."""
         ratio = float(out.flatten()[0]) / 2**LAYERS
@@ -206,12 +252,17 @@ class Engine:
 
 class _ModelRunner:
     def __init__(self, engine: Engine, draft: bool) -> None:
+        self.engine = engine
         self.model = engine.model
         self.is_draft_worker = draft
         self.forward_pass_id = 0
         self.graph_runner: Any = None
         self.device = "cpu"
         self.dist_port = 1234
+
+    def draft(self, q: torch.Tensor) -> torch.Tensor:
+        """All steps of a draft, here one; the model is called as it is outside of graphs."""
+        return self.forward(SimpleNamespace(forward_mode=Mode("decode"), batch_size=len(q), seq_lens_sum=len(q), q=q))
 
     def forward(self, forward_batch: Any, pp_proxy_tensors: Any = None) -> torch.Tensor:
         self.forward_pass_id += 1

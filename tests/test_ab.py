@@ -168,6 +168,8 @@ def test_the_report_names_the_faster_arm(tmp_path: Path, capsys: Any) -> None:
     assert [run["run"] for run in report["runs"]] == ["second", "a-first"]  # in order of time
     assert [run["comparisons"][0]["verdict"] for run in report["runs"]] == ["faster", "slower"]
     page = tmp_path / "page.html"
+    page.write_text("an older one")
+    page.chmod(0o644)
     assert cli.main(["ab", "report", str(tmp_path), "--run", "second", "--html", str(page)]) == 0
     shown = capsys.readouterr().out
     assert "patch is faster: 0.80" in shown and f"written: {page}" in shown

@@ -9,9 +9,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import ByKey, BySize, tapes
 from scratch import ROOT, clean_env
+from test_experiment_live import Running
+
+from mla_patch.experiment.schedule import Sampling
+from mla_patch.hooks import sglang_decode
+
+__all__ = ["tapes"]  # a fixture
 
 EXAMPLES = ROOT / "examples"
 
@@ -112,10 +120,7 @@ def test_answers_to_other_questions_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_the_same_answers_are_said_to_be() -> None:
-    spec = importlib.util.spec_from_file_location("ask", EXAMPLES / "ask.py")
-    assert spec is not None and spec.loader is not None
-    ask = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ask)
+    ask = load(EXAMPLES / "ask.py")
     answer = {"ms": 1.0, "outputs": [[[-0.5, 7], [-0.25, 8]]]}
     other = {"ms": 2.0, "outputs": [[[-0.25, 7], [-0.25, 8]]]}
     assert list(ask.compare(answer, other)) == [
@@ -144,3 +149,37 @@ def test_decode_refuses_what_the_interpreter_has_wrong(tmp_path: Path) -> None:
 def test_the_page_of_the_tokenspeed_backend_shows_the_example_as_it_is() -> None:
     page = (ROOT / "docs" / "tokenspeed.md").read_text()
     assert f"```python\n{(EXAMPLES / 'mla_kernels' / 'mla_kernels.py').read_text()}```\n" in page
+
+
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("runner", [None, BySize, ByKey])
+def test_the_wrong_arm_is_stopped_at_the_first_check(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a fake engine, whose decode stands in for ours."""
+    monkeypatch.setattr(sglang_decode, "serve", lambda call: call.out.copy_(call.q * 2))
+    folder = EXAMPLES / "own_arm"
+    code = load(folder / "own_arm_code.py")
+    (arm,) = load(folder / "own_arm.py").mla_patch_arms()
+    assert (arm.name, arm.feature, arm.serve) == ("wrong", "decode@sglang", "own_arm_code:serve")
+    one = Running(
+        tmp_path, "ab+shadow", "block=2,warmup=0,arms=host+wrong", "every=8", runner, error=0.05, wrong=code.serve
+    )
+    try:
+        found = one.run(40)
+    finally:
+        one.live.close()
+        for undo in one.undo:
+            undo()
+    first = next(step for step in range(1, 41) if Sampling(8).due(step))
+    ((reason, _),) = one.engine.stops
+    assert reason == f"shadow check at step {first}, layer 0: error 0.05, tolerance 0.02"
+    # the wrong arm has run before, and not since
+    assert "patch" in found[: first - 1] and set(found[first:]) == {"host"}

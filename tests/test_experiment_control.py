@@ -89,17 +89,20 @@ def test_every_command(path: Path) -> None:
     send(path, "decode", "start", at=1000)
     send(path, "decode", "ratio", 0.9, at=2000)
     send(path, "decode", "arm", "patch", at=4000)
+    send(path, "decode", "start", at=4050)
     send(path, "kv_indices", "arm", "mine", at=0)  # another feature's
     one.poll()
-    turns = [assigner.turn(step) for step in range(4100)]
+    turns = [assigner.turn(step) for step in range(4200)]
     assert turns[:500] == [Schedule(Plan(block=10, warmup=20)).turn(step) for step in range(500)]
     assert set(turns[500:1020]) == {("host", OUTSIDE, OUTSIDE)}  # stopped, and the new start's warmup
     assert turns[1020].block == 1020
     tried = sum(turn.arm == "patch" for turn in turns[2000:4000]) / 2000
     assert tried == 0.9
     assert {turn.group for turn in turns[2000:2100]} == {2000, OUTSIDE}
-    assert set(turns[4000:]) == {("patch", OUTSIDE, OUTSIDE)}
-    assert [command.kind for command in assigner.taken] == ["stop", "start", "ratio", "arm"]
+    assert set(turns[4000:4050]) == {("patch", OUTSIDE, OUTSIDE)}
+    given = Schedule(Plan(block=10, warmup=20, start=4050))  # the ratio of before is no more
+    assert turns[4050:] == [given.turn(step) for step in range(4050, 4200)]
+    assert [command.kind for command in assigner.taken] == ["stop", "start", "ratio", "arm", "start"]
 
 
 def test_order_is_by_step_then_by_time(path: Path) -> None:
@@ -184,7 +187,8 @@ def test_what_cannot_be_sent(path: Path, args: tuple, at: int, problem: str) -> 
     assert control_file.read(path)[0].commands == ()
 
 
-def test_two_controllers_at_once(path: Path) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_controllers_at_once(path: Path, killed: bool) -> None:
     code = (
         "import sys; from pathlib import Path; from mla_patch.experiment.control import Controller\n"
         "with Controller(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
@@ -192,9 +196,12 @@ def test_two_controllers_at_once(path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"in\n"
+        assert stat.S_IMODE(path.with_name(path.name + ".lock").stat().st_mode) == 0o600
         with pytest.raises(ControlError, match=f"another controller is at work .process {other.pid} on "):
             send(path, "decode", "stop")
     finally:
+        if killed:
+            other.kill()
         other.communicate(b"")
     assert send(path, "decode", "stop").seq == 1  # its lock went with it
 
@@ -275,7 +282,6 @@ def test_a_spoilt_file_is_ignored_and_told_once(
             arm = assigner.turn(step).arm
     assert arm == "patch"  # what was read before holds
     assert re.search(reason, one.problem)
-    assert one.problems == 20
     assert len(caplog.records) == 1
     with pytest.raises(ControlError, match=reason):
         send(path, "decode", "stop", at=300)
@@ -448,7 +454,6 @@ def test_what_trips_it(error: Error, reason: str) -> None:
         breaker.check(error)
     assert breaker.reason.endswith(reason) and bool(breaker.reason) == bool(reason)
     assert said == [breaker.reason] * bool(reason)
-    assert breaker.over == 3 * bool(reason)
 
 
 @pytest.mark.cost

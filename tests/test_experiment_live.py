@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import threading
 import time
 import timeit
 from collections.abc import Callable, Iterator
@@ -13,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from fake_engine import ERROR, LAYERS, ByKey, BySize, Engine, Tape, batch, tapes
+from fake_engine import ERROR, LAYERS, ByKey, BySize, DraftByKey, Engine, Tape, batch, tapes
 
+from mla_patch import ab
 from mla_patch.compat import sglang_graphs, steps
 from mla_patch.dispatch import ArmCode, Switch
-from mla_patch.experiment import control, control_file, merge
+from mla_patch.experiment import analysis, control, control_file, merge
 from mla_patch.experiment.live import Live, Trial
 from mla_patch.experiment.record import Error, Timing
 from mla_patch.experiment.schedule import AGAIN, OUTSIDE, Plan, Sampling, Schedule
@@ -81,7 +84,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         one.live.close()
         for undo in one.undo:
             undo()
-    assert steps.watcher is None and not sglang_graphs._edited
+    assert steps.watcher is None and not sglang_graphs._edited and not sglang_graphs._drafts
 
 
 def planned(first: int, last: int, **changes: Any) -> list[str]:
@@ -137,6 +140,147 @@ def test_a_draft_models_graphs_are_captured_once(start: Start, runner: type) -> 
     assert (one.engine.counts.captured, len(draft.graph_runner.graphs)) == (0, 2)
     assert not one.live.in_graphs and not one.trial.breaker.reason
     assert one.engine.whose(draft.forward(batch())) == "host"
+
+
+# --- draft models, where they are asked for
+
+
+def spoken(one: Running, count: int, decode: Callable[..., Any], **how: Any) -> tuple[list[str], list[str]]:
+    """Whose each step's result is, and whose the draft's after it."""
+    steps, drafts = [], []
+    for _ in range(count):
+        steps += one.run(1)
+        drafts.append(one.engine.whose(decode(batch(**how))))
+        one.live.read()
+    return steps, drafts
+
+
+@pytest.mark.parametrize("draft", ["", ",draft=0", ",draft=1"])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_models_decodes_run_the_steps_arm_if_asked(start: Start, runner: type, draft: str, caplog: Any) -> None:
+    one = start(ab=AB + draft, runner=runner)
+    before = one.engine.counts.captured
+    eagle = one.engine.start_eagle(runner)
+    decode = eagle.eagle.replay if runner is BySize else eagle.eagle.execute
+    first = one.engine.whose(decode(batch()))
+    steps, drafts = spoken(one, 40, decode)
+    asked, sizes, variants = draft == ",draft=1", 2, 1 if runner is BySize else 2
+    assert first == "host"  # before any step
+    assert steps == planned(1, 41) and drafts == (steps if asked else ["host"] * 40)
+    assert one.engine.counts.captured - before == asked * sizes * variants * LAYERS
+    patched = steps.count("patch") * (1 + asked)
+    assert one.engine.counts.replayed == LAYERS * patched
+    assert len(eagle.eagle.graphs) == (sizes if runner is BySize else sizes * variants * (1 + asked))
+    rows = [row for row in one.rows() if isinstance(row, Timing)]
+    assert [row.arm for row in rows if row.bucket == "graph/4/128"] == steps
+    assert [(row.step, row.arm) for row in rows if row.bucket == "draft/4/128"] == list(
+        enumerate(drafts if asked else [], 1)
+    )
+    assert one.live.unmatched == 0
+    assert sum("CUDA graph of the draft model is captured 1 more times" in line for line in caplog.messages) == asked
+    assert one.trial.breaker.reason == "" and merge.read_runs(one.folder)[0][0].differed == 0
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_draft_model_without_graphs(start: Start, asked: bool) -> None:
+    one = start(ab=f"{AB},draft={asked:d}")
+    draft = one.engine.start(draft=True)
+    steps, drafts = spoken(one, 40, draft.forward)
+    assert drafts == (steps if asked else ["host"] * 40) and "patch" in steps
+    assert one.engine.whose(draft.forward(batch(mode="extend"))) == "host"
+    modes = [row.bucket.partition("/")[0] for row in one.rows()]
+    assert modes.count("draft-eager") == 40 * asked and set(modes) <= {"eager", "draft-eager"}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_alone_has_calls_in_graphs(start: Start, runner: type) -> None:
+    """As with SGLang's Triton backend, whose verify is an extend: the steps' own graphs are captured once."""
+    one = start(ab=f"{AB},draft=1")
+    model, one.runner.model = one.runner.model, lambda q: q * 2**LAYERS
+    one.runner.graph_runner = getattr(one.engine.module, runner.name)(one.runner)
+    one.runner.model = model
+    eagle = one.engine.start_eagle(runner)
+    assert (one.live.in_graphs, one.live.in_drafts) == (set(), {"decode"})
+    steps, drafts = spoken(one, 40, eagle.eagle.replay if runner is BySize else eagle.eagle.execute)
+    assert set(steps) == {"host"} and drafts == planned(1, 41) and one.live.unmatched == 0
+    one.rows()
+    ((run,), _) = merge.read_runs(one.folder)
+    told = analysis.analyse(run)
+    assert run.differed == 0 and (told["steps"], told["outside"]) == (40, 3)
+    assert {comparison["bucket"] for comparison in told["comparisons"]} >= {"draft/4/128"}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("mode", ["shadow", "ab+shadow"])
+def test_a_wrong_draft_trips_the_breaker(start: Start, runner: type, mode: str) -> None:
+    one = start(mode, "block=1,warmup=0,draft=1", error=0.05)
+    one.runner.model = lambda q: q * 2**LAYERS
+    eagle = one.engine.start_eagle(runner)
+    decode = eagle.eagle.replay if runner is BySize else eagle.eagle.execute
+    spoken(one, 40, decode)
+    ((reason, state),) = one.engine.stops
+    assert state is State.FAILED and "error 0.05, tolerance 0.02" in reason
+    sampled = next(step for step in range(1, 41) if Sampling(8).due(step))
+    assert reason.startswith(f"shadow check at step {sampled},")
+    assert spoken(one, 20, decode)[1] == ["host"] * 20
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_breaker_that_trips_between_a_step_and_its_draft(start: Start, runner: type) -> None:
+    one = start(ab="block=1,warmup=0,ratio=0.9,draft=1")
+    eagle = one.engine.start_eagle(runner)
+    decode = eagle.eagle.replay if runner is BySize else eagle.eagle.execute
+    while one.run(1) != ["patch"]:
+        pass
+    one.trial.breaker.trip("enough")
+    assert one.engine.whose(decode(batch())) == "host"
+    row = [row for row in one.rows() if isinstance(row, Timing)][-1]
+    assert (row.bucket, row.arm, row.block) == ("draft/4/128", "host", OUTSIDE)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_that_is_captured_while_steps_run(start: Start, runner: type) -> None:
+    """Its model is called in captures and warm-ups: those are no decodes."""
+    one = start(ab="block=1,warmup=0,ratio=0.9,draft=1")
+    while one.run(1) != ["patch"]:
+        pass
+    eagle = one.engine.start_eagle(runner)
+    assert one.engine.whose((eagle.eagle.replay if runner is BySize else eagle.eagle.execute)(batch())) == "patch"
+    assert {row.bucket.partition("/")[0] for row in one.rows()} == {"eager", "draft"}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_draft_runner_of_another_shape_keeps_the_hosts_arm(start: Start, runner: type, caplog: Any) -> None:
+    one = start(ab=f"{AB},draft=1")
+    owner = one.engine.drafts[runner]
+    if runner is BySize:
+        owner.replay = lambda self, batch: BySize.replay(self, batch)
+    else:
+        owner.execute = lambda self, batch: DraftByKey.execute(self, batch)
+    eagle = one.engine.start_eagle(runner)
+    assert one.engine.counts.captured == 0 and not sglang_graphs._drafts
+    assert one.engine.whose(eagle.eagle.replay(batch())) == "host"
+    (told,) = caplog.messages
+    assert told.startswith("mla-patch: the draft model's graphs keep the host's arm: EAGLEDraftCudaGraphRunner.")
+
+
+def test_a_draft_runner_that_makes_no_keys_is_the_hosts(start: Start) -> None:
+    one = start(ab=f"{AB},draft=1")
+    owner = one.engine.drafts[ByKey]
+
+    def capture_one_shape(self: Any, size: int, forward: Any, *more: Any) -> None:
+        self.model_runner.draft(self.buffer[:size])
+
+    def execute(self: Any, forward_batch: Any) -> torch.Tensor:
+        return host_model(forward_batch.q)
+
+    def host_model(q: torch.Tensor) -> torch.Tensor:
+        return q * 2**LAYERS
+
+    owner.capture_one_shape, owner.execute = capture_one_shape, execute
+    eagle = one.engine.start_eagle(ByKey)
+    assert set(spoken(one, 20, eagle.eagle.execute)[1]) == {"host"}
+    assert one.trial.breaker.reason == "" and owner in sglang_graphs._drafts
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -376,6 +520,20 @@ def test_a_folder_that_cannot_be_written_costs_the_records_alone(start: Start, t
     assert one.live.recorder.lost == 12
 
 
+@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), control_file.ControlError("no room")])
+def test_a_control_file_that_cannot_be_made_costs_the_commands_alone(
+    start: Start, problem: Exception, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def create(path: Path, about: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(control_file, "create", create)
+    one = start()
+    assert one.run(12) == planned(1, 13)
+    assert one.live.control is None and [m for m in caplog.messages if f"no live control: {problem}" in m]
+    assert len(one.rows()) == 12
+
+
 def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     one = start(ab="block=1,warmup=0")
     one.run(4)
@@ -385,16 +543,74 @@ def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytes
     assert len([m for m in caplog.messages if "experiment stopped" in m]) == 1
 
 
-def test_checks_that_cannot_be_read_stop_the_arm(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("problem", [ZeroDivisionError("x"), KeyboardInterrupt("killed")])
+def test_checks_that_cannot_be_read_stop_the_arm(
+    start: Start, monkeypatch: pytest.MonkeyPatch, problem: BaseException
+) -> None:
+    """The reader fails, or is killed: its thread ends with the latter."""
     one = start("ab+shadow", "block=1,warmup=0", "every=1")
-    monkeypatch.setattr(Drain, "take", lambda self: 1 / 0)
+
+    def take(drain: Drain) -> Any:
+        raise problem
+
+    monkeypatch.setattr(Drain, "take", take)
     end = time.monotonic() + 10
     while not one.engine.stops:
         assert time.monotonic() < end
         one.runner.forward(batch())
         time.sleep(0.01)
-    assert "ZeroDivisionError" in one.engine.stops[0][0]
+    assert repr(problem) in one.engine.stops[0][0]
+    assert {one.engine.whose(one.runner.forward(batch())) for _ in range(8)} == {"host"}
     one.live.trials["decode"].drain = None
+
+
+def test_two_readers_take_each_check_once(start: Start) -> None:
+    """The thread, and whoever closes."""
+    one = start("shadow", shadow="every=1")
+    one.run(1)
+    drain, inside = one.trial.drain, threading.Barrier(2)
+    assert drain is not None
+    take = drain.take
+
+    def slow() -> list[Error]:
+        found = take()
+        with contextlib.suppress(threading.BrokenBarrierError):  # broken: the other waits for its turn
+            inside.wait(0.2)
+        return found
+
+    drain.take = slow  # type: ignore[method-assign]
+    for _ in range(3):
+        one.runner.forward(batch())
+    readers = [threading.Thread(target=one.live.read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert inside.broken
+    drain.take = take  # type: ignore[method-assign]
+
+
+def test_what_is_lost_is_in_the_report(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_patch.experiment.live.TELL", 0.0)
+    one = start("ab+shadow", shadow="every=1")
+    one.run(4)
+    assert one.trial.drain is not None and one.live._pool is not None and one.live.control is not None
+    one.path().unlink()
+    one.live.control.poll()
+    one.trial.drain.lost += 3
+    one.live._pool.dropped += 1
+    one.trial.assigner.late += 2
+    one.run(4)
+    one.rows()
+    told = ab.report(one.folder)
+    (finding,) = told["findings"]
+    for part in (
+        "rank 0: 1 steps untimed", "2 commands to decode came after their step", "live control: ", "No such file",
+        "3 shadow comparisons of decode overwritten before they were fetched",
+    ):  # fmt: skip
+        assert part in finding
+    assert finding in [f"{one.live.recorder.header['run']}: {note['text']}" for note in told["runs"][0]["notes"]]
 
 
 def test_the_hosts_exception_is_the_hosts(start: Start) -> None:
@@ -427,18 +643,46 @@ def test_a_rank_is_named_by_what_all_ranks_of_a_run_share(start: Start) -> None:
 # --- what a step costs
 
 
-@pytest.mark.parametrize("runner", [None, *RUNNERS])
-def test_no_step_waits_for_the_device(start: Start, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tensors are on ``meta``, where whatever needs a value fails; what waits by name is caught by name."""
-    waits: list[str] = []
+class Event:
+    """In place of torch.cuda.Event."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has waited, by name. With all tensors on ``meta``, whatever needs a value or a copy off it fails besides."""
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     for owner, names in (
         (torch.cuda, ("synchronize",)),
-        (torch.cuda.Event, ("synchronize",)),
+        (torch.accelerator, ("synchronize",)),
+        (Event, ("synchronize",)),
         (torch.cuda.Stream, ("synchronize",)),
         (torch.Tensor, ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")),
     ):
         for name in names:
-            monkeypatch.setattr(owner, name, lambda *args, _name=name: waits.append(_name))
+            monkeypatch.setattr(owner, name, lambda *args, _name=name: seen.append(_name))
+    return seen
+
+
+@pytest.mark.parametrize("runner", [None, *RUNNERS])
+def test_no_step_waits_for_the_device(
+    start: Start, runner: Any, monkeypatch: pytest.MonkeyPatch, waits: list[str]
+) -> None:
     copies: list[Any] = []
 
     class Never:
@@ -452,30 +696,55 @@ def test_no_step_waits_for_the_device(start: Start, runner: Any, monkeypatch: py
     # the one way off the device is the drain's copy on a stream of its own
     monkeypatch.setattr("mla_patch.experiment.live.Drain", functools.partial(Drain, copy=copy_aside))
     with torch.device("meta"):
-        one = start("ab+shadow", "block=4,warmup=4", runner=runner)
+        one = start("ab+shadow", "block=4,warmup=4,draft=1", runner=runner)
+        draft = one.engine.start(draft=True)
+        if runner is not None:
+            eagle = one.engine.start_eagle(runner).eagle
+        one.runner.device = "cuda"
         for _ in range(64):
             one.runner.forward(batch())
+            draft.forward(batch())
+            if runner is not None:
+                (eagle.replay if runner is BySize else eagle.execute)(batch())
     assert waits == [] and one.engine.stops == [] and one.trial.breaker.reason == ""
     assert len(copies) == 1 and one.trial.drain is not None and one.trial.drain.problem == ""
     served = one.engine.counts.replayed if runner else one.engine.counts.served
-    assert served is not None and served > 64 * LAYERS / 4
+    assert served is not None and served > 2 * 64 * LAYERS / 4
+    assert {row.us for row in one.rows() if isinstance(row, Timing)} == {1000.0}  # by the device's events
 
 
-def test_a_wait_in_the_step_is_seen(start: Start) -> None:
+WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "torch.cuda.synchronize": lambda q: torch.cuda.synchronize(),
+    "torch.accelerator.synchronize": lambda q: torch.accelerator.synchronize(),
+    "Event.synchronize": lambda q: torch.cuda.Event().synchronize(),
+    "item": lambda q: q.sum().item(),
+    "if": lambda q: 1 if q.sum() != 0 else 0,
+    "int": lambda q: int(q.sum()),
+    "tolist": lambda q: q.tolist(),
+    "nonzero": lambda q: q.nonzero(),
+    "cpu": lambda q: q.cpu(),
+    "to": lambda q: q.to("cpu"),
+    "to, not blocking": lambda q: q.to("cpu", non_blocking=True),
+    "copy_": lambda q: torch.empty(q.shape, device="cpu").copy_(q),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+@pytest.mark.parametrize("where", ["the arm", "the schedule"])
+def test_a_wait_in_the_step_is_seen(
+    start: Start, waits: list[str], what: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test above can fail."""
     with torch.device("meta"):
         one = start(ab="block=1,warmup=0")
-        codes, serve = one.engine.decode._self_site.arms, one.engine.serve
-
-        def waits(call: Any) -> None:
-            if call.q.sum() != 0:
-                serve(call)
-
-        codes["patch"] = ArmCode(waits, codes["patch"].declines)
+        if where == "the arm":
+            codes, serve = one.engine.decode._self_site.arms, one.engine.serve
+            codes["patch"] = ArmCode(lambda call: (WAITS[what](call.q), serve(call))[1], codes["patch"].declines)
+        else:
+            monkeypatch.setattr(one.trial, "due", lambda step: bool(WAITS[what](torch.ones(2))) and False)
         for _ in range(8):
             one.runner.forward(batch())
-    ((reason, _),) = one.engine.stops
-    assert "meta" in reason
+    assert waits or one.engine.stops
 
 
 @pytest.mark.cost

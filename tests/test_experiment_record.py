@@ -113,7 +113,16 @@ def test_what_is_no_row_is_counted_and_the_others_are_read(recorder: Recorder, l
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff\xfe", b'["t",1]\n', b'{"format": 99, "rank": 0}\n', b'{"format": 1}\n']
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b'["t",1]\n',
+        b'{"format": 99, "rank": 0}\n',
+        b'{"format": 1}\n',
+        b'{"format": 1, "rank": 0, "started": "then"}\n',
+        b'{"format": 1, "rank": 0, "tolerance": 0.02}\n',
+    ],
 )
 def test_a_file_without_our_header_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.steps.jsonl").write_bytes(content)
@@ -223,24 +232,6 @@ def test_size_is_bounded_and_the_newest_rows_stay(recorder: Recorder) -> None:
     recorder.close()
     steps = [row.step for row in read_log(recorder.path).rows]
     assert steps == list(range(steps[0], 2000)) and len(steps) > 100
-
-
-def test_a_forked_child_writes_its_own_file(recorder: Recorder) -> None:
-    recorder.add(timing(1))
-    child = os.fork()
-    if child == 0:
-        try:
-            recorder.restart()
-            recorder.add(timing(2))
-            recorder.close()
-        finally:
-            os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    recorder.close()
-    assert [row.step for row in read_log(recorder.path).rows] == [1]
-    (other,) = set(recorder.path.parent.iterdir()) - {recorder.path}
-    assert [row.step for row in read_log(other).rows] == [2]
-    assert read_log(other).header["pid"] == child
 
 
 def test_bytes_of_a_row(recorder: Recorder) -> None:

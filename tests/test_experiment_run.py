@@ -47,7 +47,7 @@ def rank(number, folder, barrier, stop):
         time.sleep(0.0005)
     recorder.close()
     live.close()
-    assert assigner.late == 0 and live.problems == 0 and recorder.lost == 0, vars(assigner)
+    assert assigner.late == 0 and not live.problem and recorder.lost == 0, vars(assigner)
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

@@ -183,11 +183,18 @@ def test_one_step_in_each_window_is_sampled(every: int) -> None:
         ("", Plan()),
         ("block=64,ratio=0.5,seed=0,warmup=128", Plan()),
         (" block=8 , ratio=0.25,seed=-3,warmup=0,", Plan(8, 0.25, -3, 0)),
+        ("draft=1", Plan(draft=True)),
+        ("draft=0", Plan()),
     ],
 )
 def test_ab(text: str, plan: Plan) -> None:
     assert parse_ab(text) == plan
-    assert flags.read({"MLA_PATCH_AB": text}, []).problems == []  # who validates first agrees
+    assert flags.read({"MLA_PATCH_AB": text}, []).problems == []
+
+
+def test_arms_that_are_not_named_are_all() -> None:
+    assert parse_ab("block=8", (HOST, PATCH, "mine")).arms == (HOST, PATCH, "mine")
+    assert parse_ab("arms = host+mine", (HOST, PATCH, "mine")).arms == (HOST, "mine")
 
 
 def test_defaults_are_the_flags() -> None:
@@ -199,8 +206,8 @@ def test_defaults_are_the_flags() -> None:
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("blok=3", "'blok' is not one of block, ratio, seed, warmup, arms; did you mean block?"),
-        ("xyz", "'xyz' is not one of block, ratio, seed, warmup, arms"),
+        ("blok=3", "'blok' is not one of block, ratio, seed, warmup, arms, draft; did you mean block?"),
+        ("xyz", "'xyz' is not one of block, ratio, seed, warmup, arms, draft"),
         ("block", "block=: expected a whole number, 1 or more"),
         ("block=0", "block=0: expected a whole number, 1 or more"),
         ("block=1.5", "block=1.5: expected a whole number, 1 or more"),
@@ -208,6 +215,7 @@ def test_defaults_are_the_flags() -> None:
         ("ratio=nan", "ratio=nan: expected a number between 0 and 1"),
         ("ratio=half", "ratio=half: expected a number between 0 and 1"),
         ("seed=x", "seed=x: expected a whole number"),
+        ("draft=yes", "draft=yes: expected 1 or 0"),
         ("warmup=-1", "warmup=-1: expected a whole number, 0 or more"),
         ("block=1,block=2", "block is given twice"),
         ("arms=host", "arms=host: expected two or more different names joined by +, such as host+patch"),
@@ -217,7 +225,8 @@ def test_defaults_are_the_flags() -> None:
 def test_bad_ab(text: str, problem: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_ab(text)
-    assert str(caught.value) == f"MLA_PATCH_AB: {problem}"
+    assert str(caught.value) == problem
+    assert flags.read({"MLA_PATCH_AB": text}, []).problems == [f"MLA_PATCH_AB={text}: {problem}"]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +241,7 @@ def test_bad_ab(text: str, problem: str) -> None:
 def test_bad_shadow(text: str, problem: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_shadow(text)
-    assert str(caught.value) == f"MLA_PATCH_SHADOW: {problem}"
+    assert str(caught.value) == problem
     assert parse_shadow("every=8,tolerance=1e-3") == Sampling(8, 1e-3)
 
 

@@ -82,25 +82,30 @@ def test_values(name: str, raw: str, value: str) -> None:
     assert setting(name, {name: raw}) == (value, "environment")
 
 
+ARMS = "expected two or more different names joined by +, such as host+patch"
+
+
 @pytest.mark.parametrize(
     "name, raw, problem",
     [
         ("MLA_PATCH_STRICT", "yess", "expected 1 or 0"),
         ("MLA_PATCH_SKIP_VERSION_CHECK", "2", "expected 1 or 0"),
-        ("MLA_PATCH_AB", "arms=host", "arms=host: expected two arms or more, as in host+patch"),
+        ("MLA_PATCH_AB", "arms=host", f"arms=host: {ARMS}"),
         ("MLA_PATCH_DECODE", "shado", "expected one of on, off, ab, shadow, ab+shadow; did you mean shadow?"),
         ("MLA_PATCH_DECODE", "???", "expected one of on, off, ab, shadow, ab+shadow"),
         ("MLA_PATCH_DECODE_MATH", "exat", "expected one of exact, fast; did you mean exact?"),
-        ("MLA_PATCH_AB", "blok=3", "'blok' is not one of block, ratio, seed, warmup, arms; did you mean block?"),
-        ("MLA_PATCH_AB", "block", "block=: expected a whole number"),
-        ("MLA_PATCH_AB", "block=1.5", "block=1.5: expected a whole number"),
-        ("MLA_PATCH_AB", "ratio=half", "ratio=half: expected a number"),
-        ("MLA_PATCH_AB", "block=0", "expected block >= 1, 0 < ratio < 1, warmup >= 0"),
-        ("MLA_PATCH_AB", "ratio=1", "expected block >= 1, 0 < ratio < 1, warmup >= 0"),
-        ("MLA_PATCH_AB", "ratio=nan", "expected block >= 1, 0 < ratio < 1, warmup >= 0"),
-        ("MLA_PATCH_AB", "warmup=-1", "expected block >= 1, 0 < ratio < 1, warmup >= 0"),
-        ("MLA_PATCH_SHADOW", "every=0", "expected every >= 1, tolerance > 0"),
-        ("MLA_PATCH_SHADOW", "tolerance=nan", "expected every >= 1, tolerance > 0"),
+        ("MLA_PATCH_AB", "blok=3", "'blok' is not one of block, ratio, seed, warmup, arms, draft; did you mean block?"),
+        ("MLA_PATCH_AB", "block", "block=: expected a whole number, 1 or more"),
+        ("MLA_PATCH_AB", "block=1.5", "block=1.5: expected a whole number, 1 or more"),
+        ("MLA_PATCH_AB", "ratio=half", "ratio=half: expected a number between 0 and 1"),
+        ("MLA_PATCH_AB", "block=0", "block=0: expected a whole number, 1 or more"),
+        ("MLA_PATCH_AB", "ratio=1", "ratio=1: expected a number between 0 and 1"),
+        ("MLA_PATCH_AB", "ratio=nan", "ratio=nan: expected a number between 0 and 1"),
+        ("MLA_PATCH_AB", "warmup=-1", "warmup=-1: expected a whole number, 0 or more"),
+        ("MLA_PATCH_AB", "arms=host+host+mine", f"arms=host+host+mine: {ARMS}"),
+        ("MLA_PATCH_AB", "draft=yes", "draft=yes: expected 1 or 0"),
+        ("MLA_PATCH_SHADOW", "every=0", "every=0: expected a whole number, 1 or more"),
+        ("MLA_PATCH_SHADOW", "tolerance=nan", "tolerance=nan: expected a number above 0"),
         ("MLA_PATCH_SHADOW", "ever=5", "'ever' is not one of every, tolerance; did you mean every?"),
     ],
 )

@@ -17,7 +17,7 @@ MAY = {
     "features": {"compat"},
     "sources": set(),
     "hookspecs": {"features", "compat"},
-    "flags": {"features"},
+    "flags": {"experiment", "features"},
     "plugins": {"features", "flags", "hookspecs", "compat"},
     "reports": {"features", "compat"},
     "dispatch": {"features", "compat"},

@@ -71,7 +71,9 @@ def analyse(merged: Merged) -> dict[str, Any]:
         "shadow": shadow(merged.errors),
         "notes": [row._asdict() for row in merged.notes],
         "steps": len({row.step for row in merged.timings}),
-        "outside": len({row.step for row in merged.timings if row.block == OUTSIDE}),
+        "outside": len(
+            {row.step for row in merged.timings} - {row.step for row in merged.timings if row.block != OUTSIDE}
+        ),
         "differed": merged.differed,
         "lost": merged.lost,
         "damaged": merged.damaged,

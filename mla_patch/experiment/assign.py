@@ -20,6 +20,7 @@ class Assigner:
         self, feature: str, plan: Plan, control: Control | None = None, breaker: Breaker | None = None
     ) -> None:
         self.feature = feature
+        self.plan = plan  # as it was given
         self.schedule = Schedule(plan)
         self.forced: Turn | None = None  # an arm by command
         self.late = 0  # commands that arrived after their step; the ranks' records tell which steps differed
@@ -41,13 +42,13 @@ class Assigner:
 
     @property
     def _host(self) -> Turn:
-        return Turn(self.schedule.plan.arms[0], OUTSIDE, OUTSIDE)
+        return Turn(self.plan.arms[0], OUTSIDE, OUTSIDE)
 
     def _obey(self, step: int) -> None:
         for command in self._inbox.take(step):
             self.late += command.at <= self._last
             self.taken.append(command)
-            plan = self.schedule.plan
+            plan = self.plan
             if command.kind == "trip":
                 if self._breaker is not None:
                     self._breaker.trip(f"{command.by}: {command.reason}", told=True)

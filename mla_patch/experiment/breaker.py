@@ -15,14 +15,13 @@ class Breaker:
     other ranks (`Control.trip` with the feature).
     """
 
-    __slots__ = ("_publish", "_stop", "over", "reason", "tolerance")
+    __slots__ = ("_publish", "_stop", "reason", "tolerance")
 
     def __init__(
         self, tolerance: float, stop: Callable[[str], None], publish: Callable[[str], None] | None = None
     ) -> None:
         self.tolerance = tolerance
         self.reason = ""  # why it tripped
-        self.over = 0  # shadow comparisons that were not right
         self._stop = stop
         self._publish = publish
 
@@ -45,5 +44,4 @@ class Breaker:
                 problem = f"error {error.relative}, expected at most {self.tolerance:g}"
         else:
             return
-        self.over += 1
         self.trip(f"shadow check at step {error.step}, layer {error.tag}: {problem}")

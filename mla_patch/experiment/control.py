@@ -74,7 +74,6 @@ class Control:
         self.rank = rank
         self.step = 0  # written by the step path
         self.problem = ""
-        self.problems = 0
         self._inboxes: dict[str, Inbox] = {}
         self._trips: list[tuple[str, str]] = []  # (feature, reason), to be published
         self._content: Content | None = None
@@ -122,7 +121,6 @@ class Control:
                 publish(self.path, lambda content, beats: self._make_trip(content, beats, *self._trips[0]))
                 self._trips.pop(0)
         except Exception as problem:
-            self.problems += 1
             text = str(problem) if isinstance(problem, ControlError) else repr(problem)
             if text != self.problem:
                 self.problem = text

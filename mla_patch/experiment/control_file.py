@@ -36,7 +36,7 @@ NEVER = 1 << 62  # a step that does not come
 GONE = 10.0  # seconds without a beat, beside a rank that beats, after which one is not waited for
 WAIT = 2.0  # seconds that a writer waits for another
 KINDS = {
-    "start": "run the schedule, from its warmup on",
+    "start": "run the schedule as it was given, from its warmup on",
     "ratio": "run the schedule with this share",
     "arm": "run this arm, outside any comparison",
     "stop": "run the host's",
@@ -93,6 +93,7 @@ def create(path: Path, about: dict[str, Any]) -> None:
 
     Raises:
         OSError: the directory cannot be written.
+        ControlError: more to say than there is room for.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     blank = bytearray(SIZE)

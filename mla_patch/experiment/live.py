@@ -1,8 +1,9 @@
 """The experiments of one process: the arm of each step, the graphs of each arm, and what becomes of the steps.
 
 A `Trial` is one feature's; the dispatcher asks it call by call. `Live` is the process's; the edits in the host tell it
-of steps, captures and replays. Outside of steps and captures every call is the host's: draft models, warm-ups, graphs
-that are captured once. A step with a shadow check runs the host's arm of every feature, and is timed for none.
+of steps, captures and replays. Outside of steps and captures every call is the host's: draft models, unless they are
+asked for, warm-ups, graphs that are captured once. A step with a shadow check runs the host's arm of every feature, and
+is timed for none.
 
 On the step path: two events, one look at each schedule, appends to bounded queues. No sync, no copy, no file.
 """
@@ -26,7 +27,7 @@ from mla_patch.experiment.assign import Assigner
 from mla_patch.experiment.breaker import Breaker
 from mla_patch.experiment.control import Control
 from mla_patch.experiment.metrics import Metrics, metrics
-from mla_patch.experiment.record import Note, Recorder, Row, Timing, bucket
+from mla_patch.experiment.record import DRAFT, Note, Recorder, Row, Timing, bucket
 from mla_patch.experiment.schedule import AGAIN, HOST, OUTSIDE, PATCH, SHADOW, Sampling, Turn, parse_ab, parse_shadow
 from mla_patch.experiment.shadow import Drain, Ring
 from mla_patch.experiment.timing import EventPool, device_event
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mla_patch")
 INTERVAL = 0.1  # seconds between two looks for shadow results
+TELL = 10.0  # seconds between two notes of what is lost
 MANY = 8  # graphs of one size, beyond which the memory is worth a warning
 _OUT = Turn(HOST, OUTSIDE, OUTSIDE)
 
@@ -52,20 +54,20 @@ class Trial:
         """
         self.name = name
         self.ab = "ab" in mode.split("+")
-        plan = parse_ab(ab)
-        arms = plan.arms if "arms=" in ab else (HOST, PATCH, *more)
+        plan = parse_ab(ab, (HOST, PATCH, *more))
+        arms = plan.arms
         known = (HOST, PATCH, AGAIN, *more)
         for arm in arms:
             if arm not in known:
                 raise ValueError(f"MLA_PATCH_AB: arms={arm}: {name} has {', '.join(known)}")
         if arms[0] != HOST:
             raise ValueError(f"MLA_PATCH_AB: arms={'+'.join(arms)}: expected {HOST} first")
-        self.plan = replace(plan, arms=arms, salt=name)
+        self.plan = replace(plan, salt=name)
         self.sampling: Sampling | None = parse_shadow(shadow) if "shadow" in mode.split("+") else None
         self.candidate = next((arm for arm in arms if arm not in (HOST, AGAIN)), PATCH)
         self.arm = HOST  # what runs now
         self.turn = _OUT
-        self.before = 0  # calls served before this step
+        self.before = 0  # calls served before this step, or this draft
         self.counts = Counts()
         self.assigner = Assigner(name, self.plan)
         self.breaker = Breaker(parse_shadow(shadow).tolerance, self._stop, self._publish)
@@ -79,8 +81,8 @@ class Trial:
     # for the dispatcher
 
     def choose(self, site: Site, call: Any) -> str:
-        if self._live.graph_open and gpu.capturing():
-            self._live.in_graphs.add(self.name)
+        if self._live.graph_open is not None and gpu.capturing():
+            self._live.graph_open.add(self.name)
         return HOST if self.arm == AGAIN else self.arm
 
     def compare(self, pairs: list[tuple[Any, Any]]) -> None:
@@ -101,7 +103,7 @@ class Trial:
 
         with torch.inference_mode(False):  # a host that steps in it may capture out of it, or the other way round
             self._ring = Ring(device)
-            self._ring.begin(self._live.step if not self._live.graph_open else 0)
+            self._ring.begin(self._live.step if self._live.graph_open is None else 0)
             self.drain = Drain(self._ring, self.name)
 
     def attach(self, switch: Switch, counts: Counts) -> None:
@@ -125,13 +127,16 @@ class Trial:
     def due(self, step: int) -> bool:
         return self.sampling is not None and not self.breaker.reason and self.sampling.due(step)
 
-    def begin(self, step: int, shadow: bool, due: bool) -> None:
+    def take(self, step: int) -> None:
+        """The host's step ``step`` begins: its turn, after commands."""
         taken = len(self.assigner.taken)
-        self.turn = turn = self.assigner.turn(step)
-        if len(self.assigner.taken) != taken:
-            for command in self.assigner.taken[taken:]:
-                text = " ".join(map(str, filter(None, (command.kind, command.value, command.reason))))
-                self._live.note(self.name, "command", f"{text}, by {command.by}")
+        self.turn = self.assigner.turn(step)
+        for command in self.assigner.taken[taken:]:
+            text = " ".join(map(str, filter(None, (command.kind, command.value, command.reason))))
+            self._live.note(self.name, "command", f"{text}, by {command.by}")
+
+    def begin(self, step: int, shadow: bool, due: bool) -> None:
+        """The target model, or a draft model, runs this turn."""
         self.before = self.counts.served
         self._tag, self._in_graph = 0, False
         if shadow:
@@ -139,7 +144,7 @@ class Trial:
             if due and self._ring is not None:
                 self._ring.begin(step)
         else:
-            self.arm = turn.arm if self.ab else HOST
+            self.arm = self.turn.arm if self.ab and not self.breaker.reason else HOST
 
     def end(self) -> None:
         if self.arm == SHADOW and self._ring is not None:
@@ -177,22 +182,28 @@ class Live:
             raise ValueError("MLA_PATCH_REPORT is not set: an experiment needs a directory for its records")
         self.directory = Path(directory)
         self.trials: dict[str, Trial] = {}
+        self.draft = False
         self.label = ""
         self.missing = False
         self.step = 0
-        self.graph_open = False
         self.in_graphs: set[str] = set()  # features with calls in captured graphs
+        self.in_drafts: set[str] = set()  # the same, in draft models'
+        self.graph_open: set[str] | None = None  # the one of these that a capture under way belongs to
         self.unmatched = 0  # steps whose arm had no graph
         self.recorder: Recorder | None = None
         self.control: Control | None = None
         self._stem = stem
         self._offset = 0
+        self._within = ""  # what has begun and not ended: "step", "draft"
         self._shadow = False
         self._calls: dict[str, int] | None = None
         self._pool: EventPool | None = None
         self._arms: dict[str, dict[str, str]] = {"": {}}  # label -> feature -> arm
         self._broken: set[str] = set()
         self._stop = threading.Event()
+        self._reading = threading.Lock()  # of the reader and of who closes; never taken on the step path
+        self._rank = 0
+        self._told, self._tell_at = "", 0.0
         self._failed = False
         self._metrics: Metrics | None = None
 
@@ -205,6 +216,7 @@ class Live:
         if self.recorder is not None and name not in self.trials:
             raise ValueError("the engine has begun to step: experiments are chosen before it starts")
         trial = self.trials[name] = Trial(self, name, mode, ab, shadow, more)
+        self.draft = trial.plan.draft  # of all features alike
         steps.watcher = self
         return trial
 
@@ -219,18 +231,34 @@ class Live:
                 self._offset += self.step + 1 - step
                 step = self.step + 1
             self.step = step
-            self.missing, self._calls = False, None
-            due = [trial.due(step) for trial in self.trials.values()]
-            self._shadow = any(due)
-            for trial, its in zip(self.trials.values(), due, strict=True):
-                trial.begin(step, self._shadow, its)
-            self.label = self._label() if self.in_graphs else ""
-            assert self._pool is not None
-            self._pool.begin()
+            for trial in self.trials.values():
+                trial.take(step)
+            self._begin("step", self.in_graphs)
         except Exception as problem:
             self._fail(problem)
 
+    def begin_draft(self) -> None:
+        if self._pool is None or self.graph_open is not None:  # no step yet, or it is being captured
+            return
+        try:
+            self._begin("draft", self.in_drafts)
+        except Exception as problem:
+            self._fail(problem)
+
+    def _begin(self, what: str, in_graphs: set[str]) -> None:
+        assert self._pool is not None
+        self._within, self.missing, self._calls = what, False, None
+        due = [trial.due(self.step) for trial in self.trials.values()]
+        self._shadow = any(due)
+        for trial, its in zip(self.trials.values(), due, strict=True):
+            trial.begin(self.step, self._shadow, its)
+        self.label = self._label(in_graphs) if in_graphs else ""
+        self._pool.begin()
+
     def end(self, work: Callable[[], Work | None] | None) -> None:
+        within, self._within = self._within, ""
+        if not within:
+            return
         try:
             rows: list[Timing] = []
             if self.missing:
@@ -240,6 +268,8 @@ class Live:
             done = work() if work is not None and not self._shadow else None
             if done is not None:
                 mode = "graph" if self._calls is not None else "eager" if done.kind == "decode" else "prefill"
+                if within == "draft":
+                    mode = DRAFT if mode == "graph" else f"{DRAFT}-{mode}"
                 found = (trial.row(self.step, mode, done, self._calls) for trial in self.trials.values())
                 rows = [row for row in found if row is not None]
             for trial in self.trials.values():
@@ -266,31 +296,32 @@ class Live:
             self._failed = True
             log.warning("mla-patch: the experiment stopped, the host's arm runs", exc_info=problem)
 
-    def _label(self) -> str:
+    def _label(self, in_graphs: set[str]) -> str:
         if self._shadow:
-            return SHADOW if any(self.trials[name].arm == SHADOW for name in self.in_graphs) else ""
-        return _label({name: trial.arm for name, trial in self.trials.items() if name in self.in_graphs})
+            return SHADOW if any(self.trials[name].arm == SHADOW for name in in_graphs) else ""
+        return _label({name: trial.arm for name, trial in self.trials.items() if name in in_graphs})
 
     # graphs
 
     @contextmanager
-    def capturing(self, label: str) -> Iterator[dict[str, int]]:
+    def capturing(self, label: str, draft: bool = False) -> Iterator[dict[str, int]]:
         calls: dict[str, int] = {}
         before = {name: trial.counts.captured for name, trial in self.trials.items()}
         arms, was = self._arms[label], {name: trial.arm for name, trial in self.trials.items()}
         for name, trial in self.trials.items():
             trial.prepare(arms.get(name, HOST))
-        self.graph_open = True
+        self.graph_open = self.in_drafts if draft else self.in_graphs
         try:
             yield calls
         finally:
-            self.graph_open = False
+            self.graph_open = None
             for name, trial in self.trials.items():
                 calls[name] = trial.counts.captured - before[name]
                 trial.arm = was[name]
 
-    def labels(self) -> list[str]:
-        names = [name for name in self.trials if name in self.in_graphs]
+    def labels(self, draft: bool = False) -> list[str]:
+        in_graphs = self.in_drafts if draft else self.in_graphs
+        names = [name for name in self.trials if name in in_graphs]
         choices = [self.trials[n].plan.arms if self.trials[n].ab else (HOST,) for n in names]
         found = {_label(arms): arms for arms in (dict(zip(names, c, strict=True)) for c in itertools.product(*choices))}
         shadowed = {name: SHADOW for name in names if self.trials[name].sampling is not None}
@@ -335,12 +366,13 @@ class Live:
         tolerance = {name: t.breaker.tolerance for name, t in self.trials.items() if t.sampling is not None}
         header = {"run": rank.run, "rank": rank.rank, "started": time.time()}
         header |= {"features": about, "tolerance": tolerance}
+        self._rank = rank.rank
         self.recorder = Recorder(self.directory / self._stem(), header)
         path = self.directory / f"{rank.run}.control"
         try:
             control_file.create(path, {"run": rank.run, "ranks": rank.ranks, "features": about})
             self.control = Control(path, rank.rank)
-        except OSError as problem:
+        except (OSError, control_file.ControlError) as problem:
             log.warning("mla-patch: no live control: %s", problem)
         for name, trial in self.trials.items():
             trial.assigner = Assigner(name, trial.plan, self.control, trial.breaker)
@@ -355,25 +387,46 @@ class Live:
         while not stop.wait(INTERVAL):
             try:
                 self.read()
-            except Exception as problem:  # whose checks are lost: no arm may run on without them
+            except BaseException as problem:  # whose checks are lost: no arm may run on without them
                 for trial in self.trials.values():
                     trial.stopped(f"experiment: {problem!r}")
+                if not isinstance(problem, Exception):
+                    raise
 
     def read(self) -> None:
-        """Judge and record the shadow results that have arrived; count what is to be counted."""
-        for trial in self.trials.values():
-            if trial.drain is None or self.recorder is None:
-                continue
-            for error in trial.drain.take():
-                if error.step > 0:  # or of a warm-up before a capture
-                    self._add(error)
-                    trial.breaker.check(error)
-        if self._metrics is not None:
-            self._metrics.count()
+        """Judge and record the shadow results that have arrived; count what is to be counted; say what is lost."""
+        with self._reading:
+            for trial in self.trials.values():
+                if trial.drain is None or self.recorder is None:
+                    continue
+                for error in trial.drain.take():
+                    if error.step > 0:  # or of a warm-up before a capture
+                        self._add(error)
+                        trial.breaker.check(error)
+            if self._metrics is not None:
+                self._metrics.count()
+            if time.monotonic() >= self._tell_at:
+                self._tell_losses()
+
+    def _tell_losses(self) -> None:
+        """Note what this process has lost beside rows, which the recorder counts, when it has changed."""
+        pool, control = self._pool, self.control
+        counts = [(pool.untimed + pool.dropped, "steps untimed")] if pool is not None else []
+        problems = [f"live control: {control.problem}"] if control is not None and control.problem else []
+        for name, trial in self.trials.items():
+            counts.append((trial.assigner.late, f"commands to {name} came after their step"))
+            if trial.drain is not None:
+                counts.append((trial.drain.lost, f"shadow comparisons of {name} overwritten before they were fetched"))
+                problems += [f"shadow results of {name}: {trial.drain.problem}"] if trial.drain.problem else []
+        told = "; ".join([f"{count} {what}" for count, what in counts if count] + problems)
+        if told and told != self._told:
+            self._told, self._tell_at = told, time.monotonic() + TELL
+            self.note("", "lost", f"rank {self._rank}: {told}")
 
     def close(self) -> None:
         """Write what there is; for tests and the end of a run."""
         self._stop.set()
+        self._tell_at = 0.0
         self.read()
         if self.control is not None:
             self.control.close()
@@ -385,6 +438,7 @@ class Live:
     def forked(self) -> None:
         """In a child: files, threads and events are made anew at its first step."""
         self._pool = self.recorder = self.control = self._metrics = None
+        self._reading = threading.Lock()  # another thread of the parent's may have held it
 
 
 def _label(arms: dict[str, str]) -> str:

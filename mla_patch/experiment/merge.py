@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mla_patch.experiment.record import FORMAT, KINDS, OLD, SUFFIX, TYPES, Error, Note, Row, Timing
+from mla_patch.experiment.record import DRAFT, FORMAT, KINDS, OLD, SUFFIX, TYPES, Error, Note, Row, Timing
 
 
 @dataclass
@@ -66,7 +66,7 @@ def _take(log: Log | None, line: str) -> Log | None:
         value = json.loads(text) if line.endswith("\n") else None  # the last one, torn
     except ValueError:
         value = None
-    if isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value.get("rank"), int):
+    if isinstance(value, dict) and _is_header(value):
         return log or Log(value)
     if log is None:
         return None
@@ -77,6 +77,13 @@ def _take(log: Log | None, line: str) -> Log | None:
     else:
         log.damaged += 1
     return log
+
+
+def _is_header(value: dict[str, Any]) -> bool:
+    """What is read of it later is there in its type, or not there."""
+    types: dict[str, Any] = {"run": str, "started": (int, float), "tolerance": dict}
+    fits = all(isinstance(value[name], kind) for name, kind in types.items() if name in value)
+    return value.get("format") == FORMAT and isinstance(value.get("rank"), int) and fits
 
 
 def _fits(value: list[Any]) -> bool:
@@ -102,7 +109,7 @@ def merge(run: str, logs: Iterable[Log]) -> Merged:
     logs = sorted(logs, key=lambda log: log.header["rank"])
     merged = Merged(run, ranks=[log.header["rank"] for log in logs])
     merged.header = logs[0].header if logs else {}
-    arms: dict[tuple[int, str], str] = {}
+    arms: dict[tuple[int, str, bool], str] = {}  # step, feature, whether of a draft model -> arm
     differed: set[int] = set()
     for log in logs:
         merged.damaged += log.damaged
@@ -112,7 +119,7 @@ def merge(run: str, logs: Iterable[Log]) -> Merged:
                 merged.errors.append(row)
             elif isinstance(row, Note):
                 merged.notes.append(row)
-            elif arms.setdefault((row.step, row.feature), row.arm) != row.arm:
+            elif arms.setdefault((row.step, row.feature, row.bucket.startswith(DRAFT)), row.arm) != row.arm:
                 differed.add(row.step)  # of one feature: no comparison can use the step
     lowest = logs[0].rows if logs else []
     merged.timings = [row for row in lowest if isinstance(row, Timing) and row.step not in differed]

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, get_type_hints
 log = logging.getLogger("mla_patch")
 FORMAT = 1
 SUFFIX, OLD = ".steps.jsonl", ".steps.old.jsonl"
+DRAFT = "draft"  # how the buckets of draft models' decodes begin
 INTERVAL = 0.25  # seconds between two writes
 
 
@@ -72,8 +73,9 @@ _LETTERS = {kind: letter for letter, kind in KINDS.items()}
 def bucket(mode: str, batch: int, context: int) -> str:
     """The class of steps that a step is compared within: ``graph/16/8192``.
 
-    ``mode`` is ``graph``, ``eager`` or ``prefill``, which are never mixed. ``batch`` and ``context`` (the longest
-    or the mean, always the same one) go up to the next power of two, as graphs' batch sizes mostly do by themselves.
+    ``mode`` is ``graph``, ``eager`` or ``prefill``, for a draft model's decode ``draft`` (all its steps in one graph)
+    or ``draft-eager`` (one step); they are never mixed. ``batch`` and ``context`` (the mean of the requests') go up to
+    the next power of two, as graphs' batch sizes mostly do by themselves.
     """
     return f"{mode}/{1 << max(batch - 1, 0).bit_length()}/{1 << max(context - 1, 0).bit_length()}"
 
@@ -87,18 +89,26 @@ class Recorder:
         self.header = {"format": FORMAT, **header}
         self.limit = limit
         self.capacity = capacity
-        self.lost = 0  # rows that no file will have
-        self._told = 0  # what the file says of it
+        self._refused = 0  # rows for which the queue had no room: counted on the step path
+        self._gone = 0  # rows that could not be written, or were and are gone: counted by the writer
+        self._told = 0  # what the file says of both
         self._queue: deque[Row] = deque()
         self._file = -1
         self._size = self._rows = 0
         self._complained = False
         self._lock = threading.Lock()
-        self._start()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mla-patch-steps", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> int:
+        """Rows that no file will have."""
+        return self._refused + self._gone
 
     def add(self, row: Row) -> None:
         if len(self._queue) >= self.capacity:
-            self.lost += 1
+            self._refused += 1
         else:
             self._queue.append(row)
 
@@ -109,29 +119,14 @@ class Recorder:
             try:
                 self._write(rows)
             except Exception as problem:
-                self.lost += len(rows)
+                self._gone += len(rows)
                 self._close()
                 if not self._complained:
                     self._complained = True
                     log.warning("mla-patch: experiment rows are lost, %s: %s", self.path, problem)
 
-    def restart(self) -> None:
-        """In a forked child: another process, another file, and no thread yet."""
-        self._queue.clear()
-        self._lock = threading.Lock()
-        self._close()
-        self.lost = self._told = 0
-        self.header["pid"] = os.getpid()
-        self.path = self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}-{os.getpid()}{SUFFIX}")
-        self._start()
-
-    def _start(self) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(self._stop,), name="mla-patch-steps", daemon=True)
-        self._thread.start()
-
-    def _run(self, stop: threading.Event) -> None:
-        while not stop.wait(INTERVAL):
+    def _run(self) -> None:
+        while not self._stop.wait(INTERVAL):
             self.flush()
 
     def close(self) -> None:
@@ -144,7 +139,7 @@ class Recorder:
 
     def _write(self, rows: list[Row]) -> None:
         if self._file >= 0 and not self._still_there():
-            self.lost += self._rows
+            self._gone += self._rows
             self._close()
         if not rows and self._told == self.lost:
             return

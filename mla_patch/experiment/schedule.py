@@ -42,6 +42,7 @@ class Plan:
     seed: int = 0
     warmup: int = 128  # steps on the first arm before the first block
     arms: tuple[str, ...] = (HOST, PATCH)
+    draft: bool = False  # draft models' decode steps run the arm, too
     start: int = 0  # step from which warmup counts; earlier ones run the first arm
     salt: str = ""  # the feature's name: features under test at the same time get independent orders
 
@@ -158,6 +159,7 @@ _AB: dict[str, _Key] = {
         lambda v: len(v) > 1 and len(set(v)) == len(v) and all(v),
         "two or more different names joined by +, such as host+patch",
     ),
+    "draft": (lambda text: {"1": True, "0": False}[text], lambda v: True, "1 or 0"),
 }
 _SHADOW: dict[str, _Key] = {
     "every": (int, lambda v: v >= 1, "a whole number, 1 or more"),
@@ -165,35 +167,35 @@ _SHADOW: dict[str, _Key] = {
 }
 
 
-def parse_ab(text: str) -> Plan:
-    """``MLA_PATCH_AB``'s value; what it leaves out keeps its default.
+def parse_ab(text: str, arms: tuple[str, ...] = (HOST, PATCH)) -> Plan:
+    """``MLA_PATCH_AB``'s value; ``arms`` are those of a text that names none.
 
     Raises:
         ValueError: names the key, what was found and what is accepted.
     """
-    return Plan(**_parse("MLA_PATCH_AB", text, _AB))
+    return Plan(**{"arms": arms} | _parse(text, _AB))
 
 
 def parse_shadow(text: str) -> Sampling:
     """``MLA_PATCH_SHADOW``'s value, as `parse_ab`."""
-    return Sampling(**_parse("MLA_PATCH_SHADOW", text, _SHADOW))
+    return Sampling(**_parse(text, _SHADOW))
 
 
-def _parse(variable: str, text: str, keys: dict[str, _Key]) -> dict[str, Any]:
+def _parse(text: str, keys: dict[str, _Key]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, raw = (piece.strip() for piece in part.partition("="))
         if key not in keys:
             close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{variable}: {key!r} is not one of {', '.join(keys)}{hint}")
+            raise ValueError(f"{key!r} is not one of {', '.join(keys)}{hint}")
         if key in values:
-            raise ValueError(f"{variable}: {key} is given twice")
+            raise ValueError(f"{key} is given twice")
         read, good, accepted = keys[key]
         try:
             values[key] = read(raw)
             if not good(values[key]):
                 raise ValueError
-        except ValueError:
-            raise ValueError(f"{variable}: {key}={raw}: expected {accepted}") from None
+        except (ValueError, KeyError):
+            raise ValueError(f"{key}={raw}: expected {accepted}") from None
     return values

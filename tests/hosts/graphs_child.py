@@ -3,7 +3,8 @@
     python graphs_child.py RELEASE OUT.json    with the release on PYTHONPATH, MLA_PATCH=1, MLA_PATCH_DECODE=ab+shadow
 
 torch's graphs are stood in for, and what surrounds them in the runner: its buffers, its distributed state. Its model
-decodes one layer through the release's own Triton backend. Judges nothing: it writes down what it saw.
+decodes one layer through the release's own Triton backend; after each step EAGLE's own runner drafts. Judges nothing:
+it writes down what it saw.
 """
 
 import contextlib
@@ -25,8 +26,10 @@ import mla_patch.startup
 mla_patch.startup.start()
 
 BY_SIZE = "sglang.srt.model_executor.cuda_graph_runner"
+EAGLE = "sglang.srt.speculative.eagle_draft_cuda_graph_runner"
 BY_KEY = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
 STEPS = 48
+CODES = ("host", "patch", "shadow")
 SIZES = (4, 8)
 
 
@@ -78,6 +81,9 @@ class Graph:
     def replay(self) -> None:
         pass
 
+    def pool(self) -> Any:
+        return 0, 1
+
 
 @contextlib.contextmanager
 def recording(*args: Any, **kwargs: Any) -> Any:
@@ -88,21 +94,16 @@ def recording(*args: Any, **kwargs: Any) -> Any:
         Graph.open = False
 
 
-def build(release: str, module: Any, live: Any) -> Any:
+def build(owner: type, live: Any, layer: Any) -> Any:
     """A runner whose __init__ has not run, with what its methods read."""
     import torch
 
-    from mla_patch.compat import sglang_trial
-
-    owner = getattr(module, "CudaGraphRunner", None) or module.DecodeCudaGraphRunner
-    layer = sglang_trial.DecodeTrial("float16", lens=(3, 2))
     logits = importlib.import_module("sglang.srt.layers.logits_processor").LogitsProcessorOutput
-    codes = {"host": 0, "patch": 1, "shadow": 2}
 
     def forward(input_ids: Any, positions: Any, forward_batch: Any, **kwargs: Any) -> Any:
         arm = live.trials["decode"].arm
         layer.decode()
-        return logits(next_token_logits=torch.full((8, 1), codes[arm]), hidden_states=None)
+        return logits(next_token_logits=torch.full((8, 1), CODES.index(arm)), hidden_states=None)
 
     class Runner(owner):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
@@ -139,7 +140,7 @@ def build(release: str, module: Any, live: Any) -> Any:
         is_current_stream_capturing=lambda: False,
     )
     runner.layer, runner.forward_, runner.warmup, runner.model_context = layer, forward, Nothing(), Nothing()
-    if owner.__name__ != "CudaGraphRunner":
+    if hasattr(owner, "capture_one_shape"):
         runner.capture_prepare = lambda size, *args, **kwargs: (holding(batch_size=size), Nothing(), None)
         home = importlib.import_module("sglang.srt.model_executor.runner_backend.full_cuda_graph_backend")
         runner.backend = object.__new__(home.FullCudaGraphBackend)
@@ -148,6 +149,27 @@ def build(release: str, module: Any, live: Any) -> Any:
             _tp_group=Nothing(), _capture_stream=None, _memory_saver_adapter=None, _precarve=Nothing(),
             _reuse_output_buffer=False, _output_buffer=None,
         )  # fmt: skip
+    return runner
+
+
+def build_eagle(owner: type, live: Any, layer: Any, draft: Any) -> Any:
+    """EAGLE's: all it has of its own is what goes in and the worker that drafts, here one token."""
+    import torch
+
+    runner = build(owner, live, layer)
+    runner.model_runner.is_draft_worker = True
+    ours = {name: torch.zeros(64, dtype=torch.int64) for name in ("extend_seq_lens", "topk_index")}
+    ours |= {"topk_p": torch.zeros(64), "hidden_states": torch.zeros(64, 8)}
+    ours |= dict.fromkeys(("draft_probs", "dsa_seed_topk", "sampling_seed"))
+    vars(runner.buffers).update(ours)
+    vars(runner).update(vars(runner.buffers))  # to 0.5.10 they were the runner's own
+    vars(runner).update(
+        speculative_num_steps=1, topk=1, temperatures=torch.zeros(64, 1), top_ks=torch.zeros(64, dtype=torch.int32),
+        extend_seq_lens_cpu=[1] * 64, require_mlp_tp_gather=False, require_gathered_buffer=False,
+        require_attn_tp_gather=False,
+    )  # fmt: skip
+    runner.eagle_worker = holding(draft_forward=draft, speculative_num_steps=1)
+    runner.model_runner.draft_attn_backend = runner.draft_attn_backend = Nothing()
     return runner
 
 
@@ -172,6 +194,7 @@ def around(module: Any, runner: Any) -> contextlib.ExitStack:
         "device_timer_ctx": lambda *args: contextlib.nullcontext(), "graph_pool_replay_scope": Nothing(),
         "get_schedule": Nothing(), "enable_num_token_non_padded": lambda *args: False,
         "DpPaddingMode": Nothing(), "TorchMemorySaverAdapter": Nothing(),
+        "get_spec": lambda: holding(speculative_use_rejection_sampling=True),
     }  # fmt: skip
     homes = [module, *([sys.modules[type(runner.backend).__module__]] if type(runner.backend) is not Nothing else [])]
     for home in homes:
@@ -190,7 +213,8 @@ def main(release: str, out: str) -> None:
 
     from mla_patch.compat import gpu
 
-    torch.cuda.CUDAGraph = Graph  # type: ignore[misc]
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, recording  # type: ignore[misc]
+    torch.cuda.synchronize = lambda *args: None  # type: ignore[assignment]
     gpu.capturing = lambda: Graph.open
     model_runner = importlib.import_module("sglang.srt.model_executor.model_runner")
     try:
@@ -200,17 +224,19 @@ def main(release: str, out: str) -> None:
     seen: dict[str, Any] = {"release": release}
     live = mla_patch.startup._get_session().live
     assert live is not None
-    runner = build(release, module, live)
+    layer = sglang_trial.DecodeTrial("float16", lens=(3, 2))
+    small = sglang_trial.DecodeTrial("float16", lens=(1,), heads=2)  # the draft model's: quick
+    runner = build(getattr(module, "CudaGraphRunner", None) or module.DecodeCudaGraphRunner, live, layer)
     row = lambda: next(r for r in mla_patch.report()["features"] if r["name"] == "decode")  # noqa: E731
     seen["feature"] = row()
 
-    def keys() -> list[str]:
+    def keys(runner: Any) -> list[str]:
         found = runner.graphs or getattr(runner.backend, "_graphs", {})
         return [f"{getattr(key, 'size', key)}{getattr(key, 'variant_label', None) or ''}" for key in found]
 
     with around(module, runner):
         runner.capture()
-        seen |= {"graphs": Graph.made, "keys": keys(), "captured": row()["captured"]}
+        seen |= {"graphs": Graph.made, "keys": keys(runner), "captured": row()["captured"]}
         seen["labels"] = live.labels()
 
         class Target(model_runner.ModelRunner):
@@ -225,6 +251,8 @@ def main(release: str, out: str) -> None:
                 return Nothing()
 
             def _forward_raw(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+                if self.is_draft_worker:
+                    return SimpleNamespace(logits=small.decode(), can_run_graph=False, expert_distribution_metrics=None)
                 replay = getattr(runner, "replay", None) if hasattr(type(runner), "replay") else runner.execute
                 return SimpleNamespace(
                     logits=replay(forward_batch), can_run_graph=True, expert_distribution_metrics=None
@@ -245,8 +273,25 @@ def main(release: str, out: str) -> None:
             forward_mode=mode, batch_size=3, seq_lens_sum=99, input_ids=torch.zeros(3, dtype=torch.int64),
             positions=torch.zeros(3, dtype=torch.int64), lora_ids=None, spec_info=None, out_cache_loc=None,
         )  # fmt: skip
-        names = ("host", "patch", "shadow")
-        ran = []
+        # four requests, so that the runner pads nothing
+        parts = ("input_ids", "positions", "seq_lens", "seq_lens_cpu", "req_pool_indices", "out_cache_loc")
+        given = {name: torch.zeros(4, dtype=torch.int64) for name in parts}
+        info = holding(num_tokens_per_req=1, topk_p=torch.zeros(4), topk_index=torch.zeros(4, dtype=torch.int64))
+        info.hidden_states, info.draft_probs, info.dsa_topk_indices = torch.zeros(4, 8), None, None
+        spoken = holding(
+            forward_mode=mode, batch_size=4, seq_lens_sum=132, spec_info=info, mrope_positions=None,
+            sampling_info=holding(is_all_greedy=True, temperatures=torch.zeros(4, 1), top_ks=torch.zeros(4)),
+            rids_int=None, bootstrap_room_ids_int=None, **given,
+        )  # fmt: skip
+        drafter = Target()
+        drafter.is_draft_worker = True
+
+        def draft(forward_batch: Any) -> Any:
+            arm = live.trials["decode"].arm
+            drafter.forward(forward_batch)
+            return tuple(torch.full((8, 1), CODES.index(arm)) for _ in range(3))
+
+        ran, drafted = [], []
         context = holding(moe=holding(elastic_ep_backend=None))
         outer = sys.modules[model_runner.ModelRunner.__module__]
         with contextlib.ExitStack() as stack:
@@ -259,9 +304,21 @@ def main(release: str, out: str) -> None:
             ):
                 if hasattr(outer, name):
                     stack.enter_context(mock.patch.object(outer, name, context))
+            home = importlib.import_module(EAGLE)
+            seen["eagle graphs"] = {}
+            for name, asked in (("not asked", False), ("asked", True)):
+                live.draft = asked
+                eagle = build_eagle(home.EAGLEDraftCudaGraphRunner, live, layer, draft)
+                stack.enter_context(around(home, eagle))
+                made = Graph.made
+                eagle.capture()
+                seen["eagle graphs"][name] = Graph.made - made
+            seen["eagle keys"] = keys(eagle)
+            replay = eagle.replay if "replay" in vars(home.EAGLEDraftCudaGraphRunner) else eagle.execute
             for _ in range(STEPS):
                 output = target.forward(batch)
-                ran.append(names[int(output.logits.next_token_logits[0, 0])])
+                ran.append(CODES[int(output.logits.next_token_logits[0, 0])])
+                drafted.append(CODES[int(replay(spoken)[0][0, 0])])
         # a draft model's runner is captured as the host does it
         made = Graph.made
         runner.model_runner.is_draft_worker = True
@@ -269,7 +326,7 @@ def main(release: str, out: str) -> None:
         runner.capture()
         seen["draft graphs"] = Graph.made - made
     live.close()
-    seen |= {"ran": ran, "row": row(), "cuda initialized": torch.cuda.is_initialized()}
+    seen |= {"ran": ran, "drafted": drafted, "row": row(), "cuda initialized": torch.cuda.is_initialized()}
     Path(out).write_text(json.dumps(seen, indent=1))
 
 

@@ -14,7 +14,6 @@ from packaging.version import Version
 from mla_patch.compat import sglang_graphs
 from mla_patch.compat.sglang_fetch import fetch
 from mla_patch.experiment import merge
-from mla_patch.experiment.record import Timing
 from mla_patch.experiment.schedule import Plan, Sampling, Schedule
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
@@ -30,7 +29,7 @@ def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "",
         "MLA_PATCH": "1",
         "MLA_PATCH_DECODE": "ab+shadow",
-        "MLA_PATCH_AB": "block=2,warmup=0",
+        "MLA_PATCH_AB": "block=2,warmup=0,draft=1",
         "MLA_PATCH_SHADOW": "every=8,tolerance=0.02",
         "MLA_PATCH_REPORT": str(report),
         "PYTHONPATH": os.pathsep.join(map(str, fetch(release))),
@@ -42,33 +41,43 @@ def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
     assert out.exists(), done.stdout + done.stderr
     seen = json.loads(out.read_text())
 
-    # two sizes, three arms; a draft model's runner is left alone
+    # two sizes, three arms; a draft model's runner of another kind is left alone
     assert (seen["graphs"], seen["draft graphs"]) == (6, 2)
+    # EAGLE's is, unless it is asked for; 0.5.23 captures each size for sampled and for greedy drafts
+    variants = 2 if Version(release) >= Version("0.5.23") else 1
+    assert seen["eagle graphs"] == {"not asked": 2 * variants, "asked": 6 * variants}
     assert seen["labels"] == ["decode=patch", "shadow"]
     assert seen["captured"] == 4  # one layer: ours in two arms of each size
     if Version(release) < Version("0.5.14"):
-        assert seen["keys"] == ["8", "4"]
+        assert seen["keys"] == seen["eagle keys"] == ["8", "4"]
     else:
         assert seen["keys"] == ["8", "8+decode=patch", "8+shadow", "4", "4+decode=patch", "4+shadow"]
+        kinds = ("", "greedy") if variants == 2 else ("",)
+        arms = ("", "+decode=patch", "+shadow")
+        assert seen["eagle keys"] == [f"{size}{kind}{arm}" for size in (8, 4) for arm in arms for kind in kinds]
     told = [line for line in done.stderr.splitlines() if "mla-patch: " in line]
-    assert len(told) == 2, told
+    assert len(told) == 4, told
     assert "captured 2 more times (decode=patch; shadow)" in told[0]
-    assert "captured 2 graphs of the host's arm in" in told[1] and ", 4 of other arms in" in told[1]
+    assert "CUDA graph of the draft model is captured 2 more times (decode=patch; shadow)" in told[2]
+    for line in (told[1], told[3]):
+        assert "captured 2 graphs of the host's arm in" in line and ", 4 of other arms in" in line
 
     schedule, sampling = Schedule(Plan(block=2, warmup=0, salt="decode")), Sampling(8)
     count = range(1, len(seen["ran"]) + 1)
     want = ["shadow" if sampling.due(step) else schedule.turn(step).arm for step in count]
     assert seen["ran"] == want and set(want) == {"host", "patch", "shadow"}
+    assert seen["drafted"] == want
     row = seen["row"]
     assert (row["state"], row["declined"]) == ("applied", {})
-    assert row["replayed"] == len(want) - want.count("host")
+    assert row["replayed"] == 2 * (len(want) - want.count("host"))
     assert not seen["cuda initialized"]
 
     ((run,), problems) = merge.read_runs(report)
     assert problems == []
-    rows = [timing for timing in run.timings if isinstance(timing, Timing)]
-    assert [timing.arm for timing in rows] == [arm for arm in want if arm != "shadow"]
-    assert {timing.bucket for timing in rows} == {"graph/4/64"}
+    for bucket in ("graph/4/64", "draft/4/64"):
+        rows = [timing for timing in run.timings if timing.bucket == bucket]
+        assert [timing.arm for timing in rows] == [arm for arm in want if arm != "shadow"]
+    assert {timing.bucket for timing in run.timings} == {"graph/4/64", "draft/4/64"} and run.differed == 0
 
 
 def methods(path: Path, owner: str) -> dict[str, list[str]]:
@@ -106,3 +115,16 @@ def test_every_release_has_what_the_edits_change(release: str) -> None:
         key = (home / "runner" / "shape_key.py").read_text()
         assert "@dataclass(frozen=True)\nclass ShapeKey" in key and "variant_label: Optional[str] = None" in key
     assert own["capture"] == ["self"]
+
+    # a draft model's runner captures with the same loop, and brings what differs
+    path = home.parent / "speculative" / "eagle_draft_cuda_graph_runner.py"
+    source, own = path.read_text(), methods(path, "EAGLEDraftCudaGraphRunner")
+    if Version(release) < Version("0.5.14"):
+        assert (
+            own["capture_one_batch_size"][:3] == ["self", "num_seqs", "forward"] and own["replay"][1] == "forward_batch"
+        )
+        assert "CudaGraphRunner.capture(self)" in source and "output_buffers[bs]" in source
+    else:
+        assert own["capture_one_shape"][:3] == ["self", "size", "forward"] and own["execute"][1] == "forward_batch"
+        assert "class EAGLEDraftCudaGraphRunner(DecodeCudaGraphRunner)" in source
+        assert "_make_graph_key" in own and "capture" not in own
