@@ -3,8 +3,8 @@
     python bench/sparse_prefill.py [--sweep] [--rounds N] [--json OUT]      needs a GPU
 
 Peers, where they can be had: `flash_mla` and `sgl_kernel.flash_mla`. A peer that is missing, or refuses a case, is
-named with the reason. Every arm is first checked against float64 (eight queries, the first and the last among them; all
-others must be finite), and only then timed: CUDA-graph replay, median, arms of a case in turn.
+named with the reason. Every arm is first checked against float64 (at most eight queries, the first and the last among
+them; all others must be finite), and only then timed: CUDA-graph replay, median, arms of a case in turn.
 
 `sparse_prefill` is an arm for the peers' measuring script.
 """
@@ -12,11 +12,8 @@ others must be finite), and only then timed: CUDA-graph replay, median, arms of 
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
-import math
-import statistics
 import sys
 import types
 from collections.abc import Callable
@@ -25,7 +22,11 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # peers lies beside this file, which a measuring script loads by its path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
+
+import peers
+from peers import Call
 
 from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_ref, sparse_prefill_config
 
@@ -38,16 +39,18 @@ CASES = [
     (4096, 131072, 128, 1152, 512),
     (4096, 32768, 16, 2048, 576),
 ]
-Call = Callable[[], Any]
 
 
 def make_case(queries: int, rows: int, heads: int, topk: int, width: int) -> types.SimpleNamespace:
-    return types.SimpleNamespace(
+    case = types.SimpleNamespace(
         q=torch.randn(queries, heads, width, device=DEVICE, dtype=torch.bfloat16),
         kv=torch.randn(rows, 1, width, device=DEVICE, dtype=torch.bfloat16),
         indices=torch.randint(0, rows, (queries, 1, topk), device=DEVICE, dtype=torch.int32),
-        sm_scale=width**-0.5, flops=2 * queries * heads * topk * (width + 512),
+        sm_scale=width**-0.5, flops=2 * queries * heads * topk * (width + 512), picks=peers.pick(queries),
     )  # fmt: skip
+    picks = case.picks.to(DEVICE)
+    case.want = mla_sparse_prefill_ref(case.q[picks], case.kv, case.indices[picks], case.sm_scale)[0]
+    return case
 
 
 def ours(case: Any, config: dict[str, int] | None = None) -> Call:
@@ -62,32 +65,10 @@ def sparse_prefill(case: Any) -> tuple[Call, Any]:
 
 def peer(module: str) -> Callable[[Any], Call]:
     def make(case: Any) -> Call:
-        package = importlib.import_module(module)
+        package = peers.package(module)
         return lambda: package.flash_mla_sparse_fwd(case.q, case.kv, case.indices, case.sm_scale)
 
     return make
-
-
-def error(case: Any, result: Any) -> float:
-    """The worst of eight queries, relative to the definition's norm."""
-    out = result[0]
-    assert torch.isfinite(out).all(), "not every row is finite"
-    worst = 0.0
-    for s in (0, len(out) - 1, *torch.randint(0, len(out), (6,)).tolist()):
-        one = slice(s, s + 1)
-        want = mla_sparse_prefill_ref(case.q[one], case.kv, case.indices[one], case.sm_scale)[0]
-        worst = max(worst, float((out[one].double() - want).norm() / want.norm()))
-    return worst
-
-
-def time_ms(call: Call, rep: int) -> float:
-    from triton.testing import do_bench, do_bench_cudagraph
-
-    try:
-        return do_bench_cudagraph(call, rep=rep, return_mode="median")
-    except Exception:  # a peer that cannot be captured is timed by events instead
-        torch.cuda.synchronize()
-        return do_bench(call, rep=rep, return_mode="median")
 
 
 def configs(heads: int) -> dict[str, dict[str, int]]:
@@ -101,26 +82,6 @@ def configs(heads: int) -> dict[str, dict[str, int]]:
     return found
 
 
-def measure(case: Any, arms: dict[str, Callable[[Any], Call]], rounds: int, rep: int) -> dict[str, Any]:
-    """{arm: ms per round, error}, or why an arm has none."""
-    ready, table = {}, {}
-    for name, make in arms.items():
-        try:
-            call = make(case)
-            wrong = error(case, call())
-            if not wrong < 0.02:
-                raise RuntimeError(f"error {wrong}")
-        except Exception as problem:
-            table[name] = {"refused": f"{type(problem).__name__}: {problem}".splitlines()[0][:160]}
-            continue
-        ready[name] = call
-        table[name] = {"error": wrong, "ms": []}
-    for _ in range(rounds):
-        for name, call in ready.items():
-            table[name]["ms"].append(time_ms(call, rep))
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="our launch numbers instead of peers")
@@ -128,34 +89,22 @@ def main() -> None:
     parser.add_argument("--rep", type=int, default=40, help="milliseconds of replay per figure")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    import triton
-
-    properties = torch.cuda.get_device_properties(0)
-    print(properties.name, "torch", torch.__version__, "triton", triton.__version__)
+    versions = peers.versions()
+    print(*versions.values())
     torch.manual_seed(0)
     rows = []
     for queries, count, heads, topk, width in CASES:
         case = make_case(queries, count, heads, topk, width)
-        arms: dict[str, Callable[[Any], Call]] = {"ours": ours}
+        arms: peers.Arms = {"ours": ours}
         if args.sweep:
             for name, config in configs(heads).items():
                 arms[name] = lambda case, config=config: ours(case, config)
         else:
             arms |= {"flash_mla": peer("flash_mla"), "sgl_kernel": peer("sgl_kernel.flash_mla")}
-        table = measure(case, arms, args.rounds, args.rep)
         title = f"queries {queries} rows {count} heads {heads} topk {topk} width {width}"
-        print(f"{title}   default {sparse_prefill_config(heads, (properties.major, properties.minor))}")
-        for name, row in sorted(table.items(), key=lambda item: statistics.median(item[1].get("ms") or [math.inf])):
-            if "refused" in row:
-                print(f"    {name:28s} {row['refused']}")
-                continue
-            ms = statistics.median(row["ms"])
-            spread = (max(row["ms"]) - min(row["ms"])) / ms
-            print(f"    {name:28s} {ms:8.3f} ms  spread {spread:.1%}  error {row['error']:.5f}  "
-                  f"{case.flops / ms * 1e-9:5.0f} TFLOP/s", flush=True)  # fmt: skip
-        rows.append({"case": title, "flops": case.flops, "arms": table})
+        table = peers.measure(case, arms, args.rounds, args.rep)
+        rows.append(peers.show(f"{title}   default {sparse_prefill_config(heads, peers.capability())}", case, table))
     if args.json:
-        versions = {"gpu": properties.name, "torch": torch.__version__, "triton": triton.__version__}
         args.json.write_text(json.dumps(versions | {"rows": rows}, indent=1))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from mla_patch import flash_mla
 from mla_patch.compat import sglang_flash_mla as compat
@@ -55,8 +56,9 @@ LENGTHS = {"topk_length": torch.zeros(2, dtype=torch.int32)}
 
 def kept(arguments: dict[str, Any], version: str = "0.5.13") -> str | None:
     """Why the host keeps a call, or None."""
-    last = targets(version, "flash_mla_with_kvcache")[-1 if version >= "0.5.13" or version == "0.5.4" else 0]
-    return hook.declines_kvcache(last.bind(**arguments))
+    last = Version(version) >= Version("0.5.13") or version == "0.5.4"
+    one = targets(version, "flash_mla_with_kvcache")[-1 if last else 0]
+    return hook.declines_kvcache(one.bind(**arguments))
 
 
 OWN = "the host's own CUDA operator serves it"

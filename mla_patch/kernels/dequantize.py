@@ -19,6 +19,7 @@ from mla_patch.compat.triton import CompileCase, interpreted, watch_compiles
 from mla_patch.kernels.layouts import LAYOUTS, V4, V32, Pages, pages_of
 
 _INTERPRETED = interpreted()
+_PLAIN = tl.constexpr(_INTERPRETED)
 
 
 @triton.jit
@@ -41,6 +42,22 @@ def round_bf16(x):
     bits = x.to(tl.int32, bitcast=True)
     up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(x != x, 0x7FC0, up).to(tl.int16)
+
+
+@triton.jit
+def rounded(x, kind: tl.constexpr):
+    """float32 in another type, rounded to the nearest, where an interpreter would cut bfloat16 off."""
+    if _PLAIN and kind == tl.bfloat16:
+        return round_bf16(x).to(tl.bfloat16, bitcast=True)
+    return x.to(kind)
+
+
+@triton.jit
+def operand(x):
+    """What an interpreter can multiply: its bfloat16 products are wrong."""
+    if _PLAIN:
+        return x.to(tl.float32)
+    return x
 
 
 @triton.jit(do_not_specialize=["slots_end"], do_not_specialize_on_alignment=["out", "slots"])

@@ -39,11 +39,11 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.dequantize import dequantize_ref, round_bf16
+from mla_patch.kernels.dequantize import dequantize_ref, operand, rounded
 from mla_patch.kernels.layouts import V4, V32, Pages, new_pages, pages_of
 
 _INTERPRETED = interpreted()
-_PLAIN = tl.constexpr(_INTERPRETED)  # the interpreter knows no assembler, and its bfloat16 products are wrong
+_PLAIN = tl.constexpr(_INTERPRETED)  # the interpreter knows no assembler
 
 # how keys are stored
 DENSE, DENSE_E4M3, SPARSE_V32, SPARSE_V4 = 0, 1, 2, 3
@@ -124,22 +124,6 @@ def _query_kernel(q, halves, units, H, Sq, q_b, q_s, q_h, NOPE: tl.constexpr, BL
     place = line.to(tl.int64) * H + head
     tl.store(halves + place[:, None] * 512 + d[None, :], (x / unit[:, None]).to(tl.float16), mask=(head < H)[:, None])
     tl.store(units + place, unit, mask=head < H)
-
-
-@triton.jit
-def _rope_operand(x):
-    """bfloat16, which an interpreter cannot multiply."""
-    if _PLAIN:
-        return x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _as(x, kind: tl.constexpr):
-    """float32 in the output's type, rounded to the nearest, where an interpreter would cut bfloat16 off."""
-    if _PLAIN and kind == tl.bfloat16:
-        return round_bf16(x).to(tl.bfloat16, bitcast=True)
-    return x.to(kind)
 
 
 @triton.jit
@@ -229,7 +213,7 @@ def _attend(
             s = s * scale
         else:
             s = s * unit[:, None] * own[None, :]
-            s = tl.dot(qr, _rope_operand(kr).T, s)
+            s = tl.dot(qr, operand(kr).T, s)
             s = s * scale + tl.log2(own)[None, :]
         s = tl.where(known[None, :], s, -float("inf"))
         top = tl.maximum(m, tl.max(s, 1))
@@ -371,7 +355,7 @@ def _sparse_kernel(
     else:
         qr = query
     if KIND >= 2:
-        qr = _rope_operand(qr)
+        qr = operand(qr)
     m = tl.full([BLOCK_H], -float("inf"), tl.float32)
     weights = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_H, 512], tl.float32)
@@ -414,9 +398,9 @@ def _sparse_kernel(
         tl.store(lse + at * lse_b + s.to(tl.int64) * lse_s + head.to(tl.int64) * lse_h, natural, mask=is_head)
         to = out + (line.to(tl.int64) * H + head[:, None]) * 512
     kind = to.dtype.element_ty
-    tl.store(to + d, _as(acc * factor, kind), mask=mask & (d < NOPE))
+    tl.store(to + d, rounded(acc * factor, kind), mask=mask & (d < NOPE))
     if KIND == 3:
-        tl.store(to + NOPE + tl.arange(0, 64)[None, :], _as(acc_rope * factor, kind), mask=mask)
+        tl.store(to + NOPE + tl.arange(0, 64)[None, :], rounded(acc_rope * factor, kind), mask=mask)
 
 
 _MERGE = {"SPLITS": 256, "BLOCK_S": 8, "num_warps": 4}  # one for any number of splits
@@ -467,7 +451,7 @@ def _sparse_merge_kernel(
         weight = tl.exp2(tl.load(partial_lse + place, mask=split < splits, other=-float("inf")) - base)
         part = tl.load(partial + place[:, None] * 512 + d[None, :], mask=(split < splits)[:, None], other=0.0)
         acc += tl.sum(part * weight[:, None], 0)
-    tl.store(out + (line * H + h) * 512 + d, _as(acc * factor, out.dtype.element_ty))
+    tl.store(out + (line * H + h) * 512 + d, rounded(acc * factor, out.dtype.element_ty))
 
 
 def launch(

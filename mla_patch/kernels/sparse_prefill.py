@@ -30,10 +30,9 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.dequantize import round_bf16
+from mla_patch.kernels.dequantize import operand, rounded
 
 _INTERPRETED = interpreted()
-_PLAIN = tl.constexpr(_INTERPRETED)  # an interpreter's bfloat16 products are wrong
 _LN2 = math.log(2.0)
 
 
@@ -50,22 +49,6 @@ def sparse_prefill_config(heads: int, capability: tuple[int, int], interpret: bo
     if capability == (8, 0) and heads > 16:
         return {"BLOCK_H": 64, "BLOCK_N": 32, "STAGES": 5, "num_warps": 8}
     return {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 5, "num_warps": 4}
-
-
-@triton.jit
-def _operand(x):
-    """What an interpreter can multiply."""
-    if _PLAIN:
-        return x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _as(x, kind: tl.constexpr):
-    """float32 in the output's type, rounded to the nearest, where an interpreter would cut bfloat16 off."""
-    if _PLAIN and kind == tl.bfloat16:
-        return round_bf16(x).to(tl.bfloat16, bitcast=True)
-    return x.to(kind)
 
 
 _CHANGING = ["topk", "rows", "sm_scale", "unit", "ids_s"]
@@ -110,10 +93,10 @@ def _sparse_prefill_kernel(
     if lens is not None:
         keys = tl.minimum(tl.maximum(tl.load(lens + s), 0), topk).to(tl.int32)
     source = q + s * q_s + head[:, None].to(tl.int64) * q_h
-    nope = _operand(tl.load(source + d, mask=mask, other=0.0))
+    nope = operand(tl.load(source + d, mask=mask, other=0.0))
     rope = nope
     if ROPE:
-        rope = _operand(tl.load(source + 512 + r, mask=mask, other=0.0))
+        rope = operand(tl.load(source + 512 + r, mask=mask, other=0.0))
     scale = sm_scale * 1.4426950408889634  # exp2 is what the chip has
     m = tl.full([BLOCK_H], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -126,10 +109,10 @@ def _sparse_prefill_kernel(
         known = (row >= 0) & (row < rows)
         # masked, not clamped: an unknown index has no row, and 0 times a stranger's NaN is NaN
         at = kv + tl.where(known, row, 0).to(tl.int64)[:, None] * kv_s
-        k = _operand(tl.load(at + d, mask=known[:, None], other=0.0))
+        k = operand(tl.load(at + d, mask=known[:, None], other=0.0))
         score = tl.dot(nope, k.T)
         if ROPE:
-            score = tl.dot(rope, _operand(tl.load(at + 512 + r, mask=known[:, None], other=0.0)).T, score)
+            score = tl.dot(rope, operand(tl.load(at + 512 + r, mask=known[:, None], other=0.0)).T, score)
         score = tl.where(known[None, :], score * scale, -float("inf"))
         top = tl.maximum(m, tl.max(score, 1))
         base = tl.where(top == -float("inf"), 0.0, top)  # no key so far: -inf - -inf would be NaN
@@ -149,7 +132,7 @@ def _sparse_prefill_kernel(
     tl.store(max_logits + s * H + head, m * unit, mask=is_head)
     tl.store(lse + s * H + head, log * unit, mask=is_head)
     to = out + s * out_s + head[:, None].to(tl.int64) * out_h
-    tl.store(to + d, _as(acc * factor[:, None], out.dtype.element_ty), mask=mask)
+    tl.store(to + d, rounded(acc * factor[:, None], out.dtype.element_ty), mask=mask)
 
 
 def mla_sparse_prefill(
