@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # peers lies beside this file, which a measuring script loads by its path
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # peers: this file may be loaded by its path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
 
 import peers
