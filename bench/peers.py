@@ -7,6 +7,7 @@ outputs. It is computed once, for all arms: in float64 the whole chunk would tak
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import statistics
 import time
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from mla_patch.compat.triton import interpreted
 
 Call = Callable[[], Any]
 Arms = dict[str, Callable[[Any], Call]]
@@ -38,8 +41,8 @@ def error(case: Any, result: Any) -> float:
 
 
 def time_us(call: Call, rep: int) -> float:
-    """Median of CUDA-graph replays over ``rep`` milliseconds; without a GPU, one call by the clock."""
-    if not torch.cuda.is_available():
+    """Median of CUDA-graph replays over ``rep`` milliseconds; under the interpreter, one call by the clock."""
+    if interpreted():
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e6
@@ -99,9 +102,20 @@ def versions() -> dict[str, str]:
     """The machine and what runs on it, for every row."""
     import triton
 
-    gpu = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else "no GPU: times say nothing"
+    gpu = "Triton's interpreter: times say nothing" if interpreted() else torch.cuda.get_device_name()
     return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
 
 
 def capability() -> tuple[int, int]:
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return (0, 0) if interpreted() else torch.cuda.get_device_capability()
+
+
+def configs(heads: int, stages: tuple[int, ...]) -> dict[str, dict[str, int]]:
+    """Launch numbers of attention that are worth a try, beside the default's."""
+    found = {}
+    for block_h, block_n, count, warps in itertools.product((16, 64), (32, 64), stages, (4, 8)):
+        if block_h == 64 and (warps == 4 or heads <= 16):
+            continue  # an accumulator of 512 columns leaves four warps no registers
+        name = f"{block_h}x{block_n} {count} stages {warps} warps"
+        found[name] = {"BLOCK_H": block_h, "BLOCK_N": block_n, "STAGES": count, "num_warps": warps}
+    return found

@@ -117,17 +117,10 @@ def older_ops(case: Any) -> Call:
 
 def configs(heads: int) -> dict[str, dict[str, int]]:
     """Launch numbers that are worth a try, beside the default's."""
-    found = {}
-    for block_n, stages, warps in itertools.product((32, 64), (1, 2, 3), (4, 8)):
-        for block_h in (16, 64) if heads > 16 else (16,):
-            if block_h == 64 and warps == 4:
-                continue  # an accumulator of 512 columns leaves four warps no registers
-            name = f"{block_h}x{block_n} {stages} stages {warps} warps"
-            per_sm = 2 if block_h == 16 and block_n == 32 else 1
-            found[name] = {
-                "BLOCK_H": block_h, "BLOCK_N": block_n, "STAGES": stages, "PER_SM": per_sm, "num_warps": warps,
-            }  # fmt: skip
-    return found
+    return {
+        name: numbers | {"PER_SM": 2 if numbers["BLOCK_H"] == 16 and numbers["BLOCK_N"] == 32 else 1}
+        for name, numbers in peers.configs(heads, (1, 2, 3)).items()
+    }
 
 
 def main() -> None:
