@@ -48,12 +48,14 @@ def check(indices, pages, page_size, capacity, **options):
 
 def test_golden():
     """Pages of 4: slots 9, 8 lie in page 2, slot 21 in page 5, slot 3 in page 0."""
-    indices = ids_of([[9, 21, -1], [3, 24, 8]])
-    rows, named, count = check(indices, 6, 4, 3, base=100)
+    rows, named, count = check(ids_of([[9, 21, -1], [3, 24, 8]]), 6, 4, 3, base=100)
     assert rows.tolist() == [[[105, 109, -1]], [[103, -1, 104]]]
     assert (named.tolist(), count.tolist()) == ([0, 2, 5], [3])
-    # no place for page 5: its token is no key, and the count says so
-    rows, named, count = check(indices, 6, 4, 2)
+
+
+def test_golden_without_a_place_for_one():
+    """Page 5 is past the capacity: its token is no key, and the count says so."""
+    rows, named, count = check(ids_of([[9, 21, -1], [3, 24, 8]]), 6, 4, 2)
     assert rows.tolist() == [[[5, -1, -1]], [[3, -1, 4]]]
     assert (named.tolist(), count.tolist()) == ([0, 2], [3])
 

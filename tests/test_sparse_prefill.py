@@ -332,6 +332,28 @@ def test_paged_heads_and_queries_know_nothing_of_one_another(layout):
     assert got[0][1, 2].isnan().all() and (got[0][3] == 0).all()
 
 
+IN_PLACE = """
+import re
+from mla_patch.compat.triton import compile_case
+from mla_patch.kernels.sparse_decode import compile_cases
+(case,) = [c for c in compile_cases() if c.name == "sparse_prefill sparse V4, 16 heads, True" and 90 in c.targets]
+for line in compile_case(case, 90).asm["ttgir"].splitlines():
+    if re.search(r"(tt.load|async_copy_global_to_local).*x!tt.ptr<f16>", line):
+        print("halves")
+    for name in ("barrier", "scf.for", "tt.store"):
+        if name in line:
+            print(name)
+"""
+
+
+def test_halves_are_read_before_results_take_their_place(run_python):
+    """Once, by all warps, and before anything is stored: the compiler has moved and repeated no load."""
+    done = run_python(IN_PLACE, env={"TRITON_INTERPRET": None}, args=("-W", "ignore"), check=True)
+    lines = done.stdout.split()
+    assert lines[:3] == ["halves", "barrier", "scf.for"] and lines.count("halves") == 1, lines
+    assert lines.count("tt.store") == 4
+
+
 @LAYOUTS
 def test_paged_strided_read_only_and_given(layout):
     case = Paged(layout, queries=4, topk=40, holes=0.2, extra=(2, 33))
