@@ -17,8 +17,8 @@ and lse +inf, whatever the sink.
 One program per query and tile of heads; keys are gathered a tile at a time.
 
 `mla_sparse_prefill_paged` needs no workspace: the same over the pages of an fp8 cache, or of two, by
-`mla_patch.kernels.sparse_decode`'s kernel, which decodes a key once for all heads of its tile. A workspace is decoded
-once for all queries, so it wins where many queries name the same tokens, and costs its bytes.
+`mla_patch.kernels.sparse_decode`'s kernel. It decodes a key for every query that names it; a workspace holds it decoded
+once for all of them.
 """
 
 from __future__ import annotations
