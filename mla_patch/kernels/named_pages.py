@@ -230,7 +230,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     cases = []
     config = named_config()
     block, warps = {"BLOCK": config["BLOCK"]}, config["num_warps"]
-    for page, lens in ((64, None), (2, "*i32"), (61, "*i64")):
+    for page, lens in ((64, None), (61, "*i64")):
         signature = {"places": "*i32", "ids": "*i32"} | dict.fromkeys(_CHANGING, "i32")
         signature |= {"lens": lens} if lens else {}
         constants = block | {"PAGE": page} | ({} if lens else {"lens": None})
