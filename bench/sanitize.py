@@ -15,11 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from mla_patch.kernels.decode import mla_decode, mla_decode_paged, mla_decode_ref
 from mla_patch.kernels.decode_splits import mla_decode_splits, mla_decode_splits_ref
 from mla_patch.kernels.dense_decode import dense_decode, dense_decode_ref
+from mla_patch.kernels.dequantize import dequantize, dequantize_pages
 from mla_patch.kernels.kv_indices import build_page_table, build_token_indices, page_table_ref, token_indices_ref
 from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.kernels.named_pages import name_pages, name_pages_ref
 from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_decode import sparse_decode, sparse_decode_ref
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_ref
+from mla_patch.kernels.sparse_prefill import (
+    mla_sparse_prefill,
+    mla_sparse_prefill_paged,
+    mla_sparse_prefill_paged_ref,
+    mla_sparse_prefill_ref,
+)
 
 
 def kv_indices() -> None:
@@ -114,6 +121,32 @@ def sparse_prefill() -> None:
         assert (got.double() - want).norm() <= 4e-3 * want.norm()
 
 
+def sparse_prefill_paged() -> None:
+    """Straight from pages, and over a workspace with room for a third of what is named."""
+    for layout, heads, queries in ((V32, 3, 7), (V4, 70, 90)):
+        cache, second = new_pages(layout, 9, 64, "cuda"), new_pages(layout, 70, 2, "cuda")
+        for one, slots in ((cache, 576), (second, 140)):
+            quantize(torch.randn(slots, layout.width, device="cuda"), one, torch.arange(slots, device="cuda"))
+        q = (torch.randn(queries, heads, layout.width, device="cuda") / 4).bfloat16()
+        ids = torch.randint(-9, 600, (queries, 1, 130), device="cuda").int()
+        more = torch.randint(-1, 141, (queries, 1, 33), device="cuda").int()
+        lens = torch.randint(0, 140, (queries,), device="cuda").int()
+        options = {"sm_scale": 0.04, "topk_length": lens, "attn_sink": torch.randn(heads, device="cuda")}
+        options |= {"extra_k_cache": second, "extra_indices": more, "extra_topk_length": lens // 4}
+        want = mla_sparse_prefill_paged_ref(q, cache, ids, **options)[0]
+        got = mla_sparse_prefill_paged(q, cache, ids, **options)[0]
+        assert (got.double() - want).norm() <= 4e-3 * want.norm()
+        for one, lists, size in ((cache, ids, 64), (second, more, 2)):
+            room = len(one) // 3
+            rows, named, count = name_pages(lists, len(one), size, room, topk_length=lens)
+            wanted, pages, number = name_pages_ref(lists, len(one), size, room, topk_length=lens)
+            assert rows.tolist() == wanted and count.tolist() == [number] and named[: len(pages)].tolist() == pages
+            kv = torch.zeros(room * size, 1, layout.width, device="cuda", dtype=torch.bfloat16)
+            dequantize_pages(one, named, count, kv)
+            kept = rows >= 0
+            assert torch.equal(kv[rows[kept].long(), 0], dequantize(one, lists[kept]))
+
+
 if __name__ == "__main__":
     kv_indices()
     decode(3)
@@ -121,5 +154,6 @@ if __name__ == "__main__":
     pages_and_splits()
     sparse_and_dense()
     sparse_prefill()
+    sparse_prefill_paged()
     torch.cuda.synchronize()
     print("every launch equals its definition")

@@ -4,19 +4,16 @@
 
 Peers, where they can be had: `flash_mla` (any wheel with the newer API), `sgl_kernel.flash_mla`, and, with --ops, the
 operators of a bare flashmla_ops library, whose older API serves V3.2 alone. A peer that is missing, or refuses a case,
-is named with the reason. Every arm is first checked against float64 on the stored bytes (eight queries drawn at random;
-all others must be finite), and only then timed: CUDA-graph replay, median, arms of a case in turn. The bytes are those
-of the tokens that the indices name, each read once.
+is named with the reason. Every arm is first checked against float64 on the stored bytes (at most eight queries, the
+first and the last among them; all others must be finite), and only then timed: CUDA-graph replay, median, arms of a
+case in turn. The bytes are those of the tokens that the indices name, each read once.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
-import math
-import statistics
 import sys
 import types
 from collections.abc import Callable
@@ -25,7 +22,11 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # peers lies beside this file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
+
+import peers
+from peers import Call
 
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.quantize import quantize
@@ -63,10 +64,17 @@ def make_case(layout: Any, batch: int, heads: int, topk: int, extra: int, contex
         pick = torch.stack([torch.randperm(tokens // batch, device=DEVICE)[:extra] for _ in range(batch)])
         case.options |= {"extra_k_cache": cache, "extra_indices": (begin + pick)[:, None].int().contiguous()}
         case.options |= {"extra_topk_length": torch.full((batch,), extra, dtype=torch.int32, device=DEVICE)}
+    case.picks = peers.pick(batch)
+    case.want = definition(case)
     return case
 
 
-Call = Callable[[], Any]
+def definition(case: Any) -> torch.Tensor:
+    """The picked queries' outputs in float64: [picks, 1, H, 512]."""
+    picks = case.picks.to(case.q.device)
+    whole = ("attn_sink", "extra_k_cache")
+    options = {name: value if name in whole else value[picks] for name, value in case.options.items()}
+    return sparse_decode_ref(case.q[picks], case.cache, case.indices[picks], sm_scale=case.sm_scale, **options)[0]
 
 
 def ours(case: Any, config: dict[str, int] | None = None) -> Call:
@@ -79,7 +87,7 @@ def newer_api(module: str) -> Callable[[Any], Call]:
     """`flash_mla_with_kvcache` of a package, with one FlashMLASchedMeta for all calls, as engines use it."""
 
     def make(case: Any) -> Call:
-        package = importlib.import_module(module)
+        package = peers.package(module)
         meta = package.get_mla_metadata()[0]
         renamed = {"extra_indices": "extra_indices_in_kvcache"}
         options = {renamed.get(name, name): value for name, value in case.options.items()}
@@ -107,65 +115,12 @@ def older_ops(case: Any) -> Call:
     )
 
 
-def error(case: Any, result: Any) -> float:
-    """The worst of eight queries, relative to the definition's norm."""
-    out = result[0]
-    assert torch.isfinite(out).all(), "not every row is finite"
-    worst = 0.0
-    for b in {0, *torch.randint(0, case.batch, (7,)).tolist()}:
-        one = slice(b, b + 1)
-        options = {
-            name: value[one] if name not in ("attn_sink", "extra_k_cache") else value
-            for name, value in case.options.items()
-        }
-        want, _ = sparse_decode_ref(case.q[one], case.cache, case.indices[one], sm_scale=case.sm_scale, **options)
-        worst = max(worst, float((out[one].double() - want).norm() / want.norm()))
-    return worst
-
-
-def time_us(call: Call, rep: int) -> float:
-    from triton.testing import do_bench, do_bench_cudagraph
-
-    try:
-        return do_bench_cudagraph(call, rep=rep, return_mode="median") * 1e3
-    except Exception:  # a peer that cannot be captured is timed by events instead
-        torch.cuda.synchronize()
-        return do_bench(call, rep=rep, return_mode="median") * 1e3
-
-
 def configs(heads: int) -> dict[str, dict[str, int]]:
     """Launch numbers that are worth a try, beside the default's."""
-    found = {}
-    for block_n, stages, warps in itertools.product((32, 64), (1, 2, 3), (4, 8)):
-        for block_h in (16, 64) if heads > 16 else (16,):
-            if block_h == 64 and warps == 4:
-                continue  # an accumulator of 512 columns leaves four warps no registers
-            name = f"{block_h}x{block_n} {stages} stages {warps} warps"
-            per_sm = 2 if block_h == 16 and block_n == 32 else 1
-            found[name] = {
-                "BLOCK_H": block_h, "BLOCK_N": block_n, "STAGES": stages, "PER_SM": per_sm, "num_warps": warps,
-            }  # fmt: skip
-    return found
-
-
-def measure(case: Any, arms: dict[str, Callable[[Any], Call]], rounds: int, rep: int) -> dict[str, Any]:
-    """{arm: us per round, error}, or why an arm has none."""
-    ready, table = {}, {}
-    for name, make in arms.items():
-        try:
-            call = make(case)
-            wrong = error(case, call())
-            if not wrong < 0.02:
-                raise RuntimeError(f"error {wrong}")
-        except Exception as problem:
-            table[name] = {"refused": f"{type(problem).__name__}: {problem}".splitlines()[0][:160]}
-            continue
-        ready[name] = call
-        table[name] = {"error": wrong, "us": []}
-    for _ in range(rounds):
-        for name, call in ready.items():
-            table[name]["us"].append(time_us(call, rep))
-    return table
+    return {
+        name: numbers | {"PER_SM": 2 if numbers["BLOCK_H"] == 16 and numbers["BLOCK_N"] == 32 else 1}
+        for name, numbers in peers.configs(heads, (1, 2, 3)).items()
+    }
 
 
 def main() -> None:
@@ -176,37 +131,25 @@ def main() -> None:
     parser.add_argument("--ops", type=Path, help="a library that registers sgl_kernel's FlashMLA operators")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    import triton
-
-    properties = torch.cuda.get_device_properties(0)
-    print(properties.name, "torch", torch.__version__, "triton", triton.__version__)
+    versions = peers.versions()
+    print(*versions.values())
     torch.manual_seed(0)
     if args.ops:
         torch.ops.load_library(args.ops)
     rows = []
     for layout, batch, heads, topk, extra, context in CASES:
         case = make_case(layout, batch, heads, topk, extra, context)
-        arms: dict[str, Callable[[Any], Call]] = {"ours": ours}
+        arms: peers.Arms = {"ours": ours}
         if args.sweep:
             for name, config in configs(heads).items():
                 arms[name] = lambda case, config=config: ours(case, config)
         else:
             arms |= {"flash_mla": newer_api("flash_mla"), "sgl_kernel": newer_api("sgl_kernel.flash_mla")}
             arms |= {"older operators": older_ops} if args.ops else {}
-        table = measure(case, arms, args.rounds, args.rep)
         title = f"{layout.name} batch {batch} heads {heads} topk {topk}+{extra}"
-        print(f"{title}   default {sparse_config(heads, (properties.major, properties.minor))}")
-        for name, row in sorted(table.items(), key=lambda item: statistics.median(item[1].get("us") or [math.inf])):
-            if "refused" in row:
-                print(f"    {name:28s} {row['refused']}")
-                continue
-            us = statistics.median(row["us"])
-            spread = (max(row["us"]) - min(row["us"])) / us
-            print(f"    {name:28s} {us:8.1f} us  spread {spread:.1%}  error {row['error']:.5f}  "
-                  f"{case.bytes / us * 1e-3:6.0f} GB/s  {case.flops / us * 1e-6:5.0f} TFLOP/s", flush=True)  # fmt: skip
-        rows.append({"case": title, "bytes": case.bytes, "flops": case.flops, "arms": table})
+        table = peers.measure(case, arms, args.rounds, args.rep)
+        rows.append(peers.show(f"{title}   default {sparse_config(heads, peers.capability())}", case, table))
     if args.json:
-        versions = {"gpu": properties.name, "torch": torch.__version__, "triton": triton.__version__}
         args.json.write_text(json.dumps(versions | {"rows": rows}, indent=1))
 
 

@@ -1,10 +1,25 @@
-"""Sparse prefill beside FlashMLA's own, on the same tensors in one process, and a sweep of launch numbers.
+"""Sparse prefill beside FlashMLA's own, on the same tensors in one process: its kernels, and the whole path.
 
-    python bench/sparse_prefill.py [--sweep] [--rounds N] [--json OUT]      needs a GPU
+    python bench/sparse_prefill.py [SECTION ...] [--match TEXT ...] [--provider NAME ...] [--heads N] [--sweep]
+                                   [--rounds N] [--rep MS] [--json OUT] [--device cpu]
 
-Peers, where they can be had: `flash_mla` and `sgl_kernel.flash_mla`. A peer that is missing, or refuses a case, is
-named with the reason. Every arm is first checked against float64 (eight queries, the first and the last among them; all
-others must be finite), and only then timed: CUDA-graph replay, median, arms of a case in turn.
+    attention     the attention kernel over a workspace
+    dequantise    fp8 tokens to bfloat16, by slots and by pages, beside a plain copy of as many bytes
+    indices       what makes indices, at 4096 queries
+    path          from the fp8 cache to the output, for chunks of a prefill:
+                      all        every token of the context is dequantised, then attention
+                      compact    only the pages that the chunk's indices name are, then attention
+                      pages      attention straight from the pages
+                  share is the part of the context in which the chunk's indices lie: all of it, or as much as an
+                  indexer that favours few tokens names
+
+Default: all sections, on a GPU. A short call chooses: `path --match "V3.2" --match "chunk 2048" --match "share 1"` has
+only the cases whose titles contain every text. ``--provider`` names who attends over a workspace: ours, flash_mla,
+sgl_kernel.flash_mla; one that is missing, or refuses a case, is named with the reason. ``--sweep``: our launch numbers
+in place of peers. ``--device cpu``, under TRITON_INTERPRET=1, runs cases so small that times say nothing.
+
+Every arm is first checked: attention against float64 (at most eight queries, the first and the last among them; all
+others must be finite), the rest exactly. Only then it is timed: CUDA-graph replay, median, arms of a case in turn.
 
 `sparse_prefill` is an arm for the peers' measuring script.
 """
@@ -12,46 +27,49 @@ others must be finite), and only then timed: CUDA-graph replay, median, arms of 
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
-import math
-import statistics
 import sys
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # peers: this file may be loaded by its path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
 
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_ref, sparse_prefill_config
+import peers
+from peers import Call
+
+from mla_patch.compat.triton import interpreted
+from mla_patch.kernels.dequantize import dequantize, dequantize_config, dequantize_pages, dequantize_ref
+from mla_patch.kernels.layouts import V4, V32, Layout, new_pages
+from mla_patch.kernels.named_pages import name_pages
+from mla_patch.kernels.prefill_indices import (
+    build_swa_token_ids,
+    build_swa_token_ids_ref,
+    combine_topk_swa_indices,
+    combine_topk_swa_indices_ref,
+)
+from mla_patch.kernels.quantize import quantize
+from mla_patch.kernels.sparse_prefill import (
+    mla_sparse_prefill,
+    mla_sparse_prefill_paged,
+    mla_sparse_prefill_paged_ref,
+    mla_sparse_prefill_ref,
+    sparse_prefill_config,
+)
 
 DEVICE = "cuda"
-# queries, rows, heads, topk, width
-CASES = [
-    (4096, 32768, 128, 2048, 576),
-    (4096, 32768, 64, 2048, 576),
-    (4096, 8192, 64, 640, 512),
-    (4096, 131072, 128, 1152, 512),
-    (4096, 32768, 16, 2048, 576),
-]
-Call = Callable[[], Any]
+PROVIDERS = ("ours", "flash_mla", "sgl_kernel.flash_mla")
+WINDOW, RATIO, COMPRESSED = 128, 4, 512  # V4: recent tokens of a query, tokens in a compressed one, top k of these
+TOPK = 2048  # V3.2
+PAGE, WINDOW_PAGE = 64, 256
 
-
-def make_case(queries: int, rows: int, heads: int, topk: int, width: int) -> types.SimpleNamespace:
-    return types.SimpleNamespace(
-        q=torch.randn(queries, heads, width, device=DEVICE, dtype=torch.bfloat16),
-        kv=torch.randn(rows, 1, width, device=DEVICE, dtype=torch.bfloat16),
-        indices=torch.randint(0, rows, (queries, 1, topk), device=DEVICE, dtype=torch.int32),
-        sm_scale=width**-0.5, flops=2 * queries * heads * topk * (width + 512),
-    )  # fmt: skip
-
-
-def ours(case: Any, config: dict[str, int] | None = None) -> Call:
-    return lambda: mla_sparse_prefill(case.q, case.kv, case.indices, case.sm_scale, config=config)
+Case = SimpleNamespace
+Cases = Iterator[tuple[str, Callable[[], Case]]]  # titles, and what makes a case: one at a time fits
 
 
 def sparse_prefill(case: Any) -> tuple[Call, Any]:
@@ -60,102 +78,379 @@ def sparse_prefill(case: Any) -> tuple[Call, Any]:
     return lambda: mla_sparse_prefill(case.q, case.kv, case.indices, case.sm_scale, out=out), out
 
 
-def peer(module: str) -> Callable[[Any], Call]:
-    def make(case: Any) -> Call:
-        package = importlib.import_module(module)
-        return lambda: package.flash_mla_sparse_fwd(case.q, case.kv, case.indices, case.sm_scale)
+def provider(name: str) -> Callable[..., Any]:
+    """Who attends over a workspace."""
+    return mla_sparse_prefill if name == "ours" else peers.package(name).flash_mla_sparse_fwd
+
+
+def tiny() -> bool:
+    return DEVICE == "cpu"
+
+
+def pick(case: Case) -> torch.Tensor:
+    """Of a case's queries those that are compared."""
+    case.picks = peers.pick(len(case.q)).to(DEVICE)
+    return case.picks
+
+
+# attention
+
+
+def attention_cases(args: argparse.Namespace) -> Cases:
+    every = [(5, 50, 3, 20, 576), (4, 40, 17, 33, 512)]
+    if not tiny():
+        every = [
+            (4096, 32768, 128, 2048, 576),
+            (4096, 32768, 64, 2048, 576),
+            (4096, 8192, 64, 640, 512),
+            (4096, 131072, 128, 1152, 512),
+            (4096, 32768, 16, 2048, 576),
+        ]
+    for queries, rows, heads, topk, width in every:
+        title = f"attention queries {queries} rows {rows} heads {args.heads or heads} topk {topk} width {width}"
+        yield title, lambda c=(queries, rows, args.heads or heads, topk, width): attention_case(*c)
+
+
+def attention_case(queries: int, rows: int, heads: int, topk: int, width: int) -> Case:
+    case = Case(
+        q=torch.randn(queries, heads, width, device=DEVICE, dtype=torch.bfloat16),
+        kv=torch.randn(rows, 1, width, device=DEVICE, dtype=torch.bfloat16),
+        indices=torch.randint(0, rows, (queries, 1, topk), device=DEVICE, dtype=torch.int32),
+        sm_scale=width**-0.5, flops=2 * queries * heads * topk * (width + 512),
+        default=sparse_prefill_config(heads, peers.capability(), interpreted()),
+    )  # fmt: skip
+    picks = pick(case)
+    case.want = mla_sparse_prefill_ref(case.q[picks], case.kv, case.indices[picks], case.sm_scale)[0]
+    return case
+
+
+def attention_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
+    def arm(name: str, **options: Any) -> Callable[[Case], Call]:
+        def make(case: Case) -> Call:
+            attend = provider(name)
+            return lambda: attend(case.q, case.kv, case.indices, case.sm_scale, **options)
+
+        return make
+
+    if not args.sweep:
+        return {name: arm(name) for name in args.provider}
+    sweep = peers.configs(case.q.shape[1], (1, 2, 3, 5))
+    return {"ours": arm("ours")} | {name: arm("ours", config=config) for name, config in sweep.items()}
+
+
+# dequantise
+
+
+def new_cache(layout: Layout, pages: int, page_size: int) -> torch.Tensor:
+    """A pool whose every token is stored."""
+    cache = new_pages(layout, pages, page_size, DEVICE)
+    for first in range(0, pages * page_size, 2**16):
+        slots = torch.arange(first, min(first + 2**16, pages * page_size), device=DEVICE)
+        quantize(torch.randn(len(slots), layout.width, device=DEVICE).clamp(-1, 1), cache, slots)
+    return cache
+
+
+def slots_of(table: torch.Tensor, page_size: int, tokens: int) -> torch.Tensor:
+    """Slots of a context's tokens, whose pages a table names."""
+    return (table[:, None] * page_size + torch.arange(page_size, device=DEVICE)).flatten()[:tokens].int()
+
+
+def dequantise_cases(args: argparse.Namespace) -> Cases:
+    for layout, tokens in itertools.product((V32, V4), (128,) if tiny() else (8192, 131072, 1048576)):
+        title = f"dequantise {layout.name} tokens {tokens}"
+        yield title, lambda c=(layout, tokens): dequantise_case(*c)
+
+
+def dequantise_case(layout: Layout, tokens: int) -> Case:
+    pages = tokens // PAGE
+    case = Case(cache=new_cache(layout, pages, PAGE), named=torch.randperm(pages, device=DEVICE).int())
+    case.slots = slots_of(case.named, PAGE, tokens)
+    case.count = torch.tensor([pages], dtype=torch.int32, device=DEVICE)
+    case.out = torch.full((tokens, layout.width), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    case.bytes = tokens * (layout.bytes + 2 * layout.width)
+    case.picks = torch.randint(0, tokens, (4096,), device=DEVICE)
+    case.want = dequantize_ref(case.cache, case.slots[case.picks]).bfloat16()
+    case.default = dequantize_config()
+    return case
+
+
+def dequantise_error(case: Case, result: torch.Tensor) -> float:
+    if result is not case.out:  # the copy's
+        return 0.0
+    right = torch.equal(result[case.picks], case.want) and bool(torch.isfinite(result).all())
+    result.fill_(float("nan"))  # the next arm writes all of it, too
+    return 0.0 if right else 1.0
+
+
+def dequantise_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
+    def by_slots(case: Case, config: Any = None) -> Call:
+        return lambda: dequantize(case.cache, case.slots, case.out, config=config)
+
+    def by_pages(case: Case, config: Any = None) -> Call:
+        return lambda: dequantize_pages(case.cache, case.named, case.count, case.out, config=config)
+
+    def copy(case: Case) -> Call:
+        source = torch.ones(case.bytes // 2, dtype=torch.uint8, device=DEVICE)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    arms: peers.Arms = {"slots": by_slots, "pages": by_pages, "copy": copy}
+    for tokens, warps in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)) if args.sweep else ():
+        config = {"TOKENS": tokens, "num_warps": warps}
+        arms[f"pages, {tokens} tokens {warps} warps"] = lambda case, config=config: by_pages(case, config)
+    return arms
+
+
+# indices
+
+
+def indices_cases(args: argparse.Namespace) -> Cases:
+    queries = 12 if tiny() else 4096
+    for topk in (8,) if tiny() else (512, 1024):
+        yield f"indices combine queries {queries} topk {topk}", lambda topk=topk: combine_case(queries, topk)
+    yield f"indices swa ids queries {queries}", lambda: swa_case(queries)
+    for layout, contexts in itertools.product((V32, V4), ((256,) if tiny() else (8192, 131072))):
+        title = f"indices name pages {layout.name} queries {queries} context {contexts}"
+        yield title, lambda c=(layout, queries, contexts): names_case(*c)
+
+
+def ints(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def combine_case(queries: int, topk: int) -> Case:
+    """Four requests that have had as many queries before."""
+    requests, seq = 4, queries // 2
+    count = queries // requests
+    columns = seq // RATIO
+    raw = torch.randint(-1, columns, (queries, topk), device=DEVICE, dtype=torch.int32)
+    pos = ints([seq - count + i for _ in range(requests) for i in range(count)])
+    starts = ints([count * r for r in range(requests + 1)])
+    gather = min(seq, count + WINDOW - 1)
+    lengths = (ints([seq] * requests), ints([gather] * requests))
+    bases = (ints([columns * r for r in range(requests)]), ints([columns * requests + gather * r for r in range(4)]))
+    numbers = (WINDOW, RATIO, topk)
+    case = Case(call=lambda: combine_topk_swa_indices(raw, starts, *lengths, *bases, *numbers))
+    ids, lens = case.call()
+    case.call = lambda: combine_topk_swa_indices(
+        raw, starts, *lengths, *bases, *numbers, out_indices=ids, out_lens=lens
+    )
+    case.bytes = 4 * (raw.numel() + ids.numel() + lens.numel())
+    picks = peers.pick(queries)
+    some = torch.bucketize(starts.cpu(), picks).int()
+    inputs = [tensor.cpu() for tensor in (*lengths, *bases)]
+    want = combine_topk_swa_indices_ref(raw.cpu()[picks], some, *inputs, *numbers, query_pos=pos.cpu()[picks])
+    case.right = lambda result: (result[0].cpu()[picks].tolist(), result[1].cpu()[picks].tolist()) == want
+    return case
+
+
+def swa_case(queries: int) -> Case:
+    requests, seq = 4, queries // 2
+    count = queries // requests
+    table = torch.randperm(requests * seq).int().view(requests, seq)
+    swa = torch.randperm(requests * seq)
+    vectors = [torch.tensor([n] * requests, dtype=torch.int32) for n in (seq, count)]
+    inputs = [*vectors, torch.arange(requests, dtype=torch.int32), table, swa]
+    total = requests * min(seq, count + WINDOW - 1)
+    own = [tensor.to(DEVICE) for tensor in inputs]
+    want = [list(part) for part in build_swa_token_ids_ref(*inputs, WINDOW)]
+    return Case(
+        call=lambda: build_swa_token_ids(*own, WINDOW, total), bytes=total * (4 + 8 + 4),
+        right=lambda result: [part.tolist() for part in result] == want,
+    )  # fmt: skip
+
+
+def names_case(layout: Layout, queries: int, context: int) -> Case:
+    topk = min(TOPK if layout is V32 else COMPRESSED, context // 4)
+    tokens = context if layout is V32 else context // RATIO
+    pages = -(-tokens // PAGE)
+    ids = torch.randint(-1, tokens, (queries, 1, topk), device=DEVICE, dtype=torch.int32)
+    every = torch.unique(ids[ids >= 0] // PAGE).int()
+    place = torch.searchsorted(every, (ids // PAGE).contiguous()).int()
+    want = torch.where(ids >= 0, place * PAGE + ids % PAGE, -1)
+    return Case(
+        call=lambda: name_pages(ids, pages, PAGE, pages), bytes=3 * 4 * ids.numel(),
+        right=lambda result: torch.equal(result[0], want) and torch.equal(result[1][: len(every)], every)
+        and result[2].tolist() == [len(every)],
+    )  # fmt: skip
+
+
+def indices_error(case: Case, result: Any) -> float:
+    return 0.0 if case.right(result) else 1.0
+
+
+def indices_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
+    return {"ours": lambda case: case.call}
+
+
+# the whole path
+
+
+def path_cases(args: argparse.Namespace) -> Cases:
+    chunks, contexts, shares = (2048, 4096, 8192, 16384), (8192, 32768, 131072), (1.0, 0.25)
+    if tiny():
+        chunks, contexts, shares = (4,), (256,), (0.25,)
+    for layout, context, chunk, share in itertools.product((V32, V4), contexts, chunks, shares):
+        heads = args.heads or (3 if tiny() else 128 if layout is V32 else 64)
+        if chunk <= context:
+            title = f"path {layout.name} heads {heads} chunk {chunk} context {context} share {share:g}"
+            yield title, lambda c=(layout, heads, chunk, context, share): path_case(*c)
+
+
+def drawn(seen: torch.Tensor, topk: int, share: float) -> torch.Tensor:
+    """[queries, topk] of the first tokens that each query sees, a ``share`` of them, again and again; -1 past those."""
+    most = (seen * share).ceil()[:, None]
+    ids = (torch.rand(len(seen), topk, device=DEVICE) * most).int().minimum(most.int() - 1)
+    return torch.where(torch.arange(topk, device=DEVICE) < seen[:, None], ids, -1)
+
+
+def through(ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Tokens of a context -> their slots; -1 stays."""
+    return torch.where(ids >= 0, slots[ids.clamp(min=0).long()], -1)
+
+
+def path_case(layout: Layout, heads: int, chunk: int, context: int, share: float) -> Case:
+    """The last ``chunk`` tokens of one request of ``context`` tokens, in a pool twice as large."""
+    case = Case(layout=layout, chunk=chunk, sm_scale=layout.width**-0.5)
+    case.q = (torch.randn(chunk, heads, layout.width, device=DEVICE) / 4).bfloat16()
+    pos = torch.arange(context - chunk, context, device=DEVICE)
+    tokens, topk = (context, TOPK) if layout is V32 else (context // RATIO, COMPRESSED)
+    topk = min(topk, tokens // 2) if tiny() else topk
+    case.pages = -(-tokens // PAGE)
+    case.cache = new_cache(layout, 2 * case.pages, PAGE)
+    case.slots = slots_of(torch.randperm(2 * case.pages, device=DEVICE)[: case.pages], PAGE, tokens)
+    seen = pos + 1 if layout is V32 else (pos + 1) // RATIO
+    case.raw = drawn(seen, topk, share).int()
+    case.ids = through(case.raw, case.slots)[:, None]
+    case.extra = {}
+    if layout is V4:
+        case.gather = min(context, chunk + WINDOW - 1)
+        case.window_pages = -(-case.gather // WINDOW_PAGE)
+        case.window = new_cache(V4, 2 * case.window_pages, WINDOW_PAGE)
+        table = torch.randperm(2 * case.window_pages, device=DEVICE)[: case.window_pages]
+        case.window_slots = slots_of(table, WINDOW_PAGE, case.gather)
+        recent = pos[:, None] - WINDOW + 1 + torch.arange(WINDOW, device=DEVICE)
+        recent = torch.where(recent >= 0, recent - (context - case.gather), -1).int()
+        case.extra = {"extra_k_cache": case.window, "extra_indices": through(recent, case.window_slots)[:, None]}
+        case.lengths = [ints([n]) for n in (context, case.gather, 0, tokens)]
+        case.starts = ints([0, chunk])
+    keys = topk + (WINDOW if layout is V4 else 0)
+    case.flops = 2 * chunk * heads * keys * (layout.width + 512)
+    picks = pick(case)
+    extra = {name: value if name == "extra_k_cache" else value[picks] for name, value in case.extra.items()}
+    case.want = mla_sparse_prefill_paged_ref(case.q[picks], case.cache, case.ids[picks], case.sm_scale, **extra)[0]
+    named = torch.unique(case.ids[case.ids >= 0] // PAGE).numel()
+    case.default = f"{named} of {case.pages} pages named"
+    return case
+
+
+def workspace(case: Case) -> torch.Tensor:
+    """Room for the context, for every arm the same: rows of the one cache, then of the other."""
+    rows = case.pages * PAGE + (case.window_pages * WINDOW_PAGE if case.extra else 0)
+    return torch.full((rows, 1, case.layout.width), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+
+
+def all_tokens(name: str) -> Callable[[Case], Call]:
+    def make(case: Case) -> Call:
+        attend, kv, tokens = provider(name), workspace(case), len(case.slots)
+
+        def call() -> Any:
+            dequantize(case.cache, case.slots, kv[:tokens, 0])
+            ids = case.raw
+            if case.extra:
+                dequantize(case.window, case.window_slots, kv[tokens : tokens + case.gather, 0])
+                numbers = (WINDOW, RATIO, case.raw.shape[1])
+                ids, _ = combine_topk_swa_indices(case.raw, case.starts, *case.lengths, *numbers)
+            return attend(case.q, kv, ids[:, None], case.sm_scale)
+
+        return call
 
     return make
 
 
-def error(case: Any, result: Any) -> float:
-    """The worst of eight queries, relative to the definition's norm."""
-    out = result[0]
-    assert torch.isfinite(out).all(), "not every row is finite"
-    worst = 0.0
-    for s in (0, len(out) - 1, *torch.randint(0, len(out), (6,)).tolist()):
-        one = slice(s, s + 1)
-        want = mla_sparse_prefill_ref(case.q[one], case.kv, case.indices[one], case.sm_scale)[0]
-        worst = max(worst, float((out[one].double() - want).norm() / want.norm()))
-    return worst
+def compact(name: str) -> Callable[[Case], Call]:
+    def make(case: Case) -> Call:
+        attend, kv, split = provider(name), workspace(case), case.pages * PAGE
+        more = case.extra.get("extra_indices")
+        topk = case.ids.shape[2]
+        both = torch.empty(case.chunk, 1, topk + (0 if more is None else WINDOW), dtype=torch.int32, device=DEVICE)
+
+        def call() -> Any:
+            _, named, count = name_pages(case.ids, len(case.cache), PAGE, case.pages, out=both[..., :topk])
+            dequantize_pages(case.cache, named, count, kv[:split])
+            if more is not None:
+                where = {"base": split, "out": both[..., topk:]}
+                _, named, count = name_pages(more, len(case.window), WINDOW_PAGE, case.window_pages, **where)
+                dequantize_pages(case.window, named, count, kv[split:])
+            return attend(case.q, kv, both, case.sm_scale)
+
+        return call
+
+    return make
 
 
-def time_ms(call: Call, rep: int) -> float:
-    from triton.testing import do_bench, do_bench_cudagraph
-
-    try:
-        return do_bench_cudagraph(call, rep=rep, return_mode="median")
-    except Exception:  # a peer that cannot be captured is timed by events instead
-        torch.cuda.synchronize()
-        return do_bench(call, rep=rep, return_mode="median")
+def straight(case: Case, config: dict[str, int] | None = None) -> Call:
+    return lambda: mla_sparse_prefill_paged(case.q, case.cache, case.ids, case.sm_scale, **case.extra, config=config)
 
 
-def configs(heads: int) -> dict[str, dict[str, int]]:
-    """Launch numbers that are worth a try, beside the default's."""
-    found = {}
-    for block_h, block_n, stages, warps in itertools.product((16, 64), (32, 64), (1, 2, 3, 5), (4, 8)):
-        if block_h == 64 and (warps == 4 or heads <= 16):
-            continue  # an accumulator of 512 columns leaves four warps no registers
-        name = f"{block_h}x{block_n} {stages} stages {warps} warps"
-        found[name] = {"BLOCK_H": block_h, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps}
-    return found
+def path_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
+    arms: peers.Arms = {"pages": straight}
+    if args.sweep:
+        for name, config in peers.configs(case.q.shape[1], (1, 2, 3)).items():
+            arms[f"pages {name}"] = lambda case, config=config | {"PER_SM": 1}: straight(case, config)
+        return arms
+    for name in args.provider:
+        arms |= {f"all, {name}": all_tokens(name), f"compact, {name}": compact(name)}
+    return arms
 
 
-def measure(case: Any, arms: dict[str, Callable[[Any], Call]], rounds: int, rep: int) -> dict[str, Any]:
-    """{arm: ms per round, error}, or why an arm has none."""
-    ready, table = {}, {}
-    for name, make in arms.items():
-        try:
-            call = make(case)
-            wrong = error(case, call())
-            if not wrong < 0.02:
-                raise RuntimeError(f"error {wrong}")
-        except Exception as problem:
-            table[name] = {"refused": f"{type(problem).__name__}: {problem}".splitlines()[0][:160]}
-            continue
-        ready[name] = call
-        table[name] = {"error": wrong, "ms": []}
-    for _ in range(rounds):
-        for name, call in ready.items():
-            table[name]["ms"].append(time_ms(call, rep))
-    return table
+SECTIONS: dict[str, tuple[Any, Any, Any]] = {
+    "attention": (attention_cases, attention_arms, peers.error),
+    "dequantise": (dequantise_cases, dequantise_arms, dequantise_error),
+    "indices": (indices_cases, indices_arms, indices_error),
+    "path": (path_cases, path_arms, peers.error),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--match", action="append", default=[], help="only cases whose titles contain this; repeatable")
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="default: all; repeatable")
+    parser.add_argument("--heads", type=int, help="in place of each case's own")
     parser.add_argument("--sweep", action="store_true", help="our launch numbers instead of peers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rep", type=int, default=40, help="milliseconds of replay per figure")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    import triton
-
-    properties = torch.cuda.get_device_properties(0)
-    print(properties.name, "torch", torch.__version__, "triton", triton.__version__)
+    args.provider = args.provider or list(PROVIDERS)
+    unknown = [name for name in args.sections if name not in SECTIONS]
+    if unknown:
+        parser.error(f"no section {unknown[0]!r}: expected {', '.join(SECTIONS)}")
+    if (args.device == "cpu") != interpreted():
+        parser.error("--device cpu and TRITON_INTERPRET=1 go together")
+    global DEVICE
+    DEVICE = args.device
+    versions = peers.versions()
+    print(*versions.values())
     torch.manual_seed(0)
     rows = []
-    for queries, count, heads, topk, width in CASES:
-        case = make_case(queries, count, heads, topk, width)
-        arms: dict[str, Callable[[Any], Call]] = {"ours": ours}
-        if args.sweep:
-            for name, config in configs(heads).items():
-                arms[name] = lambda case, config=config: ours(case, config)
-        else:
-            arms |= {"flash_mla": peer("flash_mla"), "sgl_kernel": peer("sgl_kernel.flash_mla")}
-        table = measure(case, arms, args.rounds, args.rep)
-        title = f"queries {queries} rows {count} heads {heads} topk {topk} width {width}"
-        print(f"{title}   default {sparse_prefill_config(heads, (properties.major, properties.minor))}")
-        for name, row in sorted(table.items(), key=lambda item: statistics.median(item[1].get("ms") or [math.inf])):
-            if "refused" in row:
-                print(f"    {name:28s} {row['refused']}")
+    for section in args.sections or SECTIONS:
+        cases, arms, error = SECTIONS[section]
+        for title, make in cases(args):
+            if not all(text in title for text in args.match):
                 continue
-            ms = statistics.median(row["ms"])
-            spread = (max(row["ms"]) - min(row["ms"])) / ms
-            print(f"    {name:28s} {ms:8.3f} ms  spread {spread:.1%}  error {row['error']:.5f}  "
-                  f"{case.flops / ms * 1e-9:5.0f} TFLOP/s", flush=True)  # fmt: skip
-        rows.append({"case": title, "flops": case.flops, "arms": table})
+            case = make()
+            table = peers.measure(case, arms(case, args), args.rounds, args.rep, error)
+            told = f"{title}   {case.default}" if hasattr(case, "default") else title
+            rows.append(peers.show(told, case, table))
+            del case, make
+            if DEVICE == "cuda":
+                torch.cuda.empty_cache()
+    if not rows:
+        parser.error("no case has all that --match wants")
     if args.json:
-        versions = {"gpu": properties.name, "torch": torch.__version__, "triton": triton.__version__}
         args.json.write_text(json.dumps(versions | {"rows": rows}, indent=1))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from scratch import clean_env
 
 from mla_patch import flash_mla
@@ -62,8 +63,9 @@ LENGTHS = {"topk_length": torch.zeros(2, dtype=torch.int32)}
 
 def kept(arguments: dict[str, Any], version: str = "0.5.13") -> str | None:
     """Why the host keeps a call, or None."""
-    last = targets(version, "flash_mla_with_kvcache")[-1 if version >= "0.5.13" or version == "0.5.4" else 0]
-    return hook.declines_kvcache(last.bind(**arguments))
+    last = Version(version) >= Version("0.5.13") or version == "0.5.4"
+    one = targets(version, "flash_mla_with_kvcache")[-1 if last else 0]
+    return hook.declines_kvcache(one.bind(**arguments))
 
 
 OWN = "the host's own CUDA operator serves it"

@@ -89,7 +89,7 @@ def dense_decode(
     keys = (values, None, None, size, values.stride(0), values.stride(1), shape[0])
     most = block_table.shape[1] * size
     return launch(
-        kind, q, keys, block_table, cache_seqlens.contiguous(), most, sm_scale,
+        kind, q, keys, block_table, cache_seqlens.contiguous(), most, sm_scale=sm_scale,
         descale=descale, causal=causal and queries > 1, dtype=dtype, config=config,
     )  # fmt: skip
 

@@ -3,11 +3,14 @@
     slots  [n]                int32 or int64, any order, repeats allowed; a slot outside the cache gives zeros
     out    [n, 576 or 512]    bfloat16: float32(e4m3) * scale, rounded once; rope copied bit by bit
 
+or of whole pages: row r of ``out`` is token r % ps of page ``named[r // ps]``.
+
 Bit for bit what SGLang's own kernels read. The values are decoded by integer arithmetic, on every chip alike.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -15,10 +18,17 @@ import triton
 import triton.language as tl
 
 from mla_patch.compat import gpu
+from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.layouts import LAYOUTS, V4, V32, Pages, pages_of
+from mla_patch.kernels.layouts import LAYOUTS, V4, V32, Pages, new_pages, pages_of
 
 _INTERPRETED = interpreted()
+_PLAIN = tl.constexpr(_INTERPRETED)
+
+
+def dequantize_config() -> dict[str, int]:
+    """Launch numbers: eight values a thread, loaded as 8 bytes and stored as 16, so that none changes threads."""
+    return {"TOKENS": 4, "num_warps": 8}
 
 
 @triton.jit
@@ -43,36 +53,84 @@ def round_bf16(x):
     return tl.where(x != x, 0x7FC0, up).to(tl.int16)
 
 
-@triton.jit(do_not_specialize=["slots_end"], do_not_specialize_on_alignment=["out", "slots"])
+@triton.jit
+def rounded(x, kind: tl.constexpr):
+    """float32 in another type, rounded to the nearest, where an interpreter would cut bfloat16 off."""
+    if _PLAIN and kind == tl.bfloat16:
+        return round_bf16(x).to(tl.bfloat16, bitcast=True)
+    return x.to(kind)
+
+
+@triton.jit
+def operand(x):
+    """What an interpreter can multiply: its bfloat16 products are wrong."""
+    if _PLAIN:
+        return x.to(tl.float32)
+    return x
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "slots_end"], do_not_specialize_on_alignment=["slots", "count"]
+)  # out's address decides how wide it is written
 def _dequantize_kernel(
-    out, slots, values, rope, scales, slots_end, page_chunks, out_stride, PAGE: tl.constexpr, V4: tl.constexpr
+    out,
+    slots,
+    count,
+    values,
+    rope,
+    scales,
+    tokens,
+    slots_end,
+    page_chunks,
+    out_stride,
+    PAGE: tl.constexpr,
+    V4: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """One token. ``out``, ``rope`` are int16 bits of bfloat16, ``values`` bytes; ``page_chunks`` counts 16 bytes."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token).to(tl.int64)
+    """TOKENS of ``tokens`` rows. ``out``, ``rope`` are int16 bits of bfloat16, ``values`` bytes; ``page_chunks`` counts
+    16 bytes. Given ``count``, ``slots`` are pages, of which only the first so many are read, and written."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    wanted = token < tokens
+    if count is not None:
+        wanted = wanted & (token // PAGE < tl.load(count))
+        slot = tl.load(slots + token // PAGE, mask=wanted, other=-1).to(tl.int64) * PAGE + token % PAGE
+    else:
+        slot = tl.load(slots + token, mask=wanted, other=-1).to(tl.int64)
     known = (slot >= 0) & (slot < slots_end)
     slot = tl.where(known, slot, 0)
     page = slot // PAGE * page_chunks * 16
     at = slot % PAGE
-    NOPE: tl.constexpr = 448 if V4 else 512
-    d = tl.arange(0, 512)
-    mask = d < tl.where(known, NOPE, 0)
+    # V4 has seven tiles, and an eighth that is none
+    TILES: tl.constexpr = 8 if V4 else 4
+    TILE: tl.constexpr = 512 // TILES
+    t = tl.arange(0, TILES)
+    d = (t[:, None] * TILE + tl.arange(0, TILE)[None, :])[None, :, :]
     if V4:
         row = page + at * 576
-        scale = ue8m0_value(tl.load(scales + page + PAGE * 576 + at * 8 + d // 64, mask=mask, other=0))
+        has = (t < 7)[None, :]
+        place = scales + (page + PAGE * 576 + at * 8)[:, None] + t[None, :]
+        scale = ue8m0_value(tl.load(place, mask=known[:, None] & has, other=0))
     else:
         row = page + at * 656
-        scale = tl.load(scales + (row + 512) // 4 + d // 128, mask=mask, other=0.0)
-    value = e4m3_value(tl.load(values + row + d, mask=mask, other=0).to(tl.int32)) * scale
+        has = (t < 4)[None, :]
+        scale = tl.load(scales + ((row + 512) // 4)[:, None] + t[None, :], mask=known[:, None] & has, other=0.0)
+    code = tl.load(values + row[:, None, None] + d, mask=(known[:, None] & has)[:, :, None], other=0)
+    value = e4m3_value(code.to(tl.int32)) * scale[:, :, None]
     to = out + token * out_stride
-    tl.store(to + d, round_bf16(value), mask=d < NOPE)
-    r = tl.arange(0, 64)
+    tl.store(to[:, None, None] + d, round_bf16(value), mask=(wanted[:, None] & has)[:, :, None])
+    r = tl.arange(0, 64)[None, :]
     SKIP: tl.constexpr = 448 if V4 else 528
-    tl.store(to + NOPE + r, tl.load(rope + (row + SKIP) // 2 + r, mask=r < tl.where(known, 64, 0), other=0))
+    NOPE: tl.constexpr = 448 if V4 else 512
+    last = tl.load(rope + ((row + SKIP) // 2)[:, None] + r, mask=known[:, None], other=0)
+    tl.store(to[:, None] + (NOPE + r), last, mask=wanted[:, None])
 
 
-def dequantize(cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def dequantize(
+    cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | None = None, *, config: dict[str, int] | None = None
+) -> torch.Tensor:
     """The tokens in ``slots`` as bfloat16; see the module. One launch, none where there is no slot.
+
+    ``config`` replaces `dequantize_config`'s numbers.
 
     Raises:
         ValueError: a cache of no known layout, slots or out of another shape or type.
@@ -90,16 +148,65 @@ def dequantize(cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | Non
             raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
     if gpu.elsewhere(cache):
         with torch.cuda.device(cache.device):
-            return dequantize(cache, slots, out)
+            return dequantize(cache, slots, out, config=config)
     if pages.slots == 0:
         return out.zero_()
-    if slots.numel():
-        _dequantize_kernel[(slots.numel(),)](
-            out.view(torch.int16), slots, pages.pairs.view(torch.uint8), pages.rope.view(torch.int16), pages.scales,
-            pages.slots, pages.page_bytes // 16, out.stride(0),
-            PAGE=pages.page_size, V4=pages.layout is V4, num_warps=4,
-        )  # fmt: skip
+    _launch(out, slots, None, pages, config)
     return out
+
+
+def dequantize_pages(
+    cache: torch.Tensor,
+    named: torch.Tensor,
+    count: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """All tokens of the first ``count`` pages in ``named``, as `mla_patch.kernels.named_pages` lists them.
+
+        cache    [pages, ps, 1, 656 or 584]    as `mla_patch.kernels.layouts` has it
+        named    [capacity]    int32, pages; one outside the cache gives zeros
+        count    [1]           int32, on the device: how many of them are meant; more than capacity is capacity
+        out      [capacity * ps, 576 or 512], or with a 1 between    bfloat16; rows may lie apart. Rows of pages past
+                 ``count`` are not written
+
+    One launch, without sync, none where there is no room. ``config`` replaces `dequantize_config`'s numbers.
+
+    Raises:
+        ValueError: a cache of no known layout, a tensor of another shape, type or device.
+    """
+    pages = pages_of("cache", cache)
+    if named.dtype is not torch.int32 or named.dim() != 1 or not named.is_contiguous():
+        raise ValueError(f"named: {named.dtype}, shape {tuple(named.shape)}, expected torch.int32, [n], contiguous")
+    if count.dtype is not torch.int32 or count.numel() != 1:
+        raise ValueError(f"count: {count.dtype}, shape {tuple(count.shape)}, expected torch.int32, [1]")
+    rows = out[:, 0] if out.dim() == 3 and out.shape[1] == 1 else out
+    shape = (named.numel() * pages.page_size, pages.layout.width)
+    if rows.shape != shape or rows.dtype is not torch.bfloat16 or rows.stride(1) != 1:
+        found = f"{out.dtype}, shape {tuple(out.shape)}, strides {out.stride()}"
+        raise ValueError(f"out: {found}, expected torch.bfloat16, {shape}, the last contiguous")
+    for name, tensor in (("named", named), ("count", count), ("out", out)):
+        if tensor.device != cache.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
+    if gpu.elsewhere(cache):
+        with torch.cuda.device(cache.device):
+            return dequantize_pages(cache, named, count, out, config=config)
+    _launch(rows, named, count, pages, config)
+    return out
+
+
+def _launch(
+    out: torch.Tensor, slots: torch.Tensor, count: torch.Tensor | None, pages: Pages, config: dict[str, int] | None
+) -> None:
+    if out.shape[0] == 0:
+        return
+    numbers = config or dequantize_config()
+    _dequantize_kernel[(-(-out.shape[0] // numbers["TOKENS"]),)](
+        out.view(torch.int16), slots, count, pages.pairs.view(torch.uint8), pages.rope.view(torch.int16), pages.scales,
+        out.shape[0], pages.slots, pages.page_bytes // 16, out.stride(0),
+        PAGE=pages.page_size, V4=pages.layout is V4, **numbers,
+    )  # fmt: skip
 
 
 def dequantize_k_cache_paged(
@@ -189,16 +296,38 @@ def gather(pages: Pages, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def compile_cases(every: bool = False) -> list[CompileCase]:
-    """Both layouts; page sizes differ by a constant alone."""
+    """Both layouts, by slots and by pages; page sizes differ by a constant alone."""
     cases = []
-    for v4, page in ((False, 1), (False, 64), (True, 64)):
-        signature = {"out": "*i16", "slots": "*i64" if v4 else "*i32", "values": "*u8", "rope": "*i16"}
-        signature |= {"scales": "*u8" if v4 else "*fp32", "slots_end": "i64" if v4 else "i32"}
-        signature |= {"page_chunks": "i32", "out_stride": "i32"}
-        divisible = ("values", "rope", "scales", "out_stride")
-        name = f"dequantize {'V4' if v4 else 'V3.2'} {page}"
-        cases.append(CompileCase(name, _dequantize_kernel, signature, {"PAGE": page, "V4": v4}, divisible))
+    numbers = dequantize_config()
+    for (v4, page), whole in itertools.product(((False, 1), (False, 64), (True, 64)), (False, True)):
+        signature = {"out": "*i16", "slots": "*i64" if v4 and not whole else "*i32", "values": "*u8", "rope": "*i16"}
+        signature |= {"scales": "*u8" if v4 else "*fp32", "tokens": "i32", "slots_end": "i64" if v4 else "i32"}
+        signature |= {"page_chunks": "i32", "out_stride": "i32"} | ({"count": "*i32"} if whole else {})
+        constants = {"PAGE": page, "V4": v4, "TOKENS": numbers["TOKENS"]} | ({} if whole else {"count": None})
+        divisible = ("out", "values", "rope", "scales", "out_stride")
+        name = f"dequantize {'V4' if v4 else 'V3.2'} {page}{' pages' if whole else ''}"
+        cases.append(
+            CompileCase(name, _dequantize_kernel, signature, constants, divisible, num_warps=numbers["num_warps"])
+        )
     return cases
+
+
+def warmup(device: torch.device | str, page_sizes: tuple[int, ...] = ()) -> int:
+    """Compile what reading V4's caches with pages of these sizes, or V3.2's as one page of each token and as pages of
+    64, can reach; how many kernels that took. By slots of both types and by pages, into rows that begin at multiples of
+    16 bytes, as torch's do. Nothing to do on a CPU."""
+    one = torch.zeros(1, dtype=torch.int32, device=device)
+    if not one.is_cuda and not _INTERPRETED:
+        return 0
+    before = COMPILES.total
+    with COMPILES.warming():
+        for size in page_sizes or (1, 64):
+            cache = new_pages(V4 if page_sizes else V32, 1, size, device)
+            for slots in (one, one.long()):
+                dequantize(cache, slots)
+            room = torch.empty(size, V4.width if page_sizes else V32.width, dtype=torch.bfloat16, device=device)
+            dequantize_pages(cache, one, one, room)
+    return COMPILES.total - before
 
 
 watch_compiles(_dequantize_kernel)

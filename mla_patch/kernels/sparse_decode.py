@@ -22,7 +22,8 @@ range.
 One program per query, tile of heads and split; splits are cut from the lengths that it finds on the device, so one
 captured graph is right for all of them. A second kernel merges where there is more than one split.
 
-The same kernel serves paged dense caches for `mla_patch.kernels.dense_decode`.
+The same kernel serves paged dense caches for `mla_patch.kernels.dense_decode`, and prefill straight from fp8 pages for
+`mla_patch.kernels.sparse_prefill`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.dequantize import dequantize_ref, round_bf16
+from mla_patch.kernels.dequantize import dequantize_ref, operand, rounded
 from mla_patch.kernels.layouts import V4, V32, Pages, new_pages, pages_of
 
 _INTERPRETED = interpreted()
-_PLAIN = tl.constexpr(_INTERPRETED)  # the interpreter knows no assembler, and its bfloat16 products are wrong
+_PLAIN = tl.constexpr(_INTERPRETED)  # the interpreter knows no assembler
 
 # how keys are stored
 DENSE, DENSE_E4M3, SPARSE_V32, SPARSE_V4 = 0, 1, 2, 3
@@ -127,24 +128,9 @@ def _query_kernel(q, halves, units, H, Sq, q_b, q_s, q_h, NOPE: tl.constexpr, BL
 
 
 @triton.jit
-def _rope_operand(x):
-    """bfloat16, which an interpreter cannot multiply."""
-    if _PLAIN:
-        return x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _as(x, kind: tl.constexpr):
-    """float32 in the output's type, rounded to the nearest, where an interpreter would cut bfloat16 off."""
-    if _PLAIN and kind == tl.bfloat16:
-        return round_bf16(x).to(tl.bfloat16, bitcast=True)
-    return x.to(kind)
-
-
-@triton.jit
 def _attend(
     m,
+    peak,
     weights,
     acc,
     acc_rope,
@@ -166,11 +152,12 @@ def _attend(
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
     BITS: tl.constexpr,
+    PEAK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """``count`` blocks of keys more, from block ``first`` of ``keys`` that ``ids`` names: pages of a dense cache, else
-    slots. ``places`` says how many of them the cache has."""
+    slots. ``places`` says how many of them the cache has. PEAK: of a sparse cache, the greatest score, too."""
     # nope values of a sparse cache as tiles of pairs; V4 has seven, and an eighth of zeros
     TILES: tl.constexpr = 8 if KIND == 3 else 4
     PAIRS: tl.constexpr = 256 // TILES
@@ -229,8 +216,12 @@ def _attend(
             s = s * scale
         else:
             s = s * unit[:, None] * own[None, :]
-            s = tl.dot(qr, _rope_operand(kr).T, s)
-            s = s * scale + tl.log2(own)[None, :]
+            s = tl.dot(qr, operand(kr).T, s)
+            s = s * scale
+            if PEAK:
+                # m has the keys' scales in it
+                peak = tl.maximum(peak, tl.max(tl.where(known[None, :], s, -float("inf")), 1))
+            s = s + tl.log2(own)[None, :]
         s = tl.where(known[None, :], s, -float("inf"))
         top = tl.maximum(m, tl.max(s, 1))
         base = tl.where(top == -float("inf"), 0.0, top)  # no key so far: -inf - -inf would be NaN
@@ -247,7 +238,7 @@ def _attend(
                 acc_rope = tl.dot(w, kr.to(tl.float32), acc_rope * keep[:, None])
             else:
                 acc_rope = tl.dot(w.to(tl.bfloat16), kr, acc_rope * keep[:, None])
-    return m, weights, acc, acc_rope
+    return m, peak, weights, acc, acc_rope
 
 
 _STRIDES = (
@@ -265,10 +256,10 @@ _STRIDES = (
     "lse_h",
     "lse_s",
 )
-_CHANGING = ["Sq", "topk", "extra_topk", "places", "extra_places", "sm_scale"]
+_CHANGING = ["Sq", "topk", "extra_topk", "places", "extra_places", "sm_scale", "log_unit"]
 _CHANGING += ["causal", "ids_b", "ids_s", "extra_ids_b", "extra_ids_s", "lse_b", "lse_h", "lse_s", "splits"]
 _CALL_ARGS = ["ids", "extra_ids", "lens", "extra_lens", "sinks"]
-_CALL_ARGS += ["descale_q", "descale_k"]
+_CALL_ARGS += ["descale_q", "descale_k", "max_logits"]
 
 
 @triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_CALL_ARGS)
@@ -293,6 +284,7 @@ def _sparse_kernel(
     sinks,
     descale_q,
     descale_k,
+    max_logits,
     H,
     Sq,
     topk,
@@ -300,6 +292,7 @@ def _sparse_kernel(
     places,
     extra_places,
     sm_scale,
+    log_unit,
     causal,
     splits,
     q_b,
@@ -325,7 +318,11 @@ def _sparse_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One query, BLOCK_H of its heads, one of the splits of its keys. EXTRA_PAGE is 0 where there is one cache."""
+    """One query, BLOCK_H of its heads, one of the splits of its keys. EXTRA_PAGE is 0 where there is one cache.
+
+    Given ``max_logits`` it is prefill's: a base-2 logarithm of the statistics is multiplied by ``log_unit``, and
+    ``halves`` are the bytes of ``out``, each of which this program reads before it writes it.
+    """
     tiles = (H + BLOCK_H - 1) // BLOCK_H
     tile = tl.program_id(0) % tiles
     rest = tl.program_id(0) // tiles
@@ -336,7 +333,7 @@ def _sparse_kernel(
     is_head = head < H
     keys = topk
     if lens is not None:
-        keys = tl.minimum(tl.maximum(tl.load(lens + b).to(tl.int32), 0), topk)
+        keys = tl.minimum(tl.maximum(tl.load(lens + b), 0), topk).to(tl.int32)
         if causal > 0:
             keys = tl.maximum(keys - (Sq - 1 - s), 0)
     blocks = (keys + BLOCK_N - 1) // BLOCK_N
@@ -344,7 +341,7 @@ def _sparse_kernel(
     if EXTRA_PAGE > 0:
         extra_keys = extra_topk
         if extra_lens is not None:
-            extra_keys = tl.minimum(tl.maximum(tl.load(extra_lens + b).to(tl.int32), 0), extra_topk)
+            extra_keys = tl.minimum(tl.maximum(tl.load(extra_lens + b), 0), extra_topk).to(tl.int32)
         total += (extra_keys + BLOCK_N - 1) // BLOCK_N
     each = (total + splits - 1) // splits
     start = split * each
@@ -371,26 +368,29 @@ def _sparse_kernel(
     else:
         qr = query
     if KIND >= 2:
-        qr = _rope_operand(qr)
+        qr = operand(qr)
+    if max_logits is not None:
+        tl.debug_barrier()  # no warp writes out before all have read their halves
     m = tl.full([BLOCK_H], -float("inf"), tl.float32)
+    peak = m
     weights = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_H, 512], tl.float32)
     acc_rope = tl.zeros([BLOCK_H, 64], tl.float32)
     own = ids + at * ids_b
     if KIND >= 2:
         own += s.to(tl.int64) * ids_s
-    m, weights, acc, acc_rope = _attend(
-        m, weights, acc, acc_rope, query, qr, unit, values, rope, scales, own, start,
+    m, peak, weights, acc, acc_rope = _attend(
+        m, peak, weights, acc, acc_rope, query, qr, unit, values, rope, scales, own, start,
         tl.minimum(stop, blocks) - start, keys, places, scale, page_stride, row_stride,
-        KIND, ROPE, PAGE, BITS, BLOCK_N, STAGES,
+        KIND, ROPE, PAGE, BITS, max_logits is not None, BLOCK_N, STAGES,
     )  # fmt: skip
     if EXTRA_PAGE > 0:
         begin = tl.maximum(start - blocks, 0)
         own = extra_ids + at * extra_ids_b + s.to(tl.int64) * extra_ids_s
-        m, weights, acc, acc_rope = _attend(
-            m, weights, acc, acc_rope, query, qr, unit, extra_values, extra_rope, extra_scales, own,
+        m, peak, weights, acc, acc_rope = _attend(
+            m, peak, weights, acc, acc_rope, query, qr, unit, extra_values, extra_rope, extra_scales, own,
             begin, stop - blocks - begin, extra_keys, extra_places, scale, extra_page_stride, row_stride,
-            KIND, ROPE, EXTRA_PAGE, BITS, BLOCK_N, STAGES,
+            KIND, ROPE, EXTRA_PAGE, BITS, max_logits is not None, BLOCK_N, STAGES,
         )  # fmt: skip
     denominator = tl.sum(weights, 1)
     lonely = denominator == 0.0
@@ -410,13 +410,18 @@ def _sparse_kernel(
         if descale_k is not None:
             factor = factor * tl.load(descale_k)
         factor = factor[:, None]
-        natural = tl.where(lonely, float("inf"), log * 0.6931471805599453)
-        tl.store(lse + at * lse_b + s.to(tl.int64) * lse_s + head.to(tl.int64) * lse_h, natural, mask=is_head)
+        if max_logits is not None:
+            log = log * log_unit
+            tl.store(max_logits + line.to(tl.int64) * H + head, peak * log_unit, mask=is_head)
+        else:
+            log = log * 0.6931471805599453
+        log = tl.where(lonely, float("inf"), log)
+        tl.store(lse + at * lse_b + s.to(tl.int64) * lse_s + head.to(tl.int64) * lse_h, log, mask=is_head)
         to = out + (line.to(tl.int64) * H + head[:, None]) * 512
     kind = to.dtype.element_ty
-    tl.store(to + d, _as(acc * factor, kind), mask=mask & (d < NOPE))
+    tl.store(to + d, rounded(acc * factor, kind), mask=mask & (d < NOPE))
     if KIND == 3:
-        tl.store(to + NOPE + tl.arange(0, 64)[None, :], _as(acc_rope * factor, kind), mask=mask)
+        tl.store(to + NOPE + tl.arange(0, 64)[None, :], rounded(acc_rope * factor, kind), mask=mask)
 
 
 _MERGE = {"SPLITS": 256, "BLOCK_S": 8, "num_warps": 4}  # one for any number of splits
@@ -467,7 +472,7 @@ def _sparse_merge_kernel(
         weight = tl.exp2(tl.load(partial_lse + place, mask=split < splits, other=-float("inf")) - base)
         part = tl.load(partial + place[:, None] * 512 + d[None, :], mask=(split < splits)[:, None], other=0.0)
         acc += tl.sum(part * weight[:, None], 0)
-    tl.store(out + (line * H + h) * 512 + d, _as(acc * factor, out.dtype.element_ty))
+    tl.store(out + (line * H + h) * 512 + d, rounded(acc * factor, out.dtype.element_ty))
 
 
 def launch(
@@ -477,8 +482,8 @@ def launch(
     ids: torch.Tensor,
     lens: torch.Tensor | None,
     most: int,
-    sm_scale: float,
     *,
+    sm_scale: float,
     extra: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int, int, int] | None = None,
     extra_ids: torch.Tensor | None = None,
     extra_lens: torch.Tensor | None = None,
@@ -486,17 +491,25 @@ def launch(
     descale: tuple[torch.Tensor, torch.Tensor] | None = None,
     causal: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+    max_logits: torch.Tensor | None = None,
+    log_unit: float | None = None,
     config: dict[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch over tensors that are checked. ``keys``: values, rope, scales, page size, page and row stride, places."""
+    """Launch over tensors that are checked. ``keys``: values, rope, scales, page size, page and row stride, places.
+
+    ``max_logits`` [B, Sq, H] float32 and ``log_unit`` go together, over a sparse cache: prefill, which is not split.
+    """
     if gpu.elsewhere(q):
         with torch.cuda.device(q.device):
             return launch(
-                kind, q, keys, ids, lens, most, sm_scale, extra=extra, extra_ids=extra_ids, extra_lens=extra_lens,
-                sinks=sinks, descale=descale, causal=causal, dtype=dtype, config=config,
+                kind, q, keys, ids, lens, most, sm_scale=sm_scale, extra=extra, extra_ids=extra_ids,
+                extra_lens=extra_lens, sinks=sinks, descale=descale, causal=causal, dtype=dtype, out=out,
+                max_logits=max_logits, log_unit=log_unit, config=config,
             )  # fmt: skip
     batch, queries, heads, width = q.shape
-    out = torch.empty(batch, queries, heads, 512, dtype=dtype, device=q.device)
+    if out is None:
+        out = torch.empty(batch, queries, heads, 512, dtype=dtype, device=q.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device).transpose(1, 2)
     if batch == 0 or queries == 0:
         return out, lse
@@ -509,7 +522,9 @@ def launch(
     size = numbers["BLOCK_N"]
     extra_most = extra_ids.shape[-1] if extra_ids is not None else 0
     lines = batch * queries
-    splits = split_count(lines * tiles, -(-most // size) + -(-extra_most // size), places)
+    splits = 1
+    if max_logits is None:
+        splits = split_count(lines * tiles, -(-most // size) + -(-extra_most // size), places)
     partial, partial_lse = out, lse  # not read
     if splits > 1:
         partial = torch.empty(lines * splits * heads * 512, dtype=torch.float32, device=q.device)
@@ -521,7 +536,8 @@ def launch(
     descale_q, descale_k = descale or (None, None)
     halves = units = None
     if kind >= SPARSE_V32:
-        halves = torch.empty(lines * heads * 512, dtype=torch.float16, device=q.device)
+        # a chunk's queries are many, and its results begin where their halves end
+        halves = out.view(torch.float16) if max_logits is not None else torch.empty_like(out, dtype=torch.float16)
         units = torch.empty(lines * heads, dtype=torch.float32, device=q.device)
         _query_kernel[(lines * -(-heads // 4),)](
             q, halves, units, heads, queries, q.stride(0), q.stride(1), q.stride(2), NOPE=width - 64, BLOCK_H=4,
@@ -529,9 +545,9 @@ def launch(
         )  # fmt: skip
     _sparse_kernel[(tiles * splits * lines,)](
         q, halves, units, out, lse, partial, partial_lse, values, rope, scales, ids, lens, x_values, x_rope, x_scales,
-        extra_ids, extra_lens, sinks, descale_q, descale_k, heads, queries, most, extra_most, count, x_count,
-        float(sm_scale), int(causal), splits, q.stride(0), q.stride(1), q.stride(2), page_stride, row_stride, x_stride,
-        *strides, *x_strides, *lse.stride(),
+        extra_ids, extra_lens, sinks, descale_q, descale_k, max_logits, heads, queries, most, extra_most, count,
+        x_count, float(sm_scale), log_unit, int(causal), splits, q.stride(0), q.stride(1), q.stride(2), page_stride,
+        row_stride, x_stride, *strides, *x_strides, *lse.stride(),
         KIND=kind, ROPE=width == 576 or kind == SPARSE_V4, PAGE=page, EXTRA_PAGE=x_page,
         BITS=(0, 0) < capability < (8, 9), MERGE=splits > 1, **numbers,
     )  # fmt: skip
@@ -564,10 +580,29 @@ def sparse_decode(
     Raises:
         ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
     """
+    return attend_pages(
+        q, k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length,
+        sm_scale=sm_scale, sinks=attn_sink, config=config,
+    )  # fmt: skip
+
+
+def attend_pages(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    extra_k_cache: torch.Tensor | None,
+    extra_indices: torch.Tensor | None,
+    extra_topk_length: torch.Tensor | None,
+    *,
+    sinks: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`launch` over fp8 pages, for decode and prefill, whose arguments have the same names, once they are checked."""
     pages = _check_queries(q, k_cache)
     _check_indices("indices", indices, q)
     _check_lengths("topk_length", topk_length, q)
-    check_sinks(attn_sink, q)
+    check_sinks(sinks, q)
     extra = None
     if (extra_k_cache is None) != (extra_indices is None):
         lacks = "extra_k_cache" if extra_k_cache is None else "extra_indices"
@@ -585,8 +620,7 @@ def sparse_decode(
     _check_lengths("extra_topk_length", extra_topk_length, q)
     return launch(
         SPARSE_V4 if pages.layout is V4 else SPARSE_V32, q, _addresses(pages), indices, topk_length,
-        indices.shape[-1], sm_scale, extra=extra, extra_ids=extra_indices, extra_lens=extra_topk_length,
-        sinks=attn_sink, config=config,
+        indices.shape[-1], extra=extra, extra_ids=extra_indices, extra_lens=extra_topk_length, sinks=sinks, **options,
     )  # fmt: skip
 
 
@@ -688,9 +722,12 @@ def _check_lengths(name: str, lens: torch.Tensor | None, q: torch.Tensor) -> Non
 
 
 def compile_cases(every: bool = False) -> list[CompileCase]:
-    """Every way of storing keys, with all options off and all on; page sizes differ by a constant alone."""
+    """Every way of storing keys, with all options off and all on, and prefill; page sizes differ in a constant."""
     cases = []
-    for sm, kind, heads, full in itertools.product(TARGETS, range(4), (16, 64), (False, True)):
+    forms = ((False, False), (True, False), (True, True))
+    for sm, kind, heads, (full, prefill) in itertools.product(TARGETS, range(4), (16, 64), forms):
+        if prefill and kind < SPARSE_V32:
+            continue
         numbers = sparse_config(heads, (sm // 10, sm % 10))
         extra = full and kind >= SPARSE_V32
         if (heads > 16 and numbers == sparse_config(16, (sm // 10, sm % 10))) or (
@@ -705,7 +742,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         signature |= {"partial": "*fp32", "partial_lse": "*fp32", "values": kinds[kind]}
         signature |= dict.fromkeys((*_COUNTS, *_STRIDES), "i32") | {"sm_scale": "fp32"}
         options: dict[str, Any] = {"rope": None, "scales": None, "halves": None, "units": None, "lens": None}
-        options |= {"sinks": None, "descale_q": None, "descale_k": None}
+        options |= dict.fromkeys(("sinks", "descale_q", "descale_k", "max_logits", "log_unit"))
         options |= dict.fromkeys(("extra_values", "extra_rope", "extra_scales", "extra_ids", "extra_lens"))
         if scales is not None:
             signature |= {"rope": "*bf16", "scales": scales, "halves": "*fp16", "units": "*fp32"}
@@ -718,9 +755,11 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         if extra:
             signature |= {"extra_values": "*i16", "extra_rope": "*bf16", "extra_scales": scales or ""}
             signature |= {"extra_ids": "*i32", "extra_lens": "*i32"}
+        if prefill:
+            signature |= {"max_logits": "*fp32", "log_unit": "fp32"}
         options = {name: value for name, value in options.items() if name not in signature}
         options |= {"KIND": kind, "ROPE": True, "PAGE": 64, "EXTRA_PAGE": 2 if extra else 0, "BITS": sm < 89}
-        options |= {"MERGE": full, **numbers}
+        options |= {"MERGE": full and not prefill, **numbers}
         divisible: tuple[str, ...] = (
             "q",
             "out",
@@ -736,9 +775,9 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         divisible += ("row_stride",) if kind < SPARSE_V32 else ("rope", "scales", "halves", "units")
         divisible += ("extra_values", "extra_rope", "extra_scales") if extra else ()
         what = ("dense", "dense e4m3", "sparse V3.2", "sparse V4")[kind]
-        name = f"sparse_decode {what}, {heads} heads, {full}"
+        name = f"sparse_{'prefill' if prefill else 'decode'} {what}, {heads} heads, {full}"
         # addresses of the tensor cores' operands, which the loop over keys has no registers for
-        stack = 1100 if heads > 16 else 192
+        stack = (1200 if prefill else 1100) if heads > 16 else 192
         cases.append(
             CompileCase(name, _sparse_kernel, signature, options, divisible, warps, targets=(sm,), stack=stack)
         )

@@ -15,6 +15,10 @@ Both statistics leave the sink out, and are natural, or times log2(e). A query w
 and lse +inf, whatever the sink.
 
 One program per query and tile of heads; keys are gathered a tile at a time.
+
+`mla_sparse_prefill_paged` needs no workspace: the same over the pages of an fp8 cache, or of two, by
+`mla_patch.kernels.sparse_decode`'s kernel. It decodes a key for every query that names it; a workspace holds it decoded
+once for all of them.
 """
 
 from __future__ import annotations
@@ -30,10 +34,11 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.dequantize import round_bf16
+from mla_patch.kernels.dequantize import dequantize_ref, operand, rounded
+from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.kernels.sparse_decode import attend_pages
 
 _INTERPRETED = interpreted()
-_PLAIN = tl.constexpr(_INTERPRETED)  # an interpreter's bfloat16 products are wrong
 _LN2 = math.log(2.0)
 
 
@@ -50,22 +55,6 @@ def sparse_prefill_config(heads: int, capability: tuple[int, int], interpret: bo
     if capability == (8, 0) and heads > 16:
         return {"BLOCK_H": 64, "BLOCK_N": 32, "STAGES": 5, "num_warps": 8}
     return {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 5, "num_warps": 4}
-
-
-@triton.jit
-def _operand(x):
-    """What an interpreter can multiply."""
-    if _PLAIN:
-        return x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _as(x, kind: tl.constexpr):
-    """float32 in the output's type, rounded to the nearest, where an interpreter would cut bfloat16 off."""
-    if _PLAIN and kind == tl.bfloat16:
-        return round_bf16(x).to(tl.bfloat16, bitcast=True)
-    return x.to(kind)
 
 
 _CHANGING = ["topk", "rows", "sm_scale", "unit", "ids_s"]
@@ -110,10 +99,10 @@ def _sparse_prefill_kernel(
     if lens is not None:
         keys = tl.minimum(tl.maximum(tl.load(lens + s), 0), topk).to(tl.int32)
     source = q + s * q_s + head[:, None].to(tl.int64) * q_h
-    nope = _operand(tl.load(source + d, mask=mask, other=0.0))
+    nope = operand(tl.load(source + d, mask=mask, other=0.0))
     rope = nope
     if ROPE:
-        rope = _operand(tl.load(source + 512 + r, mask=mask, other=0.0))
+        rope = operand(tl.load(source + 512 + r, mask=mask, other=0.0))
     scale = sm_scale * 1.4426950408889634  # exp2 is what the chip has
     m = tl.full([BLOCK_H], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -126,10 +115,10 @@ def _sparse_prefill_kernel(
         known = (row >= 0) & (row < rows)
         # masked, not clamped: an unknown index has no row, and 0 times a stranger's NaN is NaN
         at = kv + tl.where(known, row, 0).to(tl.int64)[:, None] * kv_s
-        k = _operand(tl.load(at + d, mask=known[:, None], other=0.0))
+        k = operand(tl.load(at + d, mask=known[:, None], other=0.0))
         score = tl.dot(nope, k.T)
         if ROPE:
-            score = tl.dot(rope, _operand(tl.load(at + 512 + r, mask=known[:, None], other=0.0)).T, score)
+            score = tl.dot(rope, operand(tl.load(at + 512 + r, mask=known[:, None], other=0.0)).T, score)
         score = tl.where(known[None, :], score * scale, -float("inf"))
         top = tl.maximum(m, tl.max(score, 1))
         base = tl.where(top == -float("inf"), 0.0, top)  # no key so far: -inf - -inf would be NaN
@@ -149,7 +138,7 @@ def _sparse_prefill_kernel(
     tl.store(max_logits + s * H + head, m * unit, mask=is_head)
     tl.store(lse + s * H + head, log * unit, mask=is_head)
     to = out + s * out_s + head[:, None].to(tl.int64) * out_h
-    tl.store(to + d, _as(acc * factor[:, None], out.dtype.element_ty), mask=mask)
+    tl.store(to + d, rounded(acc * factor[:, None], out.dtype.element_ty), mask=mask)
 
 
 def mla_sparse_prefill(
@@ -197,6 +186,56 @@ def mla_sparse_prefill(
     return out, max_logits, lse
 
 
+def mla_sparse_prefill_paged(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    *,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    extra_k_cache: torch.Tensor | None = None,
+    extra_indices: torch.Tensor | None = None,
+    extra_topk_length: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_log2: bool = False,
+    config: dict[str, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`mla_sparse_prefill` straight from the pages of an fp8 cache. Returns ``out, max_logits, lse`` as it does.
+
+        q               [Sq, H, 576 or 512]    bfloat16
+        k_cache         [pages, ps, 1, 656 or 584]    V3.2 under 576 wide queries and V4 under 512 wide ones, pages of
+                        any size, as `mla_patch.kernels.layouts` has them
+        indices         [Sq, 1, topk]    int32, slots: page * ps + token; outside the cache is no key
+        topk_length     [Sq]    int32, int64 or None
+        extra_*         a second cache with its own page size, indices and lengths, of the same layout: one softmax
+        out             [Sq, H, 512]    bfloat16, contiguous, elsewhere than q
+
+    V3.2's values are rounded to float16 in units of a token's largest scale, to 2**-12; V4's are exact. No queries
+    launch nothing. Without sync; results come from torch's allocator at every call, and of scratch only a float for
+    each query and head, so a captured graph has them in its pool. ``config`` replaces
+    `mla_patch.kernels.sparse_decode.sparse_config`'s numbers.
+
+    Raises:
+        ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
+    """
+    _check_q(q)
+    queries, heads, _ = q.shape
+    if out is None:
+        out = torch.empty(queries, heads, 512, dtype=torch.bfloat16, device=q.device)
+    _check_out(out, q, torch.bfloat16)
+    if not out.is_contiguous():
+        raise ValueError(f"out: {_shape(out)}, expected contiguous")
+    if queries and out.data_ptr() == q.data_ptr():
+        raise ValueError("out: the memory of q, expected memory of its own")
+    max_logits = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
+    _, lse = attend_pages(
+        q[:, None], k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, sm_scale=sm_scale,
+        sinks=attn_sink, out=out, max_logits=max_logits, log_unit=1.0 if return_log2 else _LN2, config=config,
+    )  # fmt: skip
+    return out, max_logits, lse[..., 0]
+
+
 def mla_sparse_prefill_ref(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -208,13 +247,54 @@ def mla_sparse_prefill_ref(
     return_log2: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition, in float64: out [Sq, H, 512], max_logits and lse [Sq, H]."""
+    found = []
+    for s in range(len(q)):
+        ids = indices[s, 0, : max(0, int(topk_length[s])) if topk_length is not None else None].long()
+        found.append(kv[ids[(ids >= 0) & (ids < kv.shape[0])], 0].double())
+    return _attend_ref(q, found, sm_scale, d_v, attn_sink, return_log2)
+
+
+def mla_sparse_prefill_paged_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    *,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    extra_k_cache: torch.Tensor | None = None,
+    extra_indices: torch.Tensor | None = None,
+    extra_topk_length: torch.Tensor | None = None,
+    return_log2: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The definition, in float64 on the stored bytes: out [Sq, H, 512], max_logits and lse [Sq, H]."""
+    sets = [(k_cache, indices, topk_length)]
+    if extra_k_cache is not None and extra_indices is not None:
+        sets.append((extra_k_cache, extra_indices, extra_topk_length))
+    found = []
+    for s in range(len(q)):
+        keys = []
+        for cache, ids, lens in sets:
+            slots = ids[s, 0, : max(0, int(lens[s])) if lens is not None else None].long()
+            keys.append(dequantize_ref(cache, slots[(slots >= 0) & (slots < cache.shape[0] * cache.shape[1])]))
+        found.append(torch.cat(keys))
+    return _attend_ref(q, found, sm_scale, 512, attn_sink, return_log2)
+
+
+def _attend_ref(
+    q: torch.Tensor,
+    found: list[torch.Tensor],
+    sm_scale: float,
+    d_v: int,
+    attn_sink: torch.Tensor | None,
+    return_log2: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of every query to the keys that were ``found`` for it."""
     queries, heads = q.shape[:2]
     out = torch.zeros(queries, heads, d_v, dtype=torch.float64, device=q.device)
     max_logits = torch.full((queries, heads), -math.inf, dtype=torch.float64, device=q.device)
     lse = torch.full((queries, heads), math.inf, dtype=torch.float64, device=q.device)
-    for s in range(queries):
-        ids = indices[s, 0, : max(0, int(topk_length[s])) if topk_length is not None else None].long()
-        keys = kv[ids[(ids >= 0) & (ids < kv.shape[0])], 0].double()
+    for s, keys in enumerate(found):
         if len(keys):
             scores = q[s].double() @ keys.T * sm_scale
             max_logits[s] = scores.amax(-1)
@@ -235,15 +315,8 @@ def _check(
     topk_length: torch.Tensor | None,
     out: torch.Tensor | None,
 ) -> None:
-    if not q.is_cuda and not _INTERPRETED:
-        raise ValueError(f"q: on {q.device}, expected a CUDA device (or TRITON_INTERPRET=1 at import)")
-    if q.dim() != 3 or q.shape[2] not in (576, 512) or (q.stride(2) != 1 and q.numel()):
-        raise ValueError(f"q: {_shape(q)}, expected [Sq, H, 576 or 512], the last contiguous")
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"q: {q.dtype}, expected torch.bfloat16 or torch.float16")
+    _check_q(q)
     queries, heads, width = q.shape
-    if not 1 <= heads <= 128:
-        raise ValueError(f"q: {heads} heads, expected 1 to 128")
     if kv.dim() != 3 or kv.shape[1:] != (1, width) or (kv.stride(2) != 1 and kv.numel()):
         raise ValueError(f"kv: {_shape(kv)}, expected [Skv, 1, {width}], the last contiguous")
     if kv.dtype is not q.dtype:
@@ -270,14 +343,32 @@ def _check(
         found = f"{topk_length.dtype}, {_shape(topk_length)}"
         raise ValueError(f"topk_length: {found}, expected int32 or int64, [{queries}], contiguous")
     if out is not None:
-        if out.shape != (queries, heads, 512) or (out.stride(2) != 1 and out.numel()):
-            raise ValueError(f"out: {_shape(out)}, expected [{queries}, {heads}, 512], the last contiguous")
-        if out.dtype is not q.dtype:
-            raise ValueError(f"out: {out.dtype}, expected {q.dtype} as q")
-    others = {"kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length, "out": out}
+        _check_out(out, q, q.dtype)
+    others = {"kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {q.device} as q")
+
+
+def _check_q(q: torch.Tensor) -> None:
+    if not q.is_cuda and not _INTERPRETED:
+        raise ValueError(f"q: on {q.device}, expected a CUDA device (or TRITON_INTERPRET=1 at import)")
+    if q.dim() != 3 or q.shape[2] not in (576, 512) or (q.stride(2) != 1 and q.numel()):
+        raise ValueError(f"q: {_shape(q)}, expected [Sq, H, 576 or 512], the last contiguous")
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"q: {q.dtype}, expected torch.bfloat16 or torch.float16")
+    if not 1 <= q.shape[1] <= 128:
+        raise ValueError(f"q: {q.shape[1]} heads, expected 1 to 128")
+
+
+def _check_out(out: torch.Tensor, q: torch.Tensor, dtype: torch.dtype) -> None:
+    queries, heads, _ = q.shape
+    if out.shape != (queries, heads, 512) or (out.stride(2) != 1 and out.numel()):
+        raise ValueError(f"out: {_shape(out)}, expected [{queries}, {heads}, 512], the last contiguous")
+    if out.dtype is not dtype:
+        raise ValueError(f"out: {out.dtype}, expected {dtype}")
+    if out.device != q.device:
+        raise ValueError(f"out: on {out.device}, expected {q.device} as q")
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -329,6 +420,37 @@ def warmup(
     lens = torch.ones(1, dtype=torch.int32, device=device) if more or lengths else None
     with COMPILES.warming():
         mla_sparse_prefill(q, q[:, :1], ids, 1.0, attn_sink=sink, topk_length=lens)
+    return COMPILES.total - before
+
+
+def warmup_paged(
+    device: torch.device | str,
+    heads: int,
+    page_sizes: tuple[int, ...] = (),
+    extra: tuple[int, ...] = (),
+    more: bool = False,
+) -> int:
+    """Compile what `mla_sparse_prefill_paged` can reach of V4's caches with pages of these sizes, alone and beside each
+    of ``extra``, or, where no sizes are given, of V3.2's; ``more``: with sink and int32 lengths. How many kernels that
+    took. Queries, topk and base change nothing.
+
+    Real launches over one token. Nothing to do on a CPU.
+    """
+    layout = V4 if page_sizes else V32
+    q = torch.zeros(1, heads, layout.width, dtype=torch.bfloat16, device=device)
+    if not q.is_cuda and not _INTERPRETED:
+        return 0
+    before = COMPILES.total
+    ids = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
+    lens = torch.ones(1, dtype=torch.int32, device=device) if more else None
+    sink = torch.zeros(heads, device=device) if more else None
+    with COMPILES.warming():
+        for size, second in itertools.product(page_sizes or (64,), (0, *extra)):
+            options: dict[str, Any] = {"attn_sink": sink, "topk_length": lens}
+            if second:
+                options |= {"extra_k_cache": new_pages(layout, 1, second, device), "extra_indices": ids}
+                options |= {"extra_topk_length": lens}
+            mla_sparse_prefill_paged(q, new_pages(layout, 1, size, device), ids, 1.0, **options)
     return COMPILES.total - before
 
 

@@ -1,0 +1,121 @@
+"""What the benchmarks beside peers share: an arm is right before it is timed, arms take turns, the spread is kept.
+
+A case is a namespace that has ``picks``, at most eight of its queries, and ``want``, the float64 definition of their
+outputs. It is computed once, for all arms: in float64 the whole chunk would take minutes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mla_patch.compat.triton import interpreted
+
+Call = Callable[[], Any]
+Arms = dict[str, Callable[[Any], Call]]
+WRONG = 0.02  # relative to the definition's norm
+
+
+def pick(count: int, most: int = 8) -> torch.Tensor:
+    """The first and the last query, and some at random."""
+    return torch.tensor(sorted({0, count - 1, *torch.randint(0, count, (most - 2,)).tolist()}))
+
+
+def package(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def error(case: Any, result: Any) -> float:
+    """The worst of the picked queries, relative to the definition's norm; all queries must be finite."""
+    out = result[0]
+    assert torch.isfinite(out).all(), "not every row is finite"
+    wrong = (out[case.picks.to(out.device)].double() - case.want).flatten(1).norm(dim=1)
+    return float((wrong / case.want.flatten(1).norm(dim=1)).max())
+
+
+def time_us(call: Call, rep: int) -> float:
+    """Median of CUDA-graph replays over ``rep`` milliseconds; under the interpreter, one call by the clock."""
+    if interpreted():
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    try:
+        return do_bench_cudagraph(call, rep=rep, return_mode="median") * 1e3
+    except Exception:  # a peer that cannot be captured is timed by events instead
+        torch.cuda.synchronize()
+        return do_bench(call, rep=rep, return_mode="median") * 1e3
+
+
+def measure(
+    case: Any, arms: Arms, rounds: int, rep: int, error: Callable[[Any, Any], float] = error
+) -> dict[str, dict[str, Any]]:
+    """{arm: us per round, error}, or why an arm has none."""
+    ready, table = {}, {}
+    for name, make in arms.items():
+        try:
+            call = make(case)
+            wrong = error(case, call())
+            if not wrong < WRONG:
+                raise RuntimeError(f"error {wrong}")
+        except Exception as problem:
+            table[name] = {"refused": f"{type(problem).__name__}: {problem}".splitlines()[0][:160]}
+            continue
+        ready[name] = call
+        table[name] = {"error": wrong, "us": []}
+    for _ in range(rounds):
+        for name, call in ready.items():
+            table[name]["us"].append(time_us(call, rep))
+    return table
+
+
+def show(title: str, case: Any, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Print a case's arms, fastest first, with the rates that its ``bytes`` and ``flops`` make; what a file keeps."""
+    print(title)
+    for name, row in sorted(table.items(), key=lambda item: statistics.median(item[1].get("us") or [math.inf])):
+        if "refused" in row:
+            print(f"    {name:32s} {row['refused']}", flush=True)
+            continue
+        us = statistics.median(row["us"])
+        spread = (max(row["us"]) - min(row["us"])) / us
+        rates = [f"{count / us * scale:6.0f} {unit}" for unit, count, scale in _rates(case)]
+        told = [f"{us:10.1f} us", f"spread {spread:5.1%}", f"error {row['error']:.5f}", *rates]
+        print(f"    {name:32s} {'  '.join(told)}", flush=True)
+    counts = {name: getattr(case, name) for name in ("bytes", "flops") if hasattr(case, name)}
+    return {"case": title, **counts, "arms": table}
+
+
+def _rates(case: Any) -> list[tuple[str, int, float]]:
+    known = (("GB/s", "bytes", 1e-3), ("TFLOP/s", "flops", 1e-6))
+    return [(unit, getattr(case, name), scale) for unit, name, scale in known if hasattr(case, name)]
+
+
+def versions() -> dict[str, str]:
+    """The machine and what runs on it, for every row."""
+    import triton
+
+    gpu = "Triton's interpreter: times say nothing" if interpreted() else torch.cuda.get_device_name()
+    return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def capability() -> tuple[int, int]:
+    return (0, 0) if interpreted() else torch.cuda.get_device_capability()
+
+
+def configs(heads: int, stages: tuple[int, ...]) -> dict[str, dict[str, int]]:
+    """Launch numbers of attention that are worth a try, beside the default's."""
+    found = {}
+    for block_h, block_n, count, warps in itertools.product((16, 64), (32, 64), stages, (4, 8)):
+        if block_h == 64 and (warps == 4 or heads <= 16):
+            continue  # an accumulator of 512 columns leaves four warps no registers
+        name = f"{block_h}x{block_n} {count} stages {warps} warps"
+        found[name] = {"BLOCK_H": block_h, "BLOCK_N": block_n, "STAGES": count, "num_warps": warps}
+    return found
