@@ -10,12 +10,11 @@ that attend to all compressed tokens depend on the chunk alone.
     out = cache.attend(q, chunk, swa_pages, sm_scale=..., ratio=4, pages=c4_pages, topk_indices=raw)
 
 A generation is whatever compares equal for as long as the lengths, tables and cache behind the inputs stay the same;
-`stamp` and `renew` number objects for it. The workspace holds what one call reads and nothing across calls.
+`mla_patch.compat.stamps` numbers objects for it. The workspace holds what one call reads and nothing across calls.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -31,22 +30,7 @@ WIDTH = 512  # values of a workspace row
 ROW_BYTES = WIDTH * 2
 _STEP = 16384  # the workspace grows by this many rows: contexts grow with every chunk
 
-_MARK = "_mla_patch_generation"
-_numbers = itertools.count(1)
 _caches: weakref.WeakSet[SparsePrefillChunkCache] = weakref.WeakSet()
-
-
-def stamp(holder: Any) -> int:
-    """The number of what ``holder`` holds now. Numbers are never used twice, as addresses are."""
-    number = vars(holder).get(_MARK)
-    return renew(holder) if number is None else number
-
-
-def renew(holder: Any) -> int:
-    """Say that what ``holder`` holds has changed: it gets a new number."""
-    number = next(_numbers)
-    setattr(holder, _MARK, number)
-    return number
 
 
 def held() -> int:
@@ -301,7 +285,7 @@ class SparsePrefillChunkCache:
         """One layer's attention: [queries, H, 512] in q's type.
 
             q             [queries, H, 512]      bfloat16
-            swa_pages     [pages, bytes]         V4's fp8 pages (`mla_patch.kernels.layouts`), ``swa_page_size`` tokens each
+            swa_pages     [pages, bytes]         pages of `layouts.V4`, ``swa_page_size`` tokens each
             pages         [pages, bytes]         of the compressed cache, ``page_size // ratio`` tokens each; ratio > 0
             topk_indices  [>= queries, topk]     see `Chunk.layer`; None: every compressed token
             attn_sink     [H]                    float32 or None

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from mla_patch import sparse_prefill
+from mla_patch.compat.stamps import renew, stamp
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels.dequantize import dequantize_k_cache_paged_ref
 from mla_patch.kernels.layouts import V4
 from mla_patch.kernels.prefill_indices import combine_topk_swa_indices_ref
-from mla_patch.sparse_prefill import ChunkInputs, SparsePrefillChunkCache, compressed_lens, renew, stamp, workspace_rows
+from mla_patch.sparse_prefill import ChunkInputs, SparsePrefillChunkCache, compressed_lens, workspace_rows
 
 DEVICE = "cpu" if interpreted() else "cuda"
 PAGE, WINDOW, TOPK, HEADS = 8, 5, 3, 3
