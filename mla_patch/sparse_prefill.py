@@ -160,7 +160,7 @@ class Chunk:
     def memory(self) -> int:
         """Bytes of what has been made so far."""
         tensors = [self.query_start_loc, self.swa_slots, self.gather_lens, self.swa_offsets]
-        for region in self.regions.values():
+        for region in list(self.regions.values()):  # a report is written by another thread
             tensors += [region.slots, region.compressed_base, region.swa_base]
             tensors += [one for one in (region.indices, region.lens) if one is not None]
         return sum(one.numel() * one.element_size() for one in tensors)
