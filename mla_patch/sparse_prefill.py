@@ -182,8 +182,7 @@ class Chunk:
             rows = torch.arange(len(known), device=device)
             row = torch.repeat_interleave(rows, lens, output_size=total)
             token = torch.arange(total, device=device) - base[row]
-            # all queries of a request have the same pages; one without queries has no row of its own
-            first = self.query_start_loc[:-1].long().clamp(max=given.page_table.shape[0] - 1)[row]
+            first = self.query_start_loc[:-1].long()[row]  # all queries of a request have the same pages
             size = given.page_size // ratio
             pages = given.page_table[first, token // size].long()
             slots = (pages * size + token % size).to(torch.int32)
