@@ -207,6 +207,7 @@ def forward_call(
 _ROUTE = "_mla_patch_sparse_prefill"  # on a step's metadata: why ours does not take it, or ""
 _RAW = "_mla_patch_raw_indices"  # on the tensor of slots that the indexer fills: where it puts its positions
 _CACHE = "_mla_patch_chunk_cache"  # on a backend
+_PAGES = "_mla_patch_pages"  # on a backend: a step, and whether it attends over pages
 
 NOT_A_PROMPT = "no prompt: decode, verify, draft"
 HISPARSE = "HiSparse keeps its own slots"
@@ -474,11 +475,19 @@ def guard_route(module: ModuleType) -> Undo:
     original = _methods(owner, {"forward": _FORWARD[:6]})["forward"]
     prefers_pages = _policy("prefers_pages")
 
+    def asked_once(self: Any, forward_batch: Any, q: Any) -> bool:
+        step = stamp(self.forward_metadata), stamp(forward_batch)
+        known = vars(self).get(_PAGES)
+        if known is None or known[0] != step:  # the first layer's answer is all layers'
+            known = step, prefers_pages(self, forward_batch, q)
+            setattr(self, _PAGES, known)
+        return known[1]
+
     @functools.wraps(original)
     def forward(self: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         if forward_batch.forward_mode.is_extend_without_speculative():
             core = getattr(self.forward_metadata, "core_attn_metadata", None)
-            if core is not None and (is_strided(core) or prefers_pages(self, forward_batch, q)):
+            if core is not None and (is_strided(core) or asked_once(self, forward_batch, q)):
                 forward_batch = _PagedBatch(forward_batch)
         return original(self, q, k, v, layer, forward_batch, *args, **kwargs)
 

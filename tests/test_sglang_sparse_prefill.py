@@ -357,19 +357,24 @@ def test_metadata_filled_anew_has_a_new_number(module) -> None:
 
 
 def test_the_host_is_kept_from_its_route(module, monkeypatch) -> None:
-    large: list[bool] = [False]
-    monkeypatch.setattr(hook, "prefers_pages", lambda backend, batch, q: large[0])
+    large, asked = [False], []
+    monkeypatch.setattr(hook, "prefers_pages", lambda backend, batch, q: asked.append(batch) or large[0])
     undo = compat.guard_route(module)
     one = module.DeepseekV4AttnBackend()
     one.forward_metadata = module.DSV4Metadata()
 
     def taken(mode: Any = None) -> str:
         step = Batch(forward_mode=mode or Mode(), out_cache_loc=7)
-        route, seen = one.forward(q=None, k=None, v=None, layer=None, forward_batch=step, compress_ratio=0)
-        assert seen.out_cache_loc == 7 and seen.seq_lens is step.seq_lens
-        return route
+        routes = []
+        for _layer in range(2):
+            route, seen = one.forward(q=None, k=None, v=None, layer=None, forward_batch=step, compress_ratio=0)
+            assert seen.out_cache_loc == 7 and seen.seq_lens is step.seq_lens
+            routes.append(route)
+        assert routes[0] == routes[1]
+        return routes[0]
 
     assert taken() == "sparse" and taken(Mode(False)) == "pages"
+    assert len(asked) == 1  # once for all layers of a prompt
     large[0] = True
     assert taken() == "pages"
     large[0] = False
