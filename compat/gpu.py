@@ -83,6 +83,18 @@ def sm_count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+# bytes of shared memory that one block may ask for, in KiB, by compute capability
+_SHARED = {(8, 0): 163, (8, 7): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+
+
+def shared_memory(index: int) -> int:
+    """Bytes of shared memory that one block can have, on a device that a call already uses."""
+    import torch
+
+    told = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", None)
+    return told or _SHARED.get(capability(index), 48) * 1024
+
+
 def elsewhere(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies on another GPU than the current one, where Triton launches whatever tensors say."""
     import torch

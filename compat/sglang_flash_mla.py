@@ -33,6 +33,7 @@ What a backend can ask of them, which is compiled at the end of its __init__, be
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -92,6 +93,24 @@ def prefill_arity(module: str) -> int:
         operator = getattr(torch.ops.sgl_kernel, "sparse_prefill_fwd", None)
         return 0 if operator is None else len(operator.default._schema.arguments)
     return 7 if "flash_mla" in sys.modules else 0
+
+
+CHIPS = ((9, 0), (10, 0), (10, 3))  # that FlashMLA is built for; dense for the first alone
+
+
+def prefill_takes(heads: int, width: int, topk: int, capability: tuple[int, int] | None) -> bool:
+    """Whether FlashMLA's sparse prefill has a build for these heads and this topk, on a chip that it is built for."""
+    small = heads == 64 or (width == 512 and topk <= 1280)  # of sm_100's builds
+    step = 64 if capability is not None and capability[0] == 10 and small else 128
+    return heads in (64, 128) and topk > 0 and topk % step == 0
+
+
+def prefill_wrapper(module: str) -> Callable[..., Any] | None:
+    """``flash_mla_sparse_fwd`` of ``module``, if its operator takes sinks and lengths."""
+    if prefill_arity(module) < 7:
+        return None
+    function = getattr(import_module(module), "flash_mla_sparse_fwd", None)
+    return function if function is not None and "topk_length" in inspect.signature(function).parameters else None
 
 
 class MetadataCall:

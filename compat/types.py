@@ -28,7 +28,8 @@ class Target:
     """One entry point of a host.
 
     Several targets of a feature with the same ``name`` are alternative homes of one entry point:
-    the first whose module exists and whose parameters match is taken.
+    the first whose module exists and whose parameters match is taken. Where two entry points have one name,
+    ``entry`` tells them apart.
     """
 
     module: str  # "sglang.srt.layers.attention.utils"
@@ -44,6 +45,7 @@ class Target:
     lasting: bool = False  # an edit of what is stored: it outlives the breaker and restore()
     counted: bool = False  # an edit that brings calls of its own: edit(module, counts), and adds to counts.served
     held_by: tuple[Held, ...] = ()
+    entry: str = ""  # empty: the name
     # for shadow checks: (call) -> the same call with outputs of its own, filled as the host's are now, and pairs of
     # (the host's, its own) tensors to compare; raises ValueError with the reason why this call has none
     twin: Callable[[Any], tuple[Any, list[tuple[Any, Any]]]] | None = None
@@ -175,5 +177,5 @@ def key_targets(targets: Iterable[Target]) -> dict[str, tuple[Target, ...]]:
     """Targets by entry point, alternatives in order."""
     keyed: dict[str, list[Target]] = {}
     for target in targets:
-        keyed.setdefault(target.name, []).append(target)
+        keyed.setdefault(target.entry or target.name, []).append(target)
     return {name: tuple(homes) for name, homes in keyed.items()}

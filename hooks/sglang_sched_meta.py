@@ -21,7 +21,6 @@ from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
 
 HOST, OURS = "host", "triton"
-_CHIPS = ((9, 0), (10, 0), (10, 3))  # that FlashMLA is built for; dense for the first alone
 
 
 def capability_of(tensor: Any) -> tuple[int, int] | None:
@@ -58,7 +57,7 @@ def _no_build(call: KvCacheCall) -> bool:
 
 
 def _other_chip(call: KvCacheCall | PrefillCall) -> bool:
-    return capability_of(call.q) not in _CHIPS
+    return capability_of(call.q) not in sglang_flash_mla.CHIPS
 
 
 def _other_sparse(call: KvCacheCall) -> bool:
@@ -100,11 +99,8 @@ PROVIDERS = (
 
 
 def _other_prefill(call: PrefillCall) -> bool:
-    heads, topk = call.q.shape[-2], call.indices.shape[-1]
-    capability = capability_of(call.q)
-    small = heads == 64 or (call.q.shape[-1] == 512 and topk <= 1280)  # of sm_100's builds
-    step = 64 if capability is not None and capability[0] == 10 and small else 128
-    return heads not in (64, 128) or not topk or topk % step != 0
+    heads, width = call.q.shape[-2:]
+    return not sglang_flash_mla.prefill_takes(heads, width, call.indices.shape[-1], capability_of(call.q))
 
 
 def _more_than_the_operator(call: PrefillCall) -> bool:
@@ -183,7 +179,11 @@ def declines_metadata(call: MetadataCall) -> str | None:
         own = sglang_flash_mla.knows_sched_meta(call.build)
         return "the host has a FlashMLASchedMeta of its own" if own else None
     capability = capability_of(call.cache_seqlens)
-    if not call.build.has(False) or capability not in _CHIPS or (call.topk is None and capability != (9, 0)):
+    if (
+        not call.build.has(False)
+        or capability not in sglang_flash_mla.CHIPS
+        or (call.topk is None and capability != (9, 0))
+    ):
         return None
     if call.topk is not None and (call.topk % 64 or not call.topk or call.heads not in (None, 64, 128)):
         return None

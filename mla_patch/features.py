@@ -65,6 +65,7 @@ class Feature:
     steps: Callable[[str | None], tuple[Target, ...]] | None = None
     # (who serves, when), where that is chosen call by call; the first that applies. For `explain`
     providers: tuple[tuple[str, str], ...] = ()
+    memory: Callable[[], int] | None = None  # bytes that ours holds between calls in this process, for the report
 
     @property
     def flag(self) -> str:

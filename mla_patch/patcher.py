@@ -129,6 +129,7 @@ class Patcher:
             run = self.runs.get(feature.label)
             if run is None:
                 status = FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
+                status.memory = feature.memory
                 run = self.runs[feature.label] = Run(feature, setting, status, self._switch(feature))
             elif run.status.state in (State.APPLIED, State.ARMED) and judgement.state is State.ARMED:
                 if run.asks and not judgement.asks:  # asked for by now: ours serves whatever the device
@@ -307,7 +308,7 @@ class Patcher:
         ours = _ours_below(found.value, target.name, run.status.counts)
         if ours is not None and ours._self_site.switch is run.switch:
             return  # a second import hook of the same application
-        kept = run.made.get(target.name)
+        kept = run.made.get(target.entry or target.name)
         if ours is None and kept is not None and kept.__wrapped__ is found.value:
             ours = kept
         if ours is not None:
@@ -316,7 +317,7 @@ class Patcher:
         else:
             assert target.bind is not None  # or its arms would not have been loaded
             site = Site(target.name, target.bind, arms, run.status.counts, run.switch, target.twin)
-            ours = run.made[target.name] = stand_in(found.value, target.kind, site)
+            ours = run.made[target.entry or target.name] = stand_in(found.value, target.kind, site)
         original = ours.__wrapped__
         if found.value is original or found.value is ours:
             inherited = isinstance(found.holder, type) and found.attribute not in vars(found.holder)

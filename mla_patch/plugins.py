@@ -19,6 +19,7 @@ OWN_HOOKS = {
     "kv_indices": "mla_patch.hooks.sglang_kv_indices",
     "tokenspeed": "mla_patch.hooks.sglang_tokenspeed",
     "sched_meta": "mla_patch.hooks.sglang_sched_meta",
+    "sparse_prefill": "mla_patch.hooks.sglang_sparse_prefill",
 }
 
 

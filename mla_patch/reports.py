@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class FeatureStatus:
     reason: str = ""
     targets: list[TargetStatus] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
+    memory: Callable[[], int] | None = None
 
     @property
     def label(self) -> str:
@@ -62,6 +64,8 @@ class FeatureStatus:
         if counts:
             c = self.counts
             row |= {"served": c.served, "declined": dict(c.declined), "captured": c.captured, "replayed": c.replayed}
+            if self.memory is not None:
+                row["memory"] = self.memory()
         return row
 
 

@@ -181,6 +181,22 @@ def test_explain_says_who_serves_a_call(capsys):
     assert "providers" not in run(capsys, "explain", "kv_indices")[1]
 
 
+def test_explain_says_which_route_a_prompt_takes(capsys):
+    status, told = run(capsys, "explain", "sparse_prefill")
+    assert status == 0
+    rows = [(row["provider"], row["when"].partition(":")[0]) for row in told["providers"]]
+    assert rows == [
+        *[("host", "V4")] * 8, ("ours + FlashMLA", "V4"), ("triton", "V4"), ("host", "V3.2"), ("triton", "V3.2"),
+    ]  # fmt: skip
+    backport = [
+        row for row in told["routes"] if row["name"] == "DeepseekV4AttnBackend.forward" and row["kind"] == "call"
+    ]
+    assert [row["releases"] for row in backport] == ["0.5.12 - 0.5.12.post1"]
+    # two entry points of one name are two rows in each release that has both
+    both = [row["module"] for row in told["routes"] if row["releases"] == "0.5.13 - 0.5.15"]
+    assert {one.rpartition(".")[0].rpartition(".")[2] for one in both} == {"dsa", "dsv4"}
+
+
 def test_explain_names_every_home(capsys):
     status, told = run(capsys, "explain", "kv_indices")
     assert status == 0 and set(told) == {"feature", "routes", "states"}

@@ -40,6 +40,14 @@ def test_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gpu.elsewhere(tensor(None))
 
 
+def test_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch tells, else what the chip is known to have, else what every chip has."""
+    told = SimpleNamespace(shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: told if index == 0 else SimpleNamespace())
+    monkeypatch.setattr(gpu, "capability", lambda index: {1: (8, 9), 2: (7, 5)}[index])
+    assert [gpu.shared_memory(index) for index in range(3)] == [232448, 99 * 1024, 48 * 1024]
+
+
 def token_indices() -> None:
     table, lens = torch.arange(40, dtype=torch.int32).view(2, 20), torch.tensor([3, 20])
     out = torch.full((23,), -1)

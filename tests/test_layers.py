@@ -26,9 +26,10 @@ MAY = {
     "startup": {"experiment", "flags", "plugins", "patcher", "judge", "reports", "sources", "features", "compat"},
     "experiment": {"dispatch", "reports", "features", "kernels", "compat"},
     "flash_mla": {"kernels", "compat"},
+    "sparse_prefill": {"kernels", "compat"},
     "kernels": {"kernels", "compat"},
     "compat": {"compat"},
-    "hooks": {"features", "hookspecs", "flash_mla", "kernels", "compat"},
+    "hooks": {"features", "hookspecs", "flash_mla", "sparse_prefill", "kernels", "compat"},
 }
 ABOVE = {"ab", "cli", "demo", "bench", "warmup"}  # what a person runs may import anything of ours
 ENGINES = {"sglang", "vllm", "sgl_kernel", "flash_mla"}

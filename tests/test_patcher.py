@@ -1446,3 +1446,26 @@ def test_a_module_that_another_thread_is_importing(fake_host: FakeHost) -> None:
     print(run(), state())
     """
     assert fake_host.says(code) == "ours applied"
+
+
+def test_two_entry_points_of_one_name(fake_host: FakeHost) -> None:
+    """They are no alternatives: both are taken, given back and taken again."""
+    fake_host.write("fakehost/again.py", "def decode(q, kv, scale=1.0):\n    return 'host'\n")
+    fake_host.plug(
+        "from dataclasses import replace\n"
+        "FEATURES = [feature('twice', DECODE, replace(DECODE, module='fakehost.again', entry='decode, again'))]"
+    )
+    code = """
+    import fakehost.again, fakehost.ops
+    def both():
+        print(fakehost.ops.decode(1, 2), fakehost.again.decode(1, 2), state("twice"))
+    for step in (mla_patch.apply, mla_patch.restore, mla_patch.apply):
+        step()
+        both()
+    """
+    assert fake_host.says(code).splitlines() == ["ours ours applied", "host host off: restored", "ours ours applied"]
+
+
+def test_what_ours_holds_is_in_the_report(fake_host: FakeHost) -> None:
+    fake_host.plug("from dataclasses import replace\nFEATURES = [replace(feature('ops', DECODE), memory=lambda: 7)]")
+    assert fake_host.says("mla_patch.apply()\nprint(row('ops')['memory'])") == "7"

@@ -1,0 +1,241 @@
+"""SGLang's sparse prefill of DeepSeek V3.2 and V4: the whole route where V4 has none, single pieces where it has one.
+
+Why: without it V4 attends over fp8 pages, which is slow for prompts and impossible for many queries at once. Later
+releases have it with faults that `compat.sglang_sparse_prefill` lists; V3.2's takes few head counts.
+
+Of a release's own kernels ours take the place of those that are wrong; what is right stays, since ours is not measured
+beside it, unless the flag is set to on. So does a release without the route: there all of it is ours, and it is taken
+when it is asked for. `V4_PROVIDERS` and `V32_PROVIDERS` say who serves a layer, by the first row that applies.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from mla_patch.compat import gpu, sglang_flash_mla
+from mla_patch.compat import sglang_sparse_prefill as compat
+from mla_patch.compat.sglang_sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
+from mla_patch.compat.types import Gpu, Target, Variable
+from mla_patch.features import Feature
+from mla_patch.hookspecs import hookimpl
+
+HOST, OURS, BOTH = "host", "triton", "ours + FlashMLA"
+WORKSPACE, ROUTE = "MLA_PATCH_SPARSE_PREFILL_WORKSPACE", "MLA_PATCH_SPARSE_PREFILL_ROUTE"
+_DEFAULTS = {WORKSPACE: "4096", ROUTE: "all"}
+TOO_LARGE = "a workspace beyond " + WORKSPACE
+FEW = "few enough queries for pages, by " + ROUTE
+
+
+def capability_of(tensor: Any) -> tuple[int, int] | None:
+    """Of the GPU that a call's tensor lies on."""
+    return gpu.capability(tensor.device.index) if tensor.is_cuda else None
+
+
+class Row(NamedTuple):
+    provider: str
+    when: str  # as `explain` prints it, and the report, where the host keeps a call
+    applies: Callable[[Any], bool]
+
+
+def _says(reason: str) -> Callable[[ChunkCall], bool]:
+    return lambda call: compat.problem(call) == reason
+
+
+def _flash_mla(call: ChunkCall) -> Callable[..., Any] | None:
+    """The release's own flash_mla_sparse_fwd, where FlashMLA has a build for this layer."""
+    capability = capability_of(call.q)
+    # rows of indices are padded to 128, so that any topk will do
+    if capability not in sglang_flash_mla.CHIPS or not call.q.shape[0]:
+        return None
+    if not sglang_flash_mla.prefill_takes(call.q.shape[1], call.q.shape[2], 128, capability):
+        return None
+    return sglang_flash_mla.prefill_wrapper(call.module)
+
+
+V4_PROVIDERS = (
+    *(Row(HOST, reason, _says(reason)) for reason in (
+        compat.NOT_A_PROMPT, TOO_LARGE, FEW, compat.HISPARSE, compat.PARALLEL, compat.AHEAD, compat.NO_POSITIONS,
+        compat.OTHER_PAGES,
+    )),
+    Row(BOTH, "64 or 128 heads on sm_90, sm_100 and sm_103, with a FlashMLA that takes sinks and lengths",
+        lambda call: _flash_mla(call) is not None),
+    Row(OURS, "all else: any GPU from sm_80, 1 to 128 heads", lambda call: True),
+)  # fmt: skip
+
+
+def _pads(call: V32Call) -> bool:
+    capability = capability_of(call.q)
+    return capability in sglang_flash_mla.CHIPS and compat.pads(call.q.shape[1], capability)
+
+
+V32_PROVIDERS = (
+    Row(HOST, "64 or 128 heads, or what the release pads to them, on sm_90, sm_100 and sm_103", _pads),
+    Row(OURS, "other head counts, other GPUs", lambda call: True),
+)
+
+
+def native(target: Target, version: str | None) -> str | None:
+    """Why the release is left as it is, or None; an explicit on is not asked."""
+    if compat.is_backport(target, version):
+        return "the release has no such route, and ours waits to be asked for: MLA_PATCH_SPARSE_PREFILL=on"
+    if compat.own_is_right(target, version):
+        return "right in this release, and ours is not measured beside it"
+    return None
+
+
+def hardware(device: Gpu) -> str | None:
+    """Why this device cannot, or None."""
+    return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
+
+
+def memory() -> int:
+    """Bytes of workspaces and metadata that this process holds."""
+    module = sys.modules.get("mla_patch.sparse_prefill")
+    return module.held() if module is not None else 0
+
+
+FEATURE = Feature(
+    name="sparse_prefill",
+    host="sglang>=0.5.5,<0.5.24",
+    targets=compat.targets,
+    why="DeepSeek V4 has no sparse prefill, or one with faults; V3.2's takes few head counts",
+    upstream="https://github.com/sgl-project/sglang/pull/25418",
+    drop_when="the host's sparse prefill is right for every batch, and takes any number of heads",
+    native=native,
+    hardware=hardware,
+    variables=(
+        Variable("ROUTE", ("all", "large"), _DEFAULTS[ROUTE], "which V4 prompts take our route where the release has "
+                 "none; `large`: those that pages cannot serve"),
+        Variable("WORKSPACE", (), _DEFAULTS[WORKSPACE], "MiB; V4 prompts that need more attend over pages"),
+    ),
+    providers=(
+        *((row.provider, f"V4: {row.when}") for row in V4_PROVIDERS),
+        *((row.provider, f"V3.2: {row.when}") for row in V32_PROVIDERS),
+    ),
+    memory=memory,
+)  # fmt: skip
+
+
+@hookimpl
+def mla_patch_features() -> list[Feature]:
+    return [FEATURE]
+
+
+def _setting(name: str) -> str:
+    return os.environ.get(name) or _DEFAULTS[name]
+
+
+def limit() -> int:
+    """Bytes that a workspace may have.
+
+    Raises:
+        ValueError: what is set is no number.
+    """
+    text = _setting(WORKSPACE)
+    if not text.isdecimal():
+        raise ValueError(f"{WORKSPACE}: {text!r}, expected a number of MiB")
+    return int(text) << 20
+
+
+def _too_large(backend: Any, batch: Any) -> bool:
+    from mla_patch.sparse_prefill import SparsePrefillChunkCache
+
+    # ratio 4 has the most compressed tokens
+    return SparsePrefillChunkCache.needed(*compat.host_lens(batch), compat.window(backend), 4) > limit()
+
+
+def _pages_can(queries: int, device: Any) -> bool:
+    most = compat.most_queries(device)
+    return most is None or queries <= most
+
+
+def declines_route(backend: Any, batch: Any, queries: int) -> str | None:
+    """Why a prompt attends over pages where the route is all ours, or None. What pages cannot serve is always ours."""
+    if not _pages_can(queries, backend.req_to_token.device):
+        return None
+    if _setting(ROUTE) == "large":
+        return FEW
+    return TOO_LARGE if _too_large(backend, batch) else None
+
+
+def prefers_pages(backend: Any, batch: Any, q: Any) -> bool:
+    """Whether a prompt that the release would route itself attends over pages, for its workspace's sake."""
+    return _pages_can(q.shape[0], q.device) and _too_large(backend, batch)
+
+
+def declines_chunk(call: ChunkCall) -> str | None:
+    """Why the host serves this layer, or None."""
+    return compat.problem(call)
+
+
+def serve_chunk(call: ChunkCall) -> Any:
+    from mla_patch.kernels.sparse_prefill import mla_sparse_prefill
+    from mla_patch.sparse_prefill import ChunkInputs, SparsePrefillChunkCache
+
+    compat.store(call)
+    cache = compat.cache_of(call.backend, SparsePrefillChunkCache)
+    chunk = cache.chunk(compat.generation(call), lambda: ChunkInputs(**compat.chunk_inputs(call)))
+    swa, pages, positions = compat.pages(call)
+    return cache.attend(
+        call.q, chunk, swa, sm_scale=call.backend.softmax_scale, ratio=call.ratio, pages=pages, topk_indices=positions,
+        attn_sink=call.attn_sink, sparse_fwd=_flash_mla(call) or mla_sparse_prefill,
+    )  # fmt: skip
+
+
+def declines_v32(call: V32Call) -> str | None:
+    """Why the host serves this call, or None."""
+    row = next(row for row in V32_PROVIDERS if row.applies(call))
+    return row.when if row.provider == HOST else None
+
+
+def serve_v32(call: V32Call) -> Any:
+    from mla_patch.kernels.sparse_prefill import mla_sparse_prefill
+
+    indices = call.indices[:, None]
+    return mla_sparse_prefill(
+        call.q, call.kv, indices, call.sm_scale, call.d_v, call.attn_sink, call.topk_length
+    )[0]  # fmt: skip
+
+
+def declines_dequantize(call: DequantizeCall) -> str | None:
+    """Why the host serves this call, or None."""
+    if call.layout is not None and call.layout != "v4":  # an enumeration of strings
+        return f"layout {getattr(call.layout, 'value', call.layout)}"
+    return None if call.tile == 128 else f"a scale for {call.tile} values, not 128"
+
+
+def serve_dequantize(call: DequantizeCall) -> Any:
+    from mla_patch.kernels.dequantize import dequantize_k_cache_paged
+
+    return dequantize_k_cache_paged(call.cache, call.slots, call.page_size, call.out)
+
+
+def declines_combine(call: CombineCall) -> str | None:
+    """Why the host serves this call, or None."""
+    return None if call.swa_indices is None else "a window of its own for every query"
+
+
+def serve_combine(call: CombineCall) -> Any:
+    from mla_patch.kernels.prefill_indices import combine_topk_swa_indices
+
+    return combine_topk_swa_indices(
+        call.topk_indices, call.query_start_loc, call.seq_lens, call.gather_lens, call.compressed_base, call.swa_base,
+        call.window_size, call.compress_ratio, call.topk, query_pos=call.query_pos, out_indices=call.out_indices,
+        out_lens=call.out_lens,
+    )  # fmt: skip
+
+
+def declines_swa(call: SwaCall) -> None:
+    """All of them are ours to serve."""
+
+
+def serve_swa(call: SwaCall) -> Any:
+    from mla_patch.kernels.prefill_indices import build_swa_token_ids
+
+    return build_swa_token_ids(
+        call.seq_lens, call.extend_seq_lens, call.req_pool_indices, call.req_to_token, call.full_to_swa,
+        call.swa_window, call.total_swa,
+    )  # fmt: skip

@@ -1,0 +1,458 @@
+"""One SGLang release's sparse prefill of DeepSeek V4 and V3.2, in a process of its own, on a made-up model.
+
+    python sparse_prefill_child.py RELEASE OUT.json      with the release on PYTHONPATH, and any flags of ours
+
+Requests go through the release's own DeepseekV4AttnBackend in three chunks, some without new tokens, with layers of all
+three kinds over fp8 pages that hold the whole prompts already. What stands in for FlashMLA computes in Triton.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
+
+import torch
+
+import mla_patch
+from mla_patch import _door
+from mla_patch.compat import sglang_sparse_prefill as compat
+from mla_patch.compat import sglang_trial, stamps
+from mla_patch.compat.sglang_trial import Batch
+from mla_patch.kernels.dequantize import dequantize_k_cache_paged_ref
+from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.kernels.quantize import quantize
+from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_ref
+from mla_patch.patcher import is_ours
+
+PAGE, WINDOW, SWA_PAGE, TOPK, HEADS, SCALE = 256, 128, 128, 512, 3, 0.06
+LENS = (263, 40, 9)
+CHUNKS = [((260, 38, 5), (2, 1, 3)), ((263, 38, 7), (3, 0, 2)), ((263, 40, 7), (0, 2, 0))]
+AGAIN = ((262, 40, 8), (2, 1, 3))  # other prompts in the shapes of the first chunk
+LAYERS = (4, 0, 128, 4)  # ratios
+OWN_WORKSPACES = {
+    "sparse_prefill_workspace": "SparsePrefillWorkspace",
+    "sparse_prefill_kv_buffer": "SparsePrefillKVBuffer",
+}
+
+
+def pool_bytes(slots: int, page: int, rng: torch.Generator) -> torch.Tensor:
+    pages = -(-slots // page)
+    cache = torch.zeros(pages, V4.page_bytes(page), dtype=torch.uint8)
+    tokens = cache[:, : page * 576].view(pages, page, 576)
+    values = torch.randn(pages, page, 448, generator=rng) * 64
+    tokens[:, :, :448] = values.to(torch.float8_e4m3fn).view(torch.uint8)
+    tokens[:, :, 448:] = torch.randn(pages, page, 64, generator=rng).bfloat16().view(torch.uint8)
+    cache[:, page * 576 : page * 584] = torch.randint(120, 123, (pages, page * 8), generator=rng).to(torch.uint8)
+    return cache
+
+
+class Step(sglang_trial._Metadata, sglang_trial._ForwardBatch):
+    """What a scheduler hands the backend; what is not given is None."""
+
+
+class Anything:
+    """Stands in for the host's helpers that plan for other kernels: whatever is called gives None."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+class Trial:
+    """The release's backend, its pool and what the model gives it."""
+
+    def __init__(self, release: str) -> None:
+        self.without_indexer = release != "0.5.12"
+        self.shell = release in ("0.5.21", "0.5.23")  # whose forward does more than a made-up model has
+        rng = self.rng = torch.Generator().manual_seed(1)
+        self.module = importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend")
+        pools = importlib.import_module("sglang.srt.mem_cache.deepseek_v4_memory_pool")
+        blocks = 3  # a page more than the longest prompt has
+        self.pages = torch.randperm(len(LENS) * blocks, generator=rng).view(len(LENS), blocks)
+        table = (self.pages[:, :, None] * PAGE + torch.arange(PAGE)).view(len(LENS), -1).int()
+        slots = table.numel()
+        self.swa = [pool_bytes(slots, SWA_PAGE, rng) for _ in LAYERS]
+        self.compressed = [pool_bytes(slots // one, PAGE // one, rng) if one else None for one in LAYERS]
+        self.to_swa = torch.cat([torch.randperm(slots, generator=rng), torch.zeros(PAGE), torch.tensor([-1])]).long()
+        trial = self
+
+        class Pool(pools.DeepSeekV4TokenToKVPool):
+            request_window = None
+
+            def get_swa_key_buffer_radix(self, layer_id: int) -> torch.Tensor:
+                return trial.swa[layer_id]
+
+            def get_extra_key_buffer(self, layer_id: int) -> Any:
+                return trial.compressed[layer_id]
+
+            def get_extra_key_page_size(self, layer_id: int) -> int:
+                return PAGE // LAYERS[layer_id]
+
+            def get_swa_key_page_size(self) -> int:
+                return SWA_PAGE
+
+            def get_swa_key_layout(self) -> str:
+                return "v4"
+
+            def get_extra_key_layout(self, layer_id: int) -> str:
+                return "v4"
+
+        pool = self.pool = object.__new__(Pool)
+        small = SimpleNamespace(kv_cache_total_dim=584, page_size=SWA_PAGE)
+        vars(pool).update(
+            swa_window_size=SWA_PAGE, swa_page_size=SWA_PAGE, page_size=PAGE, swa_kv_pool=small,
+            full_to_swa_index_mapping=self.to_swa,
+        )  # fmt: skip
+        self.batch = Batch(torch.tensor(LENS), torch.arange(len(LENS)), table, LENS)
+        self.backend = self.new_backend()
+        self.q = [[torch.randn(n, HEADS, 512, generator=rng).bfloat16() for n in LENS] for _ in LAYERS]
+        self.sink = torch.randn(HEADS, generator=rng)
+
+    def new_backend(self) -> Any:
+        owner, device = self.module.DeepseekV4AttnBackend, torch.device("cpu")
+        known = {
+            "page_size": PAGE, "swa_page_size": SWA_PAGE, "softmax_scale": SCALE, "head_dim_v": 512, "c4_topk": TOPK,
+            "index_topk": TOPK,
+            "token_to_kv_pool": self.pool, "mtp_enabled": False, "hisparse_coordinator": None, "topk": 0,
+            "cuda_int32_kwargs": {"device": device, "dtype": torch.int32}, "forward_metadata": None,
+            "MAX_SEQ_LEN_FOR_CAPTURE": self.batch.table.shape[1], "speculative_num_steps": 0,
+            "present_ratios": (0, 4, 128), "low_ratios": (), "has_c4": True, "has_c128": True,
+            "online_c128_mtp": Anything(), "req_to_token_pool": SimpleNamespace(req_to_token=self.batch.table),
+        }  # fmt: skip
+        for name, kind in OWN_WORKSPACES.items():
+            if hasattr(self.module, kind):
+                known[name] = getattr(self.module, kind)(device)
+        return sglang_trial._backend(owner, self.batch, **known)
+
+    def forward_batch(self, seq: tuple[int, ...], ext: tuple[int, ...]) -> Any:
+        modes = importlib.import_module("sglang.srt.model_executor.forward_batch_info").ForwardMode
+        slots = [row[s - e : s] for row, s, e in zip(self.batch.table, seq, ext, strict=True)]
+        return Step(
+            forward_mode=modes.EXTEND, actual_forward_mode=modes.EXTEND, capture_forward_mode=modes.EXTEND,
+            seq_lens=torch.tensor(seq), seq_lens_cpu=torch.tensor(seq), batch_size=len(seq),
+            extend_seq_lens=torch.tensor(ext), extend_seq_lens_cpu=list(ext), extend_start_loc=None, spec_info=None,
+            req_pool_indices=torch.arange(len(seq)), out_cache_loc=torch.cat(slots), token_to_kv_pool=self.pool,
+            req_to_token_pool=SimpleNamespace(req_to_token=self.batch.table), hisparse_coordinator=None,
+        )  # fmt: skip
+
+    def rows(self, per_request: list[torch.Tensor], seq: tuple[int, ...], ext: tuple[int, ...]) -> torch.Tensor:
+        return torch.cat([x[s - e : s] for x, s, e in zip(per_request, seq, ext, strict=True)])
+
+    def metadata(self, seq: tuple[int, ...], ext: tuple[int, ...]) -> Any:
+        """The step's metadata, by the release's own init_forward_metadata, and its forward batch."""
+        batch = self.forward_batch(seq, ext)
+        with ExitStack() as stack:
+            # the compressor's plan and FlashMLA's schedule are CUDA's
+            for name in ("create_paged_compressor_data", "_create_flashmla_metadata"):
+                stack.enter_context(mock.patch.object(self.module, name, lambda *args, **kwargs: None))
+            if self.without_indexer:
+                planned = mock.patch.object(type(self.backend), "init_forward_metadata_indexer", Anything().plan)
+                stack.enter_context(planned)
+            if self.shell:
+                self.backend.forward_metadata = self.backend._build_forward_metadata(batch)
+            else:
+                self.backend.init_forward_metadata(batch)
+        return batch
+
+    def chosen(self, layer: int, request: int, position: int) -> list[int]:
+        """Compressed tokens that a query attends to; of ratio 4 a few, some of them holes."""
+        known = (position + 1) // LAYERS[layer]
+        if LAYERS[layer] != 4:
+            return list(range(known))
+        rng = torch.Generator().manual_seed(layer * 10**6 + request * 10**4 + position)
+        picked = torch.randperm(known, generator=rng).tolist()
+        return [-1 if one % 5 == 0 else one for one in picked]
+
+    def positions(self, layer: int, seq: tuple[int, ...], ext: tuple[int, ...], width: int) -> torch.Tensor:
+        rows = []
+        for r, (s, e) in enumerate(zip(seq, ext, strict=True)):
+            for p in range(s - e, s):
+                picked = self.chosen(layer, r, p)
+                rows.append([*picked, *[-1] * (width - len(picked))])
+        return torch.tensor(rows, dtype=torch.int32)
+
+    def expected(self, layer: int, seq: tuple[int, ...], ext: tuple[int, ...]) -> torch.Tensor:
+        """The definition, query by query over the whole prompt, in float64."""
+        out = []
+        for r, (s, e) in enumerate(zip(seq, ext, strict=True)):
+            slots = self.to_swa[self.batch.table[r, :s].long()]
+            window = dequantize_k_cache_paged_ref(self.swa[layer], slots, SWA_PAGE)[:, 0].double()
+            for p in range(s - e, s):
+                keys = window[max(0, p - WINDOW + 1) : p + 1]
+                if LAYERS[layer]:
+                    size = PAGE // LAYERS[layer]
+                    token = torch.tensor([one for one in self.chosen(layer, r, p) if one >= 0], dtype=torch.int64)
+                    at = self.pages[r][token // size] * size + token % size
+                    more = dequantize_k_cache_paged_ref(self.compressed[layer], at, size)[:, 0].double()
+                    keys = torch.cat([more, keys])
+                scores = self.q[layer][r][p].double() @ keys.T * SCALE
+                weights = torch.cat([scores, self.sink.double()[:, None]], 1).softmax(1)[:, :-1]
+                out.append(weights @ keys)
+        return torch.stack(out)
+
+    def layer(self, number: int, batch: Any, seq: tuple[int, ...], ext: tuple[int, ...], **more: Any) -> torch.Tensor:
+        """One layer of a step, through the release's forward."""
+        q = self.rows(self.q[number], seq, ext)
+        k = torch.zeros(len(q), 512)
+        layer = SimpleNamespace(layer_id=number, v_head_dim=512)
+        if self.shell:
+            core = self.backend.forward_metadata.core_attn_metadata
+            return self.backend._forward_prefill_sparse(
+                q.unsqueeze(1), number, LAYERS[number], batch, self.pool, core, self.sink
+            )
+        given = {"save_kv_cache": False, "attn_sink": self.sink} | more
+        return self.backend.forward(q, k, k, layer, batch, compress_ratio=LAYERS[number], **given)
+
+
+def feature(name: str = "sparse_prefill") -> dict[str, Any]:
+    return next(row for row in mla_patch.report()["features"] if row["name"] == name)
+
+
+def error(out: torch.Tensor, want: torch.Tensor) -> float:
+    return float((out.double() - want).norm() / want.norm())
+
+
+def stand_in(release: str) -> Any:
+    """FlashMLA's sparse prefill, where the release's backends look for it."""
+    calls: list[int] = []
+
+    def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, **more):  # type: ignore
+        calls.append(q.shape[1])
+        return mla_sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length)
+
+    name = "sglang.kernels.ops.attention.flash_mla_interface" if release == "0.5.23" else "sgl_kernel.flash_mla"
+    importlib.import_module(name).flash_mla_sparse_fwd = flash_mla_sparse_fwd
+    return calls
+
+
+def run(trial: Trial, chunks: Any) -> list[dict[str, Any]]:
+    """Chunks through the release's backend: who served each, and how far it is from the definition."""
+    rows = []
+    for seq, ext in chunks:
+        batch = trial.metadata(seq, ext)
+        layers = range(len(LAYERS) - bool(rows))
+        rows.append(counted(lambda: [one(trial, number, batch, seq, ext) for number in layers]))  # noqa: B023
+    return rows
+
+
+def one(trial: Trial, number: int, batch: Any, seq: tuple[int, ...], ext: tuple[int, ...]) -> float:
+    """A layer's error, after its indexer has chosen."""
+    raw = getattr(trial.backend.forward_metadata.core_attn_metadata, "c4_sparse_raw_indices", None)
+    if LAYERS[number] == 4 and raw is not None:
+        raw.copy_(trial.positions(number, seq, ext, raw.shape[1]))
+    return error(trial.layer(number, batch, seq, ext), trial.expected(number, seq, ext))
+
+
+def counted(call: Any) -> dict[str, Any]:
+    """What a call gave, and what was served and declined meanwhile."""
+    before, built = feature(), len(BUILT)
+    result = call()
+    now = feature()
+    declined = {k: n - before["declined"].get(k, 0) for k, n in now["declined"].items()}
+    return {
+        "result": result, "served": now["served"] - before["served"], "built": len(BUILT) - built,
+        "declined": {k: n for k, n in declined.items() if n}, "memory": now["memory"],
+    }  # fmt: skip
+
+
+BUILT: list[int] = []
+
+
+def watch_builds() -> None:
+    make = compat.chunk_inputs
+
+    def chunk_inputs(call: Any) -> dict[str, Any]:
+        BUILT.append(1)
+        return make(call)
+
+    compat.chunk_inputs = chunk_inputs
+
+
+def refilled(trial: Trial, method: str) -> dict[str, Any] | None:
+    """Metadata that is filled anew, as a replayed graph's is: the same objects, other prompts."""
+    if not hasattr(trial.module.DSV4Metadata, method):
+        return None
+    (seq, ext), (later, same) = CHUNKS[0], AGAIN
+    batch = trial.metadata(seq, ext)
+    metadata = trial.backend.forward_metadata
+    trial.layer(1, batch, seq, ext)
+    now = trial.metadata(later, same)
+    getattr(metadata, method)(trial.backend.forward_metadata)
+    trial.backend.forward_metadata = metadata
+    number = stamps.stamp(batch)
+    vars(batch).update(vars(now))
+    vars(batch)[stamps._MARK] = number
+    return counted(lambda: [one(trial, 0, batch, later, same)])
+
+
+def over_pages(trial: Trial, release: str, change: Any = lambda trial: None) -> dict[str, Any]:
+    """A prompt that the host has to attend to over pages: whether its kernel was called, and who said so."""
+    seq, ext = CHUNKS[0]
+    calls: list[int] = []
+
+    def flash_mla_with_kvcache(q: torch.Tensor, **given: Any) -> Any:
+        calls.append(len(q))
+        return torch.zeros(*q.shape[:3], 512), None
+
+    importlib.import_module(PAGED[release == "0.5.12"]).flash_mla_with_kvcache = flash_mla_with_kvcache
+    batch = trial.metadata(seq, ext)
+    change(trial)
+    row = counted(lambda: float(trial.layer(1, batch, seq, ext).abs().max()))
+    return row | {"calls": calls}
+
+
+PAGED = ("sgl_kernel.flash_mla", "flash_mla")
+
+
+def every_other(trial: Trial) -> None:
+    """Context parallelism: this rank has picked its queries out."""
+    core = trial.backend.forward_metadata.core_attn_metadata
+    core.seq_lens_casual = core.seq_lens_casual[::2]
+
+
+def indexer(trial: Trial) -> dict[str, Any]:
+    """0.5.12: positions, as the release's own indexer leaves them."""
+    seq, ext = CHUNKS[1]
+    batch = trial.metadata(seq, ext)
+    core, rows = trial.backend.forward_metadata.core_attn_metadata, sum(ext)
+    module = importlib.import_module("sglang.srt.layers.attention.dsv4.indexer")
+    given = torch.zeros(rows, 4, 128), torch.zeros(rows, 4, 1), torch.zeros(9, 64 * 132, dtype=torch.uint8)
+    scores = torch.randn(rows, 256, generator=trial.rng)
+    with ExitStack() as stack:
+        prepared = mock.patch.object(trial.backend, "_forward_prepare_normal", lambda **kwargs: given, create=True)
+        stack.enter_context(prepared)
+        stack.enter_context(mock.patch.object(module, "fp8_paged_mqa_logits_torch", lambda *args: scores))
+        stack.enter_context(mock.patch.object(module, "get_global_indexer_capturer", lambda: None))
+        trial.backend.debug_use_external_c4_sparse_indices = False
+        trial.backend.forward_c4_indexer(None, None, SimpleNamespace(layer_id=0), batch)
+    raw, slots = core.c4_sparse_raw_indices, core.c4_sparse_page_indices
+    lens = [(p + 1) // 4 for s, e in zip(seq, ext, strict=True) for p in range(s - e, s)]
+    at = core.page_table.gather(1, raw.clamp(min=0).long() // 64) * 64 + raw.clamp(min=0) % 64
+    return {
+        "positions": all(sorted(r[r >= 0].tolist()) == list(range(n)) for r, n in zip(raw, lens, strict=True)),
+        "slots": bool(torch.equal(torch.where(raw >= 0, at, -1), slots)),
+        "stored": stored(trial, batch, seq, ext),
+    }
+
+
+def stored(trial: Trial, batch: Any, seq: tuple[int, ...], ext: tuple[int, ...]) -> list[Any]:
+    """What the host's store is given, before our attention reads."""
+    calls: list[Any] = []
+    with mock.patch.object(trial.backend, "store_cache", lambda *args: calls.append(args[0]), create=True):
+        trial.layer(1, batch, seq, ext, save_kv_cache=True)
+    return calls
+
+
+def many_queries(trial: Trial) -> dict[str, Any]:
+    """0.5.12: more queries than a schedule can hold take our route whatever the flags; so does the indexer's plan."""
+    seq, ext = CHUNKS[0]
+    module = importlib.import_module("sglang.srt.layers.attention.dsv4.metadata")
+    seen: list[Any] = []
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(compat, "most_queries", lambda device: 4))
+        stack.enter_context(mock.patch.dict(os.environ, {"MLA_PATCH_SPARSE_PREFILL_ROUTE": "large"}))
+        batch = trial.metadata(seq, ext)
+        row = counted(lambda: [one(trial, 0, batch, seq, ext)])
+        planned = {"sglang.jit_kernel.deepseek_v4": "own", "deep_gemm": "DeepGEMM's"}
+        modules = {}
+        for name, whose in planned.items():
+            plan = lambda *args, whose=whose: seen.append(whose) or torch.zeros(1)  # noqa: E731
+            modules[name] = SimpleNamespace(
+                get_paged_mqa_logits_metadata=plan, get_num_sms=lambda: 1, plan_topk_v2=lambda lens: lens
+            )
+        stack.enter_context(mock.patch.dict(sys.modules, modules))
+        os.environ |= {"SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "0", "SGLANG_OPT_USE_JIT_INDEXER_METADATA": "0"}
+        for count in (4, 5):
+            lens = torch.ones(count, dtype=torch.int32)
+            module.PagedIndexerMetadata(page_size=256, page_table=torch.zeros(count, 1), c4_seq_lens=lens)
+        os.environ["SGLANG_FP8_PAGED_MQA_LOGITS_TORCH"] = "1"
+        few = trial.metadata(CHUNKS[2][0], CHUNKS[2][1])
+        kept = vars(trial.backend.forward_metadata)[compat._ROUTE]
+    return {"many": row, "plans": seen, "few": kept, "batch": type(few).__name__}
+
+
+def v32(release: str) -> dict[str, Any]:
+    """V3.2's attention through the release's own method, with heads that it cannot pad, and its dequantiser."""
+    name = "nsa" if release == "0.5.12" else "dsa"
+    module = importlib.import_module(f"sglang.srt.layers.attention.{name}_backend")
+    owner = getattr(module, {"nsa": "NativeSparseAttnBackend", "dsa": "DeepseekSparseAttnBackend"}[name])
+    rng = torch.Generator().manual_seed(3)
+    q, kv = (torch.randn(2, 20, 576, generator=rng) / 4).bfloat16(), torch.randn(90, 1, 576, generator=rng).bfloat16()
+    rows = torch.randint(-1, 90, (2, 128), generator=rng).int()
+    backend = SimpleNamespace(device_sm_major=9, _sink_pad_cache={})
+    out = counted(lambda: owner._forward_flashmla_sparse(backend, q, kv, 512, rows, 0.05))
+    want = mla_sparse_prefill_ref(q, kv, rows[:, None], 0.05)[0]
+    cache = new_pages(V32, 2, 8)
+    quantize(torch.randn(16, 576, generator=rng), cache, torch.arange(16))
+    slots = torch.tensor([3, 15, 0, 3], dtype=torch.int32)
+    read = getattr(module, "dequantize_k_cache_paged" + ("_dsa" if release == "0.5.23" else ""))
+    rows_ = counted(lambda: read(cache.view(torch.float8_e4m3fn).view(2, 8, 1, 656), slots))
+    got = rows_.pop("result")
+    exact = torch.equal(got, dequantize_k_cache_paged_ref(cache.view(-1, 656), slots))
+    return {"error": error(out.pop("result"), want), "heads": out, "exact": exact, "read": rows_}
+
+
+def served(release: str) -> bool:
+    """Whether V4 is ours to serve here, by the flags and the release."""
+    return "MLA_PATCH" in os.environ and (release != "0.5.12" or "MLA_PATCH_SPARSE_PREFILL" in os.environ)
+
+
+def names(module: Any) -> dict[str, bool]:
+    """Which of the release's V4 methods are not its own now."""
+    owner, metadata = module.DeepseekV4AttnBackend, module.DSV4Metadata
+    found = {name: vars(owner)[name] for name in ("forward", "init_forward_metadata", "_forward_prefill_sparse")
+             if name in vars(owner)} | {"copy_": vars(metadata)["copy_"]}  # fmt: skip
+    return {
+        name: is_ours(method) or not method.__code__.co_filename.endswith("deepseek_v4_backend.py")
+        for name, method in found.items()
+    }
+
+
+def main(release: str, out: str) -> None:
+    started = time.perf_counter()
+    os.environ |= {"SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "1", "SGLANG_TOPK_TRANSFORM_512_TORCH": "1"}
+    os.environ |= {"SGLANG_OPT_USE_TOPK_V2": "0", "SGLANG_OPT_FLASHMLA_SPARSE_PREFILL": "1"}
+    _door.enter()  # as the start-up file does, which looks at MLA_PATCH
+    sglang_trial._STUBS |= {"cutlass": {}, "cuda": {}}
+    sglang_trial.prepare()
+    importlib.import_module("sglang")
+    seen: dict[str, Any] = {"release": release}
+    calls = stand_in(release)
+    trial = Trial(release)
+    seen["touched"] = names(trial.module)
+    if "MLA_PATCH" in os.environ:
+        seen["v32"] = v32(release)
+        seen["state"] = {key: feature()[key] for key in ("state", "reason", "targets")}
+    if served(release):
+        watch_builds()
+        seen["chunks"] = run(trial, CHUNKS)
+        seen["calls"] = len(calls)
+        if not trial.shell:
+            seen["refilled"] = {name: refilled(trial, name) for name in REFILLS}
+            seen["strided"] = over_pages(trial, release, every_other)
+            os.environ["MLA_PATCH_SPARSE_PREFILL_WORKSPACE"] = "0"
+            seen["too large"] = over_pages(trial, release)
+            del os.environ["MLA_PATCH_SPARSE_PREFILL_WORKSPACE"]
+        if release == "0.5.12":
+            seen["indexer"] = indexer(trial)
+            seen["many"] = many_queries(trial)
+        mla_patch.restore("sparse_prefill")
+        seen["restored"] = names(trial.module)
+    seen["seconds"] = time.perf_counter() - started
+    Path(out).write_text(json.dumps(seen, indent=1))
+
+
+REFILLS = ("copy_", "refresh_for_breakable_cuda_graph_replay_")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # what a release leaves running at exit is not on trial

@@ -1,0 +1,497 @@
+"""SGLang's sparse prefill: where it is in every release, who serves a layer, and what the edits change."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+
+from mla_patch.compat import gpu, sglang
+from mla_patch.compat import sglang_sparse_prefill as compat
+from mla_patch.compat.stamps import renew, stamp
+from mla_patch.compat.types import Gpu, key_targets
+from mla_patch.hooks import sglang_sparse_prefill as hook
+
+REVIEWED = [version for version in sglang.HOST.reviewed if Version(version) >= Version("0.5.5")]
+SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
+DEFAULT = {  # what ours takes the place of without being asked, by the first release of which that holds
+    "0.5.5": {compat.V32_PREFILL, compat.V32_DEQUANTIZE},
+    "0.5.13": {
+        compat.V32_PREFILL, compat.V32_DEQUANTIZE, compat.V4_DEQUANTIZE, "combine_topk_swa_indices",
+        "DeepseekV4AttnBackend._forward_prefill_sparse", "DSV4Metadata.copy_", "DeepseekV4AttnBackend.forward",
+    },
+    "0.5.19": {
+        compat.V32_PREFILL, "combine_topk_swa_indices", "DeepseekV4AttnBackend._forward_prefill_sparse",
+        "DSV4Metadata.copy_", "DeepseekV4AttnBackend.forward",
+    },
+    "0.5.21": {compat.V32_PREFILL},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", REVIEWED)
+def test_what_is_taken_by_default(version: str) -> None:
+    entries = key_targets(compat.targets(version))
+    assert all(len(homes) == 1 for homes in entries.values())
+    taken = {name for name, (target,) in entries.items() if hook.native(target, version) is None}
+    assert taken == DEFAULT[max((v for v in DEFAULT if Version(v) <= Version(version)), key=Version)]
+    backport = {name for name, (target,) in entries.items() if compat.is_backport(target, version)}
+    assert len(backport) == (5 if version.startswith("0.5.12") else 0)
+
+
+def test_an_unknown_version_tries_the_homes_of_pieces_and_no_route() -> None:
+    entries = key_targets(compat.targets(None))
+    assert set(entries) == {
+        compat.V32_PREFILL, compat.V32_DEQUANTIZE, compat.V4_DEQUANTIZE, "combine_topk_swa_indices",
+        "build_swa_token_ids",
+    }  # fmt: skip
+    assert all(hook.native(target, None) is None for homes in entries.values() for target in homes)
+
+
+def test_the_two_dequantisers_of_one_name_are_two_entry_points() -> None:
+    found = [one for one in compat.targets("0.5.18") if one.name == "dequantize_k_cache_paged"]
+    assert [one.module.rpartition(".")[0].rpartition(".")[2] for one in found] == ["dsa", "dsv4"]
+    assert len({one.entry for one in found}) == 2
+
+
+# who serves
+
+
+class Batch(SimpleNamespace):
+    seq_lens = torch.tensor([300, 40])
+    seq_lens_cpu = torch.tensor([300, 40])
+    extend_seq_lens = torch.tensor([4, 2])
+    extend_seq_lens_cpu = [4, 2]
+    hisparse_coordinator = None
+
+
+def backend(**more: Any) -> Any:
+    metadata = SimpleNamespace(core_attn_metadata=core(), sparse_prefill_cache=None)
+    more = {"forward_metadata": metadata} | more
+    known = {"page_size": 256, "softmax_scale": 0.1, "hisparse_coordinator": None, "req_to_token": torch.zeros(2, 9)}
+    return SimpleNamespace(**known | more)
+
+
+def core(**more: Any) -> Any:
+    known = {"raw_out_loc": torch.zeros(6), "seq_lens_casual": torch.zeros(6), "c4_sparse_raw_indices": torch.zeros(6)}
+    return SimpleNamespace(**known | more)
+
+
+def pool(**more: Any) -> Any:
+    known = {
+        "swa_kv_pool": SimpleNamespace(kv_cache_total_dim=584), "full_to_swa_index_mapping": torch.zeros(9),
+        "get_extra_key_page_size": lambda layer: {1: 64, 2: 2}[layer], "swa_window_size": 128,
+    }  # fmt: skip
+    return SimpleNamespace(**known | more)
+
+
+def prompt(ratio: int = 0, heads: int = 64, **more: Any) -> compat.ChunkCall:
+    """One layer of 0.5.13 - 0.5.20; layer numbers go by ratio."""
+    given = {"backend": backend(), "batch": Batch(), "pool": pool(), "core": core()} | more
+    return compat.prefill_call(
+        given["backend"], torch.zeros(6, 1, heads, 512), {0: 0, 4: 1, 128: 2}.get(ratio, 1), ratio, given["batch"],
+        given["pool"], given["core"], None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_a_prompt_is_ours(ratio: int) -> None:
+    call = prompt(ratio)
+    assert hook.declines_chunk(call) is None and call.q.shape == (6, 64, 512)
+
+
+def without_positions() -> Any:
+    return core(c4_sparse_raw_indices=None)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"backend": backend(hisparse_coordinator=object())}, compat.HISPARSE),
+        ({"batch": Batch(hisparse_coordinator=object())}, compat.HISPARSE),
+        ({"core": core(seq_lens_casual=torch.zeros(3))}, compat.PARALLEL),
+        ({"backend": backend(forward_metadata=SimpleNamespace(sparse_prefill_cache=1))}, compat.AHEAD),
+        ({"core": without_positions()}, compat.NO_POSITIONS),
+        ({"pool": pool(swa_kv_pool=SimpleNamespace(kv_cache_total_dim=528))}, compat.OTHER_PAGES),
+        ({"pool": pool(get_extra_key_page_size=lambda layer: 32)}, compat.OTHER_PAGES),
+        ({"ratio": 2}, compat.OTHER_PAGES),
+    ],
+)
+def test_why_a_prompt_is_the_hosts(change: dict[str, Any], reason: str) -> None:
+    call = prompt(**{"ratio": 4} | change)
+    assert hook.declines_chunk(call) == reason
+    assert next(row.when for row in hook.V4_PROVIDERS if row.applies(call)) == reason
+
+
+def test_without_positions_other_layers_are_ours() -> None:
+    assert hook.declines_chunk(prompt(128, core=without_positions())) is None
+
+
+def forward(route: str | None = "", **more: Any) -> compat.ChunkCall:
+    """0.5.12."""
+    owner = backend()
+    if route is not None:
+        setattr(owner.forward_metadata, compat._ROUTE, route)
+    q = torch.zeros(6, 64, 512)
+    batch = Batch(token_to_kv_pool=pool())
+    return compat.forward_call(owner, q, q, q, SimpleNamespace(layer_id=0), batch, 0, **more)
+
+
+def test_the_backport_serves_what_was_routed() -> None:
+    assert hook.declines_chunk(forward()) is None and forward().k is not None
+    assert forward(save_kv_cache=False).k is None
+    assert hook.declines_chunk(forward(None)) == compat.NOT_A_PROMPT
+    assert hook.declines_chunk(forward(hook.FEW)) == hook.FEW
+
+
+@pytest.mark.parametrize(
+    "capability, heads, takes, provider",
+    [
+        (SM90, 64, True, hook.BOTH), (SM90, 128, True, hook.BOTH), (SM100, 64, True, hook.BOTH),
+        (SM90, 20, True, hook.OURS), (SM120, 64, True, hook.OURS), (None, 64, True, hook.OURS),
+        (SM90, 64, False, hook.OURS),
+    ],
+)  # fmt: skip
+def test_who_attends(monkeypatch, capability, heads, takes, provider) -> None:
+    def wrapper() -> None: ...
+
+    monkeypatch.setattr(hook, "capability_of", lambda tensor: capability)
+    monkeypatch.setattr(hook.sglang_flash_mla, "prefill_wrapper", lambda module: wrapper if takes else None)
+    call = prompt(heads=heads)
+    assert next(row.provider for row in hook.V4_PROVIDERS if row.applies(call)) == provider
+    assert hook._flash_mla(call) is (wrapper if provider == hook.BOTH else None)
+
+
+def test_a_wrapper_without_lengths_is_not_used(monkeypatch) -> None:
+    flash_mla = hook.sglang_flash_mla
+    old = SimpleNamespace(flash_mla_sparse_fwd=lambda q, kv, indices, sm_scale, d_v=512: None)
+    new = SimpleNamespace(flash_mla_sparse_fwd=lambda q, kv, indices, sm_scale, topk_length=None: None)
+    monkeypatch.setattr(flash_mla, "import_module", {"old": old, "new": new}.__getitem__)
+    monkeypatch.setattr(flash_mla, "prefill_arity", lambda module: 7)
+    assert flash_mla.prefill_wrapper("old") is None
+    assert flash_mla.prefill_wrapper("new") is new.flash_mla_sparse_fwd
+    monkeypatch.setattr(flash_mla, "prefill_arity", lambda module: 5)
+    assert flash_mla.prefill_wrapper("new") is None
+
+
+@pytest.mark.parametrize(
+    "capability, heads, provider",
+    [(SM90, n, hook.HOST) for n in (1, 8, 16, 32, 64, 128)]
+    + [(SM90, n, hook.OURS) for n in (20, 40, 96, 192)]
+    + [(SM100, n, hook.HOST) for n in (16, 64, 128)]
+    + [(SM100, 20, hook.OURS), (SM120, 64, hook.OURS), ((8, 0), 128, hook.OURS)],
+)
+def test_v32_heads(monkeypatch, capability, heads, provider) -> None:
+    monkeypatch.setattr(hook, "capability_of", lambda tensor: capability)
+    call = compat.V32Call(None, torch.zeros(2, heads, 576), torch.zeros(9, 1, 576), 512, torch.zeros(2, 128), 0.1)
+    assert (hook.declines_v32(call) is None) == (provider == hook.OURS)
+    assert next(row.provider for row in hook.V32_PROVIDERS if row.applies(call)) == provider
+
+
+def test_v32_lengths_of_other_rows_are_left_out_as_the_host_does() -> None:
+    for rows, kept in ((2, True), (3, False)):
+        args = (torch.zeros(2, 20, 576), torch.zeros(9, 1, 576), 512, torch.zeros(2, 128), 0.1, torch.zeros(rows))
+        assert (compat.V32Call(None, *args).topk_length is not None) == kept
+
+
+def test_other_layouts_are_the_hosts() -> None:
+    class Layout(str):
+        value = "v41"
+
+    assert hook.declines_dequantize(compat.dequantize_v4(None, None, 64, layout="v4")) is None
+    assert hook.declines_dequantize(compat.dequantize_v4(None, None, 64)) is None
+    assert hook.declines_dequantize(compat.dequantize_v4(None, None, 64, layout=Layout("v41"))) == "layout v41"
+    assert hook.declines_dequantize(compat.dequantize_v32(None, None, 64)) == "a scale for 64 values, not 128"
+
+
+def test_a_combination_keeps_its_holes_whatever_the_releases_order() -> None:
+    ints = [torch.tensor(x, dtype=torch.int32) for x in ([[1, -1, 0, 9]], [0, 1], [8], [4], [100], [200])]
+    raw, start, seq, gather, base, swa = ints
+    position = torch.tensor([7], dtype=torch.int32)
+    older = compat.combine_call(raw, start, seq, gather, base, swa, 4, 4, 4)
+    newer = compat.CombineCall(raw, start, position, seq, gather, base, swa, 4, 4, 4)
+    for call in (older, newer):
+        assert hook.declines_combine(call) is None
+        indices, lens = hook.serve_combine(call)
+        assert indices[0, :6].tolist() == [101, -1, 200, 201, 202, 203] and lens.tolist() == [6]
+    assert hook.declines_combine(compat.CombineCall(raw, *[None] * 9, swa_indices=raw)) is not None
+
+
+def test_windows_with_and_without_a_total() -> None:
+    ints = [torch.tensor(x, dtype=torch.int32) for x in ([5], [2], [0], [list(range(8))])]
+    for total in ((), (4,)):
+        ids, first, gather, offsets = hook.serve_swa(compat.SwaCall(*ints, torch.arange(8), 3, *total))
+        assert (ids.tolist(), first.tolist(), gather.tolist()) == ([1, 2, 3, 4], [1], [4])
+        assert offsets.tolist() == [0, 4]
+
+
+# the route
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU for so many queries over pages, and a model's window."""
+
+    def set_(most: int | None):
+        monkeypatch.setattr(compat, "most_queries", lambda device: most)
+
+    monkeypatch.setattr(compat, "window", lambda backend: 128)
+    set_(None)
+    return set_
+
+
+# tokens of the windows and of ratio 4: (4 + 127 + 40) + (75 + 10)
+BYTES = 256 * 1024
+
+
+def test_the_route_follows_the_variables(device, monkeypatch) -> None:
+    assert hook.declines_route(backend(), Batch(), 6) is None
+    monkeypatch.setenv(hook.ROUTE, "large")
+    assert hook.declines_route(backend(), Batch(), 6) == hook.FEW
+    device(6)
+    assert hook.declines_route(backend(), Batch(), 6) == hook.FEW
+    device(5)  # which pages cannot serve: ours, whatever the variables
+    assert hook.declines_route(backend(), Batch(), 6) is None
+    monkeypatch.setenv(hook.WORKSPACE, "0")
+    assert hook.declines_route(backend(), Batch(), 6) is None and not hook.prefers_pages(
+        backend(), Batch(), torch.ones(6)
+    )
+
+
+@pytest.mark.parametrize("bound, fits", [(BYTES, True), (BYTES - 1, False)])
+def test_the_bound_is_on_the_workspace(device, monkeypatch, bound: int, fits: bool) -> None:
+    monkeypatch.setattr(hook, "limit", lambda: bound)
+    assert hook.declines_route(backend(), Batch(), 6) == (None if fits else hook.TOO_LARGE)
+    assert hook.prefers_pages(backend(), Batch(), torch.ones(6)) == (not fits)
+
+
+def test_a_bound_that_is_no_number(monkeypatch) -> None:
+    assert hook.limit() == 4096 << 20
+    monkeypatch.setenv(hook.WORKSPACE, "4G")
+    with pytest.raises(ValueError, match=r"MLA_PATCH_SPARSE_PREFILL_WORKSPACE: '4G', expected a number of MiB"):
+        hook.limit()
+
+
+@pytest.mark.parametrize("shared, most", [(227, 11622), (163, 8345), (99, 5068)])
+def test_how_many_queries_a_schedule_holds(monkeypatch, shared: int, most: int) -> None:
+    """20 bytes of a block's shared memory for each; upstream's 11673 is what a whole SM of an H200 has."""
+    monkeypatch.setattr(gpu, "shared_memory", lambda index: shared * 1024)
+    assert compat.most_queries(torch.device("cuda:0")) == most
+    assert compat.most_queries(torch.device("cpu")) is None
+
+
+def test_lengths_are_asked_of_the_device_where_the_scheduler_has_none() -> None:
+    assert compat.host_lens(Batch()) == ([300, 40], [4, 2])
+    assert compat.host_lens(Batch(seq_lens_cpu=None, extend_seq_lens_cpu=None)) == ([300, 40], [4, 2])
+
+
+def test_a_generation_is_of_this_step_these_pages_and_this_pool() -> None:
+    call = prompt()
+    first = compat.generation(call)
+    assert compat.generation(call) == first
+    for holder in (call.backend.forward_metadata, call.batch, call.pool):
+        before = compat.generation(call)
+        renew(holder)
+        assert compat.generation(call) != before
+    call.pool.full_to_swa_index_mapping = torch.zeros(9)
+    assert compat.generation(call) not in (first, before)
+
+
+# edits
+
+
+class Metadata:
+    def __init__(self) -> None:
+        self.core_attn_metadata = core(c4_sparse_page_indices=torch.zeros(6, 64, dtype=torch.int32))
+        self.sparse_prefill_cache: Any = "kept"
+
+    def copy_(self, other: Any) -> str:
+        return "copied"
+
+    def refresh_for_breakable_cuda_graph_replay_(self, static_metadata: Any) -> str:
+        return "refreshed"
+
+
+class Mode:
+    def __init__(self, prompt: bool = True) -> None:
+        self.prompt = prompt
+
+    def is_extend_without_speculative(self) -> bool:
+        return self.prompt
+
+
+REFRESH = "refresh_for_breakable_cuda_graph_replay_"
+
+
+@pytest.fixture
+def module() -> Any:
+    """The backend's module, made anew for each test: edits change its classes."""
+    own = type("DSV4Metadata", (Metadata,), {name: vars(Metadata)[name] for name in ("copy_", REFRESH)})
+
+    class Backend:
+        forward_metadata: Any = None
+
+        def forward(self, q, k, v, layer, forward_batch, compress_ratio, save_kv_cache=True, attn_sink=None, **_):
+            return "sparse" if forward_batch.forward_mode.is_extend_without_speculative() else "pages", forward_batch
+
+        def init_forward_metadata(self, forward_batch) -> None:
+            self.forward_metadata = own()
+
+    return SimpleNamespace(DSV4Metadata=own, DeepseekV4AttnBackend=Backend)
+
+
+def test_metadata_filled_anew_has_a_new_number(module) -> None:
+    undo = compat.number_metadata(module)
+    one = module.DSV4Metadata()
+    for call, result in ((one.copy_, "copied"), (getattr(one, REFRESH), "refreshed")):
+        before, one.sparse_prefill_cache = stamp(one), "stale"
+        assert call(None) == result
+        assert stamp(one) != before and one.sparse_prefill_cache is None
+    undo()
+    before = stamp(one)
+    one.copy_(None)
+    assert stamp(one) == before
+
+
+def test_the_host_is_kept_from_its_route(module, monkeypatch) -> None:
+    large, asked = [False], []
+    monkeypatch.setattr(hook, "prefers_pages", lambda backend, batch, q: asked.append(batch) or large[0])
+    undo = compat.guard_route(module)
+    one = module.DeepseekV4AttnBackend()
+    one.forward_metadata = module.DSV4Metadata()
+
+    def taken(mode: Any = None) -> str:
+        step = Batch(forward_mode=mode or Mode(), out_cache_loc=7)
+        routes = []
+        for _layer in range(2):
+            route, seen = one.forward(q=None, k=None, v=None, layer=None, forward_batch=step, compress_ratio=0)
+            assert seen.out_cache_loc == 7 and seen.seq_lens is step.seq_lens
+            routes.append(route)
+        assert routes[0] == routes[1]
+        return routes[0]
+
+    assert taken() == "sparse" and taken(Mode(False)) == "pages"
+    assert len(asked) == 1  # once for all layers of a prompt
+    large[0] = True
+    assert taken() == "pages"
+    large[0] = False
+    one.forward_metadata.core_attn_metadata.seq_lens_casual = torch.zeros(3)
+    assert taken() == "pages"
+    undo()
+    assert taken() == "sparse"
+
+
+def test_a_routed_prompt_gets_a_place_for_positions(module, monkeypatch) -> None:
+    reasons: list[Any] = [None]
+    monkeypatch.setattr(hook, "declines_route", lambda backend, batch, queries: reasons[0])
+    undo = compat.keep_positions(module)
+    one = module.DeepseekV4AttnBackend()
+
+    def made(mode: Any) -> Any:
+        one.init_forward_metadata(Batch(forward_mode=mode))
+        inner = one.forward_metadata.core_attn_metadata
+        return vars(one.forward_metadata).get(compat._ROUTE), vars(inner.c4_sparse_page_indices).get(compat._RAW)
+
+    route, place = made(Mode())
+    assert route == "" and place.shape == (6, 64) and bool((place == -1).all())
+    assert one.forward_metadata.core_attn_metadata.c4_sparse_raw_indices is place
+    assert made(Mode(False)) == (None, None)
+    reasons[0] = hook.FEW
+    assert made(Mode()) == (hook.FEW, None)
+    undo()
+    assert made(Mode()) == (None, None)
+
+
+def test_the_indexer_tells_positions_to_those_who_asked() -> None:
+    called: list[str] = []
+
+    def topk_transform_512(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices=None):
+        called.append("first")
+        if out_raw_indices is not None:
+            out_raw_indices.fill_(3)
+
+    def topk_transform_512_v2(scores, seq_lens, page_tables, out_page_indices, page_size, metadata):
+        called.append("second")
+
+    def vectorized(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices=None):
+        topk_transform_512(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices)
+
+    own = SimpleNamespace(
+        __name__="indexer", topk_transform_512=topk_transform_512, topk_transform_512_v2=topk_transform_512_v2,
+        topk_transform_512_pytorch_vectorized=vectorized,
+    )  # fmt: skip
+    undo = compat.write_positions(own)
+    plain, asked = torch.zeros(2), torch.zeros(2)
+    setattr(asked, compat._RAW, torch.zeros(2))
+    place = vars(asked)[compat._RAW]
+    own.topk_transform_512_v2(None, None, None, plain, 64, None)
+    assert called == ["second"]
+    for call in (own.topk_transform_512_v2, own.topk_transform_512, own.topk_transform_512_pytorch_vectorized):
+        place.zero_()
+        call(None, None, None, asked, 64, None)
+        assert place.tolist() == [3, 3]
+    theirs = torch.zeros(2)
+    place.zero_()
+    own.topk_transform_512(None, None, None, asked, 64, theirs)
+    assert theirs.tolist() == place.tolist() == [3, 3]
+    own.topk_transform_512(None, None, None, plain, 64, theirs)
+    undo()
+    assert own.topk_transform_512 is topk_transform_512
+    own.topk_transform_512 = lambda scores: None
+    with pytest.raises(TypeError, match="parameters of topk_transform_512"):
+        compat.write_positions(own)
+
+
+def test_many_queries_are_planned_by_the_releases_own_kernel(monkeypatch) -> None:
+    class Switch:
+        on = False
+
+        def get(self) -> bool:
+            return self.on
+
+        @contextmanager
+        def override(self, value: bool):
+            self.on, before = value, self.on
+            yield
+            self.on = before
+
+    switch, seen = Switch(), []
+
+    class PagedIndexerMetadata:
+        def __init__(self, queries: int) -> None:
+            self.c4_seq_lens = torch.zeros(queries)
+            self.__post_init__()
+
+        def __post_init__(self) -> None:
+            seen.append(switch.get())
+
+    envs = SimpleNamespace(SGLANG_OPT_USE_JIT_INDEXER_METADATA=switch)
+    undo = compat.plan_many_queries(SimpleNamespace(PagedIndexerMetadata=PagedIndexerMetadata, envs=envs))
+    monkeypatch.setattr(compat, "most_queries", lambda device: 5)
+    PagedIndexerMetadata(5)
+    PagedIndexerMetadata(6)
+    assert seen == [False, True] and not switch.on
+    undo()
+    PagedIndexerMetadata(6)
+    assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize("edit", [compat.number_metadata, compat.guard_route, compat.keep_positions])
+def test_methods_that_take_something_else_are_left(module, edit) -> None:
+    module.DeepseekV4AttnBackend.forward = lambda self, batch: None
+    module.DeepseekV4AttnBackend.init_forward_metadata = lambda self, step: None
+    module.DSV4Metadata.copy_ = lambda me, other: None
+    before = dict(vars(module.DeepseekV4AttnBackend))
+    with pytest.raises(TypeError, match="takes"):
+        edit(module)
+    assert dict(vars(module.DeepseekV4AttnBackend)) == before
+
+
+def test_hardware_and_memory() -> None:
+    assert hook.hardware(Gpu("AMD Instinct MI300X", (9, 4))) and hook.hardware(Gpu("NVIDIA L4", (8, 9))) is None
+    from mla_patch import sparse_prefill
+
+    assert hook.memory() == sparse_prefill.held()
