@@ -22,6 +22,9 @@ range.
 One program per query, tile of heads and split; splits are cut from the lengths that it finds on the device, so one
 captured graph is right for all of them. A second kernel merges where there is more than one split.
 
+On sm_90 more than 16 heads are `mla_patch.kernels.sparse_sm90`'s, where values become bfloat16: exact where scales are
+powers of two, else to 2**-9.
+
 The same kernel serves paged dense caches for `mla_patch.kernels.dense_decode`, and prefill straight from fp8 pages for
 `mla_patch.kernels.sparse_prefill`.
 """
@@ -39,7 +42,7 @@ import triton.language as tl
 
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
+from mla_patch.compat.triton import HAS_GLUON, TARGETS, CompileCase, interpreted, watch_compiles
 from mla_patch.kernels.dequantize import dequantize_ref, operand, rounded
 from mla_patch.kernels.layouts import V4, V32, Pages, new_pages, pages_of
 
@@ -48,6 +51,8 @@ _PLAIN = tl.constexpr(_INTERPRETED)  # the interpreter knows no assembler
 
 # how keys are stored
 DENSE, DENSE_E4M3, SPARSE_V32, SPARSE_V4 = 0, 1, 2, 3
+NARROW = 16  # up to so many heads a tile of 64 on sm_90 is mostly empty
+LN2 = math.log(2.0)
 
 
 def sparse_config(heads: int, capability: tuple[int, int], interpret: bool = False) -> dict[str, int]:
@@ -516,7 +521,9 @@ def launch(
     capability, sms = (0, 0), 1
     if not _INTERPRETED:
         capability, sms = gpu.capability(q.device.index), gpu.sm_count(q.device.index)
-    numbers = dict(config or sparse_config(heads, capability, _INTERPRETED))
+    wide = config is None and kind >= SPARSE_V32
+    wide = wide and is_wide(q, sm_scale, capability, keys[0], extra[0] if extra else None)
+    numbers = dict(_WIDE if wide else config or sparse_config(heads, capability, _INTERPRETED))
     places = numbers.pop("PER_SM") * sms
     tiles = -(-heads // numbers["BLOCK_H"])
     size = numbers["BLOCK_N"]
@@ -535,28 +542,89 @@ def launch(
     x_strides = (extra_ids.stride(0), extra_ids.stride(1)) if extra_ids is not None else (0, 0)
     descale_q, descale_k = descale or (None, None)
     halves = units = None
-    if kind >= SPARSE_V32:
-        # a chunk's queries are many, and its results begin where their halves end
-        halves = out.view(torch.float16) if max_logits is not None else torch.empty_like(out, dtype=torch.float16)
-        units = torch.empty(lines * heads, dtype=torch.float32, device=q.device)
-        _query_kernel[(lines * -(-heads // 4),)](
-            q, halves, units, heads, queries, q.stride(0), q.stride(1), q.stride(2), NOPE=width - 64, BLOCK_H=4,
-            num_warps=4,
+    if wide:
+        launch_wide(
+            q, values, page_stride, page, count, ids, lens, out, lse, max_logits, partial, partial_lse, splits,
+            sm_scale=sm_scale, log_unit=log_unit or LN2, sinks=sinks,
+            extra=extra and (extra[0], x_stride, x_page, x_count, extra_ids, extra_lens),
         )  # fmt: skip
-    _sparse_kernel[(tiles * splits * lines,)](
-        q, halves, units, out, lse, partial, partial_lse, values, rope, scales, ids, lens, x_values, x_rope, x_scales,
-        extra_ids, extra_lens, sinks, descale_q, descale_k, max_logits, heads, queries, most, extra_most, count,
-        x_count, float(sm_scale), log_unit, int(causal), splits, q.stride(0), q.stride(1), q.stride(2), page_stride,
-        row_stride, x_stride, *strides, *x_strides, *lse.stride(),
-        KIND=kind, ROPE=width == 576 or kind == SPARSE_V4, PAGE=page, EXTRA_PAGE=x_page,
-        BITS=(0, 0) < capability < (8, 9), MERGE=splits > 1, **numbers,
-    )  # fmt: skip
+    else:
+        if kind >= SPARSE_V32:
+            # a chunk's queries are many, and its results begin where their halves end
+            halves = out.view(torch.float16) if max_logits is not None else torch.empty_like(out, dtype=torch.float16)
+            units = torch.empty(lines * heads, dtype=torch.float32, device=q.device)
+            _query_kernel[(lines * -(-heads // 4),)](
+                q, halves, units, heads, queries, q.stride(0), q.stride(1), q.stride(2), NOPE=width - 64, BLOCK_H=4,
+                num_warps=4,
+            )  # fmt: skip
+        _sparse_kernel[(tiles * splits * lines,)](
+            q, halves, units, out, lse, partial, partial_lse, values, rope, scales, ids, lens, x_values, x_rope,
+            x_scales, extra_ids, extra_lens, sinks, descale_q, descale_k, max_logits, heads, queries, most, extra_most,
+            count, x_count, float(sm_scale), log_unit, int(causal), splits, q.stride(0), q.stride(1), q.stride(2),
+            page_stride, row_stride, x_stride, *strides, *x_strides, *lse.stride(),
+            KIND=kind, ROPE=width == 576 or kind == SPARSE_V4, PAGE=page, EXTRA_PAGE=x_page,
+            BITS=(0, 0) < capability < (8, 9), MERGE=splits > 1, **numbers,
+        )  # fmt: skip
     if splits > 1:
         _sparse_merge_kernel[(lines * heads,)](
             out, lse, partial, partial_lse, sinks, descale_k, heads, queries, splits, *lse.stride(),
             **_MERGE,
         )  # fmt: skip
     return out, lse
+
+
+_WIDE = {"BLOCK_H": 64, "BLOCK_N": 128, "PER_SM": 1}  # sparse_sm90's tiles
+
+
+@lru_cache
+def _wide() -> tuple[Any, int]:
+    from mla_patch.kernels import sm90
+    from mla_patch.kernels.sparse_sm90 import sparse_sm90
+
+    return sparse_sm90, sm90.KEY
+
+
+def is_wide(q: torch.Tensor, sm_scale: float, capability: tuple[int, int], *rows: torch.Tensor | None) -> bool:
+    """Whether sparse_sm90 takes these: ``rows`` that can be copied 16 bytes at a time."""
+    aligned = all(one is None or one.data_ptr() % 16 == 0 for one in rows)
+    return aligned and HAS_GLUON and capability == (9, 0) and q.shape[-2] > NARROW and sm_scale > 0
+
+
+def launch_wide(
+    q: torch.Tensor,
+    values: torch.Tensor,
+    stride: int,
+    page: int,
+    places: int,
+    ids: torch.Tensor,
+    lens: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    max_logits: torch.Tensor | None,
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    splits: int,
+    *,
+    sm_scale: float,
+    log_unit: float,
+    sinks: torch.Tensor | None,
+    extra: tuple[torch.Tensor, int, int, int, torch.Tensor | None, torch.Tensor | None] | None = None,
+) -> None:
+    """sparse_sm90 over q [B, Sq, H, width]; lse [B, H, Sq] and max_logits [B, Sq, H] lie alike."""
+    kernel, key = _wide()
+    if page:  # e4m3 values, four at a time
+        values = values.view(torch.int32)
+    batch, queries, heads, width = q.shape
+    x_values, x_stride, x_page, x_places, x_ids, x_lens = extra or (None, 0, 0, 0, None, None)
+    x_topk, x_strides = (x_ids.shape[-1], x_ids.stride()) if x_ids is not None else (0, (0, 0))
+    if x_values is not None:
+        x_values = x_values.view(torch.int32)
+    kernel[(-(-heads // 64) * splits * batch * queries,)](
+        q, values, ids, lens, x_values, x_ids, x_lens, sinks, out, lse, max_logits, partial, partial_lse, heads,
+        queries, ids.shape[-1], x_topk, places, x_places, float(sm_scale), log_unit, splits, q.stride(0), q.stride(1),
+        q.stride(2), stride, x_stride, ids.stride(0), ids.stride(1), x_strides[0], x_strides[1], out.stride(-3),
+        out.stride(-2), *lse.stride(), WIDTH=width, PAGE=page, EXTRA_PAGE=x_page, MERGE=splits > 1, KEY=key,
+    )  # fmt: skip
 
 
 def sparse_decode(

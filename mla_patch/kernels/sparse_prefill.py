@@ -14,7 +14,8 @@
 Both statistics leave the sink out, and are natural, or times log2(e). A query without a key has out 0, max_logits -inf
 and lse +inf, whatever the sink.
 
-One program per query and tile of heads; keys are gathered a tile at a time.
+One program per query and tile of heads; keys are gathered a tile at a time. On sm_90 more than 16 heads are
+`mla_patch.kernels.sparse_sm90`'s.
 
 `mla_sparse_prefill_paged` needs no workspace: the same over the pages of an fp8 cache, or of two, by
 `mla_patch.kernels.sparse_decode`'s kernel. It decodes a key for every query that names it; a workspace holds it decoded
@@ -36,10 +37,9 @@ from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
 from mla_patch.kernels.dequantize import dequantize_ref, operand, rounded
 from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.sparse_decode import attend_pages
+from mla_patch.kernels.sparse_decode import LN2, attend_pages, is_wide, launch_wide
 
 _INTERPRETED = interpreted()
-_LN2 = math.log(2.0)
 
 
 def sparse_prefill_config(heads: int, capability: tuple[int, int], interpret: bool = False) -> dict[str, int]:
@@ -177,10 +177,18 @@ def mla_sparse_prefill(
     if queries == 0:
         return out, max_logits, lse
     capability = (0, 0) if _INTERPRETED else gpu.capability(q.device.index)
+    log_unit = 1.0 if return_log2 else LN2
+    # Triton wants to know of 16 elements
+    if config is None and kv.stride(0) % 16 == 0 and is_wide(q, sm_scale, capability, kv):
+        launch_wide(
+            q[:, None], kv, kv.stride(0), 0, kv.shape[0], indices, topk_length, out, lse[..., None], max_logits, lse,
+            lse, 1, sm_scale=sm_scale, log_unit=log_unit, sinks=attn_sink,
+        )  # fmt: skip
+        return out, max_logits, lse
     numbers = config or sparse_prefill_config(heads, capability, _INTERPRETED)
     _sparse_prefill_kernel[(queries * -(-heads // numbers["BLOCK_H"]),)](
         q, kv, indices, topk_length, attn_sink, out, max_logits, lse, heads, indices.shape[2], kv.shape[0],
-        float(sm_scale), 1.0 if return_log2 else _LN2, q.stride(0), q.stride(1), kv.stride(0), indices.stride(0),
+        float(sm_scale), log_unit, q.stride(0), q.stride(1), kv.stride(0), indices.stride(0),
         out.stride(0), out.stride(1), ROPE=width == 576, **numbers,
     )  # fmt: skip
     return out, max_logits, lse
@@ -211,7 +219,7 @@ def mla_sparse_prefill_paged(
         extra_*         a second cache with its own page size, indices and lengths, of the same layout: one softmax
         out             [Sq, H, 512]    bfloat16, contiguous, elsewhere than q
 
-    V3.2's values are rounded to float16 in units of a token's largest scale, to 2**-12; V4's are exact. No queries
+    V3.2's values are rounded as `mla_patch.kernels.sparse_decode` says; V4's are exact. No queries
     launch nothing. Without sync; results come from torch's allocator at every call, and of scratch only a float for
     each query and head, so a captured graph has them in its pool. ``config`` replaces
     `mla_patch.kernels.sparse_decode.sparse_config`'s numbers.
@@ -231,7 +239,7 @@ def mla_sparse_prefill_paged(
     max_logits = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
     _, lse = attend_pages(
         q[:, None], k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, sm_scale=sm_scale,
-        sinks=attn_sink, out=out, max_logits=max_logits, log_unit=1.0 if return_log2 else _LN2, config=config,
+        sinks=attn_sink, out=out, max_logits=max_logits, log_unit=1.0 if return_log2 else LN2, config=config,
     )  # fmt: skip
     return out, max_logits, lse[..., 0]
 
