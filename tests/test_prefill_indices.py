@@ -177,7 +177,7 @@ def test_any_window_and_width(topk, window):
 
 
 def test_more_requests_than_a_block():
-    rows = 2 * combine_config(640)["ROWS"] + 5
+    rows = 2 * combine_config()["ROWS"] + 5
     ext = [i % 3 % 2 for i in range(rows)]
     Chunk([5 + i % 11 for i in range(rows)], ext, 4, 4, 4, padding=2).check_both()
 

@@ -146,8 +146,9 @@ def test_metadata_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
     )
     model, cache = Model([12, 20]), SparsePrefillChunkCache()
     chunk = cache.chunk(1, lambda: model.inputs([12, 20], [12, 5]))
-    first = [chunk.layer(ratio, torch.zeros(17, 3, dtype=torch.int32, device=DEVICE) if ratio == 4 else None) for ratio in (0, 4, 8)]
-    again = [chunk.layer(ratio, torch.ones(17, 3, dtype=torch.int32, device=DEVICE) if ratio == 4 else None) for ratio in (0, 4, 8)]
+    zeros = torch.zeros(17, 3, dtype=torch.int32, device=DEVICE)
+    first = [chunk.layer(ratio, zeros if ratio == 4 else None) for ratio in (0, 4, 8)]
+    again = [chunk.layer(ratio, zeros + 1 if ratio == 4 else None) for ratio in (0, 4, 8)]
     assert made == [1, 4, 8, 4]  # what the indexer chose is a layer's own
     for one, two in zip(first, again, strict=True):
         assert one.indices.data_ptr() == two.indices.data_ptr() and one.slots.data_ptr() == two.slots.data_ptr()

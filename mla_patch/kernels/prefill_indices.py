@@ -27,8 +27,6 @@ int32 cannot name. A query that no request owns (padding) has a row of -1 and le
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -45,9 +43,9 @@ def swa_config(rows: int, total: int, sms: int) -> dict[str, int]:
     return {"ctas": max(1, min(4 * sms // rows, -(-total // 512), 128)), "BLOCK": 512, "ROWS": 256, "num_warps": 4}
 
 
-def combine_config(width: int) -> dict[str, int]:
-    """Launch numbers of `combine_topk_swa_indices`, for rows of ``width``: all of them at once, if it can be."""
-    return {"BLOCK": 512, "ROWS": 256, "num_warps": 4}
+def combine_config() -> dict[str, int]:
+    """Launch numbers of `combine_topk_swa_indices`: a warp for each query, so that thousands are there at once."""
+    return {"BLOCK": 256, "ROWS": 256, "num_warps": 1}
 
 
 @triton.jit
@@ -141,9 +139,6 @@ def _combine_kernel(
 ):
     """One query. Its request is the first that ends past it, which passes over requests without one."""
     t = tl.program_id(0).to(tl.int64)
-    own = topk_indices + t * topk_stride
-    j = tl.arange(0, BLOCK)
-    v = tl.load(own + j, mask=j < topk, other=-1)  # before what it does not depend on, which takes four loads in turn
     at = t + tl.load(query_start_loc)
     lane = tl.arange(0, ROWS)
     row = 0
@@ -167,13 +162,13 @@ def _combine_kernel(
     # what is added to a column of the window's part
     shift = tl.load(swa_base + row, mask=owned, other=0) + (pos - recent + 1) - compressed
     shift -= seq - tl.load(gather_lens + row, mask=owned, other=0)
-    for _ in range(0, width, BLOCK):
-        found = tl.where((j < compressed) & (v >= 0), v + base, -1)
+    for begin in range(0, width, BLOCK):
+        j = begin + tl.arange(0, BLOCK)
+        v = tl.load(topk_indices + t * topk_stride + j, mask=j < compressed, other=-1)
+        found = tl.where(v >= 0, v + base, -1)
         found = tl.where((j >= compressed) & (j < compressed + recent), j + shift, found)
         found = tl.where(found > 2147483647, -1, found)
         tl.store(out + t * out_stride + j, found.to(tl.int32), mask=j < width)
-        j += BLOCK
-        v = tl.load(own + j, mask=j < topk, other=-1)
 
 
 def combined_topk_width(topk: int, window_size: int) -> int:
@@ -301,7 +296,7 @@ def combine_topk_swa_indices(
         _combine_kernel[(queries,)](
             out_indices, out_lens, topk_indices, query_start_loc, query_pos, seq_lens, gather_lens,
             compressed_base, swa_base, rows, window_size, compress_ratio, topk, width,
-            topk_indices.stride(0), out_indices.stride(0), **combine_config(width),
+            topk_indices.stride(0), out_indices.stride(0), **combine_config(),
         )  # fmt: skip
     return out_indices, out_lens
 
@@ -364,8 +359,8 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         cases.append(
             CompileCase(f"swa_token_ids {kind}", _swa_kernel, signature, constants, num_warps=numbers["num_warps"])
         )
-    for positions, width in itertools.product((False, True), (640, 1152)):
-        numbers = combine_config(width)
+    numbers = combine_config()
+    for positions in (False, True):
         signature = dict.fromkeys(_COMBINE_ARGS, "*i32")
         ints = ("rows", "window", "ratio", "topk", "width", "topk_stride", "out_stride")
         signature |= dict.fromkeys(ints, "i32")
@@ -373,7 +368,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         if not positions:
             del signature["query_pos"]
             constants["query_pos"] = None  # type: ignore[assignment]
-        name = f"combine_topk_swa {'query_pos' if positions else 'no query_pos'} {width}"
+        name = f"combine_topk_swa {'query_pos' if positions else 'no query_pos'}"
         cases.append(CompileCase(name, _combine_kernel, signature, constants, num_warps=numbers["num_warps"]))
     return cases
 
@@ -401,9 +396,8 @@ def _check_vector(name: str, tensor: torch.Tensor, size: int, device: torch.devi
 watch_compiles(_swa_kernel, _combine_kernel)
 
 
-def warmup(device: torch.device | str, width: int = 640) -> int:
-    """Compile what a prefill reaches of both kernels, with combined rows of this width, by real launches over nothing;
-    how many kernels that took."""
+def warmup(device: torch.device | str) -> int:
+    """Compile what a prefill reaches of both kernels, by real launches over nothing; how many kernels that took."""
     none = torch.zeros(2, dtype=torch.int32, device=device)
     if not none.is_cuda and not _INTERPRETED:
         return 0
@@ -412,5 +406,5 @@ def warmup(device: torch.device | str, width: int = 640) -> int:
     with COMPILES.warming():
         build_swa_token_ids(one, one, one, table, none.long(), 1, 0)
         for positions in (None, none):
-            combine_topk_swa_indices(table, none, one, one, one, one, width, 1, 0, query_pos=positions)
+            combine_topk_swa_indices(table, none, one, one, one, one, 1, 1, 0, query_pos=positions)
     return COMPILES.total - before
