@@ -1,11 +1,15 @@
 """The smallest launches that reach every branch of our kernels, for compute-sanitizer.
 
-compute-sanitizer --tool memcheck|racecheck python bench/sanitize.py
+compute-sanitizer --tool memcheck|racecheck python bench/sanitize.py [NAME ...]
+
+Names, else all: kv_indices, decode, decode_wide, pages_and_splits, sparse_and_dense, sparse_prefill,
+sparse_prefill_paged.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -147,13 +151,19 @@ def sparse_prefill_paged() -> None:
             assert torch.equal(kv[rows[kept].long(), 0], dequantize(one, lists[kept]))
 
 
+EVERY: dict[str, Callable[[], None]] = {
+    "kv_indices": kv_indices,
+    "decode": lambda: decode(3),
+    "decode_wide": lambda: decode(70),  # on sm_90 a kernel of its own
+    "pages_and_splits": pages_and_splits,
+    "sparse_and_dense": sparse_and_dense,
+    "sparse_prefill": sparse_prefill,
+    "sparse_prefill_paged": sparse_prefill_paged,
+}
+
+
 if __name__ == "__main__":
-    kv_indices()
-    decode(3)
-    decode(70)  # on sm_90 a kernel of its own
-    pages_and_splits()
-    sparse_and_dense()
-    sparse_prefill()
-    sparse_prefill_paged()
+    for name in sys.argv[1:] or EVERY:
+        EVERY[name]()
     torch.cuda.synchronize()
     print("every launch equals its definition")
