@@ -3,8 +3,8 @@
 Why: without it V4 attends over fp8 pages, which is slow for prompts and impossible for many queries at once. Later
 releases have it with faults that `compat.sglang_sparse_prefill` lists; V3.2's takes few head counts.
 
-Of a release's own kernels ours take the place of those that are wrong; what is right stays, since ours is not measured
-beside it, unless the flag is set to on. So does a release without the route: there all of it is ours, and it is taken
+Of a release's own kernels ours take the place of those that are wrong, or slow; what is right stays, unless the flag is
+set to on. So does a release without the route: there all of it is ours, and it is taken
 when it is asked for. `V4_PROVIDERS` and `V32_PROVIDERS` say who serves a layer, by the first row that applies.
 """
 
@@ -82,7 +82,7 @@ def native(target: Target, version: str | None) -> str | None:
     if compat.is_backport(target, version):
         return "the release has no such route, and ours waits to be asked for: MLA_PATCH_SPARSE_PREFILL=on"
     if compat.own_is_right(target, version):
-        return "right in this release, and ours is not measured beside it"
+        return "right in this release: it stays unless MLA_PATCH_SPARSE_PREFILL=on"
     return None
 
 

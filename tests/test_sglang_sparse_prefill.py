@@ -25,10 +25,10 @@ DEFAULT = {  # what ours takes the place of without being asked, by the first re
         "DeepseekV4AttnBackend._forward_prefill_sparse", "DSV4Metadata.copy_", "DeepseekV4AttnBackend.forward",
     },
     "0.5.19": {
-        compat.V32_PREFILL, "combine_topk_swa_indices", "DeepseekV4AttnBackend._forward_prefill_sparse",
-        "DSV4Metadata.copy_", "DeepseekV4AttnBackend.forward",
+        compat.V32_PREFILL, compat.V32_DEQUANTIZE, "combine_topk_swa_indices",
+        "DeepseekV4AttnBackend._forward_prefill_sparse", "DSV4Metadata.copy_", "DeepseekV4AttnBackend.forward",
     },
-    "0.5.21": {compat.V32_PREFILL},
+    "0.5.21": {compat.V32_PREFILL, compat.V32_DEQUANTIZE},
 }  # fmt: skip
 
 
