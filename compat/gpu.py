@@ -75,6 +75,11 @@ def capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def capability_of(tensor: Any) -> tuple[int, int] | None:
+    """Of the GPU that a call's tensor lies on; None on a CPU."""
+    return capability(tensor.device.index) if tensor.is_cuda else None
+
+
 @lru_cache(maxsize=16)
 def sm_count(index: int) -> int:
     """Streaming multiprocessors of a device that a call already uses."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Undo = Callable[[], None]
 
@@ -160,6 +160,14 @@ class MlaKernel:
     # and again when a backend has been built; must not touch CUDA
     problem: Callable[[Gpu | None], str | None] | None = None
     prepare: str = ""  # "module:function", (Seam, {"decode", "prefill"} or one of them), when a backend has been built
+
+
+class Provider(NamedTuple):
+    """Who serves a call of a feature that has several to choose from: the first of its table that applies."""
+
+    provider: str
+    when: str  # as `explain` prints it, and the report, where the host keeps a call
+    applies: Callable[[Any], bool]
 
 
 @dataclass(frozen=True)

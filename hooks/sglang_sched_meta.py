@@ -11,27 +11,16 @@ operator of the host's, since whatever keeps the host from making them keeps it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from mla_patch.compat import gpu, sglang_flash_mla
+from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_flash_mla import KvCacheCall, MetadataCall, PrefillCall
-from mla_patch.compat.types import Gpu
+from mla_patch.compat.types import Gpu, Provider
 from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
 
 HOST, OURS = "host", "triton"
-
-
-def capability_of(tensor: Any) -> tuple[int, int] | None:
-    """Of the GPU that a call's tensor lies on."""
-    return gpu.capability(tensor.device.index) if tensor.is_cuda else None
-
-
-class Row(NamedTuple):
-    provider: str
-    when: str  # as `explain` prints it, and the report, where the host keeps a call
-    applies: Callable[[Any], bool]
 
 
 def _unknown_format(call: KvCacheCall) -> bool:
@@ -83,18 +72,18 @@ def _other_dense(call: KvCacheCall) -> bool:
 
 
 PROVIDERS = (
-    Row(HOST, "a cache that ours does not read: a kv_format but V32, use_legacy=False, 528 or 288 bytes a row",
+    Provider(HOST, "a cache that ours does not read: a kv_format but V32, use_legacy=False, 528 or 288 bytes a row",
         _unknown_format),
-    Row(OURS, "FlashMLASchedMeta, sink, second cache or lengths where the release's wrapper has none",
+    Provider(OURS, "FlashMLASchedMeta, sink, second cache or lengths where the release's wrapper has none",
         lambda call: _newer(call) and not call.build.newer),
-    Row(OURS, "no CUDA operator of FlashMLA's is loaded", _no_build),
-    Row(OURS, "another GPU than sm_90, sm_100 and sm_103", _other_chip),
-    Row(OURS, "an empty batch", lambda call: call.q.shape[0] == 0),
-    Row(OURS, "sparse: other than 64 or 128 heads, topk 0 or not a multiple of 64", _other_sparse),
-    Row(OURS, "sparse, 656 bytes: lengths or a second cache", _v32_with_more),
-    Row(OURS, "sparse, 584 bytes: tensor metadata", _v4_older),
-    Row(OURS, "dense: another GPU than sm_90, pages of other than 64", _other_dense),
-    Row(HOST, "the host's own CUDA operator serves it", lambda call: True),
+    Provider(OURS, "no CUDA operator of FlashMLA's is loaded", _no_build),
+    Provider(OURS, "another GPU than sm_90, sm_100 and sm_103", _other_chip),
+    Provider(OURS, "an empty batch", lambda call: call.q.shape[0] == 0),
+    Provider(OURS, "sparse: other than 64 or 128 heads, topk 0 or not a multiple of 64", _other_sparse),
+    Provider(OURS, "sparse, 656 bytes: lengths or a second cache", _v32_with_more),
+    Provider(OURS, "sparse, 584 bytes: tensor metadata", _v4_older),
+    Provider(OURS, "dense: another GPU than sm_90, pages of other than 64", _other_dense),
+    Provider(HOST, "the host's own CUDA operator serves it", lambda call: True),
 )  # fmt: skip
 
 
@@ -109,14 +98,14 @@ def _more_than_the_operator(call: PrefillCall) -> bool:
 
 
 PREFILL_PROVIDERS = (
-    Row(OURS, "sparse prefill: no CUDA operator of FlashMLA's is loaded",
+    Provider(OURS, "sparse prefill: no CUDA operator of FlashMLA's is loaded",
         lambda call: not sglang_flash_mla.prefill_arity(call.build.module)),
-    Row(OURS, "sparse prefill: sink or lengths where the release's operator takes none", _more_than_the_operator),
-    Row(OURS, "sparse prefill: another GPU than sm_90, sm_100 and sm_103", _other_chip),
-    Row(OURS, "sparse prefill: no queries", lambda call: call.q.shape[0] == 0),
-    Row(OURS, "sparse prefill: other than 64 or 128 heads, topk 0 or not a multiple of 128 (sm_100: of 64 at times)",
+    Provider(OURS, "sparse prefill: sink or lengths where the release's operator takes none", _more_than_the_operator),
+    Provider(OURS, "sparse prefill: another GPU than sm_90, sm_100 and sm_103", _other_chip),
+    Provider(OURS, "sparse prefill: no queries", lambda call: call.q.shape[0] == 0),
+    Provider(OURS, "sparse prefill: other than 64 or 128 heads, topk 0 or not a multiple of 128 (sm_100: of 64 at times)",
         _other_prefill),
-    Row(HOST, "sparse prefill: the host's own CUDA operator serves it", lambda call: True),
+    Provider(HOST, "sparse prefill: the host's own CUDA operator serves it", lambda call: True),
 )  # fmt: skip
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from mla_patch.compat import gpu, sglang_flash_mla
+from mla_patch.compat import sglang_flash_mla
 from mla_patch.compat import sglang_sparse_prefill as compat
+from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
-from mla_patch.compat.types import Gpu, Target, Variable
+from mla_patch.compat.types import Gpu, Provider, Target, Variable
 from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
 
@@ -27,17 +28,6 @@ WORKSPACE, ROUTE = "MLA_PATCH_SPARSE_PREFILL_WORKSPACE", "MLA_PATCH_SPARSE_PREFI
 _DEFAULTS = {WORKSPACE: "4096", ROUTE: "all"}
 TOO_LARGE = "a workspace beyond " + WORKSPACE
 FEW = "few enough queries for pages, by " + ROUTE
-
-
-def capability_of(tensor: Any) -> tuple[int, int] | None:
-    """Of the GPU that a call's tensor lies on."""
-    return gpu.capability(tensor.device.index) if tensor.is_cuda else None
-
-
-class Row(NamedTuple):
-    provider: str
-    when: str  # as `explain` prints it, and the report, where the host keeps a call
-    applies: Callable[[Any], bool]
 
 
 def _says(reason: str) -> Callable[[ChunkCall], bool]:
@@ -56,13 +46,13 @@ def _flash_mla(call: ChunkCall) -> Callable[..., Any] | None:
 
 
 V4_PROVIDERS = (
-    *(Row(HOST, reason, _says(reason)) for reason in (
+    *(Provider(HOST, reason, _says(reason)) for reason in (
         compat.NOT_A_PROMPT, TOO_LARGE, FEW, compat.HISPARSE, compat.PARALLEL, compat.AHEAD, compat.NO_POSITIONS,
         compat.OTHER_PAGES,
     )),
-    Row(BOTH, "64 or 128 heads on sm_90, sm_100 and sm_103, with a FlashMLA that takes sinks and lengths",
+    Provider(BOTH, "64 or 128 heads on sm_90, sm_100 and sm_103, with a FlashMLA that takes sinks and lengths",
         lambda call: _flash_mla(call) is not None),
-    Row(OURS, "all else: any GPU from sm_80, 1 to 128 heads", lambda call: True),
+    Provider(OURS, "all else: any GPU from sm_80, 1 to 128 heads", lambda call: True),
 )  # fmt: skip
 
 
@@ -72,8 +62,8 @@ def _pads(call: V32Call) -> bool:
 
 
 V32_PROVIDERS = (
-    Row(HOST, "64 or 128 heads, or what the release pads to them, on sm_90, sm_100 and sm_103", _pads),
-    Row(OURS, "other head counts, other GPUs", lambda call: True),
+    Provider(HOST, "64 or 128 heads, or what the release pads to them, on sm_90, sm_100 and sm_103", _pads),
+    Provider(OURS, "other head counts, other GPUs", lambda call: True),
 )
 
 

@@ -164,21 +164,9 @@ def _even(
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         source = q + b.to(gl.int64) * q_stride_b
         u = seesaw.begin_query(
-            source,
-            gl.program_id(1),
-            H,
-            q_stride_h,
-            q_low,
-            q_high,
-            q_rope,
-            scale,
-            unit,
-            barriers,
-            asked,
-            0,
-            True,
+            source, gl.program_id(1), H, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, 0, True,
             SCALED,
-        )
+        )  # fmt: skip
         acc, weights, m, turn = seesaw.even_units(
             q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, None, barriers, turn, count,
             u, (position - begin) * sm90.UNIT, length, logit_cap, _temperature(length, xai_len), -float("inf"), True,
@@ -219,21 +207,9 @@ def _odd(
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         source = q + b.to(gl.int64) * q_stride_b
         u = seesaw.begin_query(
-            source,
-            gl.program_id(1),
-            H,
-            q_stride_h,
-            q_low,
-            q_high,
-            q_rope,
-            scale,
-            unit,
-            barriers,
-            asked,
-            1,
-            True,
+            source, gl.program_id(1), H, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, 1, True,
             SCALED,
-        )
+        )  # fmt: skip
         acc, weights, m, turn = seesaw.odd_units(
             q_low, q_high, q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, None, barriers, turn,
             count, u, (position - begin) * sm90.UNIT + 64, length, logit_cap, _temperature(length, xai_len),
