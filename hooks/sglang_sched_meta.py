@@ -103,7 +103,8 @@ PREFILL_PROVIDERS = (
     Provider(OURS, "sparse prefill: sink or lengths where the release's operator takes none", _more_than_the_operator),
     Provider(OURS, "sparse prefill: another GPU than sm_90, sm_100 and sm_103", _other_chip),
     Provider(OURS, "sparse prefill: no queries", lambda call: call.q.shape[0] == 0),
-    Provider(OURS, "sparse prefill: other than 64 or 128 heads, topk 0 or not a multiple of 128 (sm_100: of 64 at times)",
+    Provider(OURS,
+        "sparse prefill: other than 64 or 128 heads, topk 0 or not a multiple of 128 (sm_100: of 64 at times)",
         _other_prefill),
     Provider(HOST, "sparse prefill: the host's own CUDA operator serves it", lambda call: True),
 )  # fmt: skip
