@@ -87,8 +87,7 @@ class ChunkInputs:
                 f"page_table: {table.dtype}, shape {tuple(table.shape)}, expected int32, [queries, blocks]"
             )
         blocks = -(-max(self.seq_lens_cpu, default=0) // self.page_size)
-        # a page that is not full has no compressed token that all of it is needed for: the last block may be missing
-        if table.shape[0] < extend or table.shape[1] * self.page_size < max(self.seq_lens_cpu, default=0):
+        if table.shape[0] < extend or table.shape[1] < blocks:
             raise ValueError(f"page_table: shape {tuple(table.shape)}, expected [>= {extend}, >= {blocks}]")
 
 

@@ -69,9 +69,9 @@ def report_html(report: Mapping[str, Any], processes: Sequence[Mapping[str, Any]
 _READING = f"""<h2>How to read this</h2>
 <p>A ratio is the arm's time over the host's: below 1 is faster. Each group of blocks of steps ran every arm in balanced
 order; a group gives one ratio, the reported one is their trimmed mean, its 95% interval bootstrapped over the groups.
-&ldquo;Faster&rdquo; and &ldquo;slower&rdquo; need an interval that keeps {RESOLUTION:.1%} away from 1, and a signed-
-rank p below {ALPHA:g} after Holm's adjustment for all comparisons of this page: where no arm differs, at most one
-page in {1 / ALPHA:.0f} names a difference. Fewer than {MIN_GROUPS} groups give no verdict. &ldquo;No difference
+&ldquo;Faster&rdquo; and &ldquo;slower&rdquo; need an interval that keeps {RESOLUTION:.1%} away from 1, and a
+signed-rank p below {ALPHA:g} after Holm's adjustment for all comparisons of this page: where no arm differs, at most
+one page in {1 / ALPHA:.0f} names a difference. Fewer than {MIN_GROUPS} groups give no verdict. &ldquo;No difference
 found&rdquo; is no proof of none: the interval tells what size would have gone unseen. &ldquo;Drifting&rdquo;: the
 ratio was another one in each half of the run. All this is said of one look; who looks again and again until a verdict
 comes will see false ones more often. Ratios are of whole steps, not of the kernels alone.</p>"""

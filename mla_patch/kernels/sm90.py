@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 
 UNIT = gl.constexpr(128)  # keys of a unit of work: an even and an odd tile
 CHANGE = gl.constexpr(4)  # units that a program could do while it changes from one request to the next: measured
+LEAST = gl.constexpr(-3.4028234663852886e38)  # a maximum of no keys that can be subtracted from itself
 
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 of a row together

@@ -52,14 +52,13 @@ def _finish(
     h = tile * 64 + gl.arange(0, 64, layout=sm90.OUTPUT_HEAD)
     c = HALF * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, sm90.OUTPUT))
     lonely = weights == 0
-    some = gl.where(lonely, 1.0, weights)
-    log = m + gl.log2(some)
+    whole = gl.where(lonely, 1.0, weights)
+    log = m + gl.log2(whole)
     if MERGE:
         place = (line.to(gl.int64) * splits + split) * H
         to = partial + (place + h[:, None]) * 512
         if HALF == 0:
             gl.store(partial_lse + place + head, gl.where(lonely, -float("inf"), log), mask=head < H)
-        whole = some
     else:
         to = out + line.to(gl.int64) * out_l + h[:, None].to(gl.int64) * out_h
         if HALF == 0:
@@ -67,7 +66,6 @@ def _finish(
             gl.store(lse + at, gl.where(lonely, float("inf"), log * base_unit), mask=head < H)
             if max_logits is not None:
                 gl.store(max_logits + at, gl.where(lonely, -float("inf"), m * base_unit), mask=head < H)
-        whole = some
         if sinks is not None:
             sink = gl.load(sinks + head, mask=head < H, other=0.0).to(gl.float32)
             whole = gl.where(lonely, 1.0, weights + gl.exp2(sink * 1.4426950408889634 - m))
@@ -91,7 +89,7 @@ def _even(
     )  # fmt: skip
     acc, weights, m, _turn = seesaw.even_units(
         q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, known, barriers, zero, count, u,
-        0, 0, 0.0, 1.0, -3.4028234663852886e38, ROPE, COPIED, False, False,
+        0, 0, 0.0, 1.0, sm90.LEAST, ROPE, COPIED, False, False,
     )  # fmt: skip
     weights = seesaw.end_query(weights, sum_even, sum_odd, barriers, zero)
     _finish(
@@ -116,7 +114,7 @@ def _odd(
     )  # fmt: skip
     acc, weights, m, _turn = seesaw.odd_units(
         q_low, q_high, q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, known, barriers, zero, count,
-        u, 0, 0, 0.0, 1.0, -3.4028234663852886e38, ROPE, COPIED, False, False,
+        u, 0, 0, 0.0, 1.0, sm90.LEAST, ROPE, COPIED, False, False,
     )  # fmt: skip
     weights = seesaw.end_query(weights, sum_odd, sum_even, barriers, zero)
     _finish(
@@ -236,7 +234,7 @@ def _block(place, K: gl.constexpr):
 def _columns(place, K: gl.constexpr):
     """The same values as bfloat16 in a tile, in pairs."""
     L: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    return gluon_reinterpret(place, gl.int32, [place.shape[1] // 64 * 64, 32], L).slice(K * 64, 64, 0)
+    return gluon_reinterpret(place, gl.int32, [place.shape[1], 32], L).slice(K * 64, 64, 0)
 
 
 @gluon.jit
@@ -338,6 +336,18 @@ def _landed(place, scales, barriers, FULL: gl.constexpr, HIGH: gl.constexpr, LEF
 
 
 @gluon.jit
+def _bring_scaled(
+    row, scale, known, seen, scales, one, two, rope, barriers, free, FREE_ONE: gl.constexpr, FULL_ONE: gl.constexpr,
+    FREE_TWO: gl.constexpr, FULL_TWO: gl.constexpr, HIGH: gl.constexpr, V4: gl.constexpr,
+):  # fmt: skip
+    """A tile of an fp8 cache: the half that is free first, ``HIGH`` or low, then the other."""
+    _land(one, rope, row, scale, known, seen, scales, barriers, free, FREE_ONE, HIGH, True, V4)
+    _land(two, rope, row, scale, known, seen, scales, barriers, free, FREE_TWO, 1 - HIGH, False, V4)
+    _landed(one, scales, barriers, FULL_ONE, HIGH, 1, V4)
+    _landed(two, scales, barriers, FULL_TWO, 1 - HIGH, 0, V4)
+
+
+@gluon.jit
 def _scale_rows(
     values, ids, lens, extra_values, extra_ids, extra_lens, H, Sq, topk, extra_topk, places, extra_places, splits,
     page_stride, extra_page_stride, ids_b, ids_s, extra_ids_b, extra_ids_s, even_low, even_high, even_rope, odd_low,
@@ -364,16 +374,10 @@ def _scale_rows(
             values, extra_values, gl.maximum(even, 0), at, units, page_stride, extra_page_stride, PAGE, EXTRA_PAGE, V4
         )
         even = _named(own, other, at + 1, 0, units, keys, more, places, extra_places, EXTRA, L, 64)
-        _land(
-            even_low, even_rope, row, scale, known, seen_even, scales.index(0), barriers, free, sm90.FREE_EVEN_LOW, 0,
-            True, V4,
+        _bring_scaled(
+            row, scale, known, seen_even, scales.index(0), even_low, even_high, even_rope, barriers, free,
+            sm90.FREE_EVEN_LOW, sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, 0, V4,
         )  # fmt: skip
-        _land(
-            even_high, even_rope, row, scale, known, seen_even, scales.index(0), barriers, free, sm90.FREE_EVEN_HIGH, 1,
-            False, V4,
-        )  # fmt: skip
-        _landed(even_low, scales.index(0), barriers, sm90.FULL_EVEN_LOW, 0, 1, V4)
-        _landed(even_high, scales.index(0), barriers, sm90.FULL_EVEN_HIGH, 1, 0, V4)
         row, scale = _rows(
             values, extra_values, gl.maximum(ahead, 0), at + 1, units, page_stride, extra_page_stride, PAGE, EXTRA_PAGE,
             V4,
@@ -385,16 +389,10 @@ def _scale_rows(
             values, extra_values, gl.maximum(odd, 0), at, units, page_stride, extra_page_stride, PAGE, EXTRA_PAGE, V4
         )
         odd = _named(own, other, at + 1, 64, units, keys, more, places, extra_places, EXTRA, L, 64)
-        _land(
-            odd_high, odd_rope, row, scale, known, seen_odd, scales.index(1), barriers, free, sm90.FREE_ODD_HIGH, 1,
-            True, V4,
+        _bring_scaled(
+            row, scale, known, seen_odd, scales.index(1), odd_high, odd_low, odd_rope, barriers, free,
+            sm90.FREE_ODD_HIGH, sm90.FULL_ODD_HIGH, sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW, 1, V4,
         )  # fmt: skip
-        _land(
-            odd_low, odd_rope, row, scale, known, seen_odd, scales.index(1), barriers, free, sm90.FREE_ODD_LOW, 0,
-            False, V4,
-        )  # fmt: skip
-        _landed(odd_high, scales.index(1), barriers, sm90.FULL_ODD_HIGH, 1, 1, V4)
-        _landed(odd_low, scales.index(1), barriers, sm90.FULL_ODD_LOW, 0, 0, V4)
 
 
 _CHANGING = [
