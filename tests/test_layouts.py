@@ -73,13 +73,11 @@ def test_bytes_and_values(layout, page_size):
     slots[8] = pages * page_size
     quantize(x, cache, slots)
     kept = torch.tensor([i for i in range(count) if i not in (7, 8)], device=DEVICE)
-    codes, scales = quantize_ref(x[kept], layout.tiles)
+    # on a GPU torch's division by a scalar may be a product, and a tie then another code
+    codes, scales = quantize_ref(x[kept].cpu(), layout.tiles)
     want = codes.float() * (scales if layout is V32 else torch.exp2(scales.float() - 127))[..., None]
     stored = dequantize_ref(cache, slots[kept])
-    if layout is V32 and DEVICE == "cuda":  # torch's division by a scalar may be a product there
-        torch.testing.assert_close(stored[:, : layout.nope], want.flatten(1).double(), rtol=1e-6, atol=0)
-    else:
-        assert torch.equal(stored[:, : layout.nope].float(), want.flatten(1))
+    assert torch.equal(stored[:, : layout.nope].float().cpu(), want.flatten(1))
     assert torch.equal(stored[:, layout.nope :].bfloat16(), x[kept, layout.nope :])
     again = dequantize(cache, slots.int() if page_size == 2 else slots)
     assert torch.equal(again[kept], stored.bfloat16())
