@@ -32,6 +32,18 @@ def package(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def over_pages(package_name: str, q: Any, cache: Any, indices: Any, sm_scale: float, options: dict[str, Any]) -> Call:
+    """A package's `flash_mla_with_kvcache` over fp8 pages, with one FlashMLASchedMeta for all calls."""
+    module = package(package_name)
+    meta = module.get_mla_metadata()[0]
+    renamed = {"extra_indices": "extra_indices_in_kvcache"}
+    options = {renamed.get(name, name): value for name, value in options.items()}
+    return lambda: module.flash_mla_with_kvcache(
+        q=q, k_cache=cache.view(torch.float8_e4m3fn), block_table=None, cache_seqlens=None, head_dim_v=512,
+        tile_scheduler_metadata=meta, softmax_scale=sm_scale, is_fp8_kvcache=True, indices=indices, **options,
+    )  # fmt: skip
+
+
 def error(case: Any, result: Any) -> float:
     """The worst of the picked queries, relative to the definition's norm; all queries must be finite."""
     out = result[0]

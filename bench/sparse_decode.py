@@ -84,20 +84,7 @@ def ours(case: Any, config: dict[str, int] | None = None) -> Call:
 
 
 def newer_api(module: str) -> Callable[[Any], Call]:
-    """`flash_mla_with_kvcache` of a package, with one FlashMLASchedMeta for all calls, as engines use it."""
-
-    def make(case: Any) -> Call:
-        package = peers.package(module)
-        meta = package.get_mla_metadata()[0]
-        renamed = {"extra_indices": "extra_indices_in_kvcache"}
-        options = {renamed.get(name, name): value for name, value in case.options.items()}
-        return lambda: package.flash_mla_with_kvcache(
-            q=case.q, k_cache=case.cache.view(torch.float8_e4m3fn), block_table=None, cache_seqlens=None,
-            head_dim_v=512, tile_scheduler_metadata=meta, softmax_scale=case.sm_scale, is_fp8_kvcache=True,
-            indices=case.indices, **options,
-        )  # fmt: skip
-
-    return make
+    return lambda case: peers.over_pages(module, case.q, case.cache, case.indices, case.sm_scale, case.options)
 
 
 def older_ops(case: Any) -> Call:

@@ -7,9 +7,10 @@
     dequantise    fp8 tokens to bfloat16, by slots and by pages, beside a plain copy of as many bytes
     indices       what makes indices, at 4096 queries
     path          from the fp8 cache to the output, for chunks of a prefill:
-                      all        every token of the context is dequantised, then attention
+                      all        every token of the context is dequantised, then attention; "by sglang" with the
+                                 dequantiser of an installed SGLang from 0.5.23
                       compact    only the pages that the chunk's indices name are, then attention
-                      pages      attention straight from the pages
+                      pages      attention straight from the pages, as that provider's decode reads them
                   share is the part of the context in which the chunk's indices lie: all of it, or as much as an
                   indexer that favours few tokens names
 
@@ -67,6 +68,7 @@ PROVIDERS = ("ours", "flash_mla", "sgl_kernel.flash_mla")
 WINDOW, RATIO, COMPRESSED = 128, 4, 512  # V4: recent tokens of a query, tokens in a compressed one, top k of these
 TOPK = 2048  # V3.2
 PAGE, WINDOW_PAGE = 64, 256
+SCHEDULED = 11622  # queries that FlashMLA can make a schedule for: 227 KiB at 20 bytes
 
 Case = SimpleNamespace
 Cases = Iterator[tuple[str, Callable[[], Case]]]  # titles, and what makes a case: one at a time fits
@@ -288,9 +290,11 @@ def indices_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
 
 def path_cases(args: argparse.Namespace) -> Cases:
     chunks, contexts, shares = (2048, 4096, 8192, 16384), (8192, 32768, 131072), (1.0, 0.25)
+    few = itertools.product((8192, 131072, 1048576), (16, 64, 256, 1024), (1.0,))  # which pages may serve better
     if tiny():
-        chunks, contexts, shares = (4,), (256,), (0.25,)
-    for layout, context, chunk, share in itertools.product((V32, V4), contexts, chunks, shares):
+        chunks, contexts, shares, few = (4,), (256,), (0.25,), iter(())
+    every = [*few, *itertools.product(contexts, chunks, shares)]
+    for layout, (context, chunk, share) in itertools.product((V32, V4), every):
         heads = args.heads or (3 if tiny() else 128 if layout is V32 else 64)
         if chunk <= context:
             title = f"path {layout.name} heads {heads} chunk {chunk} context {context} share {share:g}"
@@ -350,18 +354,29 @@ def workspace(case: Case) -> torch.Tensor:
     return torch.full((rows, 1, case.layout.width), float("nan"), dtype=torch.bfloat16, device=DEVICE)
 
 
-def all_tokens(name: str) -> Callable[[Case], Call]:
+def sglangs(cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """SGLang's dequantiser, which for V3.2 makes an output of its own."""
+    home = "sglang.kernels.ops.attention"
+    if cache.shape[-1] == V32.bytes:
+        read = peers.package(f"{home}.dsa.dequant_k_cache").dequantize_k_cache_paged_dsa
+        return read(cache.view(torch.float8_e4m3fn), slots)[:, 0]
+    read = peers.package(f"{home}.dsv4.dequant_k_cache").dequantize_k_cache_paged_dsv4
+    pages = cache.as_strided((len(cache), cache.stride(0)), (cache.stride(0), 1))
+    return read(pages, slots, cache.shape[1], out=out[:, None])[:, 0]
+
+
+def all_tokens(name: str, dequantize: Callable[..., Any] = dequantize) -> Callable[[Case], Call]:
     def make(case: Case) -> Call:
         attend, kv, tokens = provider(name), workspace(case), len(case.slots)
 
         def call() -> Any:
-            dequantize(case.cache, case.slots, kv[:tokens, 0])
+            rows = dequantize(case.cache, case.slots, kv[:tokens, 0])
             ids = case.raw
             if case.extra:
                 dequantize(case.window, case.window_slots, kv[tokens : tokens + case.gather, 0])
                 numbers = (WINDOW, RATIO, case.raw.shape[1])
                 ids, _ = combine_topk_swa_indices(case.raw, case.starts, *case.lengths, *numbers)
-            return attend(case.q, kv, ids[:, None], case.sm_scale)
+            return attend(case.q, kv if case.extra else rows[:, None], ids[:, None], case.sm_scale)
 
         return call
 
@@ -389,18 +404,34 @@ def compact(name: str) -> Callable[[Case], Call]:
     return make
 
 
+def over_pages(name: str) -> Callable[[Case], Call]:
+    def make(case: Case) -> Call:
+        if name == "ours":
+            return straight(case)
+        if case.chunk > SCHEDULED:
+            raise RuntimeError(f"{case.chunk} queries, at most {SCHEDULED} of which it makes a schedule")
+        call = peers.over_pages(name, case.q[:, None], case.cache, case.ids, case.sm_scale, case.extra)
+        return lambda: (call()[0][:, 0],)
+
+    return make
+
+
 def straight(case: Case, config: dict[str, int] | None = None) -> Call:
     return lambda: mla_sparse_prefill_paged(case.q, case.cache, case.ids, case.sm_scale, **case.extra, config=config)
 
 
 def path_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
-    arms: peers.Arms = {"pages": straight}
+    arms: peers.Arms = {}
     if args.sweep:
+        arms["pages"] = straight
         for name, config in peers.configs(case.q.shape[1], (1, 2, 3)).items():
             arms[f"pages {name}"] = lambda case, config=config | {"PER_SM": 1}: straight(case, config)
         return arms
     for name in args.provider:
         arms |= {f"all, {name}": all_tokens(name), f"compact, {name}": compact(name)}
+        arms[f"pages, {name}"] = over_pages(name)
+    if "flash_mla" in args.provider:
+        arms["all by sglang, flash_mla"] = all_tokens("flash_mla", sglangs)
     return arms
 
 

@@ -13,7 +13,9 @@ import torch
 from scratch import ROOT
 
 from mla_patch.compat.triton import interpreted
+from mla_patch.kernels.dequantize import dequantize_k_cache_paged
 from mla_patch.kernels.layouts import V4, V32
+from mla_patch.kernels.sparse_decode import sparse_decode
 from mla_patch.kernels.sparse_prefill import mla_sparse_prefill
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -74,14 +76,44 @@ def flash_mla(monkeypatch):
         calls.append((q.shape, kv.shape, indices.shape))
         return mla_sparse_prefill(q, kv, indices, sm_scale)
 
+    def flash_mla_with_kvcache(q, k_cache, *, softmax_scale, indices, tile_scheduler_metadata, **options):
+        assert tile_scheduler_metadata == "schedule" and k_cache.dtype == torch.float8_e4m3fn
+        given = {name: options.get(name) for name in ("attn_sink", "topk_length", "extra_k_cache")}
+        given["extra_indices"] = options.get("extra_indices_in_kvcache")
+        return sparse_decode(q, k_cache, indices, sm_scale=softmax_scale, **given)
+
     package = ModuleType("flash_mla")
     package.flash_mla_sparse_fwd = flash_mla_sparse_fwd
+    package.flash_mla_with_kvcache = flash_mla_with_kvcache
+    package.get_mla_metadata = lambda: ("schedule", None)
     monkeypatch.setitem(sys.modules, "flash_mla", package)
     return calls
 
 
+@pytest.fixture
+def sglang(monkeypatch):
+    """SGLang's dequantisers by their names and parameters; what they were called for."""
+    calls = []
+
+    def dequantize_k_cache_paged_dsa(quant_k_cache, page_table_1_flattened, group_size=128):
+        calls.append("V3.2")
+        return dequantize_k_cache_paged(quant_k_cache, page_table_1_flattened)
+
+    def dequantize_k_cache_paged_dsv4(quant_k_cache, page_table_1_flattened, page_size, out=None):
+        calls.append("V4")
+        return dequantize_k_cache_paged(quant_k_cache, page_table_1_flattened, page_size, out)
+
+    for read in (dequantize_k_cache_paged_dsa, dequantize_k_cache_paged_dsv4):
+        name = f"sglang.kernels.ops.attention.{read.__name__.rpartition('_')[2]}.dequant_k_cache"
+        module = ModuleType(name)
+        setattr(module, read.__name__, read)
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
 CPU = ("--device", "cpu")
-PATH = {"pages", "all, ours", "compact, ours", "all, flash_mla", "compact, flash_mla"}
+OURS = {"all, ours", "compact, ours", "pages, ours"}
+PATH = OURS | {"all, flash_mla", "compact, flash_mla", "pages, flash_mla", "all by sglang, flash_mla"}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +125,7 @@ PATH = {"pages", "all, ours", "compact, ours", "all, flash_mla", "compact, flash
         ("path", 2, PATH),
     ],
 )
-def test_every_section_of_sparse_prefill(section, count, arms, load, run, flash_mla, monkeypatch):
+def test_every_section_of_sparse_prefill(section, count, arms, load, run, flash_mla, sglang, monkeypatch):
     module = load("sparse_prefill")
     if section == "path":  # slow in the interpreter, and the check has run every arm
         monkeypatch.setattr(module.peers, "time_us", lambda call, rep: 1.0)
@@ -106,6 +138,7 @@ def test_every_section_of_sparse_prefill(section, count, arms, load, run, flash_
         assert missing == ["ModuleNotFoundError: No module named 'sgl_kernel'"] * len(missing)
         assert section in ("attention", "path") or all(arm["error"] == 0 for arm in row["arms"].values())
     assert bool(flash_mla) == (section in ("attention", "path"))
+    assert set(sglang) == ({"V3.2", "V4"} if section == "path" else set())
 
 
 def test_the_path_is_what_it_says(load, run, flash_mla, monkeypatch):
@@ -114,7 +147,7 @@ def test_the_path_is_what_it_says(load, run, flash_mla, monkeypatch):
     told = run(module, "path", "--match", "V4", "--match", "chunk 4", "--provider", "flash_mla", *CPU)
     (row,) = told["rows"]
     assert row["case"] == "path V4 heads 3 chunk 4 context 256 share 0.25   1 of 1 pages named"
-    assert set(row["arms"]) == {"pages", "all, flash_mla", "compact, flash_mla"}
+    assert set(row["arms"]) == PATH - OURS
     # 32 compressed keys and a window of 128; both caches' rows in one workspace, for every arm the same
     q, kv, topk = (4, 3, 512), (64 + 256, 1, 512), {(4, 1, 32 + 128), (4, 1, 256)}
     assert {call[:2] for call in flash_mla} == {(q, kv)} and {call[2] for call in flash_mla} == topk
@@ -179,7 +212,7 @@ def test_real_cases_are_those_of_the_figures(load):
     module.DEVICE = "cuda"
     args = SimpleNamespace(heads=None)
     titles = [title for title, _ in module.path_cases(args)]
-    assert len(titles) == len(set(titles)) == 2 * 2 * (4 + 4 + 3)
+    assert len(titles) == len(set(titles)) == 2 * (2 * (4 + 4 + 3) + 3 * 4)
     assert "path V3.2 heads 128 chunk 16384 context 131072 share 1" in titles
     assert not [title for title in titles if "chunk 16384 context 8192" in title]
     assert all("queries 4096" in title for title, _ in module.indices_cases(args))
