@@ -55,6 +55,7 @@ from mla_patch.kernels.prefill_indices import (
     combine_topk_swa_indices_ref,
 )
 from mla_patch.kernels.quantize import quantize
+from mla_patch.kernels.sparse_decode import sparse_decode
 from mla_patch.kernels.sparse_prefill import (
     mla_sparse_prefill,
     mla_sparse_prefill_paged,
@@ -66,6 +67,7 @@ from mla_patch.kernels.sparse_prefill import (
 DEVICE = "cuda"
 PROVIDERS = ("ours", "flash_mla", "sgl_kernel.flash_mla")
 WINDOW, RATIO, COMPRESSED = 128, 4, 512  # V4: recent tokens of a query, tokens in a compressed one, top k of these
+ALL_RATIO = 128  # of layers that attend to every compressed token
 TOPK = 2048  # V3.2
 PAGE, WINDOW_PAGE = 64, 256
 SCHEDULED = 11622  # queries that FlashMLA can make a schedule for: 227 KiB at 20 bytes
@@ -290,15 +292,18 @@ def indices_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
 
 def path_cases(args: argparse.Namespace) -> Cases:
     chunks, contexts, shares = (2048, 4096, 8192, 16384), (8192, 32768, 131072), (1.0, 0.25)
-    few = itertools.product((8192, 131072, 1048576), (16, 64, 256, 1024), (1.0,))  # which pages may serve better
+    few = list(itertools.product((8192, 131072, 1048576), (16, 64, 256, 1024), (1.0,)))  # which pages may serve better
     if tiny():
-        chunks, contexts, shares, few = (4,), (256,), (0.25,), iter(())
+        chunks, contexts, shares, few = (4,), (256,), (0.25,), []
     every = [*few, *itertools.product(contexts, chunks, shares)]
-    for layout, (context, chunk, share) in itertools.product((V32, V4), every):
+    wanted = [(layout, *one, RATIO) for layout, one in itertools.product((V32, V4), every)]
+    wanted += [(V4, *one, ALL_RATIO) for one in few]
+    for layout, context, chunk, share, ratio in wanted:
         heads = args.heads or (3 if tiny() else 128 if layout is V32 else 64)
         if chunk <= context:
             title = f"path {layout.name} heads {heads} chunk {chunk} context {context} share {share:g}"
-            yield title, lambda c=(layout, heads, chunk, context, share): path_case(*c)
+            title += f" ratio {ratio}" if ratio != RATIO else ""
+            yield title, lambda c=(layout, heads, chunk, context, share, ratio): path_case(*c)
 
 
 def drawn(seen: torch.Tensor, topk: int, share: float) -> torch.Tensor:
@@ -313,17 +318,17 @@ def through(ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return torch.where(ids >= 0, slots[ids.clamp(min=0).long()], -1)
 
 
-def path_case(layout: Layout, heads: int, chunk: int, context: int, share: float) -> Case:
+def path_case(layout: Layout, heads: int, chunk: int, context: int, share: float, ratio: int) -> Case:
     """The last ``chunk`` tokens of one request of ``context`` tokens, in a pool twice as large."""
-    case = Case(layout=layout, chunk=chunk, sm_scale=layout.width**-0.5)
+    case = Case(layout=layout, chunk=chunk, sm_scale=layout.width**-0.5, ratio=ratio)
     case.q = (torch.randn(chunk, heads, layout.width, device=DEVICE) / 4).bfloat16()
     pos = torch.arange(context - chunk, context, device=DEVICE)
-    tokens, topk = (context, TOPK) if layout is V32 else (context // RATIO, COMPRESSED)
-    topk = min(topk, tokens // 2) if tiny() else topk
+    tokens, topk = (context, TOPK) if layout is V32 else (context // ratio, COMPRESSED)
+    topk = tokens if ratio == ALL_RATIO else min(topk, tokens // 2) if tiny() else topk
     case.pages = -(-tokens // PAGE)
     case.cache = new_cache(layout, 2 * case.pages, PAGE)
     case.slots = slots_of(torch.randperm(2 * case.pages, device=DEVICE)[: case.pages], PAGE, tokens)
-    seen = pos + 1 if layout is V32 else (pos + 1) // RATIO
+    seen = pos + 1 if layout is V32 else (pos + 1) // ratio
     case.raw = drawn(seen, topk, share).int()
     case.ids = through(case.raw, case.slots)[:, None]
     case.extra = {}
@@ -374,7 +379,7 @@ def all_tokens(name: str, dequantize: Callable[..., Any] = dequantize) -> Callab
             ids = case.raw
             if case.extra:
                 dequantize(case.window, case.window_slots, kv[tokens : tokens + case.gather, 0])
-                numbers = (WINDOW, RATIO, case.raw.shape[1])
+                numbers = (WINDOW, case.ratio, case.raw.shape[1])
                 ids, _ = combine_topk_swa_indices(case.raw, case.starts, *case.lengths, *numbers)
             return attend(case.q, kv if case.extra else rows[:, None], ids[:, None], case.sm_scale)
 
@@ -416,6 +421,13 @@ def over_pages(name: str) -> Callable[[Case], Call]:
     return make
 
 
+def decoded(case: Case) -> Call:
+    """As one-token requests, which are split: what serves few queries over pages where FlashMLA has no build."""
+    return lambda: (
+        sparse_decode(case.q[:, None], case.cache, case.ids, sm_scale=case.sm_scale, **case.extra)[0][:, 0],
+    )
+
+
 def straight(case: Case, config: dict[str, int] | None = None) -> Call:
     return lambda: mla_sparse_prefill_paged(case.q, case.cache, case.ids, case.sm_scale, **case.extra, config=config)
 
@@ -430,6 +442,8 @@ def path_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
     for name in args.provider:
         arms |= {f"all, {name}": all_tokens(name), f"compact, {name}": compact(name)}
         arms[f"pages, {name}"] = over_pages(name)
+    if "ours" in args.provider:
+        arms["pages by decode, ours"] = decoded
     if "flash_mla" in args.provider:
         arms["all by sglang, flash_mla"] = all_tokens("flash_mla", sglangs)
     return arms

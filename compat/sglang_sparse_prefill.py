@@ -207,7 +207,7 @@ def forward_call(
 _ROUTE = "_mla_patch_sparse_prefill"  # on a step's metadata: why ours does not take it, or ""
 _RAW = "_mla_patch_raw_indices"  # on the tensor of slots that the indexer fills: where it puts its positions
 _CACHE = "_mla_patch_chunk_cache"  # on a backend
-_PAGES = "_mla_patch_pages"  # on a backend: a step, and whether it attends over pages
+_PAGES = "_mla_patch_pages"  # on a backend: a step, and which ratios' layers attend over pages
 
 NOT_A_PROMPT = "no prompt: decode, verify, draft"
 HISPARSE = "HiSparse keeps its own slots"
@@ -469,27 +469,54 @@ class _PagedBatch(wrapt.ObjectProxy):
         return _PagedMode(self.__wrapped__.forward_mode)
 
 
-def guard_route(module: ModuleType) -> Undo:
-    """0.5.13 - 0.5.20: ranks of context parallelism, and chunks beyond our bound, attend over pages."""
-    owner = module.DeepseekV4AttnBackend
-    original = _methods(owner, {"forward": _FORWARD[:6]})["forward"]
-    prefers_pages = _policy("prefers_pages")
+def asked_once(backend: Any, batch: Any, ratio: int, ask: Callable[[], bool]) -> bool:
+    """What the first layer of that ratio was told in this step is all its layers' answer."""
+    step = stamp(backend.forward_metadata), stamp(batch)
+    known = vars(backend).get(_PAGES)
+    if known is None or known[0] != step:
+        known = step, {}
+        setattr(backend, _PAGES, known)
+    if ratio not in known[1]:
+        known[1][ratio] = ask()
+    return known[1][ratio]
 
-    def asked_once(self: Any, forward_batch: Any, q: Any) -> bool:
-        step = stamp(self.forward_metadata), stamp(forward_batch)
-        known = vars(self).get(_PAGES)
-        if known is None or known[0] != step:  # the first layer's answer is all layers'
-            known = step, prefers_pages(self, forward_batch, q)
-            setattr(self, _PAGES, known)
-        return known[1]
+
+def topk(core: Any, ratio: int) -> int | None:
+    """Compressed tokens that a query of such a layer attends to; None: all."""
+    return core.c4_sparse_page_indices.shape[-1] if ratio == 4 else None
+
+
+def guard_route(module: ModuleType) -> Undo:
+    """0.5.13 - 0.5.20: ranks of context parallelism, and what is better off there, attend over pages; what pages cannot
+    serve does not, even if the release's own number allows it."""
+    owner = module.DeepseekV4AttnBackend
+    original = _methods(owner, {"forward": _FORWARD[:7]})["forward"]
+    prefers_pages, pages_can = _policy("prefers_pages"), _policy("pages_can")
+    switch = module.envs.SGLANG_OPT_FLASHMLA_SPARSE_PREFILL
 
     @functools.wraps(original)
-    def forward(self: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if forward_batch.forward_mode.is_extend_without_speculative():
-            core = getattr(self.forward_metadata, "core_attn_metadata", None)
-            if core is not None and (is_strided(core) or asked_once(self, forward_batch, q)):
-                forward_batch = _PagedBatch(forward_batch)
-        return original(self, q, k, v, layer, forward_batch, *args, **kwargs)
+    def forward(
+        self: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, compress_ratio: int, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        def call(batch: Any) -> Any:
+            return original(self, q, k, v, layer, batch, compress_ratio, *args, **kwargs)
+
+        core = getattr(self.forward_metadata, "core_attn_metadata", None)
+        if core is None or not forward_batch.forward_mode.is_extend_without_speculative():
+            return call(forward_batch)
+        if is_strided(core):
+            return call(_PagedBatch(forward_batch))
+        if not pages_can(q.shape[0], q.device):
+            if switch.get():
+                return call(forward_batch)
+            with switch.override(True):
+                return call(forward_batch)
+        answer = asked_once(
+            self, forward_batch, compress_ratio,
+            lambda: prefers_pages(self, forward_batch, q.shape[-2], compress_ratio, topk(core, compress_ratio)),
+        )  # fmt: skip
+        return call(_PagedBatch(forward_batch) if answer else forward_batch)
 
     return set_methods(owner, {"forward": forward})
 

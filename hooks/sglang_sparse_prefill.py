@@ -25,13 +25,13 @@ from mla_patch.hookspecs import hookimpl
 
 HOST, OURS, BOTH = "host", "triton", "ours + FlashMLA"
 WORKSPACE, ROUTE = "MLA_PATCH_SPARSE_PREFILL_WORKSPACE", "MLA_PATCH_SPARSE_PREFILL_ROUTE"
-_DEFAULTS = {WORKSPACE: "4096", ROUTE: "all"}
+_DEFAULTS = {WORKSPACE: "4096", ROUTE: "auto"}
 TOO_LARGE = "a workspace beyond " + WORKSPACE
 FEW = "few enough queries for pages, by " + ROUTE
 
 
 def _says(reason: str) -> Callable[[ChunkCall], bool]:
-    return lambda call: compat.problem(call) == reason
+    return lambda call: declines_chunk(call) == reason
 
 
 def _flash_mla(call: ChunkCall) -> Callable[..., Any] | None:
@@ -97,8 +97,8 @@ FEATURE = Feature(
     native=native,
     hardware=hardware,
     variables=(
-        Variable("ROUTE", ("all", "large"), _DEFAULTS[ROUTE], "which V4 prompts take our route where the release has "
-                 "none; `large`: those that pages cannot serve"),
+        Variable("ROUTE", ("auto", "all", "large"), _DEFAULTS[ROUTE], "which V4 prompts attend over a workspace; "
+                 "`auto`: those that are faster there, `large`: those that pages cannot serve"),
         Variable("WORKSPACE", (), _DEFAULTS[WORKSPACE], "MiB; V4 prompts that need more attend over pages"),
     ),
     providers=(
@@ -137,28 +137,44 @@ def _too_large(backend: Any, batch: Any) -> bool:
     return SparsePrefillChunkCache.needed(*compat.host_lens(batch), compat.window(backend), 4) > limit()
 
 
-def _pages_can(queries: int, device: Any) -> bool:
+def pages_can(queries: int, device: Any) -> bool:
+    """Whether FlashMLA can make a schedule for so many queries over pages."""
     most = compat.most_queries(device)
     return most is None or queries <= most
 
 
+def _few(backend: Any, batch: Any, heads: int, ratio: int, topk: int | None) -> bool:
+    from mla_patch.sparse_prefill import pages_are_faster
+
+    if _setting(ROUTE) != "auto":
+        return False
+    return pages_are_faster(*compat.host_lens(batch), compat.window(backend), ratio, topk, heads)
+
+
 def declines_route(backend: Any, batch: Any, queries: int) -> str | None:
     """Why a prompt attends over pages where the route is all ours, or None. What pages cannot serve is always ours."""
-    if not _pages_can(queries, backend.req_to_token.device):
+    if not pages_can(queries, backend.req_to_token.device):
         return None
     if _setting(ROUTE) == "large":
         return FEW
     return TOO_LARGE if _too_large(backend, batch) else None
 
 
-def prefers_pages(backend: Any, batch: Any, q: Any) -> bool:
-    """Whether a prompt that the release would route itself attends over pages, for its workspace's sake."""
-    return _pages_can(q.shape[0], q.device) and _too_large(backend, batch)
+def prefers_pages(backend: Any, batch: Any, heads: int, ratio: int, topk: int | None) -> bool:
+    """Whether a layer of a prompt that pages can serve attends over them, where the route is the release's."""
+    return _setting(ROUTE) == "large" or _too_large(backend, batch) or _few(backend, batch, heads, ratio, topk)
 
 
 def declines_chunk(call: ChunkCall) -> str | None:
     """Why the host serves this layer, or None."""
-    return compat.problem(call)
+    reason = compat.problem(call)
+    if reason is not None or call.routed is None or not pages_can(call.q.shape[0], call.q.device):
+        return reason
+    few = compat.asked_once(
+        call.backend, call.batch, call.ratio,
+        lambda: _few(call.backend, call.batch, call.q.shape[1], call.ratio, compat.topk(call.core, call.ratio)),
+    )  # fmt: skip
+    return FEW if few else None
 
 
 def serve_chunk(call: ChunkCall) -> Any:

@@ -125,6 +125,31 @@ def workspace_rows(seq_lens: Sequence[int], extend_lens: Sequence[int], window: 
     return rows + (sum(compressed_lens(seq_lens, extend_lens, ratio)) if ratio else 0)
 
 
+# Nanoseconds on an H200, fitted to the table in docs/performance.md: a workspace's own launches, and a row of it; a key
+# of one query and 64 heads; what it costs more over pages; keys one after the other, as one program has them.
+_LAUNCHES, _ROW, _KEY, _PAGED, _ALONE = 2000, 0.44, 0.2, 0.2, 32
+
+
+def pages_are_faster(
+    seq_lens: Sequence[int], extend_lens: Sequence[int], window: int, ratio: int, topk: int | None, heads: int
+) -> bool:
+    """Whether a layer of few queries and long contexts is done sooner over fp8 pages, by lengths alone.
+
+    A workspace costs what the context is long, and a query's keys follow one another; pages cost every key more, and
+    decode splits them. ``topk``: compressed tokens that a query attends to, None for all.
+    """
+    pairs = most = 0
+    for seq, extend in zip(seq_lens, extend_lens, strict=True):
+        if extend > 0:
+            known = seq // ratio if ratio else 0
+            keys = min(window, seq) + (known if topk is None else min(topk, known))
+            pairs, most = pairs + extend * keys, max(most, keys)
+    tiles = -(-heads // 64)
+    rows = workspace_rows(seq_lens, extend_lens, window, ratio)
+    workspace = _LAUNCHES + _ROW * rows + max(_KEY * tiles * pairs, _ALONE * most)
+    return (_KEY * tiles + _PAGED) * pairs < workspace
+
+
 class Chunk:
     """The metadata of one chunk, each part made when the first layer needs it. No sync, no value of a tensor read."""
 

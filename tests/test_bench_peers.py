@@ -112,7 +112,7 @@ def sglang(monkeypatch):
 
 
 CPU = ("--device", "cpu")
-OURS = {"all, ours", "compact, ours", "pages, ours"}
+OURS = {"all, ours", "compact, ours", "pages, ours", "pages by decode, ours"}
 PATH = OURS | {"all, flash_mla", "compact, flash_mla", "pages, flash_mla", "all by sglang, flash_mla"}
 
 
@@ -212,7 +212,7 @@ def test_real_cases_are_those_of_the_figures(load):
     module.DEVICE = "cuda"
     args = SimpleNamespace(heads=None)
     titles = [title for title, _ in module.path_cases(args)]
-    assert len(titles) == len(set(titles)) == 2 * (2 * (4 + 4 + 3) + 3 * 4)
+    assert len(titles) == len(set(titles)) == 2 * (2 * (4 + 4 + 3) + 3 * 4) + 3 * 4
     assert "path V3.2 heads 128 chunk 16384 context 131072 share 1" in titles
     assert not [title for title in titles if "chunk 16384 context 8192" in title]
     assert all("queries 4096" in title for title, _ in module.indices_cases(args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +78,7 @@ def backend(**more: Any) -> Any:
 
 def core(**more: Any) -> Any:
     known = {"raw_out_loc": torch.zeros(6), "seq_lens_casual": torch.zeros(6), "c4_sparse_raw_indices": torch.zeros(6)}
+    known["c4_sparse_page_indices"] = torch.zeros(6, 512)
     return SimpleNamespace(**known | more)
 
 
@@ -130,17 +132,20 @@ def test_without_positions_other_layers_are_ours() -> None:
     assert hook.declines_chunk(prompt(128, core=without_positions())) is None
 
 
-def forward(route: str | None = "", **more: Any) -> compat.ChunkCall:
+def forward(route: str | None = "", ratio: int = 0, batch: Any = None, **more: Any) -> compat.ChunkCall:
     """0.5.12."""
     owner = backend()
     if route is not None:
         setattr(owner.forward_metadata, compat._ROUTE, route)
     q = torch.zeros(6, 64, 512)
-    batch = Batch(token_to_kv_pool=pool())
-    return compat.forward_call(owner, q, q, q, SimpleNamespace(layer_id=0), batch, 0, **more)
+    batch = batch or Batch()
+    batch.token_to_kv_pool = pool()
+    number = {0: 0, 4: 1, 128: 2}[ratio]
+    return compat.forward_call(owner, q, q, q, SimpleNamespace(layer_id=number), batch, ratio, **more)
 
 
-def test_the_backport_serves_what_was_routed() -> None:
+def test_the_backport_serves_what_was_routed(monkeypatch) -> None:
+    monkeypatch.setenv(hook.ROUTE, "all")
     assert hook.declines_chunk(forward()) is None and forward().k is not None
     assert forward(save_kv_cache=False).k is None
     assert hook.declines_chunk(forward(None)) == compat.NOT_A_PROMPT
@@ -247,25 +252,59 @@ def device(monkeypatch):
 BYTES = 256 * 1024
 
 
+def long(extend: int) -> Any:
+    """One request, after 131072 tokens of which a workspace would be made."""
+    lens = {"seq_lens": torch.tensor([131072 + extend]), "extend_seq_lens": torch.tensor([extend])}
+    return Batch(**lens, seq_lens_cpu=lens["seq_lens"], extend_seq_lens_cpu=[extend])
+
+
+def test_a_layer_of_few_queries_attends_over_pages(device, monkeypatch) -> None:
+    for extend, ratio, reason in ((128, 4, hook.FEW), (128, 128, None), (16, 128, hook.FEW), (1024, 4, None)):
+        call = forward(ratio=ratio, batch=long(extend))
+        assert hook.declines_chunk(call) == reason, (extend, ratio)
+        assert hook.V4_PROVIDERS[2].applies(call) == (reason == hook.FEW)
+    few = forward(ratio=4, batch=long(64))
+    monkeypatch.setenv(hook.ROUTE, "all")
+    assert hook.declines_chunk(forward(ratio=4, batch=long(64))) is None
+    monkeypatch.delenv(hook.ROUTE)
+    assert hook.declines_chunk(few) == hook.FEW
+    renew(few.batch)
+    device(5)  # of 6
+    assert hook.declines_chunk(few) is None
+
+
+def test_the_answer_of_a_step_is_kept(device, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(hook, "_few", lambda backend, batch, heads, ratio, topk: asked.append((heads, ratio, topk)))
+    call = forward(ratio=4)
+    for _layer in range(3):
+        assert hook.declines_chunk(call) is None
+    call.ratio, call.layer_id = 128, 2
+    hook.declines_chunk(call)
+    assert asked == [(64, 4, 512), (64, 128, None)]
+
+
 def test_the_route_follows_the_variables(device, monkeypatch) -> None:
     assert hook.declines_route(backend(), Batch(), 6) is None
     monkeypatch.setenv(hook.ROUTE, "large")
+    assert hook.prefers_pages(backend(), Batch(), 64, 0, None)
     assert hook.declines_route(backend(), Batch(), 6) == hook.FEW
     device(6)
     assert hook.declines_route(backend(), Batch(), 6) == hook.FEW
     device(5)  # which pages cannot serve: ours, whatever the variables
     assert hook.declines_route(backend(), Batch(), 6) is None
     monkeypatch.setenv(hook.WORKSPACE, "0")
-    assert hook.declines_route(backend(), Batch(), 6) is None and not hook.prefers_pages(
-        backend(), Batch(), torch.ones(6)
-    )
+    assert hook.declines_route(backend(), Batch(), 6) is None
 
 
 @pytest.mark.parametrize("bound, fits", [(BYTES, True), (BYTES - 1, False)])
 def test_the_bound_is_on_the_workspace(device, monkeypatch, bound: int, fits: bool) -> None:
     monkeypatch.setattr(hook, "limit", lambda: bound)
+    monkeypatch.setenv(hook.ROUTE, "all")
     assert hook.declines_route(backend(), Batch(), 6) == (None if fits else hook.TOO_LARGE)
-    assert hook.prefers_pages(backend(), Batch(), torch.ones(6)) == (not fits)
+    assert hook.prefers_pages(backend(), Batch(), 64, 4, 512) == (not fits)
+    monkeypatch.setenv(hook.ROUTE, "auto")
+    assert hook.prefers_pages(backend(), Batch(), 64, 4, 512)  # of 6 queries
 
 
 def test_a_bound_that_is_no_number(monkeypatch) -> None:
@@ -340,7 +379,8 @@ def module() -> Any:
         def init_forward_metadata(self, forward_batch) -> None:
             self.forward_metadata = own()
 
-    return SimpleNamespace(DSV4Metadata=own, DeepseekV4AttnBackend=Backend)
+    envs = SimpleNamespace(SGLANG_OPT_FLASHMLA_SPARSE_PREFILL=Switch())
+    return SimpleNamespace(DSV4Metadata=own, DeepseekV4AttnBackend=Backend, envs=envs)
 
 
 def test_metadata_filled_anew_has_a_new_number(module) -> None:
@@ -356,32 +396,83 @@ def test_metadata_filled_anew_has_a_new_number(module) -> None:
     assert stamp(one) == before
 
 
-def test_the_host_is_kept_from_its_route(module, monkeypatch) -> None:
-    large, asked = [False], []
-    monkeypatch.setattr(hook, "prefers_pages", lambda backend, batch, q: asked.append(batch) or large[0])
+Q = torch.zeros(6, 1, 64, 512)
+
+
+def test_the_host_is_kept_from_its_route(module, device, monkeypatch) -> None:
+    over_pages, asked = set(), []
+
+    def prefers_pages(backend, batch, heads, ratio, topk):
+        asked.append((batch, heads, ratio, topk))
+        return ratio in over_pages
+
+    monkeypatch.setattr(hook, "prefers_pages", prefers_pages)
     undo = compat.guard_route(module)
     one = module.DeepseekV4AttnBackend()
     one.forward_metadata = module.DSV4Metadata()
 
-    def taken(mode: Any = None) -> str:
+    def taken(mode: Any = None) -> list[str]:
         step = Batch(forward_mode=mode or Mode(), out_cache_loc=7)
         routes = []
-        for _layer in range(2):
-            route, seen = one.forward(q=None, k=None, v=None, layer=None, forward_batch=step, compress_ratio=0)
+        for ratio in (4, 128, 4, 128):
+            route, seen = one.forward(q=Q, k=None, v=None, layer=None, forward_batch=step, compress_ratio=ratio)
             assert seen.out_cache_loc == 7 and seen.seq_lens is step.seq_lens
             routes.append(route)
-        assert routes[0] == routes[1]
-        return routes[0]
+        assert routes[:2] == routes[2:]
+        return routes[:2]
 
-    assert taken() == "sparse" and taken(Mode(False)) == "pages"
-    assert len(asked) == 1  # once for all layers of a prompt
-    large[0] = True
-    assert taken() == "pages"
-    large[0] = False
+    assert taken() == ["sparse", "sparse"] and taken(Mode(False)) == ["pages", "pages"]
+    assert [one[1:] for one in asked] == [(64, 4, 64), (64, 128, None)]  # once for all layers of a kind
+    over_pages.add(4)
+    assert taken() == ["pages", "sparse"]
+    over_pages.clear()
     one.forward_metadata.core_attn_metadata.seq_lens_casual = torch.zeros(3)
-    assert taken() == "pages"
+    assert taken() == ["pages", "pages"]
     undo()
-    assert taken() == "sparse"
+    assert taken() == ["sparse", "sparse"]
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_what_pages_cannot_serve_takes_the_releases_route(module, device, monkeypatch, on: bool) -> None:
+    """Between what this device's schedule holds and the release's own number, where its switch is off."""
+    switch, seen = module.envs.SGLANG_OPT_FLASHMLA_SPARSE_PREFILL, []
+    switch.on = on
+    monkeypatch.setattr(hook, "prefers_pages", lambda *args: True)
+    owner = module.DeepseekV4AttnBackend
+    owner.forward = watched(owner.forward, lambda: seen.append(switch.get()))
+    compat.guard_route(module)
+    one = owner()
+    one.forward_metadata = module.DSV4Metadata()
+    routes = []
+    for most in (6, 5):
+        device(most)
+        step = Batch(forward_mode=Mode())
+        routes.append(one.forward(Q, None, None, None, step, 4)[0])
+    assert routes == ["pages", "sparse"] and seen == [on, True] and switch.on == on
+
+
+def watched(method: Any, note: Any) -> Any:
+    @functools.wraps(method)
+    def method_(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return method(*args, **kwargs)
+
+    return method_
+
+
+class Switch:
+    """One of the host's environment variables."""
+
+    on = False
+
+    def get(self) -> bool:
+        return self.on
+
+    @contextmanager
+    def override(self, value: bool):
+        self.on, before = value, self.on
+        yield
+        self.on = before
 
 
 def test_a_routed_prompt_gets_a_place_for_positions(module, monkeypatch) -> None:
@@ -446,18 +537,6 @@ def test_the_indexer_tells_positions_to_those_who_asked() -> None:
 
 
 def test_many_queries_are_planned_by_the_releases_own_kernel(monkeypatch) -> None:
-    class Switch:
-        on = False
-
-        def get(self) -> bool:
-            return self.on
-
-        @contextmanager
-        def override(self, value: bool):
-            self.on, before = value, self.on
-            yield
-            self.on = before
-
     switch, seen = Switch(), []
 
     class PagedIndexerMetadata:
