@@ -24,6 +24,7 @@ import mla_patch.flash_mla
 import mla_patch.startup
 from mla_patch.compat import sglang_flash_mla, sglang_trial
 from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
+from mla_patch.kernels.dense_decode import dense_decode_ref
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_decode import sparse_decode_ref
@@ -111,6 +112,28 @@ def through_the_backend(release: str, heads: int) -> dict[str, Any]:
         metadata, args["indices"][:, 0],
     )  # fmt: skip
     return {"served": feature()["served"] - before, "error": error((out,), args)}
+
+
+def through_dense(heads: int) -> dict[str, Any]:
+    """The release's own dense decode over an e4m3 cache, with descales, on a chip whose metadata are the package's."""
+    module = importlib.import_module("sglang.srt.layers.attention.flashmla_backend")
+    cache = torch.randn(3, 64, 1, 576).to(torch.float8_e4m3fn)
+    table, lens = torch.tensor([[2, 0], [1, 1]]).int(), torch.tensor([100, 7])
+    made, splits = torch.zeros(1, 8).int(), torch.arange(3).int()
+    backend = SimpleNamespace(
+        data_type=torch.float8_e4m3fn, kv_cache_dim=576, kv_lora_rank=512,
+        forward_metadata=SimpleNamespace(flashmla_metadata=made, num_splits=splits, block_kv_indices=table),
+    )  # fmt: skip
+    pool = SimpleNamespace(get_key_buffer=lambda layer: cache)
+    batch = SimpleNamespace(out_cache_loc=None, batch_size=2, token_to_kv_pool=pool, seq_lens=lens)
+    layer = SimpleNamespace(layer_id=0, tp_q_head_num=heads, head_dim=576, v_head_dim=512, scaling=0.05)
+    q = torch.randn(2, heads * 576)
+    before = feature()["served"]
+    out = module.FlashMLABackend.forward_decode(backend, q, None, None, layer, batch)
+    stored = q.view(2, 1, heads, 576).to(torch.float8_e4m3fn)
+    want, _ = dense_decode_ref(stored, cache, table, lens, sm_scale=0.05)
+    wrong = (out.view_as(want).double() - want).norm() / want.norm()
+    return {"served": feature()["served"] - before, "error": float(wrong)}
 
 
 def through_v4(heads: int) -> dict[str, Any]:
@@ -260,6 +283,9 @@ def main(release: str, out: str) -> None:
         seen["prefill"][f"{chip} sink, lengths"] = prefill(module, 64, **more)
     seen["calls"] = calls
     seen["through"] = through_the_backend(release, 16)
+    if release in PACKAGED:
+        hook.capability_of = lambda tensor: (9, 0)
+        seen["through dense"] = through_dense(16)
     if release == "0.5.12":
         importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend")
         seen["v4"] = through_v4(20)

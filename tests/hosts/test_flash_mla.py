@@ -203,6 +203,9 @@ def test_who_serves_sparse_prefill(seen: dict[str, Any]) -> None:
 
 def test_through_the_releases_own_backend(seen: dict[str, Any]) -> None:
     assert seen["through"]["served"] == 1 and seen["through"]["error"] < 4e-3
+    assert ("through dense" in seen) == (seen["release"] in PACKAGED)
+    if "through dense" in seen:
+        assert seen["through dense"]["served"] == 1 and seen["through dense"]["error"] < 4e-3
 
 
 def test_the_package(seen: dict[str, Any]) -> None:
