@@ -231,7 +231,7 @@ THROUGH = {"package": through_package, "operators": through_operators}
 def off(got: torch.Tensor, want: torch.Tensor) -> float:
     """The worst query's distance, relative to its norm; one of zeros must be met exactly."""
     assert got.shape == want.shape and torch.isfinite(got).all()
-    wrong, norm = ((got.double() - want).flatten(-2).norm(dim=-1), want.flatten(-2).norm(dim=-1))
+    wrong, norm = (got.double() - want).flatten(-2).norm(dim=-1), want.flatten(-2).norm(dim=-1)
     assert not wrong[norm == 0].any()
     return float((wrong / norm)[norm > 0].max())
 
