@@ -11,7 +11,8 @@
     flash_mla_with_kvcache  older: to `indices`; newer: num_splits=None, attn_sink, extra_k_cache,
                             extra_indices_in_kvcache, topk_length, extra_topk_length; then kv_format, which 0.5.22 and
                             0.5.23 set to V32 for a cache of 656 bytes a token; then use_legacy.
-                            The flash_mla package has no descale_q and descale_k
+                            The flash_mla package has no descale_q and descale_k; to 0.5.4 flashmla_backend passes
+                            them to it for e4m3 caches, which is a TypeError
     flash_mla_sparse_fwd    older: to `d_v`; newer: attn_sink, topk_length; from 0.5.23 use_legacy. Statistics are to
                             the base 2, but for use_legacy=False. The flash_mla package's differ by build: left alone
 
@@ -57,7 +58,7 @@ PACKAGE = "flash_mla.flash_mla_interface"
 
 
 class Build:
-    """The FlashMLA behind one wrapper: which of its operators are loaded, and whether the wrapper knows the newer API.
+    """The FlashMLA behind one wrapper: which operators are loaded, and whether it knows the newer API and descales.
 
     Operators are asked of torch at the first call, when whatever registers them has been imported.
     """
@@ -65,6 +66,7 @@ class Build:
     def __init__(self, module: str, newer: bool) -> None:
         self.module = module
         self.newer = newer
+        self.descales = module != PACKAGE
 
     def has(self, newer: bool) -> bool:
         """Whether calls of the newer or the older form have an operator."""
@@ -191,13 +193,13 @@ class PrefillCall:
 def package_call(
     build, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits=None,
     softmax_scale=None, causal=False, is_fp8_kvcache=False, indices=None, attn_sink=None, extra_k_cache=None,
-    extra_indices_in_kvcache=None, topk_length=None, extra_topk_length=None,
+    extra_indices_in_kvcache=None, topk_length=None, extra_topk_length=None, *, descale_q=None, descale_k=None,
 ):  # fmt: skip
-    """The flash_mla package's order, which has no descales."""
+    """The flash_mla package's order, which has no descales; releases to 0.5.4 name them."""
     return KvCacheCall(
         build, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale,
-        causal, None, None, is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length,
-        extra_topk_length,
+        causal, descale_q, descale_k, is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache,
+        topk_length, extra_topk_length,
     )  # fmt: skip
 
 

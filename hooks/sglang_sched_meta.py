@@ -76,6 +76,8 @@ PROVIDERS = (
         _unknown_format),
     Provider(OURS, "FlashMLASchedMeta, sink, second cache or lengths where the release's wrapper has none",
         lambda call: _newer(call) and not call.build.newer),
+    Provider(OURS, "descales where the release's wrapper has none",
+        lambda call: call.descale_q is not None and not call.build.descales),
     Provider(OURS, "no CUDA operator of FlashMLA's is loaded", _no_build),
     Provider(OURS, "another GPU than sm_90, sm_100 and sm_103", _other_chip),
     Provider(OURS, "an empty batch", lambda call: call.q.shape[0] == 0),

@@ -116,6 +116,13 @@ def test_the_older_api(machine):
     assert kept(sparse(), "0.5.9") is None
 
 
+def test_descales_that_the_package_lacks(machine):
+    """Releases to 0.5.4 call it so for e4m3 caches, where it raises a TypeError."""
+    scales = {"descale_q": torch.ones(1), "descale_k": torch.ones(1)}
+    assert kept(dense(**scales), "0.5.4") is None and kept(dense(), "0.5.4") == OWN
+    assert kept(dense(**scales), "0.5.9") == kept(dense(**scales)) == OWN
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

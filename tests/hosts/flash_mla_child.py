@@ -20,9 +20,11 @@ sys.path.pop(0)  # this folder: a host must not find our modules by their plain 
 import torch
 
 import mla_patch
+import mla_patch.flash_mla
 import mla_patch.startup
 from mla_patch.compat import sglang_flash_mla, sglang_trial
 from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
+from mla_patch.kernels.dense_decode import dense_decode_ref
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_decode import sparse_decode_ref
@@ -80,9 +82,8 @@ def prefill(module: Any, heads: int, **more: Any) -> dict[str, Any]:
 
 def wrappers(release: str) -> Any:
     """The module that the release's backends take FlashMLA from."""
-    if release == "0.5.23":
-        return importlib.import_module(sglang_flash_mla.INTERFACE)
-    return importlib.import_module(sglang_flash_mla.SGL_KERNEL)
+    homes = {"0.5.23": sglang_flash_mla.INTERFACE} | dict.fromkeys(PACKAGED, sglang_flash_mla.PACKAGE)
+    return importlib.import_module(homes.get(release, sglang_flash_mla.SGL_KERNEL))
 
 
 def through_the_backend(release: str, heads: int) -> dict[str, Any]:
@@ -105,11 +106,34 @@ def through_the_backend(release: str, heads: int) -> dict[str, Any]:
     )  # fmt: skip
     metadata = SimpleNamespace(nsa_cache_seqlens_int32=lens, dsa_cache_seqlens_int32=lens, flashmla_metadata=kept)
     before = feature()["served"]
-    out = owner._forward_flashmla_kv(
+    method = owner._forward_flashmla_decode if release == "0.5.3" else owner._forward_flashmla_kv
+    out = method(
         backend, args["q"][:, 0], args["k_cache"], 512, 0.05, SimpleNamespace(tp_q_head_num=heads, head_dim=576),
         metadata, args["indices"][:, 0],
     )  # fmt: skip
     return {"served": feature()["served"] - before, "error": error((out,), args)}
+
+
+def through_dense(heads: int) -> dict[str, Any]:
+    """The release's own dense decode over an e4m3 cache, with descales, on a chip whose metadata are the package's."""
+    module = importlib.import_module("sglang.srt.layers.attention.flashmla_backend")
+    cache = torch.randn(3, 64, 1, 576).to(torch.float8_e4m3fn)
+    table, lens = torch.tensor([[2, 0], [1, 1]]).int(), torch.tensor([100, 7])
+    made, splits = torch.zeros(1, 8).int(), torch.arange(3).int()
+    backend = SimpleNamespace(
+        data_type=torch.float8_e4m3fn, kv_cache_dim=576, kv_lora_rank=512,
+        forward_metadata=SimpleNamespace(flashmla_metadata=made, num_splits=splits, block_kv_indices=table),
+    )  # fmt: skip
+    pool = SimpleNamespace(get_key_buffer=lambda layer: cache)
+    batch = SimpleNamespace(out_cache_loc=None, batch_size=2, token_to_kv_pool=pool, seq_lens=lens)
+    layer = SimpleNamespace(layer_id=0, tp_q_head_num=heads, head_dim=576, v_head_dim=512, scaling=0.05)
+    q = torch.randn(2, heads * 576)
+    before = feature()["served"]
+    out = module.FlashMLABackend.forward_decode(backend, q, None, None, layer, batch)
+    stored = q.view(2, 1, heads, 576).to(torch.float8_e4m3fn)
+    want, _ = dense_decode_ref(stored, cache, table, lens, sm_scale=0.05)
+    wrong = (out.view_as(want).double() - want).norm() / want.norm()
+    return {"served": feature()["served"] - before, "error": float(wrong)}
 
 
 def through_v4(heads: int) -> dict[str, Any]:
@@ -170,7 +194,8 @@ def warm_ups(release: str) -> dict[str, Any]:
     hook.capability_of = lambda tensor: (8, 9)
     runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=128))
     pool = SimpleNamespace(page_size=256, swa_kv_pool=SimpleNamespace(page_size=128, kv_cache_total_dim=584))
-    of_sparse = {f"{name}_{part}_impl": impl for name in ("nsa", "dsa") for part, impl in IMPLS.items()}
+    impls = {"prefill": "flashmla_prefill", "decode": "flashmla_decode"} if release == "0.5.3" else IMPLS
+    of_sparse = {f"{name}_{part}_impl": impl for name in ("nsa", "dsa") for part, impl in impls.items()}
     of_sparse |= {f"{name}_index_topk": 2048 for name in ("nsa", "dsa")}
     of_sparse |= {"num_q_heads": 16, "flashmla_kv_num_q_heads": 64, "device_sm_major": 8, "qk_rope_head_dim": 64}
     of_dense = {"num_q_heads": 16, "data_type": torch.bfloat16, "q_data_type": torch.bfloat16}
@@ -196,7 +221,7 @@ def warm_ups(release: str) -> dict[str, Any]:
         bare = sglang_trial._backend(owner, batch)  # with every attribute that its __init__ sets
         given = {key: value for key, value in known[name][0].items() if key in vars(bare)}
         backend = sglang_trial._backend(owner, batch, **given)
-        scope = {f"NSA_{part.upper()}_IMPL": impl for part, impl in IMPLS.items()}
+        scope = {f"NSA_{part.upper()}_IMPL": impl for part, impl in impls.items()}
         for key in scope.keys() & vars(module).get("__annotations__", {}).keys():
             setattr(module, key, scope[key])
         with ExitStack() as stack:
@@ -215,11 +240,13 @@ def main(release: str, out: str) -> None:
     sys.meta_path.append(sglang_trial._StubFinder(["sgl_kernel"]))
     sglang_trial.prepare()
     importlib.import_module("sglang")
-    if sglang_flash_mla.has_package() and release == "0.5.12":
-        importlib.import_module("flash_mla")
+    package = None
+    if sglang_flash_mla.has_package() and release in (*PACKAGED, "0.5.12"):
+        package = importlib.import_module("flash_mla")
     module = wrappers(release)
     seen: dict[str, Any] = {"ours": {name: is_ours(getattr(module, name)) for name in (*NAMES, PREFILL)}}
-    seen["class"] = module.FlashMLASchedMeta.__module__
+    kind = getattr(module, "FlashMLASchedMeta", None)
+    seen["class"] = kind and kind.__module__
     backend = importlib.import_module("sglang.srt.layers.attention.flashmla_backend")
     seen["backend"] = {name: is_ours(getattr(backend, name)) for name in NAMES}
     from mla_patch.hooks import sglang_sched_meta as hook
@@ -239,7 +266,7 @@ def main(release: str, out: str) -> None:
                 row["error"] = error(row.pop("result"), args)
         args, lens, sinks = sparse(64, V4), torch.tensor([64, 9]).int(), torch.randn(64)
         made = module.get_mla_metadata()[0]
-        calls[f"{chip} class"] = {"is": isinstance(made, module.FlashMLASchedMeta)}
+        calls[f"{chip} class"] = {"is": isinstance(made, kind or mla_patch.flash_mla.FlashMLASchedMeta)}
         more = newer | {"tile_scheduler_metadata": made, "topk_length": lens, "attn_sink": sinks}
         row = served(lambda args=args, more=more: module.flash_mla_with_kvcache(**args, **more))
         calls[f"{chip} V4 lengths, sinks"] = row
@@ -248,17 +275,21 @@ def main(release: str, out: str) -> None:
         row = served(lambda: module.get_mla_metadata(torch.ones(2).int(), 64, 1, 64, True, 64))
         row.pop("result", None)
         calls[f"{chip} metadata"] = row
+        if release in PACKAGED:  # whose sparse prefill stays the package's
+            continue
         for heads in (64, 16):
             seen["prefill"][f"{chip} {heads} heads"] = prefill(module, heads)
         more = {"attn_sink": torch.randn(64), "topk_length": torch.tensor([128, 9]).int()}
         seen["prefill"][f"{chip} sink, lengths"] = prefill(module, 64, **more)
     seen["calls"] = calls
     seen["through"] = through_the_backend(release, 16)
+    if release in PACKAGED:
+        hook.capability_of = lambda tensor: (9, 0)
+        seen["through dense"] = through_dense(16)
     if release == "0.5.12":
         importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend")
         seen["v4"] = through_v4(20)
-    if sglang_flash_mla.has_package() and release == "0.5.12":
-        package = importlib.import_module("flash_mla")
+    if package is not None:
         seen["package"] = {name: is_ours(getattr(package, name)) for name in NAMES}
         args = sparse(16, V4)
         more = newer | {"tile_scheduler_metadata": package.get_mla_metadata()[0]}
@@ -268,12 +299,13 @@ def main(release: str, out: str) -> None:
     seen["feature"] = {key: feature()[key] for key in ("state", "reason")}
     seen["not taken"] = [one["name"] for one in feature()["targets"] if one["replaced_by"] is None]
     mla_patch.restore("sched_meta")
-    seen["restored"] = [is_ours(getattr(one, name)) for one in (module, backend) for name in NAMES]
+    seen["restored"] = [is_ours(getattr(one, name)) for one in (module, backend, package) if one for name in NAMES]
     seen["restored"].append(is_ours(getattr(module, PREFILL)))
     seen["class restored"] = hasattr(module, "FlashMLASchedMeta")
     Path(out).write_text(json.dumps(seen, indent=1))
 
 
+PACKAGED = ("0.5.3", "0.5.4")  # which take all of FlashMLA from the flash_mla package
 NAMES = ("get_mla_metadata", "flash_mla_with_kvcache")
 PREFILL = "flash_mla_sparse_fwd"  # which flashmla_backend does not import
 

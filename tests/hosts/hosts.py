@@ -29,7 +29,7 @@ SPREAD = ("0.5.1", "0.5.3", "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5
 SPREAD += ("0.5.22", "0.5.23")
 
 # At import it asserts that its kernels are compiled ones, which under the interpreter none is.
-_PYTHON_OPTIONS = {"0.5.4": ["-O"]}
+PYTHON_OPTIONS = {"0.5.4": ["-O"]}
 
 # read without scales; stored without and read with; divided when stored
 UNSCALED = tuple(release for release in KNOWN if release in OLD or Version(release) < Version("0.5.10"))
@@ -92,7 +92,7 @@ def _start(release: str) -> dict:
         env["MLA_PATCH_SKIP_VERSION_CHECK"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "seen.json")
-        command = [sys.executable, *_PYTHON_OPTIONS.get(release, []), str(HERE / "child.py"), release, str(out)]
+        command = [sys.executable, *PYTHON_OPTIONS.get(release, []), str(HERE / "child.py"), release, str(out)]
         done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, timeout=300)
         if not out.exists():
             raise RuntimeError(

@@ -31,11 +31,13 @@ with a relative error below 0.004.
 _FOOT = """
 Releases before 0.5.1 are outside every feature's range and were run with `MLA_PATCH_SKIP_VERSION_CHECK=1`.
 
-`sched_meta` (0.5.3 - 0.5.23) needs FlashMLA, which no CPU has: 0.5.5, 0.5.9, 0.5.11, 0.5.12, 0.5.13, 0.5.22 and 0.5.23
-were run over a stand-in with the wrappers' parameters (`tests/hosts/test_flash_mla.py`). In each, the module and
-`flashmla_backend` hold ours, the release's own sparse decode is served by ours, every call reaches the provider that
-`mla-patch explain sched_meta` names, and each backend that calls FlashMLA has what it can ask of ours compiled. In
-0.5.12 DeepSeek V4 attends through ours, over the package `flash_mla` and without it.
+`sched_meta` (0.5.3 - 0.5.23) needs FlashMLA, which no CPU has: 0.5.3, 0.5.4, 0.5.5, 0.5.9, 0.5.11, 0.5.12, 0.5.13,
+0.5.22 and 0.5.23 were run over a stand-in with the wrappers' parameters (`tests/hosts/test_flash_mla.py`). In each, the
+module and `flashmla_backend` hold ours, the release's own sparse decode is served by ours, every call reaches the
+provider that `mla-patch explain sched_meta` names, and each backend that calls FlashMLA has what it can ask of ours
+compiled. 0.5.3 and 0.5.4 take FlashMLA from the package `flash_mla`, which does not know the descales that they pass
+for e4m3 caches: their dense decode of those is served by ours. In 0.5.12 DeepSeek V4 attends through ours, over that
+package and without it.
 
 `sparse_prefill` (0.5.5 - 0.5.23) was run on 0.5.12, 0.5.13, 0.5.15, 0.5.18, 0.5.21 and 0.5.23
 (`tests/hosts/test_sparse_prefill.py`): a made-up DeepSeek V4, with layers of all three kinds, prefilled in three chunks

@@ -19,7 +19,8 @@ from mla_patch.compat.sglang_fetch import fetch
 from mla_patch.hooks.sglang_sched_meta import PREFILL_PROVIDERS, PROVIDERS
 
 HERE = Path(__file__).parent
-RELEASES = ("0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.22", "0.5.23")
+PACKAGED = ("0.5.3", "0.5.4")  # which take all of FlashMLA from the flash_mla package
+RELEASES = (*PACKAGED, "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.22", "0.5.23")
 NEWER = ("0.5.13", "0.5.22", "0.5.23")
 ALONE = "0.5.12 without flash_mla"
 OWN = PROVIDERS[-1].when
@@ -40,8 +41,18 @@ def wrapper(name: str, params: tuple[str, ...], required: int) -> str:
 
 
 def stand_in(folder: Path, release: str, package_too: bool) -> None:
-    """The packages that the release takes FlashMLA from, with the signatures of the kernels that it pins."""
+    """The packages that the release takes FlashMLA from, with the signatures of the kernels of its time."""
     newer = release in NEWER
+    package = folder / "flash_mla"
+    if release in PACKAGED:
+        package.mkdir()
+        names = "flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata"
+        (package / "__init__.py").write_text(f"from flash_mla.flash_mla_interface import {names}\n{_ANY}")
+        inner = wrapper("get_mla_metadata", sglang_flash_mla._META, 3)
+        inner += wrapper("flash_mla_with_kvcache", sglang_flash_mla._PACKAGE[1][0], 7)
+        inner += wrapper("flash_mla_sparse_fwd", sglang_flash_mla._PREFILL, 4)
+        (package / "flash_mla_interface.py").write_text(inner)
+        return
     meta = "class FlashMLASchedMeta:\n    have_initialized = False\n    config = None\n"
     meta += "    def __init__(self, tile_scheduler_metadata=None, num_splits=None):\n        pass\n"
     first = "    if cache_seqlens is None:\n        return FlashMLASchedMeta(), None\n"
@@ -64,7 +75,6 @@ def stand_in(folder: Path, release: str, package_too: bool) -> None:
     (kernel / "flash_mla.py").write_text(source)
     if not package_too:
         return
-    package = folder / "flash_mla"
     package.mkdir()
     names = "FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata"
     (package / "__init__.py").write_text(f"from flash_mla.flash_mla_interface import {names}\n{_ANY}")
@@ -96,7 +106,8 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     paths = [str(folder), *map(str, fetch(release))]
     env |= {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
     out = tmp_path_factory.mktemp("seen") / "seen.json"
-    command = [sys.executable, str(HERE / "flash_mla_child.py"), release, str(out)]
+    options = hosts.PYTHON_OPTIONS.get(release, [])
+    command = [sys.executable, *options, str(HERE / "flash_mla_child.py"), release, str(out)]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
     assert out.exists(), done.stdout + done.stderr
     return json.loads(out.read_text()) | {
@@ -134,12 +145,16 @@ BUILT = {
 
 def test_everybody_holds_ours(seen: dict[str, Any]) -> None:
     both = {"get_mla_metadata": True, "flash_mla_with_kvcache": True}
-    assert seen["ours"] == both | {"flash_mla_sparse_fwd": True}
+    packaged = seen["release"] in PACKAGED
+    assert seen["ours"] == both | {"flash_mla_sparse_fwd": not packaged}
     assert seen["backend"] == both  # the backend binds both by value at its top
     assert (seen["feature"]["state"], seen["not taken"]) == ("applied", []), seen["feature"]
     assert not any(seen["restored"])
     assert seen["class restored"] == seen["newer"]
-    assert (seen["class"] == "mla_patch.flash_mla") == (not seen["newer"])
+    if packaged:
+        assert seen["class"] is None  # nobody looks for one there
+    else:
+        assert (seen["class"] == "mla_patch.flash_mla") == (not seen["newer"])
 
 
 def test_who_serves(seen: dict[str, Any]) -> None:
@@ -167,6 +182,9 @@ def test_who_serves(seen: dict[str, Any]) -> None:
 
 def test_who_serves_sparse_prefill(seen: dict[str, Any]) -> None:
     calls = seen["prefill"]
+    if seen["release"] in PACKAGED:
+        assert not calls
+        return
     assert {name: row["by"] for name, row in calls.items()} == {
         "sm_90 64 heads": "host",
         "sm_90 16 heads": "triton",
@@ -185,11 +203,14 @@ def test_who_serves_sparse_prefill(seen: dict[str, Any]) -> None:
 
 def test_through_the_releases_own_backend(seen: dict[str, Any]) -> None:
     assert seen["through"]["served"] == 1 and seen["through"]["error"] < 4e-3
+    assert ("through dense" in seen) == (seen["release"] in PACKAGED)
+    if "through dense" in seen:
+        assert seen["through dense"]["served"] == 1 and seen["through dense"]["error"] < 4e-3
 
 
-def test_the_package_beside_it(seen: dict[str, Any]) -> None:
-    """DeepSeek V4 of 0.5.12 calls the flash_mla package, all else sgl_kernel."""
-    if seen["release"] == "0.5.12" and not seen["alone"]:
+def test_the_package(seen: dict[str, Any]) -> None:
+    """Releases to 0.5.4 call the flash_mla package, of 0.5.12 DeepSeek V4; all else is sgl_kernel's."""
+    if seen["release"] in PACKAGED or (seen["release"] == "0.5.12" and not seen["alone"]):
         assert seen["package"] == {"get_mla_metadata": True, "flash_mla_with_kvcache": True}
         assert seen["package call"]["by"] == "triton" and seen["package call"]["error"] < 4e-3
     else:
@@ -211,8 +232,10 @@ def test_what_is_compiled_before_graphs(seen: dict[str, Any]) -> None:
     want = {"warm_dense": [["dense", "16", "torch.bfloat16", "64"]]}
     heads = "16" if release == "0.5.5" else "64"
     prefill = ["prefill", heads, "576", "torch.bfloat16", "False"]
-    padded = "16" if release in ("0.5.5", "0.5.9") else "64"
-    want["warm_v32"] = [["sparse", padded], [*prefill, "False"], *([[*prefill, "True"]] if seen["newer"] else [])]
+    padded = "16" if Version(release) < Version("0.5.11") else "64"
+    want["warm_v32"] = [["sparse", padded]]
+    if release not in PACKAGED:
+        want["warm_v32"] += [[*prefill, "False"], *([[*prefill, "True"]] if seen["newer"] else [])]
     if v4:
         want["warm_v4"] = []
         for count in ("64", "128"):

@@ -36,7 +36,7 @@ def run(release: str, kept: Path, by: str) -> dict:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers ask
         if answer.exists():
             return json.loads(answer.read_text())
-        command = [sys.executable, *hosts._PYTHON_OPTIONS.get(release, []), str(hosts.HERE / "tokenspeed_child.py")]
+        command = [sys.executable, *hosts.PYTHON_OPTIONS.get(release, []), str(hosts.HERE / "tokenspeed_child.py")]
         done = subprocess.run(
             [*command, release, str(answer), "--provider", by], env=environment(release), cwd=kept,
             capture_output=True, text=True, timeout=300,
