@@ -188,7 +188,7 @@ class Trial:
         return Step(
             forward_mode=modes.EXTEND, actual_forward_mode=modes.EXTEND, capture_forward_mode=modes.EXTEND,
             seq_lens=ints(seq), seq_lens_cpu=torch.tensor(seq), batch_size=len(seq),
-            extend_seq_lens=ints(ext), extend_seq_lens_cpu=list(ext), extend_start_loc=None, spec_info=None,
+            extend_seq_lens=ints(ext).int(), extend_seq_lens_cpu=list(ext), extend_start_loc=None, spec_info=None,
             req_pool_indices=ints(range(len(seq))), out_cache_loc=torch.cat(slots), token_to_kv_pool=self.pool,
             req_to_token_pool=SimpleNamespace(req_to_token=self.batch.table), hisparse_coordinator=None,
         )  # fmt: skip

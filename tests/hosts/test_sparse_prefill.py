@@ -164,7 +164,8 @@ def test_on_a_gpu(release: str, heads: int, tmp_path: Path) -> None:
     """FlashMLA attends over what ours has read back, where it takes the heads; of others ours does both."""
     if missing := lacking(release):
         pytest.skip(f"needs {missing}")
-    path = [TREES / f"sglang-{release}", TREES / "common", *map(Path, os.environ["PYTHONPATH"].split(os.pathsep))]
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = [TREES / f"sglang-{release}", TREES / "common", *map(Path, given)]
     flags = {"MLA_PATCH": "1", "MLA_PATCH_SPARSE_PREFILL": RELEASES[release]}
     flags = {name: value for name, value in flags.items() if value}
     seen = drive(release, tmp_path, path, ("--device", "cuda", "--heads", str(heads)), flags)
