@@ -133,7 +133,7 @@ def _leave_operators_undescribed() -> None:
             return func or (lambda described: described)
         return register(op, func, **more)
 
-    torch.library.register_fake = register_fake  # type: ignore[assignment]
+    torch.library.register_fake = register_fake
 
 
 def _add_missing_names() -> None:

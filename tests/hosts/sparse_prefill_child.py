@@ -508,7 +508,9 @@ def main(release: str, out: Path) -> None:
     if ON_GPU:  # where the release imports more
         os.environ["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
         sglang_trial._STUBS |= {"deep_gemm": {}, "flashinfer": {"__version__": "0.0"}}
-    sglang_trial.prepare()
+    stubbed = sglang_trial.prepare()
+    if FLASH_MLA and "flash_mla" in stubbed:
+        sys.exit(f"--heads {HEADS}: flash_mla is not there or cannot be imported")
     importlib.import_module("sglang")
     if interpreted():  # whose time goes by programs
         dequantize.dequantize_config = lambda: {"TOKENS": 64, "num_warps": 2}
