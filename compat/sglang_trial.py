@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -100,6 +101,8 @@ def prepare() -> list[str]:
     stubbed = [name for name in _STUBS if name not in sys.modules and not _importable(name)]
     if stubbed:
         sys.meta_path.insert(0, _StubFinder(stubbed))
+    if "sgl_kernel" in stubbed:
+        _leave_operators_undescribed()
     _add_missing_names()
     # 0.4.x compiles small helpers at import, which needs a C++ compiler and gains nothing here
     os.environ.setdefault("SGLANG_ENABLE_TORCH_COMPILE", "false")
@@ -118,6 +121,19 @@ def _importable(name: str) -> bool:
             del sys.modules[loaded]
         return False
     return True
+
+
+def _leave_operators_undescribed() -> None:
+    """Where it finds a GPU the host describes sgl_kernel's operators to torch, and a stub registers none."""
+    register = torch.library.register_fake
+
+    @functools.wraps(register)
+    def register_fake(op: Any, func: Any = None, /, **more: Any) -> Any:
+        if isinstance(op, str) and op.startswith("sgl_kernel::"):
+            return func or (lambda described: described)
+        return register(op, func, **more)
+
+    torch.library.register_fake = register_fake
 
 
 def _add_missing_names() -> None:

@@ -2,10 +2,17 @@
 
     python sparse_prefill_child.py RELEASE OUT.json      with the release on PYTHONPATH, and any flags of ours
 
+    --device cuda    on this machine's GPU, without TRITON_INTERPRET; with a flash_mla on PYTHONPATH
+    --heads 20       of a rank; on a GPU 64 unless said, else 3
+
 Requests go through the release's own DeepseekV4AttnBackend in three chunks, some without new tokens, with layers of all
-three kinds over fp8 pages that hold the whole prompts already. What stands in for FlashMLA computes in Triton.
+three kinds over fp8 pages that hold the whole prompts already. What the release calls as FlashMLA's sparse prefill is
+the package's own on a GPU, for the heads that it takes; for others, and on a CPU, ours stands in for it. On a GPU the
+first chunk has more queries than FlashMLA can make a schedule for.
 """
 
+import argparse
+import functools
 import importlib
 import json
 import os
@@ -20,22 +27,52 @@ from unittest import mock
 sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
 
 import torch
+from torch.nn import functional
 
 import mla_patch
 from mla_patch import _door
 from mla_patch.compat import sglang_sparse_prefill as compat
 from mla_patch.compat import sglang_trial, stamps
 from mla_patch.compat.sglang_trial import Batch
-from mla_patch.kernels.dequantize import dequantize_k_cache_paged_ref
+from mla_patch.compat.triton import interpreted
+from mla_patch.kernels import dequantize
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_ref
 from mla_patch.patcher import is_ours
 
-PAGE, WINDOW, SWA_PAGE, TOPK, HEADS, SCALE = 256, 128, 128, 512, 3, 0.06
-LENS = (263, 40, 9)
-CHUNKS = [((260, 38, 5), (2, 1, 3)), ((263, 38, 7), (3, 0, 2)), ((263, 40, 7), (0, 2, 0))]
-AGAIN = ((262, 40, 8), (2, 1, 3))  # other prompts in the shapes of the first chunk
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("release")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--heads", type=int)
+    given = parser.parse_args()
+    if given.device == "cuda" and (interpreted() or not torch.cuda.is_available()):
+        parser.error(f"--device cuda: {'TRITON_INTERPRET is set' if interpreted() else 'torch sees no GPU'}")
+    return given
+
+
+GIVEN = options()
+DEVICE = torch.device(GIVEN.device)
+ON_GPU = DEVICE.type == "cuda"
+HEADS = GIVEN.heads or (64 if ON_GPU else 3)
+FLASH_MLA = ON_GPU and HEADS in (64, 128)  # it attends
+PAGE, WINDOW, SWA_PAGE, TOPK, SCALE = 256, 128, 128, 512, 0.06
+if ON_GPU:
+    LENS = (14000, 3000, 700)
+    CHUNKS = [
+        ((12400, 1500, 300), (12000, 100, 300)),
+        ((14000, 1500, 600), (1600, 0, 300)),
+        ((14000, 3000, 600), (0, 1500, 0)),
+    ]
+    AGAIN = ((12500, 1400, 400), (12000, 100, 300))
+else:
+    LENS = (263, 40, 9)
+    CHUNKS = [((260, 38, 5), (2, 1, 3)), ((263, 38, 7), (3, 0, 2)), ((263, 40, 7), (0, 2, 0))]
+    AGAIN = ((262, 40, 8), (2, 1, 3))  # other prompts in the shapes of the first chunk
+BLOCK = 256  # queries whose keys are gathered at once
 LAYERS = (4, 0, 128, 4)  # ratios
 OWN_WORKSPACES = {
     "sparse_prefill_workspace": "SparsePrefillWorkspace",
@@ -45,13 +82,24 @@ OWN_WORKSPACES = {
 
 def pool_bytes(slots: int, page: int, rng: torch.Generator) -> torch.Tensor:
     pages = -(-slots // page)
-    cache = torch.zeros(pages, V4.page_bytes(page), dtype=torch.uint8)
+    cache = torch.zeros(pages, V4.page_bytes(page), dtype=torch.uint8, device=DEVICE)
     tokens = cache[:, : page * 576].view(pages, page, 576)
-    values = torch.randn(pages, page, 448, generator=rng) * 64
-    tokens[:, :, :448] = values.to(torch.float8_e4m3fn).view(torch.uint8)
-    tokens[:, :, 448:] = torch.randn(pages, page, 64, generator=rng).bfloat16().view(torch.uint8)
-    cache[:, page * 576 : page * 584] = torch.randint(120, 123, (pages, page * 8), generator=rng).to(torch.uint8)
+    values = torch.randn(pages, page, 448, generator=rng, device=DEVICE) * 64
+    tokens[:, :, :448] = values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    tokens[:, :, 448:] = torch.randn(pages, page, 64, generator=rng, device=DEVICE).bfloat16().view(torch.uint8)
+    scales = torch.randint(120, 123, (pages, page * 8), generator=rng, device=DEVICE)
+    cache[:, page * 576 : page * 584] = scales.to(torch.uint8)
     return cache
+
+
+def read_back(cache: torch.Tensor, slots: torch.Tensor, page: int) -> torch.Tensor:
+    """The definition, in float64; a bfloat16 holds each of its values."""
+    used = cache[:, : page * V4.bytes].view(len(cache), page, 1, V4.bytes)
+    return dequantize.dequantize_ref(used, slots)
+
+
+def ints(values: Any) -> torch.Tensor:
+    return torch.tensor(values, device=DEVICE)
 
 
 class Step(sglang_trial._Metadata, sglang_trial._ForwardBatch):
@@ -71,16 +119,19 @@ class Trial:
     def __init__(self, release: str) -> None:
         self.without_indexer = release != "0.5.12"
         self.shell = release in ("0.5.21", "0.5.23")  # whose forward does more than a made-up model has
-        rng = self.rng = torch.Generator().manual_seed(1)
+        rng = self.rng = torch.Generator(DEVICE).manual_seed(1)
+        random = {"generator": rng, "device": DEVICE}
         self.module = importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend")
         pools = importlib.import_module("sglang.srt.mem_cache.deepseek_v4_memory_pool")
-        blocks = 3  # a page more than the longest prompt has
-        self.pages = torch.randperm(len(LENS) * blocks, generator=rng).view(len(LENS), blocks)
-        table = (self.pages[:, :, None] * PAGE + torch.arange(PAGE)).view(len(LENS), -1).int()
+        blocks = -(-max(LENS) // PAGE) + 1
+        self.pages = torch.randperm(len(LENS) * blocks, **random).view(len(LENS), blocks)
+        table = (self.pages[:, :, None] * PAGE + torch.arange(PAGE, device=DEVICE)).view(len(LENS), -1).int()
         slots = table.numel()
         self.swa = [pool_bytes(slots, SWA_PAGE, rng) for _ in LAYERS]
         self.compressed = [pool_bytes(slots // one, PAGE // one, rng) if one else None for one in LAYERS]
-        self.to_swa = torch.cat([torch.randperm(slots, generator=rng), torch.zeros(PAGE), torch.tensor([-1])]).long()
+        last = torch.zeros(PAGE + 1, dtype=torch.int64, device=DEVICE)
+        last[-1] = -1
+        self.to_swa = torch.cat([torch.randperm(slots, **random), last])
         trial = self
 
         class Pool(pools.DeepSeekV4TokenToKVPool):
@@ -110,13 +161,13 @@ class Trial:
             swa_window_size=SWA_PAGE, swa_page_size=SWA_PAGE, page_size=PAGE, swa_kv_pool=small,
             full_to_swa_index_mapping=self.to_swa,
         )  # fmt: skip
-        self.batch = Batch(torch.tensor(LENS), torch.arange(len(LENS)), table, LENS)
+        self.batch = Batch(ints(LENS), ints(range(len(LENS))), table, LENS)
         self.backend = self.new_backend()
-        self.q = [[torch.randn(n, HEADS, 512, generator=rng).bfloat16() for n in LENS] for _ in LAYERS]
-        self.sink = torch.randn(HEADS, generator=rng)
+        self.q = [[torch.randn(n, HEADS, 512, **random).bfloat16() for n in LENS] for _ in LAYERS]
+        self.sink = torch.randn(HEADS, **random)
 
     def new_backend(self) -> Any:
-        owner, device = self.module.DeepseekV4AttnBackend, torch.device("cpu")
+        owner, device = self.module.DeepseekV4AttnBackend, self.batch.device
         known = {
             "page_size": PAGE, "swa_page_size": SWA_PAGE, "softmax_scale": SCALE, "head_dim_v": 512, "c4_topk": TOPK,
             "index_topk": TOPK,
@@ -136,9 +187,9 @@ class Trial:
         slots = [row[s - e : s] for row, s, e in zip(self.batch.table, seq, ext, strict=True)]
         return Step(
             forward_mode=modes.EXTEND, actual_forward_mode=modes.EXTEND, capture_forward_mode=modes.EXTEND,
-            seq_lens=torch.tensor(seq), seq_lens_cpu=torch.tensor(seq), batch_size=len(seq),
-            extend_seq_lens=torch.tensor(ext), extend_seq_lens_cpu=list(ext), extend_start_loc=None, spec_info=None,
-            req_pool_indices=torch.arange(len(seq)), out_cache_loc=torch.cat(slots), token_to_kv_pool=self.pool,
+            seq_lens=ints(seq), seq_lens_cpu=torch.tensor(seq), batch_size=len(seq),
+            extend_seq_lens=ints(ext).int(), extend_seq_lens_cpu=list(ext), extend_start_loc=None, spec_info=None,
+            req_pool_indices=ints(range(len(seq))), out_cache_loc=torch.cat(slots), token_to_kv_pool=self.pool,
             req_to_token_pool=SimpleNamespace(req_to_token=self.batch.table), hisparse_coordinator=None,
         )  # fmt: skip
 
@@ -161,46 +212,57 @@ class Trial:
                 self.backend.init_forward_metadata(batch)
         return batch
 
-    def chosen(self, layer: int, request: int, position: int) -> list[int]:
-        """Compressed tokens that a query attends to; of ratio 4 a few, some of them holes."""
-        known = (position + 1) // LAYERS[layer]
-        if LAYERS[layer] != 4:
-            return list(range(known))
-        rng = torch.Generator().manual_seed(layer * 10**6 + request * 10**4 + position)
-        picked = torch.randperm(known, generator=rng).tolist()
-        return [-1 if one % 5 == 0 else one for one in picked]
+    @functools.cache  # noqa: B019, one trial in a process
+    def chosen(self, layer: int, request: int) -> torch.Tensor:
+        """Compressed tokens that each token's query attends to, -1 for none; of ratio 4 some, in any order."""
+        length, ratio = LENS[request], LAYERS[layer]
+        if not ratio:
+            return torch.empty(length, 0, dtype=torch.int64, device=DEVICE)
+        known = torch.arange(1, length + 1, device=DEVICE)[:, None] // ratio
+        token = torch.arange(length // ratio, device=DEVICE)[None]
+        if ratio != 4:
+            return torch.where(token < known, token, -1)
+        order = torch.rand(length, token.numel(), generator=self.rng, device=DEVICE).masked_fill_(token >= known, 2)
+        picked = order.argsort(1)[:, :TOPK]
+        return torch.where((picked < known) & (picked % 5 > 0), picked, -1)
 
     def positions(self, layer: int, seq: tuple[int, ...], ext: tuple[int, ...], width: int) -> torch.Tensor:
-        rows = []
-        for r, (s, e) in enumerate(zip(seq, ext, strict=True)):
-            for p in range(s - e, s):
-                picked = self.chosen(layer, r, p)
-                rows.append([*picked, *[-1] * (width - len(picked))])
-        return torch.tensor(rows, dtype=torch.int32)
+        chosen = [self.chosen(layer, r) for r in range(len(seq))]
+        chosen = [functional.pad(one, (0, width - one.shape[1]), value=-1) for one in chosen]
+        return self.rows(chosen, seq, ext).int()
+
+    @functools.cache  # noqa: B019, one trial in a process
+    def keys(self, layer: int, request: int) -> torch.Tensor:
+        """A prompt's keys, then its compressed ones."""
+        slots = self.to_swa[self.batch.table[request, : LENS[request]].long()]
+        keys = [read_back(self.swa[layer], slots, SWA_PAGE)]
+        if LAYERS[layer]:
+            size = PAGE // LAYERS[layer]
+            token = torch.arange(LENS[request] // LAYERS[layer], device=DEVICE)
+            keys.append(
+                read_back(self.compressed[layer], self.pages[request][token // size] * size + token % size, size)
+            )
+        return torch.cat(keys)
 
     def expected(self, layer: int, seq: tuple[int, ...], ext: tuple[int, ...]) -> torch.Tensor:
-        """The definition, query by query over the whole prompt, in float64."""
+        """The definition over the whole prompt, in float64: each query with keys of its own."""
         out = []
         for r, (s, e) in enumerate(zip(seq, ext, strict=True)):
-            slots = self.to_swa[self.batch.table[r, :s].long()]
-            window = dequantize_k_cache_paged_ref(self.swa[layer], slots, SWA_PAGE)[:, 0].double()
-            for p in range(s - e, s):
-                keys = window[max(0, p - WINDOW + 1) : p + 1]
-                if LAYERS[layer]:
-                    size = PAGE // LAYERS[layer]
-                    token = torch.tensor([one for one in self.chosen(layer, r, p) if one >= 0], dtype=torch.int64)
-                    at = self.pages[r][token // size] * size + token % size
-                    more = dequantize_k_cache_paged_ref(self.compressed[layer], at, size)[:, 0].double()
-                    keys = torch.cat([more, keys])
-                scores = self.q[layer][r][p].double() @ keys.T * SCALE
-                weights = torch.cat([scores, self.sink.double()[:, None]], 1).softmax(1)[:, :-1]
-                out.append(weights @ keys)
-        return torch.stack(out)
+            for at in torch.arange(s - e, s, device=DEVICE).split(BLOCK) if e else ():
+                window = (at[:, None] - torch.arange(WINDOW, device=DEVICE)).clamp(min=-1)
+                more = self.chosen(layer, r)[at]
+                ids = torch.cat([window, torch.where(more >= 0, more + LENS[r], -1)], 1)
+                keys = self.keys(layer, r)[ids]  # -1 is the last; what it gives has no weight
+                scores = self.q[layer][r][at].double() @ keys.mT * SCALE
+                scores.masked_fill_((ids < 0)[:, None], -torch.inf)
+                sink = self.sink.double()[None, :, None].expand(len(at), -1, 1)
+                out.append(torch.cat([scores, sink], 2).softmax(2)[..., :-1] @ keys)
+        return torch.cat(out)
 
     def layer(self, number: int, batch: Any, seq: tuple[int, ...], ext: tuple[int, ...], **more: Any) -> torch.Tensor:
         """One layer of a step, through the release's forward."""
         q = self.rows(self.q[number], seq, ext)
-        k = torch.zeros(len(q), 512)
+        k = torch.zeros(len(q), 512, device=DEVICE)
         layer = SimpleNamespace(layer_id=number, v_head_dim=512)
         if self.shell:
             core = self.backend.forward_metadata.core_attn_metadata
@@ -219,17 +281,30 @@ def error(out: torch.Tensor, want: torch.Tensor) -> float:
     return float((out.double() - want).norm() / want.norm())
 
 
-def stand_in(release: str) -> Any:
-    """FlashMLA's sparse prefill, where the release's backends look for it."""
+def provide(release: str) -> list[int]:
+    """FlashMLA's sparse prefill, where the release's backends look for it; the heads of each call."""
     calls: list[int] = []
+    serves: Any = mla_sparse_prefill
+    homes = ["sglang.kernels.ops.attention.flash_mla_interface" if release == "0.5.23" else "sgl_kernel.flash_mla"]
+    if FLASH_MLA:
+        serves = importlib.import_module("flash_mla").flash_mla_sparse_fwd
+        homes.append("flash_mla")  # which V4 of 0.5.12 attends with
+        # ours asks the operator behind sgl_kernel's wrapper how much it takes
+        library = torch.library.Library("sgl_kernel", "FRAGMENT")
+        library.define(OPERATOR)
+        LIBRARIES.append(library)
 
     def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, **more):  # type: ignore
         calls.append(q.shape[1])
-        return mla_sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length)
+        return serves(q, kv, indices, sm_scale, d_v, attn_sink, topk_length)
 
-    name = "sglang.kernels.ops.attention.flash_mla_interface" if release == "0.5.23" else "sgl_kernel.flash_mla"
-    importlib.import_module(name).flash_mla_sparse_fwd = flash_mla_sparse_fwd
+    for name in homes:
+        importlib.import_module(name).flash_mla_sparse_fwd = flash_mla_sparse_fwd
     return calls
+
+
+OPERATOR = "sparse_prefill_fwd(Tensor q, Tensor kv, Tensor i, float s, int d_v, Tensor? sink, Tensor? n) -> Tensor[]"
+LIBRARIES: list[Any] = []  # what is declared lasts as long as they
 
 
 def run(trial: Trial, chunks: Any) -> list[dict[str, Any]]:
@@ -294,18 +369,18 @@ def refilled(trial: Trial, method: str) -> dict[str, Any] | None:
 
 def over_pages(trial: Trial, release: str, change: Any = lambda trial: None) -> dict[str, Any]:
     """A prompt that the host has to attend to over pages: whether its kernel was called, and who said so."""
-    seq, ext = CHUNKS[0]
+    seq, ext = CHUNKS[1]
     calls: list[int] = []
 
     def flash_mla_with_kvcache(q: torch.Tensor, **given: Any) -> Any:
         calls.append(len(q))
-        return torch.zeros(*q.shape[:3], 512), None
+        return torch.zeros(*q.shape[:3], 512, device=q.device), None
 
     importlib.import_module(PAGED[release == "0.5.12"]).flash_mla_with_kvcache = flash_mla_with_kvcache
     batch = trial.metadata(seq, ext)
     change(trial)
     row = counted(lambda: float(trial.layer(1, batch, seq, ext).abs().max()))
-    return row | {"calls": calls}
+    return row | {"calls": calls, "queries": sum(ext)}
 
 
 PAGED = ("sgl_kernel.flash_mla", "flash_mla")
@@ -323,8 +398,10 @@ def indexer(trial: Trial) -> dict[str, Any]:
     batch = trial.metadata(seq, ext)
     core, rows = trial.backend.forward_metadata.core_attn_metadata, sum(ext)
     module = importlib.import_module("sglang.srt.layers.attention.dsv4.indexer")
-    given = torch.zeros(rows, 4, 128), torch.zeros(rows, 4, 1), torch.zeros(9, 64 * 132, dtype=torch.uint8)
-    scores = torch.randn(rows, 256, generator=trial.rng)
+    given = [torch.zeros(*shape, device=DEVICE) for shape in ((rows, 4, 128), (rows, 4, 1), (9, 64 * 132))]
+    given[2] = given[2].byte()
+    width = max(256, trial.batch.table.shape[1] // 4)
+    scores = torch.rand(rows, width, generator=trial.rng, device=DEVICE).argsort(1).float()  # none twice in a row
     with ExitStack() as stack:
         prepared = mock.patch.object(trial.backend, "_forward_prepare_normal", lambda **kwargs: given, create=True)
         stack.enter_context(prepared)
@@ -333,10 +410,15 @@ def indexer(trial: Trial) -> dict[str, Any]:
         trial.backend.debug_use_external_c4_sparse_indices = False
         trial.backend.forward_c4_indexer(None, None, SimpleNamespace(layer_id=0), batch)
     raw, slots = core.c4_sparse_raw_indices, core.c4_sparse_page_indices
-    lens = [(p + 1) // 4 for s, e in zip(seq, ext, strict=True) for p in range(s - e, s)]
+    lens = torch.cat([torch.arange(s - e, s, device=DEVICE) + 1 for s, e in zip(seq, ext, strict=True)])[:, None] // 4
+    known = torch.arange(width, device=DEVICE) < lens
+    best = scores.masked_fill(~known, -torch.inf).topk(min(TOPK, width)).indices
+    want = torch.zeros_like(known).scatter_(1, best, True) & known
+    found = torch.zeros(rows, width + 1, dtype=torch.bool, device=DEVICE)
+    found.scatter_(1, torch.where(raw >= 0, raw, width).long(), True)
     at = core.page_table.gather(1, raw.clamp(min=0).long() // 64) * 64 + raw.clamp(min=0) % 64
     return {
-        "positions": all(sorted(r[r >= 0].tolist()) == list(range(n)) for r, n in zip(raw, lens, strict=True)),
+        "positions": bool(torch.equal(found[:, :-1], want) and torch.equal((raw >= 0).sum(1), want.sum(1))),
         "slots": bool(torch.equal(torch.where(raw >= 0, at, -1), slots)),
         "stored": stored(trial, batch, seq, ext),
     }
@@ -356,7 +438,9 @@ def many_queries(trial: Trial) -> dict[str, Any]:
     module = importlib.import_module("sglang.srt.layers.attention.dsv4.metadata")
     seen: list[Any] = []
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(compat, "most_queries", lambda device: 4))
+        if not ON_GPU:  # which would tell
+            stack.enter_context(mock.patch.object(compat, "most_queries", lambda device: 4))
+        most = compat.most_queries(trial.batch.device)
         stack.enter_context(mock.patch.dict(os.environ, {"MLA_PATCH_SPARSE_PREFILL_ROUTE": "large"}))
         batch = trial.metadata(seq, ext)
         row = counted(lambda: [one(trial, 0, batch, seq, ext)])
@@ -369,9 +453,9 @@ def many_queries(trial: Trial) -> dict[str, Any]:
             )
         stack.enter_context(mock.patch.dict(sys.modules, modules))
         os.environ |= {"SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "0", "SGLANG_OPT_USE_JIT_INDEXER_METADATA": "0"}
-        for count in (4, 5):
-            lens = torch.ones(count, dtype=torch.int32)
-            module.PagedIndexerMetadata(page_size=256, page_table=torch.zeros(count, 1), c4_seq_lens=lens)
+        for count in (most, most + 1):
+            lens = torch.ones(count, dtype=torch.int32, device=DEVICE)
+            module.PagedIndexerMetadata(page_size=256, page_table=lens[:, None], c4_seq_lens=lens)
         os.environ["SGLANG_FP8_PAGED_MQA_LOGITS_TORCH"] = "1"
         few = trial.metadata(CHUNKS[2][0], CHUNKS[2][1])
         kept = vars(trial.backend.forward_metadata)[compat._ROUTE]
@@ -383,19 +467,19 @@ def v32(release: str) -> dict[str, Any]:
     name = "nsa" if release == "0.5.12" else "dsa"
     module = importlib.import_module(f"sglang.srt.layers.attention.{name}_backend")
     owner = getattr(module, {"nsa": "NativeSparseAttnBackend", "dsa": "DeepseekSparseAttnBackend"}[name])
-    rng = torch.Generator().manual_seed(3)
-    q, kv = (torch.randn(2, 20, 576, generator=rng) / 4).bfloat16(), torch.randn(90, 1, 576, generator=rng).bfloat16()
-    rows = torch.randint(-1, 90, (2, 128), generator=rng).int()
+    random: dict[str, Any] = {"generator": torch.Generator(DEVICE).manual_seed(3), "device": DEVICE}
+    q, kv = (torch.randn(2, 20, 576, **random) / 4).bfloat16(), torch.randn(90, 1, 576, **random).bfloat16()
+    rows = torch.randint(-1, 90, (2, 128), **random).int()
     backend = SimpleNamespace(device_sm_major=9, _sink_pad_cache={})
     out = counted(lambda: owner._forward_flashmla_sparse(backend, q, kv, 512, rows, 0.05))
     want = mla_sparse_prefill_ref(q, kv, rows[:, None], 0.05)[0]
-    cache = new_pages(V32, 2, 8)
-    quantize(torch.randn(16, 576, generator=rng), cache, torch.arange(16))
-    slots = torch.tensor([3, 15, 0, 3], dtype=torch.int32)
+    cache = new_pages(V32, 2, 8, DEVICE)
+    quantize(torch.randn(16, 576, **random), cache, ints(range(16)))
+    slots = ints([3, 15, 0, 3]).int()
     read = getattr(module, "dequantize_k_cache_paged" + ("_dsa" if release == "0.5.23" else ""))
     rows_ = counted(lambda: read(cache.view(torch.float8_e4m3fn).view(2, 8, 1, 656), slots))
     got = rows_.pop("result")
-    exact = torch.equal(got, dequantize_k_cache_paged_ref(cache.view(-1, 656), slots))
+    exact = torch.equal(got.cpu(), dequantize.dequantize_k_cache_paged_ref(cache.view(-1, 656), slots))
     return {"error": error(out.pop("result"), want), "heads": out, "exact": exact, "read": rows_}
 
 
@@ -415,16 +499,24 @@ def names(module: Any) -> dict[str, bool]:
     }
 
 
-def main(release: str, out: str) -> None:
+def main(release: str, out: Path) -> None:
     started = time.perf_counter()
     os.environ |= {"SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "1", "SGLANG_TOPK_TRANSFORM_512_TORCH": "1"}
     os.environ |= {"SGLANG_OPT_USE_TOPK_V2": "0", "SGLANG_OPT_FLASHMLA_SPARSE_PREFILL": "1"}
     _door.enter()  # as the start-up file does, which looks at MLA_PATCH
     sglang_trial._STUBS |= {"cutlass": {}, "cuda": {}}
-    sglang_trial.prepare()
+    if ON_GPU:  # where the release imports more
+        os.environ["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
+        sglang_trial._STUBS |= {"deep_gemm": {}, "flashinfer": {"__version__": "0.0"}}
+    stubbed = sglang_trial.prepare()
+    if FLASH_MLA and "flash_mla" in stubbed:
+        sys.exit(f"--heads {HEADS}: flash_mla is not there or cannot be imported")
     importlib.import_module("sglang")
-    seen: dict[str, Any] = {"release": release}
-    calls = stand_in(release)
+    if interpreted():  # whose time goes by programs
+        dequantize.dequantize_config = lambda: {"TOKENS": 64, "num_warps": 2}
+    where = torch.cuda.get_device_name() if ON_GPU else "cpu"
+    seen: dict[str, Any] = {"release": release, "device": where, "heads": HEADS, "flash_mla": FLASH_MLA}
+    calls = provide(release)
     trial = Trial(release)
     seen["touched"] = names(trial.module)
     if "MLA_PATCH" in os.environ:
@@ -432,8 +524,9 @@ def main(release: str, out: str) -> None:
         seen["state"] = {key: feature()[key] for key in ("state", "reason", "targets")}
     if served(release):
         watch_builds()
+        before = len(calls)  # V3.2's
         seen["chunks"] = run(trial, CHUNKS)
-        seen["calls"] = len(calls)
+        seen["calls"] = len(calls) - before
         if not trial.shell:
             seen["refilled"] = {name: refilled(trial, name) for name in REFILLS}
             seen["strided"] = over_pages(trial, release, every_other)
@@ -446,13 +539,13 @@ def main(release: str, out: str) -> None:
         mla_patch.restore("sparse_prefill")
         seen["restored"] = names(trial.module)
     seen["seconds"] = time.perf_counter() - started
-    Path(out).write_text(json.dumps(seen, indent=1))
+    out.write_text(json.dumps(seen, indent=1))
 
 
 REFILLS = ("copy_", "refresh_for_breakable_cuda_graph_replay_")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(GIVEN.release, GIVEN.out)
     sys.stdout.flush()
     os._exit(0)  # what a release leaves running at exit is not on trial

@@ -1,8 +1,14 @@
-"""Real releases on a CPU: prompts of a made-up DeepSeek V4 and V3.2 through the release's own backends."""
+"""Real releases: prompts of a made-up DeepSeek V4 and V3.2 through the release's own backends, on a CPU.
+
+Where SGLANG_TREES names a folder with sglang-0.5.12/ and the like, and common/ with what they import, on a GPU, too:
+
+    SGLANG_TREES=/tmp/trees TRITON_INTERPRET=0 PYTHONPATH=/tmp/fm pytest -m gpu tests/hosts/test_sparse_prefill.py
+"""
 
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mla_patch.compat.sglang_fetch import fetch
 from mla_patch.compat.sglang_sparse_prefill import PARALLEL
+from mla_patch.compat.triton import interpreted
 from mla_patch.hooks.sglang_sparse_prefill import TOO_LARGE
 
 HERE = Path(__file__).parent
@@ -21,20 +29,26 @@ HERE = Path(__file__).parent
 RELEASES = {"0.5.12": "on", "0.5.13": "", "0.5.15": "", "0.5.18": "", "0.5.21": "on", "0.5.23": "on"}
 ERROR = 4e-3  # 16-bit keys and weights, and a rounded bfloat16 result
 
-pytestmark = [pytest.mark.network, pytest.mark.slow]
+TREES = Path(os.environ.get("SGLANG_TREES", ""))
 
 
-def chosen(releases: Any) -> list[str]:
+def chosen(releases: Any) -> list[Any]:
+    """Those to run on a CPU."""
     asked = os.environ.get("HOSTS", "spread")
-    return [one for one in releases if asked in ("spread", "all") or one in asked.replace(",", " ").split()]
+    found = [one for one in releases if asked in ("spread", "all") or one in asked.replace(",", " ").split()]
+    return [pytest.param(one, marks=[pytest.mark.network, pytest.mark.slow]) for one in found]
 
 
 def start(release: str, folder: Path, **flags: str) -> dict[str, Any]:
+    env = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} | flags
+    return drive(release, folder, fetch(release), (), env)
+
+
+def drive(release: str, folder: Path, path: list[Path], options: Any, flags: dict[str, str]) -> dict[str, Any]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} | flags
-    env["PYTHONPATH"] = os.pathsep.join(map(str, fetch(release)))
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, path))} | flags
     out = folder / "seen.json"
-    command = [sys.executable, str(HERE / "sparse_prefill_child.py"), release, str(out)]
+    command = [sys.executable, str(HERE / "sparse_prefill_child.py"), release, str(out), *options]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
     assert out.exists(), done.stdout + done.stderr
     return json.loads(out.read_text())
@@ -88,7 +102,7 @@ def test_what_goes_over_pages(seen: dict[str, Any]) -> None:
         if row is None:
             assert seen["release"] in ("0.5.21", "0.5.23")
             continue
-        assert (row["calls"], row["served"], row["result"]) == ([6], 0, 0), row
+        assert (row["calls"], row["served"], row["result"]) == ([row["queries"]], 0, 0), row
         # where the release has a route of its own, it is told not to take it
         assert row["declined"] == ({reason: 1} if seen["release"] == "0.5.12" else {})
 
@@ -107,7 +121,7 @@ def test_the_backport_s_other_half(seen: dict[str, Any]) -> None:
     assert seen["indexer"] == {"positions": True, "slots": True, "stored": [1]}
     many = seen["many"]
     assert many["many"]["served"] == 1 and max(many["many"]["result"]) < ERROR
-    assert many["plans"] == ["DeepGEMM's", "own"]  # of 4 queries, which fit, and of 5
+    assert many["plans"] == ["DeepGEMM's", "own"]  # of as many queries as fit, and of one more
     assert many["few"].startswith("few enough queries")
 
 
@@ -128,3 +142,45 @@ def test_the_backport_waits_to_be_asked(release: str, tmp_path: Path) -> None:
     assert not any(told["touched"].values()), told
     assert told["state"]["state"] == "applied" and told["v32"]["heads"]["served"] == 1
     assert "DeepseekV4AttnBackend.forward: the release has no such route" in told["state"]["reason"]
+
+
+def lacking(release: str) -> str | None:
+    """What a run on a GPU would need and is not here, or None."""
+    if interpreted():
+        return "TRITON_INTERPRET=0"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "a GPU of sm_90"
+    if importlib.util.find_spec("flash_mla") is None:
+        return "flash_mla on PYTHONPATH"
+    if not (TREES / f"sglang-{release}").is_dir():
+        return f"SGLANG_TREES, a folder with sglang-{release}"
+    return None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [64, 20])
+@pytest.mark.parametrize("release", RELEASES)
+def test_on_a_gpu(release: str, heads: int, tmp_path: Path) -> None:
+    """FlashMLA attends over what ours has read back, where it takes the heads; of others ours does both."""
+    if missing := lacking(release):
+        pytest.skip(f"needs {missing}")
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = [TREES / f"sglang-{release}", TREES / "common", *map(Path, given)]
+    flags = {"MLA_PATCH": "1", "MLA_PATCH_SPARSE_PREFILL": RELEASES[release]}
+    flags = {name: value for name, value in flags.items() if value}
+    seen = drive(release, tmp_path, path, ("--device", "cuda", "--heads", str(heads)), flags)
+    print(json.dumps(seen))
+    assert (seen["heads"], seen["flash_mla"]) == (heads, heads == 64)
+    own, layers = release in ("0.5.21", "0.5.23"), (4, 3, 3)
+    for count, row in zip(layers, seen["chunks"], strict=True):
+        assert max(row["result"]) < ERROR and not row["declined"], row
+        assert row["served"] == (3 * count if own else count)
+        # a step of the workspace; for 12400 queries 4 bytes for each of 640, 256 and 128 keys, and what is shared
+        assert own or 0 < row["memory"] - 16384 * 1024 < 12400 * 4400, row
+    assert seen["calls"] == (sum(layers) if heads == 64 or own else 0)
+    test_all_are_applied(seen)
+    test_metadata_that_is_filled_anew_is_a_new_chunk(seen)
+    test_what_goes_over_pages(seen)
+    test_v32_takes_any_heads(seen)
+    test_the_backport_s_other_half(seen)
+    test_restored(seen)
