@@ -72,6 +72,7 @@ else:
     LENS = (263, 40, 9)
     CHUNKS = [((260, 38, 5), (2, 1, 3)), ((263, 38, 7), (3, 0, 2)), ((263, 40, 7), (0, 2, 0))]
     AGAIN = ((262, 40, 8), (2, 1, 3))  # other prompts in the shapes of the first chunk
+FEW = (5, 0, 3)  # queries behind LENS
 BLOCK = 256  # queries whose keys are gathered at once
 LAYERS = (4, 0, 128, 4)  # ratios
 OWN_WORKSPACES = {
@@ -367,9 +368,11 @@ def refilled(trial: Trial, method: str) -> dict[str, Any] | None:
     return counted(lambda: [one(trial, 0, batch, later, same)])
 
 
-def over_pages(trial: Trial, release: str, change: Any = lambda trial: None) -> dict[str, Any]:
+def over_pages(
+    trial: Trial, release: str, change: Any = lambda trial: None, chunk: Any = CHUNKS[1], **flags: str
+) -> dict[str, Any]:
     """A prompt that the host has to attend to over pages: whether its kernel was called, and who said so."""
-    seq, ext = CHUNKS[1]
+    seq, ext = chunk
     calls: list[int] = []
 
     def flash_mla_with_kvcache(q: torch.Tensor, **given: Any) -> Any:
@@ -377,9 +380,10 @@ def over_pages(trial: Trial, release: str, change: Any = lambda trial: None) -> 
         return torch.zeros(*q.shape[:3], 512, device=q.device), None
 
     importlib.import_module(PAGED[release == "0.5.12"]).flash_mla_with_kvcache = flash_mla_with_kvcache
-    batch = trial.metadata(seq, ext)
-    change(trial)
-    row = counted(lambda: float(trial.layer(1, batch, seq, ext).abs().max()))
+    with mock.patch.dict(os.environ, {f"MLA_PATCH_SPARSE_PREFILL_{name}": value for name, value in flags.items()}):
+        batch = trial.metadata(seq, ext)
+        change(trial)
+        row = counted(lambda: float(trial.layer(1, batch, seq, ext).abs().max()))
     return row | {"calls": calls, "queries": sum(ext)}
 
 
@@ -524,15 +528,15 @@ def main(release: str, out: Path) -> None:
         seen["state"] = {key: feature()[key] for key in ("state", "reason", "targets")}
     if served(release):
         watch_builds()
+        os.environ["MLA_PATCH_SPARSE_PREFILL_ROUTE"] = "all"  # these prompts are shorter than those it is meant for
         before = len(calls)  # V3.2's
         seen["chunks"] = run(trial, CHUNKS)
         seen["calls"] = len(calls) - before
         if not trial.shell:
             seen["refilled"] = {name: refilled(trial, name) for name in REFILLS}
             seen["strided"] = over_pages(trial, release, every_other)
-            os.environ["MLA_PATCH_SPARSE_PREFILL_WORKSPACE"] = "0"
-            seen["too large"] = over_pages(trial, release)
-            del os.environ["MLA_PATCH_SPARSE_PREFILL_WORKSPACE"]
+            seen["too large"] = over_pages(trial, release, WORKSPACE="0")
+            seen["few"] = over_pages(trial, release, chunk=(LENS, FEW), ROUTE="auto")
         if release == "0.5.12":
             seen["indexer"] = indexer(trial)
             seen["many"] = many_queries(trial)

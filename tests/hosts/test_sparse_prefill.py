@@ -22,7 +22,7 @@ import torch
 from mla_patch.compat.sglang_fetch import fetch
 from mla_patch.compat.sglang_sparse_prefill import PARALLEL
 from mla_patch.compat.triton import interpreted
-from mla_patch.hooks.sglang_sparse_prefill import TOO_LARGE
+from mla_patch.hooks.sglang_sparse_prefill import FEW, TOO_LARGE
 
 HERE = Path(__file__).parent
 # release -> what is set; from 0.5.21 the release's own is right, so ours is asked for
@@ -97,7 +97,7 @@ def test_metadata_that_is_filled_anew_is_a_new_chunk(seen: dict[str, Any]) -> No
 
 
 def test_what_goes_over_pages(seen: dict[str, Any]) -> None:
-    for name, reason in (("strided", PARALLEL), ("too large", TOO_LARGE)):
+    for name, reason in (("strided", PARALLEL), ("too large", TOO_LARGE), ("few", FEW)):
         row = seen.get(name)
         if row is None:
             assert seen["release"] in ("0.5.21", "0.5.23")
