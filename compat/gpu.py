@@ -107,6 +107,20 @@ def elsewhere(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
 
 
+def aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row begins on 16 bytes. Kernels say so of q and out: if Triton were to find out, it would compile
+    them twice, and without it they move two bytes at a time."""
+    size = tensor.element_size()
+    return not (tensor.data_ptr() % 16 or any(stride * size % 16 for stride in tensor.stride()[:-1]))
+
+
+def realigned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or, where it is not `aligned`, a copy that is."""
+    import torch
+
+    return tensor if aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def capturing() -> bool:
     """Whether the current stream records a CUDA graph; False, and CUDA untouched, before CUDA is in use."""
     torch = sys.modules.get("torch")  # asked at every served call, and a host without torch captures nothing

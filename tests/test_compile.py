@@ -64,6 +64,32 @@ for kernel in {id(case.kernel): case.kernel for _, case in m.collect(False)}.val
     assert not [line for line in lines if line.endswith("specialised")]
 
 
+WIDTHS = """
+import re
+from mla_patch.compat.triton import compile_case
+from mla_patch.kernels import decode, decode_sm90, decode_splits, sparse_decode, sparse_sm90
+names = ["decode direct, 16 heads, ", "decode e4m3, 16 heads, ", "splits direct, 16 heads, ", "sparse_decode query",
+         "decode_sm90 16 bits, ", "decode_sm90 8 bits, ", "sparse_sm90 16 bits 576, ", "sparse_sm90 V4, "]
+cases = [case for module in (decode, decode_sm90, decode_splits, sparse_decode, sparse_sm90)
+         for case in module.compile_cases() if 90 in case.targets]
+for name in names:
+    case = next(case for case in cases if case.name.startswith(name))
+    loose = [p.name for p in case.kernel.params if p.do_not_specialize_on_alignment]
+    assert "q" in loose and "q" not in case.divisible, case.name  # a launch does not let Triton know either
+    ptx = compile_case(case, 90).asm["ptx"]
+    print(case.name, sorted(set(re.findall(r"(?:ld|st)[.]global[a-z0-9_.:]*", ptx))))
+"""
+
+
+def test_queries_and_results_move_sixteen_bytes_at_a_time():
+    """Left to what a launch tells Triton, they would move two at a time: a third of a short request's time."""
+    done = run("-W", "ignore", "-c", WIDTHS)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8, done.stdout + done.stderr
+    for line in lines:
+        assert "ld.global.v4.b32" in line and "st.global.v4.b32" in line and "b16'" not in line, line
+
+
 @pytest.mark.skipif(not interpreted(), reason="this process compiles")
 def test_the_interpreter_is_refused():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):

@@ -192,6 +192,22 @@ def test_strides_and_index_types():
         assert torch.isnan(padded[..., :64]).all() and torch.isnan(padded[..., 576:]).all()
 
 
+def odd(tensor):
+    """The same values two or four bytes behind an address that 16 divides, with -7 on both sides."""
+    room = torch.full((tensor.numel() + 2,), -7.0, dtype=tensor.dtype, device=tensor.device)
+    return room[1:-1].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("cache", [None, E4M3], ids=str)
+@pytest.mark.parametrize("heads", [3, 40])
+def test_rows_at_odd_addresses(heads, cache):
+    case = Case([70, 0, 9], heads, cache=cache)
+    want = case.run().clone()
+    case.q, case.out = odd(case.q), odd(case.out)
+    assert torch.equal(case.run(), want)
+    assert (case.out._base[[0, -1]] == -7).all()
+
+
 def test_float32_output_and_a_flat_cache():
     case = Case([40, 0], 3)
     case.out = torch.full((2, 3, 512), math.nan, device=DEVICE)
@@ -450,6 +466,9 @@ class Launches:
         (128, None, "row", "decode", (33, 4)),
         (128, E4M3, "row", "decode", (33, 8)),
         (128, E4M3, "place", "decode", (33, 8)),
+        (64, None, "odd q", "wide", (132, 1)),
+        (64, E4M3, "odd out", "wide", (132, 1)),
+        (16, E4M3, "odd q", "decode", (264, 1)),
         (128, None, "config", "decode", (33, 4)),
         (128, None, "scale", "decode", (33, 4)),
         (128, None, "sm_100", "decode", (16, 8)),
@@ -476,11 +495,13 @@ def test_which_kernel_has_a_call(heads, cache, change, name, grid, monkeypatch):
     q = torch.zeros(2, heads, 576, dtype=torch.float32 if change == "float32" else dtype)
     out = torch.zeros(2, heads, 512, dtype=dtype)
     indptr, ids = torch.tensor([0, 30, 33], dtype=torch.int32), torch.zeros(33, dtype=torch.int64)
+    q, out = odd(q) if change == "odd q" else q, odd(out) if change == "odd out" else out
     config = {"BLOCK_H": 32, "BLOCK_N": 16, "STAGES": 1, "PER_SM": 1, "num_warps": 4} if change == "config" else None
     mla_decode(q, kv, out, indptr, ids, sm_scale=-1.0 if change == "scale" else 1.0, config=config)
     (kernel, launched, args, numbers), merge = seen
     assert (kernel, launched) == (name, grid) and merge[0] == "merge"
     given = args[1]
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in (args[0], args[2], merge[2][0]))  # kernels rely on it
     if name == "wide":
         assert given.dtype is (torch.int32 if cache else dtype) and numbers["KEY"] == 5
         assert args[18] == given.stride(0) and numbers["E5M2"] == (cache is E5M2)

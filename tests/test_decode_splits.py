@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decode import DEVICE, DTYPES, E4M3, E5M2, SCALE, Case
+from test_decode import DEVICE, DTYPES, E4M3, E5M2, SCALE, Case, odd
 
 from mla_patch.compat.triton import interpreted
+from mla_patch.kernels import decode_splits as module
 from mla_patch.kernels.decode import decode_config, mla_decode_ref
 from mla_patch.kernels.decode_splits import mla_decode_splits, mla_decode_splits_ref
 
@@ -149,6 +150,32 @@ def test_strides_and_index_types():
         case.indptr = case.indptr.to(index)
         case.check()
         assert torch.isnan(padded[..., :64]).all() and torch.isnan(padded[..., 576:]).all()
+
+
+@pytest.mark.parametrize("cache", [None, E4M3], ids=str)
+def test_rows_at_odd_addresses(cache, monkeypatch):
+    case = Splits([70, 0, 9], 3, 2, cache=cache)
+    want = case.run().clone()
+    case.q, case.out = odd(case.q), odd(case.out)
+    seen = []
+    kernel = module._splits_kernel
+    monkeypatch.setattr(module, "_splits_kernel", Noting(kernel, seen))
+    assert torch.equal(case.run(), want)
+    assert (case.out._base[[0, -1]] == -7).all() and [q.data_ptr() % 16 for q in seen] == [0]
+
+
+class Noting:
+    """A kernel whose first argument is seen."""
+
+    def __init__(self, kernel, seen):
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid):
+        def launch(q, *args, **numbers):
+            self.seen.append(q)
+            return self.kernel[grid](q, *args, **numbers)
+
+        return launch
 
 
 def test_heads_do_not_see_each_other():

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from scratch import clean_env
+from test_decode import odd
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels import sparse_decode as module
@@ -167,6 +168,16 @@ def test_scores_that_are_far_apart(layout):
     out, lse = case.run()
     assert (out == 0).all()
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(128)))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("heads", [3, 40])
+def test_queries_at_odd_addresses(layout, heads):
+    case = Case(layout, heads=heads, topk=40)
+    want, want_lse = case.run()
+    case.q = odd(case.q)
+    out, lse = case.run()
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
 
 
 @LAYOUTS
@@ -337,6 +348,8 @@ class Launches:
         (128, "sm_100", "own", 8),
         (128, "no Gluon", "own", 8),
         (128, "config", "own", 32),
+        (128, "odd q", "wide", 8),
+        (16, "odd q", "own", 4),
     ],
 )
 @LAYOUTS
@@ -355,12 +368,14 @@ def test_which_kernel_has_a_call(layout, heads, change, name, grid, monkeypatch)
     monkeypatch.setattr(module, "check_q", lambda q: None)
     cache = new_pages(layout, 3, 16, "cpu")
     q = torch.zeros(2, 1, heads, layout.width, dtype=torch.bfloat16)
+    q = odd(q) if change == "odd q" else q
     config = {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": 1, "num_warps": 4} if change == "config" else None
     ids = torch.zeros(2, 1, 40, dtype=torch.int32)
     sparse_decode(q, cache, ids, sm_scale=-1.0 if change == "scale" else 1.0, config=config)
     kernels = [kernel for kernel, *_ in seen]
     assert kernels[-1] == "_sparse_merge_kernel"
     assert kernels[:-1] == (["wide"] if name == "wide" else ["_query_kernel", "_sparse_kernel"])
+    assert seen[0][2][0].data_ptr() % 16 == 0  # both kernels rely on it
     _, launched, args, numbers = seen[-2]
     assert launched == (grid,) and numbers["MERGE"]
     if name == "wide":

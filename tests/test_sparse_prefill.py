@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from scratch import clean_env
+from test_decode import odd
 from test_sparse_decode import Case as Cached
 from test_sparse_decode import keys_as_multiplied
 
@@ -189,6 +190,20 @@ def test_strided_and_read_only(width):
     assert (place[:, [0, 4]] == -7).all() and (place[..., 512:] == -7).all()
     for now, then in zip((case.q, case.kv, case.indices), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+
+
+@WIDTHS
+@pytest.mark.parametrize("heads", [3, 40])
+def test_rows_at_odd_addresses(width, heads):
+    """Given elsewhere they would be stored by another kernel, whose rounding may differ."""
+    case = Case(width, heads=heads, topk=40)
+    want = case.check()
+    case.q = odd(case.q)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(case.run(), want, strict=True))
+    out = odd(want[0])
+    got = case.run(out=out)
+    compare(got, case.want(), case.q.dtype)
+    assert got[0] is out and (out._base[[0, -1]] == -7).all()
 
 
 def test_nothing_to_do():
@@ -382,6 +397,19 @@ def test_paged_is_the_workspace_in_other_words():
     kv[case.slots.long(), 0] = dequantize(case.cache, case.slots)
     want = mla_sparse_prefill(case.q, kv, case.indices, case.sm_scale, return_log2=True)
     compare_paged(got, [part.double() for part in want], V4)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("heads", [3, 40])
+def test_paged_rows_at_odd_addresses(layout, heads):
+    case = Paged(layout, queries=3, heads=heads, topk=40)
+    case.check()
+    want = case.run()
+    case.q = odd(case.q)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(case.run(), want, strict=True))
+    out = odd(want[0])
+    assert case.run(out=out)[0].data_ptr() == out.data_ptr() and (out._base[[0, -1]] == -7).all()
+    assert (out.double() - want[0].double()).norm() <= 2**-7 * want[0].double().norm()
 
 
 @LAYOUTS

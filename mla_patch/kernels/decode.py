@@ -209,6 +209,18 @@ def _load_chunk(row, c, KIND: tl.constexpr):
 
 
 @triton.jit
+def _load_query(source, c, mask, KIND: tl.constexpr):
+    """A chunk of every head's query, as `_load_chunk` has the keys'."""
+    if KIND == 0:
+        one = tl.load(source + c[None, :], mask=mask, other=0.0)
+        other = tl.load(source + c.shape[0] + c[None, :], mask=mask, other=0.0)
+    else:
+        both = tl.load(source + tl.arange(0, 2 * c.shape[0])[None, :], mask=mask, other=0.0)
+        one, other = tl.split(both.reshape(both.shape[0], c.shape[0], 2))
+    return one, other
+
+
+@triton.jit
 def _attend(
     source,
     mask,
@@ -240,8 +252,6 @@ def _attend(
     # odd values, and the row has half as many elements, of two bytes.
     STEP: tl.constexpr = 1 if KIND == 0 else 2
     CHUNK: tl.constexpr = 128 // STEP  # elements of the cache
-    OTHER: tl.constexpr = 64 if KIND == 0 else 1  # from one operand's first value to the other's
-    OTHER_ROPE: tl.constexpr = 32 if KIND == 0 else 1
     n = tl.arange(0, BLOCK_N)
     c = tl.arange(0, 64)
     r = tl.arange(0, 32)
@@ -259,16 +269,11 @@ def _attend(
     b1 = tl.zeros([BLOCK_H, 64], tl.float32)
     b2 = tl.zeros([BLOCK_H, 64], tl.float32)
     b3 = tl.zeros([BLOCK_H, 64], tl.float32)
-    q0 = tl.load(source + STEP * c[None, :], mask=mask, other=0.0)
-    q1 = tl.load(source + 128 + STEP * c[None, :], mask=mask, other=0.0)
-    q2 = tl.load(source + 256 + STEP * c[None, :], mask=mask, other=0.0)
-    q3 = tl.load(source + 384 + STEP * c[None, :], mask=mask, other=0.0)
-    qr = tl.load(source + 512 + STEP * r[None, :], mask=mask, other=0.0)
-    p0 = tl.load(source + OTHER + STEP * c[None, :], mask=mask, other=0.0)
-    p1 = tl.load(source + 128 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
-    p2 = tl.load(source + 256 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
-    p3 = tl.load(source + 384 + OTHER + STEP * c[None, :], mask=mask, other=0.0)
-    pr = tl.load(source + 512 + OTHER_ROPE + STEP * r[None, :], mask=mask, other=0.0)
+    q0, p0 = _load_query(source, c, mask, KIND)
+    q1, p1 = _load_query(source + 128, c, mask, KIND)
+    q2, p2 = _load_query(source + 256, c, mask, KIND)
+    q3, p3 = _load_query(source + 384, c, mask, KIND)
+    qr, pr = _load_query(source + 512, r, mask, KIND)
     # The other operand's q is negated: Triton chains dot + dot into one, and here two chains run side by side.
     scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
     TWICE: tl.constexpr = KIND == 0 and q0.dtype == tl.float32
@@ -431,7 +436,8 @@ def _decode_kernel(
         begin = end - (length + (BLOCK_N - 1)) // BLOCK_N
         count = tl.minimum(stop, end) - position
         ids = token_ids + first
-        source = q + b.to(tl.int64) * q_stride_b + head[:, None].to(tl.int64) * q_stride_h
+        # launchers see to it; pointers that are compiled for their own alignment would make kernels of their own
+        source = tl.multiple_of(q + b.to(tl.int64) * q_stride_b + head[:, None].to(tl.int64) * q_stride_h, [16, 16])
         mask = is_head[:, None]
         m, denominator, a0, a1, a2, a3, b0, b1, b2, b3 = _attend(
             source, mask, kv, ids, position - begin, count, length, length, sm_scale, logit_cap, xai_len, kv_stride,
@@ -448,6 +454,7 @@ def _decode_kernel(
         if whole:
             tl.store(requests + 2 * b + 1, -1)
             final = out + b.to(tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
+            final = tl.multiple_of(final, [16, 16])
             _store_chunk(final, a0, b0, mask, KIND)
             _store_chunk(final + 128, a1, b1, mask, KIND)
             _store_chunk(final + 256, a2, b2, mask, KIND)
@@ -478,6 +485,7 @@ def _decode_kernel(
         if nothing:
             zero = tl.zeros([BLOCK_H, 512], out.dtype.element_ty)
             to = out + tl.cast(empty, tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
+            to = tl.multiple_of(to, [16, 16])
             tl.store(to + tl.arange(0, 512)[None, :], zero, mask=is_head[:, None])
             tl.store(requests + 2 * empty + 1, -1)  # nothing to merge
 
@@ -676,6 +684,15 @@ def _decode(
     batch, heads = q.shape[0], q.shape[1]
     if batch == 0:
         return out
+    q = gpu.realigned(q)
+    if not gpu.aligned(out):
+        own = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        return out.copy_(
+            _decode(
+                q, kv, own, indptr, token_ids, kind, page_size, sm_scale, k_scale, v_scale, logit_cap, sinks,
+                xai_temperature_len, config,
+            )
+        )  # fmt: skip
     if kind != DIRECT:
         kv = kv.view(torch.int16)
     # without pages these two are no parameters at all

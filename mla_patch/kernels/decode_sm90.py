@@ -112,7 +112,7 @@ def _temperature(length, xai_len):
 
 @gluon.jit
 def _finish(
-    acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
+    acc, weights, m, stage, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
     v_scale, out_stride_b, out_stride_h, HALF: gl.constexpr,
 ):  # fmt: skip
     """Write what a piece has of a request: the output where that is all, else a partial and who shares it."""
@@ -124,19 +124,16 @@ def _finish(
         sink = gl.load(sinks + head, mask=head < H, other=0.0).to(gl.float32)
         weights += gl.where(whole, gl.exp2(sink * 1.4426950408889634 - m), 0.0)
     acc = acc * gl.convert_layout(gl.where(whole, v_scale, 1.0) / weights, sm90.OUTPUT_HEAD)[:, None]
-    h = gl.program_id(1) * 64 + gl.arange(0, 64, layout=sm90.OUTPUT_HEAD)
-    c = HALF * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, sm90.OUTPUT))
-    mask = (h < H)[:, None]
     if whole:
-        to = out + b.to(gl.int64) * out_stride_b + h[:, None].to(gl.int64) * out_stride_h
-        gl.store(to + c[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        final = out + b.to(gl.int64) * out_stride_b
+        seesaw.put(acc.to(out.dtype.element_ty), final, out_stride_h, gl.program_id(1), H, stage, HALF)
         if HALF == 0:
             gl.store(requests + 2 * b + 1, -1)
     else:
         # a request that began before this piece goes to the even place, one that begins inside it to the odd one
         place = (2 * program + (position == begin).to(gl.int32)).to(gl.int64) * H
-        part = partial + (place + h[:, None]) * 512
-        gl.store(part + c[None, :], acc.to(partial.dtype.element_ty), mask=mask)
+        part = partial + place * 512
+        seesaw.put(acc.to(partial.dtype.element_ty), part, 512, gl.program_id(1), H, stage, HALF)
         if HALF == 0:
             gl.store(partial_lse + place + head, lse, mask=head < H)
             if position == begin:
@@ -174,9 +171,10 @@ def _even(
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_even, sum_odd, barriers, asked)
         _finish(
-            acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
-            v_scale, out_stride_b, out_stride_h, 0,
+            acc, weights, m, q_low if SCALED else None, out, partial, partial_lse, spans, requests, sinks, b, begin, end,
+            position, count, each, H, v_scale, out_stride_b, out_stride_h, 0,
         )  # fmt: skip
+        seesaw.arrive(barriers, sm90.Q_FREE)
         asked += 1
         b += 1
         begin = end + sm90.CHANGE
@@ -187,6 +185,7 @@ def _even(
             h = gl.program_id(1) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, sm90.ROWS))
             c = gl.arange(0, 512, layout=gl.SliceLayout(0, sm90.ROWS))
             place = out + gl.to_tensor(empty).to(gl.int64) * out_stride_b + h[:, None].to(gl.int64) * out_stride_h
+            place = gl.multiple_of(place, [16, 16])
             zero = gl.zeros([64, 512], out.dtype.element_ty, layout=sm90.ROWS)
             gl.store(place + c[None, :], zero, mask=(h < H)[:, None])
             gl.store(requests + 2 * empty + 1, -1)  # nothing to merge
@@ -217,9 +216,10 @@ def _odd(
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_odd, sum_even, barriers, asked)
         _finish(
-            acc, weights, m, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
-            v_scale, out_stride_b, out_stride_h, 1,
+            acc, weights, m, q_high if SCALED else None, out, partial, partial_lse, spans, requests, sinks, b, begin, end,
+            position, count, each, H, v_scale, out_stride_b, out_stride_h, 1,
         )  # fmt: skip
+        seesaw.arrive(barriers, sm90.Q_FREE)
         asked += 1
         b += 1
         begin = end + sm90.CHANGE
@@ -530,8 +530,8 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                 options,
                 ("kv", "partial", "partial_lse", "H", *strides, *(("page_stride",) if paged else ())),
                 targets=(90,),
-                # numbers of the piece and the request, kept while keys are read: 80 with Triton 3.6, 184 with 3.9
-                stack=192,
+                # numbers of the piece and the request, kept while keys are read: 104 with Triton 3.6, 240 with 3.9
+                stack=240,
             )
         )
     return cases

@@ -86,7 +86,7 @@ def _splits_kernel(
     if start < length:
         head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         mask = (head < H)[:, None]
-        source = q + b * q_stride_b + head[:, None].to(tl.int64) * q_stride_h
+        source = tl.multiple_of(q + b * q_stride_b + head[:, None].to(tl.int64) * q_stride_h, [16, 16])
         ids = token_ids + first + start
         keys = tl.minimum(each, length - start).to(tl.int32)
         count = (keys + (BLOCK_N - 1)) // BLOCK_N
@@ -189,6 +189,7 @@ def mla_decode_splits(
                 v_scale=v_scale, logit_cap=logit_cap, sinks=sinks, xai_temperature_len=xai_temperature_len,
                 max_kv_splits=max_kv_splits, config=config,
             )  # fmt: skip
+    q = gpu.realigned(q)
     if kind != DIRECT:
         kv = kv.view(torch.int16)
     capability = (0, 0) if _INTERPRETED else gpu.capability(q.device.index)

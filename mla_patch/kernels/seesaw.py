@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_patch.compat.triton import gluon_barrier, gluon_copy
+from mla_patch.compat.triton import gluon_barrier, gluon_copy, gluon_reinterpret
 from mla_patch.kernels import sm90
 
 
@@ -47,7 +47,8 @@ def _load_q(source, tile, H, q_stride_h, q_low, q_high, q_rope, unit, HALF: gl.c
     h = tile * 64 + AT + gl.arange(0, 32, layout=gl.SliceLayout(1, sm90.ROWS))
     c = gl.arange(0, 256, layout=gl.SliceLayout(0, sm90.ROWS))
     r = gl.arange(0, 64, layout=gl.SliceLayout(0, sm90.ROWS))
-    source = source + h[:, None].to(gl.int64) * q_stride_h
+    # launchers see to it; a pointer's own alignment, or a stride's, would make a kernel of its own each
+    source = gl.multiple_of(source + h[:, None].to(gl.int64) * q_stride_h, [16, 16])
     mask = (h < H)[:, None]
     low = gl.load(source + c[None, :], mask=mask, other=0.0)
     high = gl.load(source + 256 + c[None, :], mask=mask, other=0.0)
@@ -92,13 +93,31 @@ def begin_query(source, tile, H, q_stride_h, q_low, q_high, q_rope, scale, unit,
 
 @gluon.jit
 def end_query(weights, own, other, barriers, asked):
-    """Both groups' sums of weights; after it this group is done with the queries."""
+    """Both groups' sums of weights; after it both are done with the queries, and who wants others arrives at Q_FREE."""
     own.store(weights)
     arrive(barriers, sm90.SUMS)
     mbarrier.wait(barriers.index(sm90.SUMS), asked & 1)
-    weights += other.load(sm90.HEAD)
-    arrive(barriers, sm90.Q_FREE)
-    return weights
+    return weights + other.load(sm90.HEAD)
+
+
+@gluon.jit
+def put(x, to, stride, tile, H, stage, HALF: gl.constexpr):
+    """A group's half of a tile of heads' rows into global memory, where head 0 begins at ``to``. Values of 16 bits go
+    through ``stage``, where that is given, which nobody reads any more: as the tensor cores leave them, they are
+    stored in half sectors, which the second-level cache has to fill first."""
+    if stage is not None and x.dtype.primitive_bitwidth == 16:
+        L: gl.constexpr = sm90.ROWS
+        TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+        place = gluon_reinterpret(stage.index(0), x.dtype, [64, 256], TILE)
+        place.store(x)
+        gluon_barrier()
+        x = place.load(L)
+    else:
+        L: gl.constexpr = sm90.OUTPUT
+    h = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
+    c = HALF * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, L))
+    row = gl.multiple_of(to + h[:, None].to(gl.int64) * stride, [16, 16])
+    gl.store(row + c[None, :], x, mask=(h < H)[:, None])
 
 
 @gluon.jit

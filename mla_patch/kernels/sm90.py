@@ -12,7 +12,7 @@ import zlib
 from triton.experimental.gluon import language as gl
 
 UNIT = gl.constexpr(128)  # keys of a unit of work: an even and an odd tile
-CHANGE = gl.constexpr(4)  # units that a program could do while it changes from one request to the next: measured
+CHANGE = gl.constexpr(2)  # units that a program could do while it changes from one request to the next: measured
 LEAST = gl.constexpr(-3.4028234663852886e38)  # a maximum of no keys that can be subtracted from itself
 
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))

@@ -122,8 +122,8 @@ def _query_kernel(q, halves, units, H, Sq, q_b, q_s, q_h, NOPE: tl.constexpr, BL
     d = tl.arange(0, 512)
     mask = (head < H)[:, None] & (d < NOPE)[None, :]
     b, s = (line // Sq).to(tl.int64), (line % Sq).to(tl.int64)
-    at = q + b * q_b + s * q_s + head[:, None].to(tl.int64) * q_h + d[None, :]
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    row = tl.multiple_of(q + b * q_b + s * q_s + head[:, None].to(tl.int64) * q_h, [16, 16])
+    x = tl.load(row + d[None, :], mask=mask, other=0.0).to(tl.float32)
     most = tl.max(tl.abs(x), 1)
     unit = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     unit = tl.where(unit > 0, unit, 1.0)
@@ -521,7 +521,9 @@ def launch(
     capability, sms = (0, 0), 1
     if not _INTERPRETED:
         capability, sms = gpu.capability(q.device.index), gpu.sm_count(q.device.index)
-    wide = config is None and kind >= SPARSE_V32 and is_wide(q, sm_scale, capability)
+    if kind >= SPARSE_V32:
+        q = gpu.realigned(q)
+    wide = config is None and kind >= SPARSE_V32 and is_wide(q, out, sm_scale, capability)
     numbers = dict(_WIDE if wide else config or sparse_config(heads, capability, _INTERPRETED))
     places = numbers.pop("PER_SM") * sms
     tiles = -(-heads // numbers["BLOCK_H"])
@@ -583,9 +585,9 @@ def _wide() -> tuple[Any, int]:
     return sparse_sm90, sm90.KEY
 
 
-def is_wide(q: torch.Tensor, sm_scale: float, capability: tuple[int, int]) -> bool:
-    """Whether sparse_sm90 serves these queries."""
-    return HAS_GLUON and capability == (9, 0) and q.shape[-2] > NARROW and sm_scale > 0
+def is_wide(q: torch.Tensor, out: torch.Tensor, sm_scale: float, capability: tuple[int, int]) -> bool:
+    """Whether sparse_sm90 serves these queries, given `gpu.realigned`."""
+    return HAS_GLUON and capability == (9, 0) and q.shape[-2] > NARROW and sm_scale > 0 and gpu.aligned(out)
 
 
 def launch_wide(

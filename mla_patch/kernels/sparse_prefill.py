@@ -180,9 +180,9 @@ def mla_sparse_prefill(
     log_unit = 1.0 if return_log2 else LN2
     # rows are copied 16 bytes at a time, and Triton wants to know of 16 elements
     aligned = kv.stride(0) % 16 == 0 and kv.data_ptr() % 16 == 0
-    if aligned and config is None and is_wide(q, sm_scale, capability):
+    if aligned and config is None and is_wide(q, out, sm_scale, capability):
         launch_wide(
-            q[:, None], kv, kv.stride(0), 0, kv.shape[0], indices, topk_length, out, lse[..., None], max_logits, lse,
+            gpu.realigned(q)[:, None], kv, kv.stride(0), 0, kv.shape[0], indices, topk_length, out, lse[..., None], max_logits, lse,
             lse, 1, sm_scale=sm_scale, log_unit=log_unit, sinks=attn_sink,
         )  # fmt: skip
         return out, max_logits, lse
