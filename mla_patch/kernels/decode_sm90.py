@@ -171,8 +171,8 @@ def _even(
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_even, sum_odd, barriers, asked)
         _finish(
-            acc, weights, m, q_low if SCALED else None, out, partial, partial_lse, spans, requests, sinks, b, begin, end,
-            position, count, each, H, v_scale, out_stride_b, out_stride_h, 0,
+            acc, weights, m, q_low if SCALED else None, out, partial, partial_lse, spans, requests, sinks, b, begin,
+            end, position, count, each, H, v_scale, out_stride_b, out_stride_h, 0,
         )  # fmt: skip
         seesaw.arrive(barriers, sm90.Q_FREE)
         asked += 1
@@ -216,8 +216,8 @@ def _odd(
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_odd, sum_even, barriers, asked)
         _finish(
-            acc, weights, m, q_high if SCALED else None, out, partial, partial_lse, spans, requests, sinks, b, begin, end,
-            position, count, each, H, v_scale, out_stride_b, out_stride_h, 1,
+            acc, weights, m, q_high if SCALED else None, out, partial, partial_lse, spans, requests, sinks, b, begin,
+            end, position, count, each, H, v_scale, out_stride_b, out_stride_h, 1,
         )  # fmt: skip
         seesaw.arrive(barriers, sm90.Q_FREE)
         asked += 1

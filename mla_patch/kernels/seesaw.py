@@ -105,15 +105,14 @@ def put(x, to, stride, tile, H, stage, HALF: gl.constexpr):
     """A group's half of a tile of heads' rows into global memory, where head 0 begins at ``to``. Values of 16 bits go
     through ``stage``, where that is given, which nobody reads any more: as the tensor cores leave them, they are
     stored in half sectors, which the second-level cache has to fill first."""
-    if stage is not None and x.dtype.primitive_bitwidth == 16:
-        L: gl.constexpr = sm90.ROWS
+    STAGED: gl.constexpr = stage is not None and x.dtype.primitive_bitwidth == 16
+    L: gl.constexpr = sm90.ROWS if STAGED else sm90.OUTPUT
+    if STAGED:
         TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         place = gluon_reinterpret(stage.index(0), x.dtype, [64, 256], TILE)
         place.store(x)
         gluon_barrier()
         x = place.load(L)
-    else:
-        L: gl.constexpr = sm90.OUTPUT
     h = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
     c = HALF * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, L))
     row = gl.multiple_of(to + h[:, None].to(gl.int64) * stride, [16, 16])

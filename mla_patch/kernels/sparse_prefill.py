@@ -182,8 +182,8 @@ def mla_sparse_prefill(
     aligned = kv.stride(0) % 16 == 0 and kv.data_ptr() % 16 == 0
     if aligned and config is None and is_wide(q, out, sm_scale, capability):
         launch_wide(
-            gpu.realigned(q)[:, None], kv, kv.stride(0), 0, kv.shape[0], indices, topk_length, out, lse[..., None], max_logits, lse,
-            lse, 1, sm_scale=sm_scale, log_unit=log_unit, sinks=attn_sink,
+            gpu.realigned(q)[:, None], kv, kv.stride(0), 0, kv.shape[0], indices, topk_length, out, lse[..., None],
+            max_logits, lse, lse, 1, sm_scale=sm_scale, log_unit=log_unit, sinks=attn_sink,
         )  # fmt: skip
         return out, max_logits, lse
     numbers = config or sparse_prefill_config(heads, capability, _INTERPRETED)
