@@ -603,7 +603,8 @@ def mla_decode(
     ``q``, ``kv`` and ``out`` may be strided but for their last dimension. A request of no rows gets zeros; no requests
     launch nothing. Two launches on the current stream, no sync; the scratch (17 MB at 16 heads, whatever the lengths)
     is allocated at a device's and stream's first call and kept: later calls, and a captured graph's replays, allocate
-    nothing. Equal inputs, equal outputs. ``config`` replaces the launch numbers of `decode_config`. Returns ``out``.
+    nothing, unless rows of ``q`` or ``out`` do not begin on 16 bytes: those are copied. Equal inputs, equal
+    outputs. ``config`` replaces the launch numbers of `decode_config`. Returns ``out``.
 
     Raises:
         ValueError: a tensor's shape, type, device or layout, or a scale that is not finite and positive. Values in

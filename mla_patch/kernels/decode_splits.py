@@ -166,9 +166,9 @@ def mla_decode_splits(
 ) -> torch.Tensor:
     """`mla_decode` that leaves its splits in the caller's tensors; see the module for their layout.
 
-    ``max_kv_splits``, where the caller has it, must be S. Two launches on the current stream, no sync, no allocation;
-    the grid is that of shapes, so a captured graph follows lengths and ``num_kv_splits``. A request of no rows gets
-    zeros. Returns ``out``.
+    ``max_kv_splits``, where the caller has it, must be S. Two launches on the current stream, no sync, no allocation
+    but for a copy of a ``q`` whose rows do not begin on 16 bytes; the grid is that of shapes, so a captured graph
+    follows lengths and ``num_kv_splits``. A request of no rows gets zeros. Returns ``out``.
 
     Raises:
         ValueError: as `mla_decode`, and scratch of another type, shape or layout.
