@@ -10,7 +10,8 @@ V4, DeepseekV4AttnBackend in srt.layers.attention.deepseek_v4_backend:
                        the page table is wide
     to 0.5.20          requests without new tokens index out of range; holes in what the indexer chose become rows of
                        another request; ranks of context parallelism, which have every n-th query, are taken for whole
-    0.5.19 - 0.5.20    the metadata may be built ahead, where the tables may change under the forward
+    0.5.19 - 0.5.20    the metadata may be built ahead, where the tables may change under the forward; beside it
+                       `_forward_prefill_sparse_q8kv8`, and in 0.5.20 TRT-LLM's route, both when asked for
 
 Its kernels, all called from there:
 
@@ -278,7 +279,7 @@ def chunk_inputs(call: ChunkCall) -> dict[str, Any]:
         "queries": call.q.shape[0],
         "window": window(call.backend),
         "page_size": call.backend.page_size,
-        "swa_page_size": call.pool.swa_window_size,  # which in the pool is the tokens of a page
+        "swa_page_size": call.pool.swa_page_size,
     }
 
 
@@ -486,6 +487,15 @@ def topk(core: Any, ratio: int) -> int | None:
     return core.c4_sparse_page_indices.shape[-1] if ratio == 4 else None
 
 
+def has_another_route(module: ModuleType, backend: Any) -> bool:
+    """Whether this backend's prompts take another route of the release's than the one that ours replaces: TRT-LLM's, over
+    pages of another layout (0.5.20), or that with e4m3 queries (0.5.19 and 0.5.20)."""
+    if getattr(backend, "trtllm_attn", False):
+        return True
+    asked = getattr(module, "use_dsv4_q8kv8_sparse_prefill", None)
+    return asked is not None and asked(backend.dsv4_prefill_backend)
+
+
 def guard_route(module: ModuleType) -> Undo:
     """0.5.13 - 0.5.20: ranks of context parallelism, and what is better off there, attend over pages; what pages cannot
     serve does not, even if the release's own number allows it."""
@@ -503,7 +513,11 @@ def guard_route(module: ModuleType) -> Undo:
             return original(self, q, k, v, layer, batch, compress_ratio, *args, **kwargs)
 
         core = getattr(self.forward_metadata, "core_attn_metadata", None)
-        if core is None or not forward_batch.forward_mode.is_extend_without_speculative():
+        if (
+            core is None
+            or not forward_batch.forward_mode.is_extend_without_speculative()
+            or has_another_route(module, self)
+        ):
             return call(forward_batch)
         if is_strided(core):
             return call(_PagedBatch(forward_batch))

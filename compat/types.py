@@ -56,9 +56,10 @@ class Variable:
     """One ``MLA_PATCH_<FEATURE>_<NAME>`` of a feature."""
 
     name: str  # "MATH" for MLA_PATCH_DECODE_MATH
-    values: tuple[str, ...]  # what it may be set to; empty: anything
+    values: tuple[str, ...]  # what it may be set to; empty: what `read` takes
     default: str
     help: str
+    read: Callable[[str], str] = str  # its text -> its value; raises ValueError with what was expected
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ when it is asked for. `V4_PROVIDERS` and `V32_PROVIDERS` say who serves a layer,
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,13 +20,12 @@ from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
 from mla_patch.compat.types import Gpu, Provider, Target, Variable
 from mla_patch.features import Feature
+from mla_patch.flags import variable
 from mla_patch.hookspecs import hookimpl
 
 HOST, OURS, BOTH = "host", "triton", "ours + FlashMLA"
-WORKSPACE, ROUTE = "MLA_PATCH_SPARSE_PREFILL_WORKSPACE", "MLA_PATCH_SPARSE_PREFILL_ROUTE"
-_DEFAULTS = {WORKSPACE: "4096", ROUTE: "auto"}
-TOO_LARGE = "a workspace beyond " + WORKSPACE
-FEW = "few enough queries for pages, by " + ROUTE
+TOO_LARGE = "a workspace beyond MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
+FEW = "few enough queries for pages, by MLA_PATCH_SPARSE_PREFILL_ROUTE"
 
 
 def _says(reason: str) -> Callable[[ChunkCall], bool]:
@@ -81,6 +79,12 @@ def hardware(device: Gpu) -> str | None:
     return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
 
 
+def _mebibytes(text: str) -> str:
+    if not text.strip().isdecimal():
+        raise ValueError("expected a number of MiB")
+    return text.strip()
+
+
 def memory() -> int:
     """Bytes of workspaces and metadata that this process holds."""
     module = sys.modules.get("mla_patch.sparse_prefill")
@@ -97,9 +101,9 @@ FEATURE = Feature(
     native=native,
     hardware=hardware,
     variables=(
-        Variable("ROUTE", ("auto", "all", "large"), _DEFAULTS[ROUTE], "which V4 prompts attend over a workspace; "
+        Variable("ROUTE", ("auto", "all", "large"), "auto", "which V4 prompts attend over a workspace; "
                  "`auto`: those that are faster there, `large`: those that pages cannot serve"),
-        Variable("WORKSPACE", (), _DEFAULTS[WORKSPACE], "MiB; V4 prompts that need more attend over pages"),
+        Variable("WORKSPACE", (), "4096", "MiB; V4 prompts that need more attend over pages", _mebibytes),
     ),
     providers=(
         *((row.provider, f"V4: {row.when}") for row in V4_PROVIDERS),
@@ -114,20 +118,9 @@ def mla_patch_features() -> list[Feature]:
     return [FEATURE]
 
 
-def _setting(name: str) -> str:
-    return os.environ.get(name) or _DEFAULTS[name]
-
-
 def limit() -> int:
-    """Bytes that a workspace may have.
-
-    Raises:
-        ValueError: what is set is no number.
-    """
-    text = _setting(WORKSPACE)
-    if not text.isdecimal():
-        raise ValueError(f"{WORKSPACE}: {text!r}, expected a number of MiB")
-    return int(text) << 20
+    """Bytes that a workspace may have."""
+    return int(variable(FEATURE, "WORKSPACE")) << 20
 
 
 def _too_large(backend: Any, batch: Any) -> bool:
@@ -146,7 +139,7 @@ def pages_can(queries: int, device: Any) -> bool:
 def _few(backend: Any, batch: Any, heads: int, ratio: int, topk: int | None) -> bool:
     from mla_patch.sparse_prefill import pages_are_faster
 
-    if _setting(ROUTE) != "auto":
+    if variable(FEATURE, "ROUTE") != "auto":
         return False
     return pages_are_faster(*compat.host_lens(batch), compat.window(backend), ratio, topk, heads)
 
@@ -155,14 +148,14 @@ def declines_route(backend: Any, batch: Any, queries: int) -> str | None:
     """Why a prompt attends over pages where the route is all ours, or None. What pages cannot serve is always ours."""
     if not pages_can(queries, backend.req_to_token.device):
         return None
-    if _setting(ROUTE) == "large":
+    if variable(FEATURE, "ROUTE") == "large":
         return FEW
     return TOO_LARGE if _too_large(backend, batch) else None
 
 
 def prefers_pages(backend: Any, batch: Any, heads: int, ratio: int, topk: int | None) -> bool:
     """Whether a layer of a prompt that pages can serve attends over them, where the route is the release's."""
-    return _setting(ROUTE) == "large" or _too_large(backend, batch) or _few(backend, batch, heads, ratio, topk)
+    return variable(FEATURE, "ROUTE") == "large" or _too_large(backend, batch) or _few(backend, batch, heads, ratio, topk)
 
 
 def declines_chunk(call: ChunkCall) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -73,7 +74,7 @@ def known(features: Iterable[Feature]) -> dict[str, Known]:
         flags[feature.flag] = Known(feature.flag, feature.default, _read_mode, ", ".join(MODES), feature.why)
         for variable in feature.variables:
             name = f"{feature.flag}_{variable.name}"
-            read = _one_of(variable.values) if variable.values else str
+            read = _one_of(variable.values) if variable.values else variable.read
             flags[name] = Known(name, variable.default, read, ", ".join(variable.values) or "text", variable.help)
     return flags
 
@@ -107,6 +108,13 @@ def read(
                 flags.settings[key] = _take(flag, raw, chosen_by)
     flags.problems += [setting.problem for setting in flags.settings.values() if setting.problem]
     return flags
+
+
+def variable(feature: Feature, name: str) -> str:
+    """The value of ``MLA_PATCH_<FEATURE>_<NAME>`` now; the default where what is set cannot be taken, as was told."""
+    flag = known([feature])[f"{feature.flag}_{name}"]
+    raw = os.environ.get(flag.name)
+    return flag.default if raw is None else _take(flag, raw, "environment").value
 
 
 def _take(flag: Known, raw: str, source: str) -> Setting:

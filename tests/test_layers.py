@@ -29,7 +29,7 @@ MAY = {
     "sparse_prefill": {"kernels", "compat"},
     "kernels": {"kernels", "compat"},
     "compat": {"compat"},
-    "hooks": {"features", "hookspecs", "flash_mla", "sparse_prefill", "kernels", "compat"},
+    "hooks": {"features", "flags", "hookspecs", "flash_mla", "sparse_prefill", "kernels", "compat"},
 }
 ABOVE = {"ab", "cli", "demo", "bench", "warmup"}  # what a person runs may import anything of ours
 ENGINES = {"sglang", "vllm", "sgl_kernel", "flash_mla"}

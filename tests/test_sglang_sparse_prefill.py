@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from packaging.version import Version
 
+from mla_patch import flags
 from mla_patch.compat import gpu, sglang
 from mla_patch.compat import sglang_sparse_prefill as compat
 from mla_patch.compat.stamps import renew, stamp
@@ -19,6 +21,7 @@ from mla_patch.hooks import sglang_sparse_prefill as hook
 
 REVIEWED = [version for version in sglang.HOST.reviewed if Version(version) >= Version("0.5.5")]
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
+ROUTE, WORKSPACE = "MLA_PATCH_SPARSE_PREFILL_ROUTE", "MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
 DEFAULT = {  # what ours takes the place of without being asked, by the first release of which that holds
     "0.5.5": {compat.V32_PREFILL, compat.V32_DEQUANTIZE},
     "0.5.13": {
@@ -145,7 +148,7 @@ def forward(route: str | None = "", ratio: int = 0, batch: Any = None, **more: A
 
 
 def test_the_backport_serves_what_was_routed(monkeypatch) -> None:
-    monkeypatch.setenv(hook.ROUTE, "all")
+    monkeypatch.setenv(ROUTE, "all")
     assert hook.declines_chunk(forward()) is None and forward().k is not None
     assert forward(save_kv_cache=False).k is None
     assert hook.declines_chunk(forward(None)) == compat.NOT_A_PROMPT
@@ -264,9 +267,9 @@ def test_a_layer_of_few_queries_attends_over_pages(device, monkeypatch) -> None:
         assert hook.declines_chunk(call) == reason, (extend, ratio)
         assert hook.V4_PROVIDERS[2].applies(call) == (reason == hook.FEW)
     few = forward(ratio=4, batch=long(64))
-    monkeypatch.setenv(hook.ROUTE, "all")
+    monkeypatch.setenv(ROUTE, "all")
     assert hook.declines_chunk(forward(ratio=4, batch=long(64))) is None
-    monkeypatch.delenv(hook.ROUTE)
+    monkeypatch.delenv(ROUTE)
     assert hook.declines_chunk(few) == hook.FEW
     renew(few.batch)
     device(5)  # of 6
@@ -286,32 +289,51 @@ def test_the_answer_of_a_step_is_kept(device, monkeypatch) -> None:
 
 def test_the_route_follows_the_variables(device, monkeypatch) -> None:
     assert hook.declines_route(backend(), Batch(), 6) is None
-    monkeypatch.setenv(hook.ROUTE, "large")
+    monkeypatch.setenv(ROUTE, "large")
     assert hook.prefers_pages(backend(), Batch(), 64, 0, None)
     assert hook.declines_route(backend(), Batch(), 6) == hook.FEW
     device(6)
     assert hook.declines_route(backend(), Batch(), 6) == hook.FEW
     device(5)  # which pages cannot serve: ours, whatever the variables
     assert hook.declines_route(backend(), Batch(), 6) is None
-    monkeypatch.setenv(hook.WORKSPACE, "0")
+    monkeypatch.setenv(WORKSPACE, "0")
     assert hook.declines_route(backend(), Batch(), 6) is None
 
 
 @pytest.mark.parametrize("bound, fits", [(BYTES, True), (BYTES - 1, False)])
 def test_the_bound_is_on_the_workspace(device, monkeypatch, bound: int, fits: bool) -> None:
     monkeypatch.setattr(hook, "limit", lambda: bound)
-    monkeypatch.setenv(hook.ROUTE, "all")
+    monkeypatch.setenv(ROUTE, "all")
     assert hook.declines_route(backend(), Batch(), 6) == (None if fits else hook.TOO_LARGE)
     assert hook.prefers_pages(backend(), Batch(), 64, 4, 512) == (not fits)
-    monkeypatch.setenv(hook.ROUTE, "auto")
+    monkeypatch.setenv(ROUTE, "auto")
     assert hook.prefers_pages(backend(), Batch(), 64, 4, 512)  # of 6 queries
 
 
-def test_a_bound_that_is_no_number(monkeypatch) -> None:
+def test_the_bound_is_in_mebibytes(monkeypatch) -> None:
     assert hook.limit() == 4096 << 20
-    monkeypatch.setenv(hook.WORKSPACE, "4G")
-    with pytest.raises(ValueError, match=r"MLA_PATCH_SPARSE_PREFILL_WORKSPACE: '4G', expected a number of MiB"):
-        hook.limit()
+    monkeypatch.setenv(WORKSPACE, " 64 ")
+    assert hook.limit() == 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        (WORKSPACE, "4G", "expected a number of MiB"),
+        (WORKSPACE, "-1", "expected a number of MiB"),
+        (ROUTE, "lagre", "expected one of auto, all, large; did you mean large?"),
+    ],
+)
+def test_a_setting_that_cannot_be_taken_is_told_and_is_the_default(name, value, told, monkeypatch) -> None:
+    monkeypatch.setenv(name, value)
+    problems = flags.read(os.environ, [hook.FEATURE]).problems
+    assert problems == [f"{name}={value}: {told}"]
+    assert hook.limit() == 4096 << 20 and flags.variable(hook.FEATURE, "ROUTE") == "auto"
+
+
+def test_a_route_may_be_written_in_capitals(monkeypatch) -> None:
+    monkeypatch.setenv(ROUTE, "Large")
+    assert hook.prefers_pages(None, None, 64, 4, None)
 
 
 @pytest.mark.parametrize("shared, most", [(227, 11622), (163, 8345), (99, 5068)])
@@ -449,6 +471,25 @@ def test_what_pages_cannot_serve_takes_the_releases_route(module, device, monkey
         step = Batch(forward_mode=Mode())
         routes.append(one.forward(Q, None, None, None, step, 4)[0])
     assert routes == ["pages", "sparse"] and seen == [on, True] and switch.on == on
+
+
+@pytest.mark.parametrize("route", ["trtllm", "q8kv8"])
+def test_another_route_of_the_releases_is_left(module, device, monkeypatch, route: str) -> None:
+    """Over pages of another layout, or with other queries: no layer of it is sent over pages."""
+    monkeypatch.setattr(hook, "prefers_pages", lambda *args: True)
+    asked = ["auto"]
+    module.use_dsv4_q8kv8_sparse_prefill = lambda backend: asked.append(backend) or route == "q8kv8"
+    undo = compat.guard_route(module)
+    one = module.DeepseekV4AttnBackend()
+    one.forward_metadata, one.dsv4_prefill_backend = module.DSV4Metadata(), "given"
+    one.trtllm_attn = route == "trtllm"
+    step = Batch(forward_mode=Mode())
+    found, seen = one.forward(Q, None, None, None, step, 4)
+    assert found == "sparse" and seen is step and asked[1:] == (["given"] if route == "q8kv8" else [])
+    one.trtllm_attn = False
+    module.use_dsv4_q8kv8_sparse_prefill = lambda backend: False
+    assert one.forward(Q, None, None, None, step, 4)[0] == "pages"
+    undo()
 
 
 def watched(method: Any, note: Any) -> Any:

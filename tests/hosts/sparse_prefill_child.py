@@ -14,8 +14,10 @@ first chunk has more queries than FlashMLA can make a schedule for.
 import argparse
 import functools
 import importlib
+import inspect
 import json
 import os
+import re
 import sys
 import time
 from contextlib import ExitStack
@@ -158,10 +160,10 @@ class Trial:
 
         pool = self.pool = object.__new__(Pool)
         small = SimpleNamespace(kv_cache_total_dim=584, page_size=SWA_PAGE)
+        sizes = re.findall(r"self\.(swa_\w+_size) = swa_page_size", inspect.getsource(pools.DeepSeekV4TokenToKVPool))
         vars(pool).update(
-            swa_window_size=SWA_PAGE, swa_page_size=SWA_PAGE, page_size=PAGE, swa_kv_pool=small,
-            full_to_swa_index_mapping=self.to_swa,
-        )  # fmt: skip
+            dict.fromkeys(sizes, SWA_PAGE), page_size=PAGE, swa_kv_pool=small, full_to_swa_index_mapping=self.to_swa
+        )
         self.batch = Batch(ints(LENS), ints(range(len(LENS))), table, LENS)
         self.backend = self.new_backend()
         self.q = [[torch.randn(n, HEADS, 512, **random).bfloat16() for n in LENS] for _ in LAYERS]
@@ -390,6 +392,35 @@ def over_pages(
 PAGED = ("sgl_kernel.flash_mla", "flash_mla")
 
 
+def other_routes(trial: Trial) -> dict[str, Any]:
+    """0.5.19 and 0.5.20: few queries by a route of the release's that ours has nothing to do with; the mode it saw."""
+    seq, ext = LENS, FEW
+    seen: dict[str, Any] = {}
+
+    def route(name: str) -> Any:
+        def taken(q: torch.Tensor, forward_batch: Any, **given: Any) -> torch.Tensor:
+            seen[name] = bool(forward_batch.forward_mode.is_extend_without_speculative())
+            return torch.zeros(len(q), HEADS, 512, device=DEVICE)
+
+        return taken
+
+    owner = type(trial.backend)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {"MLA_PATCH_SPARSE_PREFILL_ROUTE": "auto"}))
+        batch = trial.metadata(seq, ext)
+        if hasattr(owner, "_forward_prefill_sparse_q8kv8"):
+            stack.enter_context(mock.patch.object(trial.backend, "_forward_prefill_sparse_q8kv8", route("q8kv8")))
+            with mock.patch.dict(os.environ, {"SGLANG_DSV4_Q8KV8_PREFILL": "1"}):
+                trial.layer(1, batch, seq, ext)
+        if hasattr(owner, "trtllm_attn"):
+            # a method of the subclass for those kernels, which inherits this forward
+            method = mock.patch.object(trial.backend, "_forward_trtllm", route("trtllm"), create=True)
+            stack.enter_context(method)
+            stack.enter_context(mock.patch.object(trial.backend, "trtllm_attn", True))
+            trial.layer(1, batch, seq, ext)
+    return seen
+
+
 def every_other(trial: Trial) -> None:
     """Context parallelism: this rank has picked its queries out."""
     core = trial.backend.forward_metadata.core_attn_metadata
@@ -537,6 +568,7 @@ def main(release: str, out: Path) -> None:
             seen["strided"] = over_pages(trial, release, every_other)
             seen["too large"] = over_pages(trial, release, WORKSPACE="0")
             seen["few"] = over_pages(trial, release, chunk=(LENS, FEW), ROUTE="auto")
+            seen["other routes"] = other_routes(trial)
         if release == "0.5.12":
             seen["indexer"] = indexer(trial)
             seen["many"] = many_queries(trial)

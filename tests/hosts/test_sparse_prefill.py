@@ -26,7 +26,8 @@ from mla_patch.hooks.sglang_sparse_prefill import FEW, TOO_LARGE
 
 HERE = Path(__file__).parent
 # release -> what is set; from 0.5.21 the release's own is right, so ours is asked for
-RELEASES = {"0.5.12": "on", "0.5.13": "", "0.5.15": "", "0.5.18": "", "0.5.21": "on", "0.5.23": "on"}
+RELEASES = {"0.5.12": "on", "0.5.21": "on", "0.5.23": "on"}
+RELEASES |= dict.fromkeys(("0.5.13", "0.5.15", "0.5.18", "0.5.19", "0.5.20"), "")
 ERROR = 4e-3  # 16-bit keys and weights, and a rounded bfloat16 result
 
 TREES = Path(os.environ.get("SGLANG_TREES", ""))
@@ -105,6 +106,12 @@ def test_what_goes_over_pages(seen: dict[str, Any]) -> None:
         assert (row["calls"], row["served"], row["result"]) == ([row["queries"]], 0, 0), row
         # where the release has a route of its own, it is told not to take it
         assert row["declined"] == ({reason: 1} if seen["release"] == "0.5.12" else {})
+
+
+def test_other_routes_of_the_releases_are_left(seen: dict[str, Any]) -> None:
+    """Each sees the prompt that it was given, as it asserts."""
+    names = {"0.5.19": ["q8kv8"], "0.5.20": ["q8kv8", "trtllm"]}.get(seen["release"], [])
+    assert seen.get("other routes", {}) == dict.fromkeys(names, True)
 
 
 def test_v32_takes_any_heads(seen: dict[str, Any]) -> None:
