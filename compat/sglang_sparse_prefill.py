@@ -37,6 +37,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -46,6 +47,7 @@ from packaging.version import Version
 
 from mla_patch.compat import gpu
 from mla_patch.compat.methods import set_methods
+from mla_patch.compat.sglang import warm_once_built
 from mla_patch.compat.sglang_flash_mla import SGL_KERNEL
 from mla_patch.compat.stamps import renew, stamp
 from mla_patch.compat.types import Target, Undo
@@ -330,7 +332,7 @@ _SWA = ("seq_lens", "extend_seq_lens", "req_pool_indices", "req_to_token", "full
 _V32 = ("self", "q_all", "kv_cache", "v_head_dim", "page_table_1", "sm_scale")
 # entry points that have had other names, or share one
 V4_DEQUANTIZE, V32_DEQUANTIZE = "V4 dequantize_k_cache_paged", "V3.2 dequantize_k_cache_paged"
-V32_PREFILL = "V3.2 _forward_flashmla_sparse"
+V32_PREFILL, V32_WARMUP, V4_WARMUP = "V3.2 _forward_flashmla_sparse", "V3.2 warmup", "DeepseekV4AttnBackend.warmup"
 
 
 def _call(module: str, name: str, params: tuple[str, ...], bind: Callable[..., Any], kind: str, **more: Any) -> Target:
@@ -353,6 +355,29 @@ def targets(version: str | None) -> tuple[Target, ...]:
     return tuple(found)
 
 
+NO_V4 = "the release has no DeepSeek V4"
+OVER_PAGES, OWN, OWN_WITH_OURS, OURS = "over pages", "own", "own with our kernels", "ours"
+
+
+def v4_route(version: str, capability: tuple[int, int], asked: bool) -> str:
+    """The route of a prompt that fits it, ``asked`` where the flag is set to on."""
+    release = Version(version)
+    if release < Version("0.5.12"):
+        return NO_V4
+    if has_no_route(version):
+        return OURS if asked else OVER_PAGES
+    if release >= Version("0.5.16") and capability[0] == 12:
+        return OVER_PAGES
+    if release < Version("0.5.21"):
+        return OURS
+    return OWN_WITH_OURS if asked else OWN
+
+
+def is_asked_by_release(version: str) -> bool:
+    """Whether the release has V4's route, and takes it for long prompts alone unless its own switch is set."""
+    return Version("0.5.13") <= Version(version) < Version("0.5.15")
+
+
 def has_no_route(version: str | None) -> bool:
     """Whether the release runs V4 without sparse prefill."""
     return version is not None and Version("0.5.12") <= Version(version) < Version("0.5.13")
@@ -371,6 +396,7 @@ def _v32(release: Version) -> list[Target]:
         _call(backend, f"{owner}._forward_flashmla_sparse", (*_V32, *length, *sink), V32Call, "v32", entry=V32_PREFILL),
         _call(f"{home}.dequant_k_cache", name, (*_DEQUANTIZE, "group_size"), dequantize_v32, "dequantize",
               entry=V32_DEQUANTIZE),
+        Target(backend, f"{owner}.warmup", kind="edit", edit=warm_v32, entry=V32_WARMUP),
     ]  # fmt: skip
 
 
@@ -389,6 +415,7 @@ def _v4_kernels(release: Version) -> list[Target]:
         _call(utils, "combine_topk_swa_indices", ("topk_indices", "query_start_loc", *query_pos, *_COMBINE, *windows),
               CombineCall if positions else combine_call, "combine"),
         _call(utils, "build_swa_token_ids", (*_SWA, *total), SwaCall, "swa"),
+        Target(_BACKEND, V4_WARMUP, kind="edit", edit=warm_v4),
     ]  # fmt: skip
 
 
@@ -407,6 +434,7 @@ def _backport() -> list[Target]:
         Target(_BACKEND, "DeepseekV4AttnBackend.init_forward_metadata", kind="edit", edit=keep_positions),
         Target(f"{_SRT}.dsv4.indexer", "topk_transform_512", kind="edit", edit=write_positions),
         Target(f"{_SRT}.dsv4.metadata", "PagedIndexerMetadata", kind="edit", edit=plan_many_queries),
+        Target(_BACKEND, V4_WARMUP, kind="edit", edit=warm_v4),
     ]
 
 
@@ -415,6 +443,7 @@ def own_is_right(target: Target, version: str | None) -> bool:
     right, but it takes six times as long (docs/performance.md)."""
     since = {
         V4_DEQUANTIZE: "0.5.19", "combine_topk_swa_indices": "0.5.21", "build_swa_token_ids": "0.5.13",
+        V4_WARMUP: "0.5.21",
     }.get(target.entry or target.name)  # fmt: skip
     return version is not None and since is not None and Version(version) >= Version(since)
 
@@ -488,8 +517,8 @@ def topk(core: Any, ratio: int) -> int | None:
 
 
 def has_another_route(module: ModuleType, backend: Any) -> bool:
-    """Whether this backend's prompts take another route of the release's than the one that ours replaces: TRT-LLM's, over
-    pages of another layout (0.5.20), or that with e4m3 queries (0.5.19 and 0.5.20)."""
+    """Whether this backend's prompts take another route of the release's than the one that ours replaces: TRT-LLM's,
+    over pages of another layout (0.5.20), or that with e4m3 queries (0.5.19 and 0.5.20)."""
     if getattr(backend, "trtllm_attn", False):
         return True
     asked = getattr(module, "use_dsv4_q8kv8_sparse_prefill", None)
@@ -533,6 +562,36 @@ def guard_route(module: ModuleType) -> Undo:
         return call(_PagedBatch(forward_batch) if answer else forward_batch)
 
     return set_methods(owner, {"forward": forward})
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What prompts of a backend can ask of our kernels."""
+
+    device: Any
+    pages: tuple[int, ...] = ()  # tokens of V4's pages; empty: V3.2
+    heads: tuple[int, ...] = ()  # of V4's queries
+
+
+def warm_v4(module: ModuleType) -> Undo:
+    """What our route, or the release's with our kernels, reaches is compiled once a backend is built."""
+    return warm_once_built(module.DeepseekV4AttnBackend, f"{_HOOK}:warm", functools.partial(v4_reads, module))
+
+
+def v4_reads(module: ModuleType, backend: Any, runner: Any) -> Reads | None:
+    pool = backend.token_to_kv_pool
+    if pool.swa_kv_pool.kv_cache_total_dim != 584 or has_another_route(module, backend):
+        return None
+    ratios = [ratio for ratio in getattr(backend, "present_ratios", (4, 128)) if ratio]
+    pages = (pool.swa_kv_pool.page_size, *(pool.page_size // ratio for ratio in ratios))
+    # all of the model's, or those of a rank in 64
+    return Reads(runner.device, pages, tuple(sorted({runner.model_config.num_attention_heads, 64})))
+
+
+def warm_v32(module: ModuleType) -> Undo:
+    """V3.2's dequantiser is compiled once a backend is built."""
+    owner = getattr(module, "DeepseekSparseAttnBackend", None) or module.NativeSparseAttnBackend
+    return warm_once_built(owner, f"{_HOOK}:warm", lambda backend, runner: Reads(runner.device))
 
 
 def keep_positions(module: ModuleType) -> Undo:

@@ -91,6 +91,23 @@ def memory() -> int:
     return module.held() if module is not None else 0
 
 
+def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -> list[tuple[str, str]]:
+    """For `explain`: a kind of prompt, and who attends."""
+    built = capability in sglang_flash_mla.CHIPS
+    attends = "FlashMLA" if built and sglang_flash_mla.prefill_takes(heads, 512, 128, capability) else "triton"
+    route = compat.v4_route(version, capability, asked)
+    v4 = {
+        compat.OVER_PAGES: "over pages, by the release",
+        compat.OWN: f"the release's route; {attends} attends",
+        compat.OWN_WITH_OURS: f"the release's route with our kernels; {attends} attends",
+        compat.OURS: f"our route; {attends} attends",
+    }.get(route, route)
+    if compat.is_asked_by_release(version):
+        v4 += "; short prompts over pages unless SGLANG_OPT_FLASHMLA_SPARSE_PREFILL is set"
+    v32 = "the release, by FlashMLA" if built and compat.pads(heads, capability) else "triton"
+    return [("V4", v4), ("V3.2", f"{v32}; keys read back by ours")]
+
+
 FEATURE = Feature(
     name="sparse_prefill",
     host="sglang>=0.5.5,<0.5.24",
@@ -109,6 +126,7 @@ FEATURE = Feature(
         *((row.provider, f"V4: {row.when}") for row in V4_PROVIDERS),
         *((row.provider, f"V3.2: {row.when}") for row in V32_PROVIDERS),
     ),
+    serves=serves,
     memory=memory,
 )  # fmt: skip
 
@@ -155,7 +173,9 @@ def declines_route(backend: Any, batch: Any, queries: int) -> str | None:
 
 def prefers_pages(backend: Any, batch: Any, heads: int, ratio: int, topk: int | None) -> bool:
     """Whether a layer of a prompt that pages can serve attends over them, where the route is the release's."""
-    return variable(FEATURE, "ROUTE") == "large" or _too_large(backend, batch) or _few(backend, batch, heads, ratio, topk)
+    if variable(FEATURE, "ROUTE") == "large" or _too_large(backend, batch):
+        return True
+    return _few(backend, batch, heads, ratio, topk)
 
 
 def declines_chunk(call: ChunkCall) -> str | None:
@@ -182,6 +202,24 @@ def serve_chunk(call: ChunkCall) -> Any:
         call.q, chunk, swa, sm_scale=call.backend.softmax_scale, ratio=call.ratio, pages=pages, topk_indices=positions,
         attn_sink=call.attn_sink, sparse_fwd=_flash_mla(call) or mla_sparse_prefill,
     )  # fmt: skip
+
+
+def warm(asked: compat.Reads) -> int:
+    """Compile what a backend's prompts reach of ours, before it serves; how many kernels."""
+    import torch
+
+    from mla_patch.kernels import dequantize, prefill_indices, sparse_prefill
+
+    compiled = dequantize.warmup(asked.device, asked.pages)
+    if not asked.pages:
+        return compiled
+    compiled += prefill_indices.warmup(asked.device)
+    capability = capability_of(torch.empty(0, device=asked.device))
+    for heads in asked.heads:
+        built = capability in sglang_flash_mla.CHIPS and sglang_flash_mla.prefill_takes(heads, 512, 128, capability)
+        if not built:
+            compiled += sparse_prefill.warmup(asked.device, heads, 512, torch.bfloat16, True)
+    return compiled
 
 
 def declines_v32(call: V32Call) -> str | None:

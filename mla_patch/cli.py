@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     add("list", list_features, "every feature, the releases it is for, and when it can go")
     sub = add("explain", explain, "where a feature goes in each release, and how it stands here")
     sub.add_argument("feature", help="a name as `mla-patch list` shows it, such as kv_indices or kv_indices@sglang")
+    sub.add_argument("--release", help="of the host, to be told who serves there; default: what is installed")
+    sub.add_argument("--sm", type=_capability, help="the GPU's compute capability, such as 90; default: this machine's")
+    sub.add_argument("--heads", nargs="+", type=_heads, default=[16, 64, 128], help="query heads of one GPU: 1 to 128")
     sub = add("status", status, "what the processes of a running engine report")
     sub.add_argument("directory", type=Path, help="the engine's MLA_PATCH_REPORT")
     sub = add("run", run, "run a command with the plugin on, even where the start-up file is not read")
@@ -147,6 +150,12 @@ def _number(most: int) -> Callable[[str], int]:
 _heads, _count = _number(128), _number(2**24)
 
 
+def _capability(text: str) -> tuple[int, int]:
+    if not (text.isdecimal() and 2 <= len(text) <= 3):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a compute capability without its dot, such as 90 or 120")
+    return int(text[:-1]), int(text[-1])
+
+
 def _fetch_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fetch", metavar="VERSION", help="use this SGLang release, fetched into a cache, never installed"
@@ -222,17 +231,56 @@ def explain(args: argparse.Namespace) -> int:
         for feature in features
         for provider, when in feature.providers
     ]
+    serves = [row for feature in features for row in _serves(feature, flags, args)]
     if args.json:
         told: dict[str, Any] = {"feature": args.feature, "routes": routes, "states": states}
-        _print_json(told | ({"providers": providers} if providers else {}))
+        more = {"providers": providers, "serves": serves}
+        _print_json(told | {name: rows for name, rows in more.items() if rows})
         return OK
     for feature in features:
         _lines([f"[bold]{feature.label}[/] {feature.why}", f"from {feature.upstream}", f"until {feature.drop_when}"])
     _table("routes", ["host", "releases", "module", "name", "kind", "replaced_by"], routes)
     if providers:
         _table("who serves a call, by the first row that applies", ["provider", "when"], providers)
+    if serves:
+        title = f"by default settings, on {serves[0]['host']} {serves[0]['release']} and {serves[0]['sm']}"
+        _table(title, ["heads", "what", "who"], serves)
+    elif any(feature.serves for feature in features):
+        _lines(["who serves on one release and GPU: name both, as in --release 0.5.18 --sm 90"])
     _table("here", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)
     return OK
+
+
+def _serves(feature: Feature, flags: flags_.Flags, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Who serves on one release and GPU, for each number of heads; nothing where either is not known."""
+    if feature.serves is None:
+        if args.release or args.sm:
+            raise Misuse(f"--release, --sm: who serves {feature.label} does not depend on them")
+        return []
+    found, device = find_host(feature.host_name), gpu.from_nvml() or _torch_gpu()
+    release = args.release or (found.version if found else None)
+    capability = args.sm or (device.capability if device else None)
+    if release is None or capability is None:
+        return []
+    if not _in_range(release, feature):
+        raise Misuse(f"--release {release}: expected a version that is {feature.requirement()[1]}")
+    setting = flags.feature(feature)
+    asked = setting.asked_for and setting.value == "on"
+    sm = f"sm_{capability[0]}{capability[1]}"
+    return [
+        {"host": feature.host_name, "release": release, "sm": sm, "heads": heads, "what": what, "who": who}
+        for heads in args.heads
+        for what, who in feature.serves(release, capability, heads, asked)
+    ]
+
+
+def _in_range(version: str, feature: Feature) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        return SpecifierSet(feature.requirement()[1]).contains(version, prereleases=True)
+    except ValueError:  # no version at all
+        return False
 
 
 def _routes(feature: Feature) -> list[dict[str, Any]]:

@@ -65,6 +65,9 @@ class Feature:
     steps: Callable[[str | None], tuple[Target, ...]] | None = None
     # (who serves, when), where that is chosen call by call; the first that applies. For `explain`
     providers: tuple[tuple[str, str], ...] = ()
+    # (version, compute capability, heads, whether the flag is an explicit on) -> (kind of call, who serves it), by
+    # default settings. For `explain`
+    serves: Callable[[str, tuple[int, int], int, bool], list[tuple[str, str]]] | None = None
     memory: Callable[[], int] | None = None  # bytes that ours holds between calls in this process, for the report
 
     @property

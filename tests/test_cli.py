@@ -197,6 +197,59 @@ def test_explain_says_which_route_a_prompt_takes(capsys):
     assert {one.rpartition(".")[0].rpartition(".")[2] for one in both} == {"dsa", "dsv4"}
 
 
+@pytest.mark.parametrize(
+    ("release", "sm", "heads", "flag", "v4", "v32"),
+    [
+        ("0.5.11", "90", "64", "", "the release has no DeepSeek V4", "the release, by FlashMLA"),
+        ("0.5.12", "90", "64", "", "over pages, by the release", "the release, by FlashMLA"),
+        ("0.5.12.post1", "90", "64", "on", "our route; FlashMLA attends", "the release, by FlashMLA"),
+        ("0.5.13", "90", "64", "", "our route; FlashMLA attends; short prompts over pages unless", "the release"),
+        ("0.5.15", "120", "16", "", "our route; triton attends", "triton"),
+        ("0.5.18", "90", "20", "", "our route; triton attends", "triton"),
+        ("0.5.20", "100", "128", "", "our route; FlashMLA attends", "the release, by FlashMLA"),
+        ("0.5.20", "120", "16", "", "over pages, by the release", "triton"),
+        ("0.5.21", "90", "128", "", "the release's route; FlashMLA attends", "the release, by FlashMLA"),
+        ("0.5.23", "80", "16", "on", "the release's route with our kernels; triton attends", "triton"),
+    ],
+)
+def test_explain_says_who_serves_on_one_release_and_gpu(capsys, monkeypatch, release, sm, heads, flag, v4, v32):
+    if flag:
+        monkeypatch.setenv("MLA_PATCH_SPARSE_PREFILL", flag)
+    status, told = run(capsys, "explain", "sparse_prefill", "--release", release, "--sm", sm, "--heads", heads)
+    assert status == 0
+    assert [row["what"] for row in told["serves"]] == ["V4", "V3.2"]
+    for row, who in zip(told["serves"], (v4, v32), strict=True):
+        assert row["who"].startswith(who) and (row["release"], row["sm"]) == (release, f"sm_{sm}"), row
+        assert row["heads"] == int(heads)
+
+
+def test_explain_asks_for_what_it_has_to_know(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_host", lambda name: None)
+    status, told = run(capsys, "explain", "sparse_prefill", "--sm", "90")
+    assert status == 0 and "serves" not in told
+    assert cli.main(["explain", "sparse_prefill"]) == 0
+    assert "--release 0.5.18 --sm 90" in capsys.readouterr().out
+    assert cli.main(["explain", "sparse_prefill", "--release", "0.5.18", "--sm", "90"]) == 0
+    assert "our route; FlashMLA attends" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("feature", "given", "problem"),
+    [
+        ("sparse_prefill", ("--release", "0.5.4", "--sm", "90"), "expected a version that is >=0.5.5,<0.5.24"),
+        ("sparse_prefill", ("--release", "newest", "--sm", "90"), "--release newest: expected a version"),
+        ("sparse_prefill", ("--sm", "9.0"), "'9.0': expected a compute capability without its dot"),
+        ("kv_indices", ("--sm", "90"), "who serves kv_indices@sglang does not depend on them"),
+    ],
+)
+def test_explain_refuses(capsys, feature, given, problem):
+    try:
+        status = cli.main(["explain", feature, *given])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2 and problem in capsys.readouterr().err
+
+
 def test_explain_names_every_home(capsys):
     status, told = run(capsys, "explain", "kv_indices")
     assert status == 0 and set(told) == {"feature", "routes", "states"}

@@ -18,21 +18,21 @@ from mla_patch.compat import sglang_sparse_prefill as compat
 from mla_patch.compat.stamps import renew, stamp
 from mla_patch.compat.types import Gpu, key_targets
 from mla_patch.hooks import sglang_sparse_prefill as hook
+from mla_patch.kernels import dequantize, prefill_indices, sparse_prefill
 
 REVIEWED = [version for version in sglang.HOST.reviewed if Version(version) >= Version("0.5.5")]
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
 ROUTE, WORKSPACE = "MLA_PATCH_SPARSE_PREFILL_ROUTE", "MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
+V32 = {compat.V32_PREFILL, compat.V32_DEQUANTIZE, compat.V32_WARMUP}
+V4_ROUTE = {
+    "combine_topk_swa_indices", "DeepseekV4AttnBackend._forward_prefill_sparse", "DSV4Metadata.copy_",
+    "DeepseekV4AttnBackend.forward", compat.V4_WARMUP,
+}  # fmt: skip
 DEFAULT = {  # what ours takes the place of without being asked, by the first release of which that holds
-    "0.5.5": {compat.V32_PREFILL, compat.V32_DEQUANTIZE},
-    "0.5.13": {
-        compat.V32_PREFILL, compat.V32_DEQUANTIZE, compat.V4_DEQUANTIZE, "combine_topk_swa_indices",
-        "DeepseekV4AttnBackend._forward_prefill_sparse", "DSV4Metadata.copy_", "DeepseekV4AttnBackend.forward",
-    },
-    "0.5.19": {
-        compat.V32_PREFILL, compat.V32_DEQUANTIZE, "combine_topk_swa_indices",
-        "DeepseekV4AttnBackend._forward_prefill_sparse", "DSV4Metadata.copy_", "DeepseekV4AttnBackend.forward",
-    },
-    "0.5.21": {compat.V32_PREFILL, compat.V32_DEQUANTIZE},
+    "0.5.5": V32,
+    "0.5.13": {*V32, *V4_ROUTE, compat.V4_DEQUANTIZE},
+    "0.5.19": {*V32, *V4_ROUTE},
+    "0.5.21": V32,
 }  # fmt: skip
 
 
@@ -43,14 +43,13 @@ def test_what_is_taken_by_default(version: str) -> None:
     taken = {name for name, (target,) in entries.items() if hook.native(target, version) is None}
     assert taken == DEFAULT[max((v for v in DEFAULT if Version(v) <= Version(version)), key=Version)]
     backport = {name for name, (target,) in entries.items() if compat.is_backport(target, version)}
-    assert len(backport) == (5 if version.startswith("0.5.12") else 0)
+    assert len(backport) == (6 if version.startswith("0.5.12") else 0)
 
 
 def test_an_unknown_version_tries_the_homes_of_pieces_and_no_route() -> None:
     entries = key_targets(compat.targets(None))
     assert set(entries) == {
-        compat.V32_PREFILL, compat.V32_DEQUANTIZE, compat.V4_DEQUANTIZE, "combine_topk_swa_indices",
-        "build_swa_token_ids",
+        *V32, compat.V4_DEQUANTIZE, compat.V4_WARMUP, "combine_topk_swa_indices", "build_swa_token_ids",
     }  # fmt: skip
     assert all(hook.native(target, None) is None for homes in entries.values() for target in homes)
 
@@ -490,6 +489,55 @@ def test_another_route_of_the_releases_is_left(module, device, monkeypatch, rout
     module.use_dsv4_q8kv8_sparse_prefill = lambda backend: False
     assert one.forward(Q, None, None, None, step, 4)[0] == "pages"
     undo()
+
+
+@pytest.mark.parametrize("ratios", [(0, 4, 128), (4,)], ids=str)
+def test_what_a_v4_backend_has_compiled(module, monkeypatch, ratios: tuple[int, ...]) -> None:
+    seen: list[Any] = []
+    for kernel in (dequantize, prefill_indices, sparse_prefill):
+        name = kernel.__name__.rpartition(".")[2]
+        monkeypatch.setattr(kernel, "warmup", lambda *given, name=name: seen.append((name, *given)) or 1)
+    small = SimpleNamespace(page_size=128, kv_cache_total_dim=584)
+    one = SimpleNamespace(
+        token_to_kv_pool=SimpleNamespace(page_size=256, swa_kv_pool=small), present_ratios=ratios, trtllm_attn=False
+    )
+    runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=20))
+    monkeypatch.setattr(hook, "capability_of", lambda tensor: SM90)
+    asked = compat.v4_reads(module, one, runner)
+    pages = (128, *(256 // ratio for ratio in ratios if ratio))
+    assert asked == compat.Reads("cpu", pages, (20, 64)) and hook.warm(asked) == 3
+    # FlashMLA attends with 64 heads there
+    prefill = ("sparse_prefill", "cpu", 20, 512, torch.bfloat16, True)
+    assert seen == [("dequantize", "cpu", pages), ("prefill_indices", "cpu"), prefill]
+    one.trtllm_attn = True
+    assert compat.v4_reads(module, one, runner) is None
+    one.trtllm_attn, small.kv_cache_total_dim = False, 640
+    assert compat.v4_reads(module, one, runner) is None
+    seen.clear()
+    assert hook.warm(compat.Reads("cpu")) == 1 and seen == [("dequantize", "cpu", ())]  # V3.2's
+
+
+def test_warm_ups_come_once_backends_are_built(module, monkeypatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(hook, "warm", lambda reads: asked.append(reads) or 0)
+    runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=64))
+
+    class Backend:
+        def __init__(self, model_runner: Any, skip_prefill: bool = False) -> None:
+            small = SimpleNamespace(page_size=128, kv_cache_total_dim=584)
+            self.token_to_kv_pool = SimpleNamespace(page_size=256, swa_kv_pool=small)
+
+    module.DeepseekV4AttnBackend = module.DeepseekSparseAttnBackend = Backend
+    undo = compat.warm_v4(module)
+    Backend(runner)
+    assert asked == [compat.Reads("cpu", (128, 64, 2), (64,))]
+    undo()
+    undo = compat.warm_v32(module)
+    Backend(runner)
+    assert asked[1:] == [compat.Reads("cpu")]
+    undo()
+    Backend(runner)
+    assert len(asked) == 2
 
 
 def watched(method: Any, note: Any) -> Any:

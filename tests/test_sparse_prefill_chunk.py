@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from scratch import ROOT, clean_env
 
 from mla_patch import sparse_prefill
 from mla_patch.compat.stamps import renew, stamp
@@ -352,3 +355,58 @@ def test_a_layer_of_the_window_alone_and_a_chunk_without_queries():
     assert pages_are_faster([131072], [16], 128, 0, None, 64)
     assert not pages_are_faster([131072], [2048], 128, 0, None, 64)
     assert pages_are_faster([5], [0], 128, 4, 512, 64)
+
+
+SERVE = """
+import sys
+sys.path.insert(0, TESTS)
+import fake_chip
+import torch
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.compat.sglang_sparse_prefill import Reads
+from mla_patch.hooks.sglang_sparse_prefill import warm
+from mla_patch.kernels.layouts import V4
+from mla_patch.sparse_prefill import ChunkInputs, SparsePrefillChunkCache
+fake_chip.install()
+COMPILES.has_served = lambda: True
+
+def serve(heads, seq, extend):
+    ints = lambda values: torch.tensor(values, dtype=torch.int32)
+    queries = sum(extend)
+    inputs = ChunkInputs(
+        seq_lens=ints(seq), extend_lens=ints(extend), seq_lens_cpu=seq, extend_lens_cpu=extend,
+        req_pool=ints(range(len(seq))), req_to_token=torch.zeros(len(seq), 4096).int(),
+        full_to_swa=torch.zeros(4096).long(), page_table=torch.zeros(queries, 16).int(), queries=queries, window=128,
+        page_size=256, swa_page_size=128,
+    )
+    cache = SparsePrefillChunkCache()
+    chunk = cache.chunk((1,), lambda: inputs)
+    q, sink = torch.zeros(queries, heads, 512, dtype=torch.bfloat16), torch.zeros(heads)
+    for ratio in (0, 4, 128):
+        more = {}
+        if ratio:
+            more["pages"] = torch.zeros(16, V4.page_bytes(256 // ratio), dtype=torch.uint8)
+        if ratio == 4:
+            more["topk_indices"] = torch.zeros(queries, 512).int()
+        swa = torch.zeros(32, V4.page_bytes(128), dtype=torch.uint8)
+        cache.attend(q, chunk, swa, sm_scale=0.1, ratio=ratio, attn_sink=sink, **more)
+
+for fake_chip.SM in (80, 90, 120):
+    COMPILES.reset()
+    warmed = warm(Reads("cpu", (128, 64, 2), (20,)))
+    for seq, extend in (([1], [1]), ([700, 16, 128], [300, 1, 64]), ([4000, 4000], [0, 3]), ([160] * 16, [16] * 16)):
+        serve(20, seq, extend)
+    print(fake_chip.SM, 0 < warmed == COMPILES.before, COMPILES.serving)
+serve(16, [9], [9])
+print("unforeseen", COMPILES.serving > 0)
+"""
+
+
+def test_nothing_compiles_after_a_warm_up():
+    """What the hook has compiled when a backend is built is all that its prompts reach."""
+    code = SERVE.replace("TESTS", repr(str(ROOT / "tests")))
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    env = clean_env({"TRITON_INTERPRET": "0"})
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["80 True 0", "90 True 0", "120 True 0", "unforeseen True"]
