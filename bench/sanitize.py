@@ -2,12 +2,13 @@
 
 compute-sanitizer --tool memcheck|racecheck python bench/sanitize.py [NAME ...]
 
-Names, else all: kv_indices, decode, decode_wide, pages_and_splits, sparse_and_dense, sparse_prefill,
+Names, else all: kv_indices, decode, decode_wide, pages_and_splits, sparse_and_dense, prefill_indices, sparse_prefill,
 sparse_prefill_paged.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,12 @@ from mla_patch.kernels.dequantize import dequantize, dequantize_pages
 from mla_patch.kernels.kv_indices import build_page_table, build_token_indices, page_table_ref, token_indices_ref
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.named_pages import name_pages, name_pages_ref
+from mla_patch.kernels.prefill_indices import (
+    build_swa_token_ids,
+    build_swa_token_ids_ref,
+    combine_topk_swa_indices,
+    combine_topk_swa_indices_ref,
+)
 from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_decode import sparse_decode, sparse_decode_ref
 from mla_patch.kernels.sparse_prefill import (
@@ -107,15 +114,41 @@ def sparse_and_dense() -> None:
     table = torch.full((2, 13), -(2**30), device="cuda", dtype=torch.int32)
     table[0, :4], table[1, 0] = torch.arange(4, device="cuda"), 5
     lens = torch.tensor([200, 1], device="cuda").int()
-    for kind in (torch.bfloat16, torch.float8_e4m3fn):
-        q, kv = (torch.randn(n, 64, h, 576, device="cuda").to(kind) for n, h in ((2, 3), (6, 1)))
-        want, _ = dense_decode_ref(q[:, :2], kv, table, lens, sm_scale=0.04, causal=True)
-        got, _ = dense_decode(q[:, :2], kv, table, lens, sm_scale=0.04, causal=True)
+    two = {"descale_q": torch.full((1,), 0.5, device="cuda"), "descale_k": torch.full((1,), 2.0, device="cuda")}
+    kinds = ((torch.bfloat16, 576, {}), (torch.bfloat16, 512, {}), (torch.float8_e4m3fn, 576, two))
+    for (kind, width, descale), heads in itertools.product(kinds, (3, 70)):
+        q, kv = (torch.randn(n, 64, h, width, device="cuda").to(kind) for n, h in ((2, heads), (6, 1)))
+        options = {"sm_scale": 0.04, "causal": True} | descale
+        want, _ = dense_decode_ref(q[:, :2], kv, table, lens, **options)
+        got, _ = dense_decode(q[:, :2], kv, table, lens, **options)
         assert (got.double() - want).norm() <= 4e-3 * want.norm()
 
 
+def prefill_indices() -> None:
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, device="cuda", dtype=torch.int32)
+
+    seq, extend, table = ints(200, 9, 0, 131), ints(70, 0, 0, 3), torch.randperm(800, device="cuda").int().view(4, 200)
+    to_swa = torch.randperm(800, device="cuda")
+    want = build_swa_token_ids_ref(seq, extend, ints(3, 1, 0, 2), table, to_swa, 128)
+    for total in (len(want[0]), len(want[0]) + 300):
+        got = build_swa_token_ids(seq, extend, ints(3, 1, 0, 2), table, to_swa, 128, total)
+        assert got[0].tolist() == want[0] + [-1] * (total - len(want[0]))
+        assert [part.tolist() for part in got[1:]] == [*want[1:]]
+    gather, offsets = got[2], got[3]
+    start = ints(0, 70, 70, 70, 73)
+    position = torch.cat([torch.arange(130, 200, device="cuda"), torch.arange(128, 131, device="cuda")]).int()
+    for topk, ratio in ((0, 1), (33, 4)):
+        named = torch.randint(-1, 50, (73, max(topk, 1)), device="cuda").int()
+        given = (named, start, seq, gather, ints(0, 50, 52, 52), offsets[:-1] + 84, 128, ratio, topk)
+        for positions in (None, position):
+            rows, lens = combine_topk_swa_indices(*given, query_pos=positions)
+            wanted, counts = combine_topk_swa_indices_ref(*given, query_pos=positions)
+            assert rows.tolist() == wanted and lens.tolist() == counts
+
+
 def sparse_prefill() -> None:
-    for width, heads, queries in ((576, 3, 7), (512, 70, 90)):
+    for width, heads, queries in ((576, 3, 7), (512, 3, 7), (576, 70, 90), (512, 70, 90)):
         q, kv = (torch.randn(n, h, width, device="cuda").bfloat16() for n, h in ((queries, heads), (300, 1)))
         ids = torch.randint(-9, 320, (queries, 1, 130), device="cuda").int()
         options = {"sm_scale": 0.04, "topk_length": torch.randint(0, 140, (queries,), device="cuda").int()}
@@ -157,6 +190,7 @@ EVERY: dict[str, Callable[[], None]] = {
     "decode_wide": lambda: decode(70),  # on sm_90 a kernel of its own
     "pages_and_splits": pages_and_splits,
     "sparse_and_dense": sparse_and_dense,
+    "prefill_indices": prefill_indices,
     "sparse_prefill": sparse_prefill,
     "sparse_prefill_paged": sparse_prefill_paged,
 }

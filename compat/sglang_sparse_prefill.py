@@ -218,6 +218,7 @@ PARALLEL = "context parallelism: this rank has every n-th query"
 AHEAD = "the release has built this chunk's metadata ahead"
 NO_POSITIONS = "the indexer has kept no positions"
 OTHER_PAGES = "pages of another layout"
+CAPTURED = "a graph is being captured, whose sizes would be this chunk's"
 
 
 def is_strided(core: Any) -> bool:
@@ -229,6 +230,8 @@ def problem(call: ChunkCall) -> str | None:
     """Why the host serves a layer of a prompt, or None."""
     if call.routed:
         return call.routed
+    if gpu.capturing():
+        return CAPTURED
     if getattr(call.backend, "hisparse_coordinator", None) or getattr(call.batch, "hisparse_coordinator", None):
         return HISPARSE
     if is_strided(call.core):

@@ -45,8 +45,8 @@ def _flash_mla(call: ChunkCall) -> Callable[..., Any] | None:
 
 V4_PROVIDERS = (
     *(Provider(HOST, reason, _says(reason)) for reason in (
-        compat.NOT_A_PROMPT, TOO_LARGE, FEW, compat.HISPARSE, compat.PARALLEL, compat.AHEAD, compat.NO_POSITIONS,
-        compat.OTHER_PAGES,
+        compat.NOT_A_PROMPT, TOO_LARGE, FEW, compat.CAPTURED, compat.HISPARSE, compat.PARALLEL, compat.AHEAD,
+        compat.NO_POSITIONS, compat.OTHER_PAGES,
     )),
     Provider(BOTH, "64 or 128 heads on sm_90, sm_100 and sm_103, with a FlashMLA that takes sinks and lengths",
         lambda call: _flash_mla(call) is not None),

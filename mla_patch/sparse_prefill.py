@@ -71,10 +71,15 @@ class ChunkInputs:
     def check(self) -> None:
         """Raises ValueError for lengths, sizes or a page table that disagree; the launchers check the rest."""
         rows = len(self.seq_lens_cpu)
-        for name in ("extend_lens_cpu", "seq_lens", "extend_lens", "req_pool"):
-            found = len(getattr(self, name))
-            if found != rows:
-                raise ValueError(f"{name}: {found} requests, expected {rows} as seq_lens_cpu")
+        for name in ("seq_lens", "extend_lens", "req_pool"):
+            found = tuple(getattr(self, name).shape)
+            if found != (rows,):
+                raise ValueError(f"{name}: shape {found}, expected ({rows},): the requests of seq_lens_cpu")
+        if len(self.extend_lens_cpu) != rows:
+            raise ValueError(f"extend_lens_cpu: {len(self.extend_lens_cpu)} requests, expected {rows} as seq_lens_cpu")
+        for request, (seq, new) in enumerate(zip(self.seq_lens_cpu, self.extend_lens_cpu, strict=True)):
+            if not 0 <= new <= seq:
+                raise ValueError(f"extend_lens_cpu: {new} of request {request}, expected 0 to its {seq} tokens")
         for name in ("window", "page_size", "swa_page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected 1 or more")
@@ -321,8 +326,9 @@ class SparsePrefillChunkCache:
                 and what the launchers refuse.
         """
         given = chunk.inputs
-        if q.shape[0] != given.queries:
-            raise ValueError(f"q: {q.shape[0]} rows, expected {given.queries}")
+        if q.dim() != 3 or q.shape[::2] != (given.queries, WIDTH) or q.dtype is not torch.bfloat16:
+            found = f"{q.dtype}, shape {tuple(q.shape)}"
+            raise ValueError(f"q: {found}, expected torch.bfloat16, [{given.queries}, H, {WIDTH}]")
         if (pages is not None) != (ratio > 0):
             found = "None" if pages is None else "given"
             raise ValueError(f"pages: {found} beside ratio {ratio}, expected pages for a ratio above 0 and None for 0")
@@ -333,6 +339,14 @@ class SparsePrefillChunkCache:
         rows = compressed + chunk.swa_slots.numel()
         kv = self.workspace(max(rows, 1), q.device)
         if pages is not None:
-            dequantize_k_cache_paged(pages, layer.slots, given.page_size // ratio, kv[:compressed])
-        dequantize_k_cache_paged(swa_pages, chunk.swa_slots, given.swa_page_size, kv[compressed:rows])
+            _read_back("pages", pages, layer.slots, given.page_size // ratio, kv[:compressed])
+        _read_back("swa_pages", swa_pages, chunk.swa_slots, given.swa_page_size, kv[compressed:rows])
         return sparse_fwd(q, kv, layer.indices[:, None], sm_scale, WIDTH, attn_sink, layer.lens)[0]
+
+
+def _read_back(name: str, pages: torch.Tensor, slots: torch.Tensor, size: int, out: torch.Tensor) -> None:
+    """`dequantize_k_cache_paged`, whose refusals begin with our argument's name."""
+    try:
+        dequantize_k_cache_paged(pages, slots, size, out)
+    except ValueError as problem:
+        raise ValueError(f"{name}: {problem}") from None

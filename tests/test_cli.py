@@ -186,7 +186,7 @@ def test_explain_says_which_route_a_prompt_takes(capsys):
     assert status == 0
     rows = [(row["provider"], row["when"].partition(":")[0]) for row in told["providers"]]
     assert rows == [
-        *[("host", "V4")] * 8, ("ours + FlashMLA", "V4"), ("triton", "V4"), ("host", "V3.2"), ("triton", "V3.2"),
+        *[("host", "V4")] * 9, ("ours + FlashMLA", "V4"), ("triton", "V4"), ("host", "V3.2"), ("triton", "V3.2"),
     ]  # fmt: skip
     backport = [
         row for row in told["routes"] if row["name"] == "DeepseekV4AttnBackend.forward" and row["kind"] == "call"

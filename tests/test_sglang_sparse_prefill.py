@@ -130,6 +130,11 @@ def test_why_a_prompt_is_the_hosts(change: dict[str, Any], reason: str) -> None:
     assert next(row.when for row in hook.V4_PROVIDERS if row.applies(call)) == reason
 
 
+def test_a_graph_that_is_captured_is_the_hosts(monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "capturing", lambda: True)
+    assert hook.declines_chunk(prompt(4)) == compat.CAPTURED
+
+
 def test_without_positions_other_layers_are_ours() -> None:
     assert hook.declines_chunk(prompt(128, core=without_positions())) is None
 

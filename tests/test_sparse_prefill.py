@@ -29,6 +29,7 @@ from mla_patch.kernels.sparse_prefill import (
 
 DEVICE = "cpu" if interpreted() else "cuda"
 WIDTHS = pytest.mark.parametrize("width", [576, 512])
+MORE = pytest.mark.parametrize("more", [0] if interpreted() else [0, 37])  # heads: on sm_90 another kernel's
 
 
 class Case:
@@ -87,23 +88,25 @@ def test_indices(width, topk, holes):
 
 
 @WIDTHS
-def test_a_hole_is_no_neighbour(width):
+@MORE
+def test_a_hole_is_no_neighbour(width, more):
     """All keys of a query at the end of its list, behind holes of every kind; row 0 is NaN, and -1 is not row 0."""
-    case = Case(width, topk=100)
+    case = Case(width, heads=3 + more, topk=100)
     case.kv[0] = math.nan
     case.written = case.written[case.written > 0]
     case.indices[:, 0] = case.written[0]
     case.indices[0, 0, :-1] = torch.tensor([-1, 2**31 - 1, 50], dtype=torch.int32, device=DEVICE).repeat(33)
     case.indices[1] = -1
-    for sink in (None, torch.tensor([0.5, math.inf, -math.inf], device=DEVICE)):
+    for sink in (None, torch.tensor([0.5, math.inf, -math.inf] + [1.0] * more, device=DEVICE)):
         out, most, lse = case.check(attn_sink=sink)
         assert (out[1] == 0).all() and (most[1] == -math.inf).all() and (lse[1] == math.inf).all()
 
 
 @WIDTHS
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
-def test_lengths(width, kind):
-    case = Case(width, queries=6, topk=80)
+@MORE
+def test_lengths(width, kind, more):
+    case = Case(width, queries=6, heads=3 + more, topk=80)
     lens = torch.tensor([0, 80, 33, -5, 1000, 32], device=DEVICE).to(kind)
     if kind is torch.int64:
         lens[4] = 2**32 + 1  # a cut to 32 bits would make it 1
@@ -115,18 +118,21 @@ def test_lengths(width, kind):
 
 
 @WIDTHS
-def test_sinks(width):
-    case = Case(width, heads=4)
+@MORE
+def test_sinks(width, more):
+    case = Case(width, heads=4 + more)
     plain = case.run()
-    out, most, lse = case.check(attn_sink=torch.tensor([math.inf, -math.inf, 1.5, 300.0], device=DEVICE))
+    sinks = torch.tensor([math.inf, -math.inf, 1.5, 300.0] + [-2.0] * more, device=DEVICE)
+    out, most, lse = case.check(attn_sink=sinks)
     assert (out[:, 0] == 0).all() and torch.equal(out[:, 1], plain[0][:, 1])
     assert not torch.equal(out[:, 2], plain[0][:, 2])
     assert torch.equal(most, plain[1]) and torch.equal(lse, plain[2])
 
 
 @WIDTHS
-def test_the_base_of_the_statistics(width):
-    case = Case(width)
+@MORE
+def test_the_base_of_the_statistics(width, more):
+    case = Case(width, heads=3 + more)
     case.indices[1] = -1
     out, most, lse = case.check(return_log2=True)
     natural = case.run()
@@ -136,36 +142,40 @@ def test_the_base_of_the_statistics(width):
 
 
 @WIDTHS
-def test_one_key_is_its_value(width):
-    case = Case(width, topk=1)
+@MORE
+def test_one_key_is_its_value(width, more):
+    case = Case(width, heads=3 + more, topk=1)
     out, most, lse = case.run()
-    assert torch.equal(out, case.kv[case.indices[:, 0, 0].long(), :, :512].expand(-1, 3, -1))
+    assert torch.equal(out, case.kv[case.indices[:, 0, 0].long(), :, :512].expand(-1, 3 + more, -1))
     torch.testing.assert_close(most, lse)
 
 
 @WIDTHS
-def test_scores_that_are_far_apart(width):
-    case = Case(width, topk=128)
+@MORE
+def test_scores_that_are_far_apart(width, more):
+    case = Case(width, heads=3 + more, topk=128)
     for gain in (8, 64):
-        case.q = (torch.randn(3, 3, width) * gain).half().to(DEVICE)
+        case.q = (torch.randn(3, 3 + more, width) * gain).half().to(DEVICE)
         case.check()
 
 
 @WIDTHS
+@MORE
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_heads_know_nothing_of_one_another(width, bad):
-    case = Case(width, heads=5)
+def test_heads_know_nothing_of_one_another(width, bad, more):
+    case = Case(width, heads=5 + more)
     clean = case.run()
     case.q[:, 2] = bad
-    others = [0, 1, 3, 4]
+    others = [head for head in range(5 + more) if head != 2]
     got = case.run()
     for mine, theirs in zip(got, clean, strict=True):
         assert torch.equal(mine[:, others], theirs[:, others])
     assert torch.isnan(got[0][:, 2]).any()
 
 
-def test_a_nan_that_is_asked_for_is_not_hidden():
-    case = Case(topk=40)
+@MORE
+def test_a_nan_that_is_asked_for_is_not_hidden(more):
+    case = Case(heads=3 + more, topk=40)
     case.indices[0, 0, 7] = next(row for row in range(50) if row not in case.written.tolist())
     out, _, _ = case.run()
     assert torch.isnan(out[0]).all() and torch.isfinite(out[1:]).all()
@@ -206,12 +216,14 @@ def test_rows_at_odd_addresses(width, heads):
     assert got[0] is out and (out._base[[0, -1]] == -7).all()
 
 
-def test_nothing_to_do():
-    case = Case(topk=8)
+@MORE
+def test_nothing_to_do(more):
+    case = Case(heads=3 + more, topk=8)
     out, most, lse = mla_sparse_prefill(case.q[:0], case.kv, case.indices[:0], 1.0)
-    assert out.shape == (0, 3, 512) and most.shape == lse.shape == (0, 3)
-    out, most, lse = mla_sparse_prefill(case.q, case.kv[:0], case.indices, 1.0)
-    assert (out == 0).all() and (most == -math.inf).all() and (lse == math.inf).all()
+    assert out.shape == (0, 3 + more, 512) and most.shape == lse.shape == (0, 3 + more)
+    for kv, ids in ((case.kv[:0], case.indices), (case.kv, case.indices[..., :0])):
+        out, most, lse = mla_sparse_prefill(case.q, kv, ids, 1.0)
+        assert (out == 0).all() and (most == -math.inf).all() and (lse == math.inf).all()
 
 
 @pytest.mark.parametrize(
@@ -596,12 +608,29 @@ def test_a_graph_follows_its_lengths(width):
 @gpu
 @needs_gpu
 @WIDTHS
-def test_a_workspace_beyond_31_bits(width):
+@pytest.mark.parametrize("heads", [16, 40])
+def test_a_workspace_beyond_31_bits(width, heads):
     """The last rows of 5 GB: an offset in elements past 2**31."""
     rows = 5 * 2**30 // (2 * width)
-    case = Case(width, 5, 16, 64, 90, 90, 0.0, torch.bfloat16)
+    case = Case(width, 5, heads, 64, 90, 90, 0.0, torch.bfloat16)
     small, shift = case.kv, rows - 90
     case.kv = torch.empty(rows, 1, width, dtype=torch.bfloat16, device=DEVICE)
     case.kv[shift:] = small
     case.indices += shift
     case.check()
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("heads", [16, 128])
+def test_queries_and_results_beyond_31_bits(heads):
+    """The last of so many queries, which all but these have no key."""
+    queries = 2**31 // (heads * 512) + 9
+    case = Case(512, 5, heads, 64, dtype=torch.bfloat16)
+    want = case.want()
+    q = torch.zeros(queries, heads, 512, dtype=torch.bfloat16, device=DEVICE)
+    ids = torch.full((queries, 1, 64), -1, dtype=torch.int32, device=DEVICE)
+    q[-5:], ids[-5:] = case.q, case.indices
+    got = mla_sparse_prefill(q, case.kv, ids, 512**-0.5)
+    compare([part[-5:] for part in got], want, torch.bfloat16)
+    assert (got[0][:-5] == 0).all()

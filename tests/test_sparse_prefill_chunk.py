@@ -297,7 +297,10 @@ def test_whoever_attends_gets_flash_mlas_arguments() -> None:
     "change, message",
     [
         ({"extend_lens_cpu": [9]}, "extend_lens_cpu: 1 requests, expected 2"),
-        ({"seq_lens": torch.zeros(3, dtype=torch.int32)}, "seq_lens: 3 requests, expected 2"),
+        ({"seq_lens": torch.zeros(3, dtype=torch.int32)}, r"seq_lens: shape \(3,\), expected \(2,\)"),
+        ({"seq_lens": torch.tensor(9, dtype=torch.int32)}, r"seq_lens: shape \(\), expected \(2,\)"),
+        ({"extend_lens_cpu": [9, 13]}, "extend_lens_cpu: 13 of request 1, expected 0 to its 12 tokens"),
+        ({"extend_lens_cpu": [-1, 4]}, "extend_lens_cpu: -1 of request 0, expected 0 to its 9 tokens"),
         ({"queries": 12}, "queries: 12, expected 13 or more"),
         ({"window": 0}, "window: 0, expected 1 or more"),
         ({"page_table": torch.zeros(13, 2)}, "page_table: torch.float32"),
@@ -322,10 +325,26 @@ def test_bad_layers_are_refused() -> None:
         chunk.layer(0, raw)
     with pytest.raises(ValueError, match=r"topk_indices: shape \(8, 3\), expected \[>= 9, topk\]"):
         chunk.layer(4, raw[:8])
-    with pytest.raises(ValueError, match="q: 8 rows, expected 9"):
-        cache.attend(model.q[0][0][:8], chunk, model.swa[0], sm_scale=1.0)
+    q, swa = model.q[0][0], model.swa[0]
+    for bad, found in ((q[:8], r"bfloat16, shape \(8"), (q.half(), "float16, shape"), (q[..., :448], ", 448")):
+        with pytest.raises(ValueError, match=rf"q: .*{found}.* expected torch.bfloat16, \[9, H, 512\]"):
+            cache.attend(bad, chunk, swa, sm_scale=1.0)
+    with pytest.raises(ValueError, match=r"^swa_pages: "):
+        cache.attend(q, chunk, swa[:, :100], sm_scale=1.0)
+    with pytest.raises(ValueError, match=r"^pages: "):
+        cache.attend(q, chunk, swa, sm_scale=1.0, ratio=4, pages=swa[:, :9], topk_indices=raw)
     with pytest.raises(ValueError, match="pages: None beside ratio 4"):
         cache.attend(model.q[0][0], chunk, model.swa[0], sm_scale=1.0, ratio=4, topk_indices=raw)
+
+
+def test_more_rows_than_an_index_names() -> None:
+    """Of requests that share their pages: lengths alone make it so."""
+    model = Model([9])
+    inputs = model.inputs([9], [9])
+    chunk = SparsePrefillChunkCache().chunk(0, lambda: inputs)
+    chunk.inputs = replace(inputs, seq_lens_cpu=[2**33])
+    with pytest.raises(ValueError, match=r"seq_lens_cpu: \d+ workspace rows, expected below 2\*\*31"):
+        chunk.layer(4)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 
 or of whole pages: row r of ``out`` is token r % ps of page ``named[r // ps]``.
 
-Bit for bit what SGLang's own kernels read. The values are decoded by integer arithmetic, on every chip alike.
+Bit for bit what SGLang's own kernels read: by the chip's conversion from sm_89 on, by integer arithmetic before.
 """
 
 from __future__ import annotations
@@ -173,12 +173,12 @@ def dequantize(
     """
     pages = pages_of("cache", cache)
     if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
-        raise ValueError(f"slots: {slots.dtype}, shape {tuple(slots.shape)}, expected int32 or int64, [n], contiguous")
+        raise ValueError(f"slots: {_told(slots)}, expected int32 or int64, [n], contiguous")
     shape = (slots.numel(), pages.layout.width)
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=cache.device)
     if out.shape != shape or out.dtype != torch.bfloat16 or out.stride(1) != 1:
-        raise ValueError(f"out: {out.dtype}, shape {tuple(out.shape)}, expected bfloat16, {shape}, last contiguous")
+        raise ValueError(f"out: {_told(out)}, expected torch.bfloat16, {shape}, the last contiguous")
     for name, tensor in (("slots", slots), ("out", out)):
         if tensor.device != cache.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
@@ -214,14 +214,13 @@ def dequantize_pages(
     """
     pages = pages_of("cache", cache)
     if named.dtype is not torch.int32 or named.dim() != 1 or not named.is_contiguous():
-        raise ValueError(f"named: {named.dtype}, shape {tuple(named.shape)}, expected torch.int32, [n], contiguous")
+        raise ValueError(f"named: {_told(named)}, expected torch.int32, [n], contiguous")
     if count.dtype is not torch.int32 or count.numel() != 1:
         raise ValueError(f"count: {count.dtype}, shape {tuple(count.shape)}, expected torch.int32, [1]")
     rows = out[:, 0] if out.dim() == 3 and out.shape[1] == 1 else out
     shape = (named.numel() * pages.page_size, pages.layout.width)
     if rows.shape != shape or rows.dtype is not torch.bfloat16 or rows.stride(1) != 1:
-        found = f"{out.dtype}, shape {tuple(out.shape)}, strides {out.stride()}"
-        raise ValueError(f"out: {found}, expected torch.bfloat16, {shape}, the last contiguous")
+        raise ValueError(f"out: {_told(out)}, expected torch.bfloat16, {shape}, the last contiguous")
     for name, tensor in (("named", named), ("count", count), ("out", out)):
         if tensor.device != cache.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
@@ -230,6 +229,10 @@ def dequantize_pages(
             return dequantize_pages(cache, named, count, out, config=config)
     _launch(rows, named, count, pages, config)
     return out
+
+
+def _told(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype}, shape {tuple(tensor.shape)}, strides {tensor.stride()}"
 
 
 def _launch(

@@ -343,7 +343,7 @@ def _check(
         attn_sink.shape != (heads,) or not attn_sink.is_floating_point() or not attn_sink.is_contiguous()
     ):
         found = f"{attn_sink.dtype}, {_shape(attn_sink)}"
-        raise ValueError(f"attn_sink: {found}, expected a float for each of {heads} heads")
+        raise ValueError(f"attn_sink: {found}, expected a float for each of {heads} heads, contiguous")
     if topk_length is not None and (
         topk_length.dtype not in (torch.int32, torch.int64)
         or topk_length.shape != (queries,)
