@@ -121,7 +121,7 @@ class Trial:
 
     def __init__(self, release: str) -> None:
         self.without_indexer = release != "0.5.12"
-        self.shell = release in ("0.5.21", "0.5.23")  # whose forward does more than a made-up model has
+        self.shell = release in ("0.5.21", "0.5.23")  # whose metadata is made in more steps
         rng = self.rng = torch.Generator(DEVICE).manual_seed(1)
         random = {"generator": rng, "device": DEVICE}
         self.module = importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend")
@@ -151,6 +151,12 @@ class Trial:
 
             def get_swa_key_page_size(self) -> int:
                 return SWA_PAGE
+
+            def get_swa_key_bytes_per_token(self) -> int:
+                return 584
+
+            def get_extra_key_bytes_per_token(self, layer_id: int) -> int:
+                return 584
 
             def get_swa_key_layout(self) -> str:
                 return "v4"
@@ -267,11 +273,6 @@ class Trial:
         q = self.rows(self.q[number], seq, ext)
         k = torch.zeros(len(q), 512, device=DEVICE)
         layer = SimpleNamespace(layer_id=number, v_head_dim=512)
-        if self.shell:
-            core = self.backend.forward_metadata.core_attn_metadata
-            return self.backend._forward_prefill_sparse(
-                q.unsqueeze(1), number, LAYERS[number], batch, self.pool, core, self.sink
-            )
         given = {"save_kv_cache": False, "attn_sink": self.sink} | more
         return self.backend.forward(q, k, k, layer, batch, compress_ratio=LAYERS[number], **given)
 
