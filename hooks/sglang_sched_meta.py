@@ -11,13 +11,15 @@ operator of the host's, since whatever keeps the host from making them keeps it 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from mla_patch.compat import gpu, sglang_flash_mla
 from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_flash_mla import KvCacheCall, MetadataCall, PrefillCall
 from mla_patch.compat.types import Gpu, Provider
-from mla_patch.features import Feature
+from mla_patch.features import Feature, Final
 from mla_patch.hookspecs import hookimpl
 
 HOST, OURS = "host", "triton"
@@ -140,6 +142,20 @@ def declines_kvcache(call: KvCacheCall) -> str | None:
     return row.when if row.provider == HOST else None
 
 
+def _final(serve: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """No row gives ours a call that the host could serve, so what ours refuses is told the caller."""
+
+    @functools.wraps(serve)
+    def answer(call: Any) -> Any:
+        try:
+            return serve(call)
+        except ValueError as refusal:
+            raise Final(refusal) from refusal
+
+    return answer
+
+
+@_final
 def serve_kvcache(call: KvCacheCall) -> Any:
     from mla_patch.flash_mla import flash_mla_with_kvcache
 
@@ -156,6 +172,7 @@ def declines_prefill(call: PrefillCall) -> str | None:
     return row.when if row.provider == HOST else None
 
 
+@_final
 def serve_prefill(call: PrefillCall) -> Any:
     from mla_patch.flash_mla import flash_mla_sparse_fwd
 
@@ -182,6 +199,7 @@ def declines_metadata(call: MetadataCall) -> str | None:
     return "the host's own CUDA operator serves it"
 
 
+@_final
 def serve_metadata(call: MetadataCall) -> Any:
     from mla_patch.flash_mla import get_mla_metadata
 

@@ -18,9 +18,11 @@ from mla_patch import flash_mla
 from mla_patch.compat import gpu
 from mla_patch.compat import sglang_flash_mla as compat
 from mla_patch.compat.types import Gpu
+from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
 from mla_patch.features import Counts
 from mla_patch.hooks import sglang_sched_meta as hook
 from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
+from mla_patch.kernels.layouts import V4, new_pages
 
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
 
@@ -210,9 +212,67 @@ def test_every_parameter_reaches_ours(version, machine, monkeypatch):
             target.bind(**values, new=1)
 
 
-def prefill(heads=64, topk=128, width=576, queries=2, **more):
-    q, ids = torch.zeros(queries, heads, width), torch.zeros(queries, 1, topk)
-    return {"q": q, "kv": torch.zeros(3, 1, width), "indices": ids, "sm_scale": 0.1} | more
+class Wrapped:
+    """0.5.9's wrapper with ours in its place, as its caller sees it; the host's fails on what is newer."""
+
+    def __init__(self, name: str) -> None:
+        kind = {"flash_mla_with_kvcache": "kvcache", "get_mla_metadata": "metadata"}.get(name, "prefill")
+        code = ArmCode(getattr(hook, f"serve_{kind}"), getattr(hook, f"declines_{kind}"))
+        self.counts, self.stops = Counts(), []
+        switch = Switch(lambda *stop: self.stops.append(stop))
+        site = Site(name, targets("0.5.9", name)[0].bind, {"patch": code}, self.counts, switch)
+        self.call = stand_in(self.host, "call", site)
+
+    @staticmethod
+    def host(*args: Any, **named: Any) -> Any:
+        raise TypeError(f"unexpected keyword {[*named][-1:]}")
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+V4_CALL = sparse(512, q=half(2, 1, 64, 512), softmax_scale=None)
+
+
+def v4_call(**changes: Any) -> dict[str, Any]:
+    meta = flash_mla.FlashMLASchedMeta()
+    return V4_CALL | {"k_cache": new_pages(V4, 2, 64), "tile_scheduler_metadata": meta, "num_splits": None} | changes
+
+
+def test_what_the_host_cannot_serve_either_is_told_the_caller(machine):
+    machine(newer=False)
+    wrapped = Wrapped("flash_mla_with_kvcache")
+    ids = V4_CALL["indices"].long()
+    with pytest.raises(ValueError, match=r"^indices: torch.int64, shape \(2, 1, 64\), expected torch.int32"):
+        wrapped.call(**v4_call(indices=ids, attn_sink=torch.zeros(64)))
+    assert [*wrapped.counts.declined] == ["indices: torch.int64, shape (2, 1, 64), expected torch.int32, [2, 1, topk]"]
+    for name, arguments, message in (
+        ("flash_mla_sparse_fwd", prefill(dtype=torch.bfloat16, attn_sink=torch.zeros(3)), "attn_sink: torch.float32"),
+        ("get_mla_metadata", {"cache_seqlens": torch.ones(2).int(), "topk": 3}, "num_q_tokens_per_head_k: None"),
+    ):
+        other = Wrapped(name)
+        with pytest.raises(ValueError, match=f"^{message}"):
+            other.call(**arguments)
+        assert sum(other.counts.declined.values()) == 1 and not other.stops
+    assert not wrapped.stops
+
+
+@pytest.mark.parametrize("field", flash_mla._FIELDS)
+def test_a_sched_meta_of_another_call_is_told_the_caller(field, machine):
+    machine(newer=False)
+    wrapped, call = Wrapped("flash_mla_with_kvcache"), v4_call()
+    used = flash_mla.FlashMLASchedMeta.Config(2, 1, 64, 64, 1, False, True, 64, None, None)
+    setattr(used, field, 3)
+    call["tile_scheduler_metadata"].config, call["tile_scheduler_metadata"].have_initialized = used, True
+    with pytest.raises(flash_mla.MetadataMismatch, match=f"tile_scheduler_metadata: made for {field} 3, called with"):
+        wrapped.call(**call)
+    assert sum(wrapped.counts.declined.values()) == 1 and not wrapped.stops
+
+
+def prefill(heads=64, topk=128, width=576, queries=2, dtype=torch.float32, **more):
+    q, ids = torch.zeros(queries, heads, width, dtype=dtype), torch.zeros(queries, 1, topk, dtype=torch.int32)
+    return {"q": q, "kv": torch.zeros(3, 1, width, dtype=dtype), "indices": ids, "sm_scale": 0.1} | more
 
 
 def prefill_kept(arguments, version="0.5.13"):
