@@ -406,7 +406,8 @@ def dense_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall]:
     dtype = e4m3 if backend.data_type is e4m3 else backend.q_data_type
     q = torch.zeros(1, 1, backend.num_q_heads, 576, device=runner.device).to(dtype)
     cache = torch.zeros(1, 64, 1, 576, device=runner.device).to(dtype)
-    return [KvCacheCall(_build(home), q, cache, None, None, 512, None)]
+    scale = torch.ones(1, device=runner.device) if dtype is e4m3 else None
+    return [KvCacheCall(_build(home), q, cache, None, None, 512, None, descale_q=scale, descale_k=scale)]
 
 
 def v32_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall | PrefillCall]:

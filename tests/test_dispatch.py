@@ -125,7 +125,7 @@ class MetadataMismatch(AssertionError, ValueError):
 def test_a_final_refusal_is_the_callers() -> None:
     patched = Patched(patch=refuses_finally)
     for _ in range(2):
-        with pytest.raises(MetadataMismatch, match="^b 2, called with 1$") as raised:
+        with pytest.raises(MetadataMismatch, match=r"^b 2, called with 1$") as raised:
             patched.call("raise", 2)
         assert raised.value.__cause__ is None and raised.value.__suppress_context__
     assert patched.counts.declined == {"b 2, called with 1": 2}

@@ -54,13 +54,16 @@ def sparse(width: int = 576, heads: int = 64, topk: int = 64, batch: int = 2, **
     } | more  # fmt: skip
 
 
-def dense(page: int = 64, **more: Any) -> dict[str, Any]:
-    call = sparse(**more) | {"k_cache": torch.zeros(1, page, 1, 576)}
+def dense(width: int = 576, page: int = 64, **more: Any) -> dict[str, Any]:
+    call = sparse(width, **more) | {"k_cache": torch.zeros(1, page, 1, width)}
     return {name: value for name, value in call.items() if name not in ("indices", "is_fp8_kvcache")}
 
 
 META = {"tile_scheduler_metadata": flash_mla.FlashMLASchedMeta(), "num_splits": None}
 LENGTHS = {"topk_length": torch.zeros(2, dtype=torch.int32)}
+E4M3 = {"q": torch.zeros(2, 1, 64, 576).to(torch.float8_e4m3fn)}
+DESCALES = {"descale_q": torch.ones(1), "descale_k": torch.ones(1)}
+PAGES_OF_32 = {"k_cache": torch.zeros(1, 32, 1, 656, dtype=torch.uint8)}
 
 
 def kept(arguments: dict[str, Any], version: str = "0.5.13") -> str | None:
@@ -81,8 +84,18 @@ OWN = "the host's own CUDA operator serves it"
         (sparse(**META), OWN),
         (sparse(512, **META, **LENGTHS, attn_sink=torch.zeros(64)), OWN),
         (sparse(512, **META, extra_indices_in_kvcache=torch.zeros(2, 1, 64), extra_k_cache=torch.zeros(1)), OWN),
+        (sparse(**META) | PAGES_OF_32, OWN),
         (dense(heads=20), OWN),
         (dense(heads=20, **META), OWN),
+        (dense(512, **META), OWN),
+        (dense(**E4M3, **DESCALES), OWN),
+        (sparse() | PAGES_OF_32, None),
+        (dense(512), None),
+        (dense(**E4M3, **DESCALES, **META), None),
+        (dense(**E4M3), None),
+        (dense(**E4M3, descale_q=torch.ones(1)), None),
+        (dense(q=torch.zeros(2, 0, 64, 576)), None),
+        (sparse(q=torch.zeros(2, 0, 64, 576)), None),
         (sparse(heads=16), None),
         (sparse(topk=0), None),
         (sparse(topk=100), None),
@@ -120,9 +133,8 @@ def test_the_older_api(machine):
 
 def test_descales_that_the_package_lacks(machine):
     """Releases to 0.5.4 call it so for e4m3 caches, where it raises a TypeError."""
-    scales = {"descale_q": torch.ones(1), "descale_k": torch.ones(1)}
-    assert kept(dense(**scales), "0.5.4") is None and kept(dense(), "0.5.4") == OWN
-    assert kept(dense(**scales), "0.5.9") == kept(dense(**scales)) == OWN
+    assert kept(dense(**DESCALES), "0.5.4") is None and kept(dense(), "0.5.4") == OWN
+    assert kept(dense(**DESCALES), "0.5.9") == kept(dense(**DESCALES)) == OWN
 
 
 @pytest.mark.parametrize(
@@ -256,6 +268,43 @@ def test_what_the_host_cannot_serve_either_is_told_the_caller(machine):
             other.call(**arguments)
         assert sum(other.counts.declined.values()) == 1 and not other.stops
     assert not wrapped.stops
+
+
+NOTHING, POINT, LINE = None, torch.zeros(()), torch.zeros(584)
+
+
+@pytest.mark.parametrize("changes", [
+    {"q": NOTHING}, {"q": POINT}, {"q": LINE}, {"q": torch.zeros(2, 512)}, {"k_cache": NOTHING}, {"k_cache": POINT},
+    {"k_cache": LINE}, {"indices": POINT}, {"indices": LINE}, {"indices": [3]}, {"topk_length": [1, 2]},
+    {"extra_indices_in_kvcache": POINT}, {"extra_k_cache": LINE}, {"softmax_scale": "x"},
+], ids=lambda changes: next(iter(changes)))  # fmt: skip
+@pytest.mark.parametrize("capability", [SM90, SM120])
+def test_shapes_that_nobody_takes(changes, capability, machine):
+    """Of an argument that decides who serves: a refusal, and the next call is served as ever."""
+    machine(capability, newer=False)
+    wrapped = Wrapped("flash_mla_with_kvcache")
+    for call in (v4_call(), dense(q=half(2, 1, 64, 576))):
+        with pytest.raises((ValueError, TypeError)) as raised:
+            wrapped.call(**call | changes)
+        assert not wrapped.stops and sum(wrapped.counts.declined.values()), raised.value
+        wrapped.counts.reset()
+    with pytest.raises(ValueError, match=f"^{next(iter(changes))}: .*, expected "):
+        wrapped.call(**v4_call() | changes)
+
+
+def test_shapes_of_the_others_that_nobody_takes(machine):
+    for name, calls in (
+        (
+            "flash_mla_sparse_fwd",
+            [prefill() | {one: wrong} for one in ("q", "indices") for wrong in (POINT, LINE, [3])],
+        ),
+        ("get_mla_metadata", [{"cache_seqlens": lens, "num_q_tokens_per_head_k": 64} for lens in (POINT, [1, 2])]),
+    ):
+        wrapped = Wrapped(name)
+        for call in calls:
+            with pytest.raises(ValueError, match=r": .*, expected "):
+                wrapped.call(**call)
+        assert sum(wrapped.counts.declined.values()) == len(calls) and not wrapped.stops
 
 
 @pytest.mark.parametrize("field", flash_mla._FIELDS)
