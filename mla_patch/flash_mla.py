@@ -79,10 +79,10 @@ def get_mla_metadata(
     if cache_seqlens.dim() != 1 or cache_seqlens.dtype not in (torch.int32, torch.int64):
         found = f"{cache_seqlens.dtype}, shape {tuple(cache_seqlens.shape)}"
         raise ValueError(f"cache_seqlens: {found}, expected int32 or int64, [B]")
-    for name, value in (
-        ("num_q_tokens_per_head_k", num_q_tokens_per_head_k), ("num_heads_k", num_heads_k),
-        ("num_heads_q", 1 if num_heads_q is None else num_heads_q),
-    ):  # fmt: skip
+    counts: dict[str, Any] = {"num_q_tokens_per_head_k": num_q_tokens_per_head_k, "num_heads_k": num_heads_k}
+    if num_heads_q is not None:
+        counts["num_heads_q"] = num_heads_q
+    for name, value in counts.items():
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}: {value!r}, expected a number above 0 beside cache_seqlens")
     assert num_q_tokens_per_head_k is not None and num_heads_k is not None
