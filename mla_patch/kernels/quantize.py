@@ -7,8 +7,8 @@
             stored as such, where SGLang's kernel stores 448 times a scale of 0, which reads the same. A tile with an
             infinity reads as NaN, as SGLang's does.
     V4      s = the power of two at or above max(max|x|, least) / 448 of 64 values. ``least`` is 1e-8 in SGLang's Triton
-            writer and 1e-4 in its CUDA one; it shows in tiles of no more than 5.3e-5 alone. An infinity is stored as 448
-            times the scale of float32's largest number, 2**120, which reads as an infinity of its sign.
+            writer and 1e-4 in its CUDA one; it shows in tiles of no more than 5.3e-5 alone. An infinity is stored as
+            448 times 2**120, the scale of float32's largest number, and reads as an infinity of its sign.
 
 Rounding is integer arithmetic, so that chips without e4m3 and interpreters write the same bytes.
 """
