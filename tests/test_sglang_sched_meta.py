@@ -270,6 +270,20 @@ def test_what_the_host_cannot_serve_either_is_told_the_caller(machine):
     assert not wrapped.stops
 
 
+@pytest.mark.parametrize("version", ["0.5.4", "0.5.9", "0.5.12", "0.5.13", "0.5.23"])
+def test_every_parameter_of_metadata_reaches_ours(version, monkeypatch):
+    """By place and by name, for each parameter list that a release may have."""
+    monkeypatch.setattr(compat, "has_package", lambda: True)
+    seen: list[Any] = []
+    monkeypatch.setattr(flash_mla, "get_mla_metadata", lambda *args: seen.append(args))
+    for target in targets(version, "get_mla_metadata"):
+        names = compat._META if target.params == ("*args", "**kwargs") else target.params
+        values = {name: object() for name in names}
+        for call in (target.bind(*values.values()), target.bind(**values)):
+            hook.serve_metadata(call)
+            assert seen.pop()[: len(values)] == tuple(values.values())
+
+
 NOTHING, POINT, LINE = None, torch.zeros(()), torch.zeros(584)
 
 
@@ -431,6 +445,16 @@ def test_the_package_where_there_is_none(monkeypatch, caplog):
     with pytest.raises(ValueError, match="head_dim_v: 3, expected 512"):
         package.flash_mla_with_kvcache(torch.zeros(1), torch.zeros(1), None, None, 3, made)
     assert counts.served == 1  # what was refused is not served
+    # by place in the package's own order, which is without descales
+    placed = (half(2, 1, 4, 512), new_pages(V4, 1, 4), None, None, 512, made, None, 0.5, False, True)
+    ids = torch.zeros(2, 1, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="causal: True, expected False beside indices"):
+        package.flash_mla_with_kvcache(*placed[:8], True, True, ids)
+    out, lse = package.flash_mla_with_kvcache(*placed, ids, torch.zeros(4))
+    named = package.flash_mla_with_kvcache(*placed, indices=ids, attn_sink=torch.zeros(4))
+    assert out.shape == (2, 1, 4, 512) and torch.equal(out, named[0]) and torch.equal(lse, named[1])
+    with pytest.raises(TypeError, match="missing"):
+        package.flash_mla_with_kvcache(placed[0])
     assert find_spec("flash_mla") is package.__spec__  # others may ask, too
     assert "flash_mla is not installed: DeepSeek V4's attention runs on our Triton kernels" in caplog.text
     undo()
