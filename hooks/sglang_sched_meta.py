@@ -4,9 +4,9 @@ Why: code for the newer API (`FlashMLASchedMeta`, sinks, a second cache, lengths
 0.5.12 pin, and FlashMLA has no build for most GPUs, head counts and page sizes.
 
 `PROVIDERS` says who serves a call, by the first row that applies, `PREFILL_PROVIDERS` the same of sparse prefill's;
-`mla-patch explain sched_meta` prints both. What the
-host's own CUDA operators can serve they keep, in every release. Metadata follows calls: tensors of ours reach no
-operator of the host's, since whatever keeps the host from making them keeps it from serving what they are for.
+`mla-patch explain sched_meta` prints both. What the host's own CUDA operators can serve they keep, in every release.
+Metadata follows calls: whatever keeps the host from making tensors keeps it from serving what they are for. Not so for
+the first row, whose formats metadata do not tell, nor after the breaker, between a call and its metadata.
 """
 
 from __future__ import annotations

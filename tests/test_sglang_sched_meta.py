@@ -17,6 +17,7 @@ from scratch import clean_env
 from mla_patch import flash_mla
 from mla_patch.compat import gpu
 from mla_patch.compat import sglang_flash_mla as compat
+from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
 from mla_patch.features import Counts
@@ -25,6 +26,7 @@ from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
 from mla_patch.kernels.layouts import V4, new_pages
 
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
+CPU = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1: tensors lie on the CPU")
 
 
 @pytest.fixture
@@ -252,6 +254,7 @@ def v4_call(**changes: Any) -> dict[str, Any]:
     return V4_CALL | {"k_cache": new_pages(V4, 2, 64), "tile_scheduler_metadata": meta, "num_splits": None} | changes
 
 
+@CPU
 def test_what_the_host_cannot_serve_either_is_told_the_caller(machine):
     machine(newer=False)
     wrapped = Wrapped("flash_mla_with_kvcache")
@@ -293,6 +296,7 @@ NOTHING, POINT, LINE = None, torch.zeros(()), torch.zeros(584)
     {"extra_indices_in_kvcache": POINT}, {"extra_k_cache": LINE}, {"softmax_scale": "x"},
 ], ids=lambda changes: next(iter(changes)))  # fmt: skip
 @pytest.mark.parametrize("capability", [SM90, SM120])
+@CPU
 def test_shapes_that_nobody_takes(changes, capability, machine):
     """Of an argument that decides who serves: a refusal, and the next call is served as ever."""
     machine(capability, newer=False)
@@ -306,6 +310,7 @@ def test_shapes_that_nobody_takes(changes, capability, machine):
         wrapped.call(**v4_call() | changes)
 
 
+@CPU
 def test_shapes_of_the_others_that_nobody_takes(machine):
     for name, calls in (
         (
@@ -321,6 +326,7 @@ def test_shapes_of_the_others_that_nobody_takes(machine):
         assert sum(wrapped.counts.declined.values()) == len(calls) and not wrapped.stops
 
 
+@CPU
 @pytest.mark.parametrize("field", flash_mla._FIELDS)
 def test_a_sched_meta_of_another_call_is_told_the_caller(field, machine):
     machine(newer=False)
@@ -445,7 +451,19 @@ def test_the_package_where_there_is_none(monkeypatch, caplog):
     with pytest.raises(ValueError, match="head_dim_v: 3, expected 512"):
         package.flash_mla_with_kvcache(torch.zeros(1), torch.zeros(1), None, None, 3, made)
     assert counts.served == 1  # what was refused is not served
-    # by place in the package's own order, which is without descales
+    assert find_spec("flash_mla") is package.__spec__  # others may ask, too
+    assert "flash_mla is not installed: DeepSeek V4's attention runs on our Triton kernels" in caplog.text
+    undo()
+    assert not {"flash_mla", compat.PACKAGE} & set(sys.modules)
+
+
+@CPU
+def test_the_package_is_called_in_its_own_order(monkeypatch):
+    """Which is without descales."""
+    for name in ("flash_mla", compat.PACKAGE):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    undo = compat.be_the_package(ModuleType("deepseek_v4_backend"), Counts())
+    package, made = sys.modules["flash_mla"], flash_mla.FlashMLASchedMeta()
     placed = (half(2, 1, 4, 512), new_pages(V4, 1, 4), None, None, 512, made, None, 0.5, False, True)
     ids = torch.zeros(2, 1, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match="causal: True, expected False beside indices"):
@@ -455,10 +473,7 @@ def test_the_package_where_there_is_none(monkeypatch, caplog):
     assert out.shape == (2, 1, 4, 512) and torch.equal(out, named[0]) and torch.equal(lse, named[1])
     with pytest.raises(TypeError, match="missing"):
         package.flash_mla_with_kvcache(placed[0])
-    assert find_spec("flash_mla") is package.__spec__  # others may ask, too
-    assert "flash_mla is not installed: DeepSeek V4's attention runs on our Triton kernels" in caplog.text
     undo()
-    assert not {"flash_mla", compat.PACKAGE} & set(sys.modules)
 
 
 def test_the_package_where_it_is_is_left_alone(monkeypatch):

@@ -5,7 +5,8 @@
 
 or of whole pages: row r of ``out`` is token r % ps of page ``named[r // ps]``.
 
-Bit for bit what SGLang's own kernels read. The values are decoded by integer arithmetic, on every chip alike.
+Bit for bit what SGLang's own kernels read. Values are decoded by the chip's own conversion from sm_89 on, else by
+integer arithmetic.
 """
 
 from __future__ import annotations
