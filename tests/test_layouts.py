@@ -191,6 +191,11 @@ def test_misuse():
         quantize(x, cache, slots, least=0.0)
     with pytest.raises(ValueError, match=r"slots: torch.int64, shape \(1, 2\)"):
         dequantize(cache, slots[None])
+    for refuses in (lambda slots: quantize(x, cache, slots), lambda slots: dequantize(cache, slots)):
+        with pytest.raises(
+            ValueError, match=r"slots: torch.int64, shape \(2,\), strides \(2,\), expected .* contiguous"
+        ):
+            refuses(slots.repeat(2)[::2])
     with pytest.raises(ValueError, match=r"out: torch.float32"):
         dequantize(cache, slots, x)
     assert dequantize(cache, slots[:0]).shape == (0, 576)
