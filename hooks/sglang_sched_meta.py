@@ -175,13 +175,16 @@ def declines_kvcache(call: KvCacheCall) -> str | None:
 
 
 def _final(serve: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """No row gives ours a call that the host could serve, so what ours refuses is told the caller."""
+    """No row gives ours a call that FlashMLA could serve, so what ours refuses is told the caller."""
 
     @functools.wraps(serve)
     def answer(call: Any) -> Any:
         try:
             return serve(call)
         except ValueError as refusal:
+            tensor = call.cache_seqlens if isinstance(call, MetadataCall) else call.q
+            if hasattr(tensor, "is_cuda") and capability_of(tensor) is None:
+                raise  # another kind of device, for which the host may have an operator
             raise Final(refusal) from refusal
 
     return answer

@@ -212,6 +212,10 @@ def test_nothing_to_do():
     args = sparse()
     args |= {"q": args["q"][:0], "indices": args["indices"][:0]}
     assert flash_mla_with_kvcache(**args)[0].shape == (0, 1, 4, 512)
+    for args in (sparse(queries=0), tensors(sparse(V32)), dense(dtype=HALF), dense(dtype=torch.float8_e4m3fn)):
+        new = {name: args[name][:, :0] for name in ("q", "indices") if name in args}
+        out, lse = flash_mla_with_kvcache(**args | new)
+        assert out.shape == (2, 0, 4, 512) and lse.shape == (2, 4, 0)
     args = dense((0, 0))
     out, lse = flash_mla_with_kvcache(**args | {"k_cache": torch.zeros(1, 64, 1, 576, device=DEVICE, dtype=HALF)})
     assert (out == 0).all() and (lse == math.inf).all()

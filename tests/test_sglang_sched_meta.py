@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -326,6 +327,19 @@ def test_shapes_of_the_others_that_nobody_takes(machine):
         assert sum(wrapped.counts.declined.values()) == len(calls) and not wrapped.stops
 
 
+def test_another_kind_of_device_is_the_hosts_after_a_refusal(machine):
+    machine(None, False, False)
+    for name, call in (
+        ("flash_mla_with_kvcache", v4_call(head_dim_v=3)),
+        ("flash_mla_sparse_fwd", prefill(d_v=3)),
+        ("get_mla_metadata", {"cache_seqlens": torch.ones(2)}),
+    ):
+        wrapped = Wrapped(name)
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            wrapped.call(**call)
+        assert sum(wrapped.counts.declined.values()) == 1 and not wrapped.stops
+
+
 @CPU
 @pytest.mark.parametrize("field", flash_mla._FIELDS)
 def test_a_sched_meta_of_another_call_is_told_the_caller(field, machine):
@@ -372,6 +386,13 @@ def test_who_serves_sparse_prefill(machine):
     assert prefill_kept(prefill(**more[0]), "0.5.9") is None
     machine(older=False, newer=False)
     assert prefill_kept(prefill()) is prefill_kept(prefill(), "0.5.9") is None
+
+
+def test_the_wrappers_own_order():
+    """The newest release's, but for what is asked for by name."""
+    assert tuple(inspect.signature(flash_mla.flash_mla_with_kvcache).parameters) == compat._INTERFACE[0][0]
+    assert tuple(inspect.signature(flash_mla.get_mla_metadata).parameters) == compat._META
+    assert tuple(inspect.signature(flash_mla.flash_mla_sparse_fwd).parameters)[:7] == compat._PREFILL_NEWER
 
 
 @pytest.mark.parametrize("version", ["0.5.5", "0.5.13", "0.5.23"])
