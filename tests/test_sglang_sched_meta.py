@@ -549,6 +549,15 @@ def test_flashmla_is_warmed_where_ours_serves(cache, machine, warmed):
     assert dict(vars(module.FlashMLABackend)) == before
 
 
+def test_e4m3_of_the_package_is_warmed_on_an_h200_too(machine, warmed, monkeypatch):
+    """Calls come with descales, which only the package does not take."""
+    monkeypatch.setattr(compat, "_build", lambda home: compat.Build(home, False))
+    backend = FlashMLABackend(runner(cache=torch.float8_e4m3fn))
+    for home in (compat.SGL_KERNEL, compat.PACKAGE):
+        hook.warm(compat.dense_calls(home, backend, runner()))
+    assert warmed == [("dense_decode", 16, torch.float8_e4m3fn, 64)]
+
+
 class Backend(SimpleNamespace):
     """Of a class whose module may hold names, as older releases' does."""
 

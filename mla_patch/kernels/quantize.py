@@ -21,7 +21,7 @@ import triton.language as tl
 
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import CompileCase, watch_compiles
-from mla_patch.kernels.dequantize import round_bf16
+from mla_patch.kernels.dequantize import round_bf16, told
 from mla_patch.kernels.layouts import V4, V32, pages_of
 
 
@@ -92,8 +92,7 @@ def quantize(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, least: f
         found = f"{x.dtype}, shape {tuple(x.shape)}, strides {x.stride()}"
         raise ValueError(f"x: {found}, expected bfloat16, float16 or float32, [n, {width}], the last contiguous")
     if slots.shape != x.shape[:1] or slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
-        found = f"{slots.dtype}, shape {tuple(slots.shape)}, strides {slots.stride()}"
-        raise ValueError(f"slots: {found}, expected int32 or int64, [{x.shape[0]}], contiguous")
+        raise ValueError(f"slots: {told(slots)}, expected int32 or int64, [{x.shape[0]}], contiguous")
     if not 1e-30 <= least <= 1.0:
         raise ValueError(f"least: {least}, expected 1e-30 to 1")
     for name, tensor in (("x", x), ("slots", slots)):
