@@ -133,6 +133,11 @@ class MetadataCall:
         self.topk = topk
 
 
+def package_metadata(build, cache_seqlens, num_heads_per_head_k, num_heads_k):
+    """The flash_mla package's older name for the queries' heads of one KV head."""
+    return MetadataCall(build, cache_seqlens, num_heads_per_head_k, num_heads_k)
+
+
 class KvCacheCall:
     """One call of flash_mla_with_kvcache, in the newest wrapper's order."""
 
@@ -242,8 +247,12 @@ def _metadata(module: str, prefix: str, home: str, lists: tuple[tuple[str, ...],
     # its parameters are the same in both APIs; whether it gives a FlashMLASchedMeta is asked when it is called
     build = Build(module, version is None or Version(version) >= Version("0.5.13"))
     return [
-        _target(home, f"{prefix}get_mla_metadata", params, partial(MetadataCall, build), "metadata") for params in lists
-    ]
+        _target(
+            home, f"{prefix}get_mla_metadata", params,
+            partial(package_metadata if "num_heads_per_head_k" in params else MetadataCall, build), "metadata",
+        )
+        for params in lists
+    ]  # fmt: skip
 
 
 def _prefill(home: str, variants: tuple[tuple[str, ...], ...]) -> list[Target]:
@@ -357,7 +366,12 @@ def be_the_package(module: ModuleType, counts: Any) -> Undo:
 
         return call
 
-    names = {name: counted(getattr(core, name)) for name in ("get_mla_metadata", "flash_mla_with_kvcache")}
+    def flash_mla_with_kvcache(*args: Any, **kwargs: Any) -> Any:
+        """In the package's order, which has no descales."""
+        placed = dict(zip(_PACKAGE[-1][0][: len(args)], args, strict=True))
+        return core.flash_mla_with_kvcache(**placed, **kwargs)
+
+    names = {one.__name__: counted(one) for one in (core.get_mla_metadata, flash_mla_with_kvcache)}
     names["FlashMLASchedMeta"] = core.FlashMLASchedMeta
     ours = {}
     for name in ("flash_mla", PACKAGE):
@@ -406,7 +420,8 @@ def dense_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall]:
     dtype = e4m3 if backend.data_type is e4m3 else backend.q_data_type
     q = torch.zeros(1, 1, backend.num_q_heads, 576, device=runner.device).to(dtype)
     cache = torch.zeros(1, 64, 1, 576, device=runner.device).to(dtype)
-    return [KvCacheCall(_build(home), q, cache, None, None, 512, None)]
+    scale = torch.ones(1, device=runner.device) if dtype is e4m3 else None
+    return [KvCacheCall(_build(home), q, cache, None, None, 512, None, descale_q=scale, descale_k=scale)]
 
 
 def v32_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall | PrefillCall]:

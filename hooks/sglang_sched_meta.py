@@ -4,30 +4,43 @@ Why: code for the newer API (`FlashMLASchedMeta`, sinks, a second cache, lengths
 0.5.12 pin, and FlashMLA has no build for most GPUs, head counts and page sizes.
 
 `PROVIDERS` says who serves a call, by the first row that applies, `PREFILL_PROVIDERS` the same of sparse prefill's;
-`mla-patch explain sched_meta` prints both. What the
-host's own CUDA operators can serve they keep, in every release. Metadata follows calls: tensors of ours reach no
-operator of the host's, since whatever keeps the host from making them keeps it from serving what they are for.
+`mla-patch explain sched_meta` prints both. What the host's own CUDA operators can serve they keep, in every release.
+Metadata follows calls: whatever keeps the host from making tensors keeps it from serving what they are for. Not so for
+the first row, whose formats metadata do not tell, nor after the breaker, between a call and its metadata.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from mla_patch.compat import gpu, sglang_flash_mla
 from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_flash_mla import KvCacheCall, MetadataCall, PrefillCall
 from mla_patch.compat.types import Gpu, Provider
-from mla_patch.features import Feature
+from mla_patch.features import Feature, Final
 from mla_patch.hookspecs import hookimpl
 
 HOST, OURS = "host", "triton"
+
+
+def _dims(tensor: Any) -> int:
+    """-1 of what is no tensor."""
+    return len(tensor.shape) if hasattr(tensor, "is_cuda") else -1
+
+
+def _odd(call: KvCacheCall) -> bool:
+    """Whether the rows below would not find what they look at."""
+    ids = [one for one in (call.indices, call.extra_indices) if one is not None]
+    return _dims(call.q) != 4 or _dims(call.k_cache) != 4 or any(_dims(one) != 3 for one in ids)
 
 
 def _unknown_format(call: KvCacheCall) -> bool:
     known = {None: (656, 584), "V32": (656,)}.get(call.kv_format)
     if known is None or not call.use_legacy:
         return True
-    return call.indices is not None and call.k_cache.shape[-1] not in known
+    return call.indices is not None and _dims(call.k_cache) == 4 and call.k_cache.shape[-1] not in known
 
 
 def _newer(call: KvCacheCall) -> bool:
@@ -63,6 +76,11 @@ def _v32_with_more(call: KvCacheCall) -> bool:
     return call.indices is not None and call.k_cache.shape[-1] == 656 and more
 
 
+def _v32_pages(call: KvCacheCall) -> bool:
+    pages = call.k_cache.shape[-1] == 656 and call.k_cache.shape[1] != 64
+    return call.indices is not None and pages and not _newer(call)
+
+
 def _v4_older(call: KvCacheCall) -> bool:
     return call.indices is not None and call.k_cache.shape[-1] == 584 and not _newer(call)
 
@@ -71,20 +89,34 @@ def _other_dense(call: KvCacheCall) -> bool:
     return call.indices is None and (capability_of(call.q) != (9, 0) or call.k_cache.shape[1] != 64)
 
 
+def _dense_e4m3(call: KvCacheCall) -> bool:
+    # the newer operator, which the wrapper gives no descales, takes 16 bits alone, the older one not without them
+    lacks = _newer(call) or call.descale_q is None or call.descale_k is None
+    return call.indices is None and call.q.element_size() == 1 and lacks
+
+
+def _dense_width(call: KvCacheCall) -> bool:
+    return call.indices is None and call.q.shape[-1] != 576 and not _newer(call)
+
+
 PROVIDERS = (
     Provider(HOST, "a cache that ours does not read: a kv_format but V32, use_legacy=False, 528 or 288 bytes a row",
         _unknown_format),
+    Provider(OURS, "a shape that nobody takes: q or cache of other than 4 dimensions, indices of other than 3", _odd),
     Provider(OURS, "FlashMLASchedMeta, sink, second cache or lengths where the release's wrapper has none",
         lambda call: _newer(call) and not call.build.newer),
     Provider(OURS, "descales where the release's wrapper has none",
         lambda call: call.descale_q is not None and not call.build.descales),
     Provider(OURS, "no CUDA operator of FlashMLA's is loaded", _no_build),
     Provider(OURS, "another GPU than sm_90, sm_100 and sm_103", _other_chip),
-    Provider(OURS, "an empty batch", lambda call: call.q.shape[0] == 0),
+    Provider(OURS, "an empty batch, or no queries", lambda call: 0 in call.q.shape[:2]),
     Provider(OURS, "sparse: other than 64 or 128 heads, topk 0 or not a multiple of 64", _other_sparse),
     Provider(OURS, "sparse, 656 bytes: lengths or a second cache", _v32_with_more),
+    Provider(OURS, "sparse, 656 bytes: tensor metadata with pages of other than 64", _v32_pages),
     Provider(OURS, "sparse, 584 bytes: tensor metadata", _v4_older),
     Provider(OURS, "dense: another GPU than sm_90, pages of other than 64", _other_dense),
+    Provider(OURS, "dense: other than 576 wide with tensor metadata", _dense_width),
+    Provider(OURS, "dense, e4m3: FlashMLASchedMeta, or no descales", _dense_e4m3),
     Provider(HOST, "the host's own CUDA operator serves it", lambda call: True),
 )  # fmt: skip
 
@@ -100,6 +132,8 @@ def _more_than_the_operator(call: PrefillCall) -> bool:
 
 
 PREFILL_PROVIDERS = (
+    Provider(OURS, "sparse prefill: a shape that nobody takes: q or indices of other than 3 dimensions",
+        lambda call: _dims(call.q) != 3 or _dims(call.indices) != 3),
     Provider(OURS, "sparse prefill: no CUDA operator of FlashMLA's is loaded",
         lambda call: not sglang_flash_mla.prefill_arity(call.build.module)),
     Provider(OURS, "sparse prefill: sink or lengths where the release's operator takes none", _more_than_the_operator),
@@ -140,6 +174,23 @@ def declines_kvcache(call: KvCacheCall) -> str | None:
     return row.when if row.provider == HOST else None
 
 
+def _final(serve: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """No row gives ours a call that FlashMLA could serve, so what ours refuses is told the caller."""
+
+    @functools.wraps(serve)
+    def answer(call: Any) -> Any:
+        try:
+            return serve(call)
+        except ValueError as refusal:
+            tensor = call.cache_seqlens if isinstance(call, MetadataCall) else call.q
+            if hasattr(tensor, "is_cuda") and capability_of(tensor) is None:
+                raise  # another kind of device, for which the host may have an operator
+            raise Final(refusal) from refusal
+
+    return answer
+
+
+@_final
 def serve_kvcache(call: KvCacheCall) -> Any:
     from mla_patch.flash_mla import flash_mla_with_kvcache
 
@@ -156,6 +207,7 @@ def declines_prefill(call: PrefillCall) -> str | None:
     return row.when if row.provider == HOST else None
 
 
+@_final
 def serve_prefill(call: PrefillCall) -> Any:
     from mla_patch.flash_mla import flash_mla_sparse_fwd
 
@@ -170,6 +222,8 @@ def declines_metadata(call: MetadataCall) -> str | None:
     if call.cache_seqlens is None:
         own = sglang_flash_mla.knows_sched_meta(call.build)
         return "the host has a FlashMLASchedMeta of its own" if own else None
+    if _dims(call.cache_seqlens) != 1:
+        return None
     capability = capability_of(call.cache_seqlens)
     if (
         not call.build.has(False)
@@ -182,6 +236,7 @@ def declines_metadata(call: MetadataCall) -> str | None:
     return "the host's own CUDA operator serves it"
 
 
+@_final
 def serve_metadata(call: MetadataCall) -> Any:
     from mla_patch.flash_mla import get_mla_metadata
 

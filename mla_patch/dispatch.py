@@ -15,7 +15,7 @@ import wrapt
 
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
-from mla_patch.features import Counts, State
+from mla_patch.features import Counts, Final, State
 
 log = logging.getLogger("mla_patch")
 
@@ -145,6 +145,9 @@ class Site:
         except ValueError as problem:  # a launcher's refusal, before its launch
             counts.decline(str(problem))
             return host(*args, **kwargs)
+        except Final as final:
+            counts.decline(str(final))
+            raise final.refusal from None
         except Exception as problem:
             if gpu.capturing():
                 # part of ours may be in the graph already: the host must not record over it
@@ -169,7 +172,7 @@ class Site:
                 # ours first: a host that works in place would change what ours reads
                 ours, pairs = self.twin(call)
                 arm.serve(ours)
-        except ValueError as problem:
+        except (ValueError, Final) as problem:
             reason = str(problem)
         except Exception as problem:
             if gpu.capturing():

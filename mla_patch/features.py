@@ -93,6 +93,14 @@ class Feature:
         return name in (self.name, self.label)
 
 
+class Final(Exception):
+    """A ``serve``'s refusal of a call that the host cannot serve either: the caller is raised ``refusal``."""
+
+    def __init__(self, refusal: ValueError) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
+
+
 MAX_REASONS = 64
 
 
@@ -112,7 +120,7 @@ class Counts:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def decline(self, reason: str) -> None:
-        """Count a call that went to the host; reasons beyond the first 64 share one line."""
+        """Count a call that ours did not serve; reasons beyond the first 64 share one line."""
         with self._lock:
             if reason not in self.declined and len(self.declined) >= MAX_REASONS:
                 reason = "other reasons"

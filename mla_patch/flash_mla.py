@@ -13,6 +13,7 @@ fills them schedules from the call at hand, and FlashMLA's own kernels would do 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -74,12 +75,16 @@ def get_mla_metadata(
     """
     if cache_seqlens is None:
         return FlashMLASchedMeta(), None
+    _check_dims(("cache_seqlens", cache_seqlens, None))
     if cache_seqlens.dim() != 1 or cache_seqlens.dtype not in (torch.int32, torch.int64):
         found = f"{cache_seqlens.dtype}, shape {tuple(cache_seqlens.shape)}"
         raise ValueError(f"cache_seqlens: {found}, expected int32 or int64, [B]")
-    for name, value in (("num_q_tokens_per_head_k", num_q_tokens_per_head_k), ("num_heads_k", num_heads_k)):
-        if value is None or value < 1:
-            raise ValueError(f"{name}: {value}, expected a number above 0 beside cache_seqlens")
+    counts: dict[str, Any] = {"num_q_tokens_per_head_k": num_q_tokens_per_head_k, "num_heads_k": num_heads_k}
+    if num_heads_q is not None:
+        counts["num_heads_q"] = num_heads_q
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}: {value!r}, expected a number above 0 beside cache_seqlens")
     assert num_q_tokens_per_head_k is not None and num_heads_k is not None
     sms = gpu.sm_count(cache_seqlens.device.index or 0) if cache_seqlens.is_cuda else 1
     if topk is None:
@@ -120,21 +125,26 @@ def flash_mla_with_kvcache(
 
     With ``indices`` sparse, over fp8 tokens of 656 or 584 bytes (`mla_patch.kernels.sparse_decode`), else dense, over
     bfloat16, float16 or e4m3 rows (`mla_patch.kernels.dense_decode`). 1 to 128 heads, any page size, any topk, any
-    batch, 0 among them. A query without a key gets out 0 and lse +inf.
+    batch, 0 among them. A query without a key gets out 0 and lse +inf. ``descale_q`` and ``descale_k`` are e4m3's, and
+    ignored beside 16-bit queries, as FlashMLA ignores them.
 
     Raises:
         ValueError: an argument that neither takes, by its name.
         MetadataMismatch: a FlashMLASchedMeta that was made for another call; it is both a ValueError and an
             AssertionError, which FlashMLA raises.
     """
+    if head_dim_v != 512:
+        raise ValueError(f"head_dim_v: {head_dim_v}, expected 512")
+    _check_dims(("q", q, 4), ("k_cache", k_cache, 4))
+    _check_dims(
+        ("block_table", block_table, None), ("cache_seqlens", cache_seqlens, None), ("descale_q", descale_q, None),
+        ("descale_k", descale_k, None), ("indices", indices, 3), ("attn_sink", attn_sink, 1),
+        ("extra_k_cache", extra_k_cache, 4), ("extra_indices_in_kvcache", extra_indices_in_kvcache, 3),
+        ("topk_length", topk_length, 1), ("extra_topk_length", extra_topk_length, 1), optional=True,
+    )  # fmt: skip
     problem = unknown_format(k_cache, indices, kv_format, use_legacy)
     if problem is not None:
         raise ValueError(problem)
-    if head_dim_v != 512:
-        raise ValueError(f"head_dim_v: {head_dim_v}, expected 512")
-    if q.dim() != 4 or k_cache.dim() != 4:
-        name, tensor = ("q", q) if q.dim() != 4 else ("k_cache", k_cache)
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected 4 dimensions")
     meta = is_sched_meta(tile_scheduler_metadata)
     if meta:
         if num_splits is not None:
@@ -148,22 +158,28 @@ def flash_mla_with_kvcache(
                 "extra_indices_in_kvcache": extra_indices_in_kvcache, "extra_topk_length": extra_topk_length,
             },
         )  # fmt: skip
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _number("softmax_scale", q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
     if indices is not None:
         if causal:
             raise ValueError("causal: True, expected False beside indices")
         if not is_fp8_kvcache:
             raise ValueError("is_fp8_kvcache: False, expected True beside indices")
-        if descale_q is not None or descale_k is not None:
-            raise ValueError("descale_q, descale_k: given, expected None beside indices")
+        for name, value in (("descale_q", descale_q), ("descale_k", descale_k)):
+            if value is not None:
+                raise ValueError(f"{name}: given, expected None beside indices")
         _check_meta(
             meta, tile_scheduler_metadata, q, k_cache, causal, is_fp8_kvcache, indices, extra_k_cache,
             extra_indices_in_kvcache,
         )  # fmt: skip
-        result = sparse_decode(
-            q, k_cache, indices, sm_scale=scale, attn_sink=attn_sink, topk_length=topk_length,
-            extra_k_cache=extra_k_cache, extra_indices=extra_indices_in_kvcache, extra_topk_length=extra_topk_length,
-        )  # fmt: skip
+        try:
+            result = sparse_decode(
+                q, k_cache, indices, sm_scale=scale, attn_sink=attn_sink, topk_length=topk_length,
+                extra_k_cache=extra_k_cache, extra_indices=extra_indices_in_kvcache,
+                extra_topk_length=extra_topk_length,
+            )  # fmt: skip
+        except ValueError as refusal:
+            # the kernel's name of it is shorter
+            raise ValueError(str(refusal).replace("extra_indices", "extra_indices_in_kvcache")) from None
     else:
         for name, value in (
             ("attn_sink", attn_sink), ("extra_k_cache", extra_k_cache), ("topk_length", topk_length),
@@ -175,6 +191,8 @@ def flash_mla_with_kvcache(
             name = "block_table" if block_table is None else "cache_seqlens"
             raise ValueError(f"{name}: None, expected a tensor without indices")
         _check_meta(meta, tile_scheduler_metadata, q, k_cache, causal, is_fp8_kvcache, None, None, None)
+        if q.element_size() > 1:
+            descale_q = descale_k = None
         result = dense_decode(
             q, k_cache, block_table, cache_seqlens, sm_scale=scale, causal=causal, descale_q=descale_q,
             descale_k=descale_k,
@@ -210,8 +228,10 @@ def flash_mla_sparse_fwd(
     """
     if use_legacy is False and return_log2:
         raise ValueError("return_log2: True, expected False beside use_legacy=False, whose statistics are natural")
+    _check_dims(("q", q, None), ("kv", kv, None), ("indices", indices, None))
+    _check_dims(("attn_sink", attn_sink, None), ("topk_length", topk_length, None), ("out", out, None), optional=True)
     log2 = return_log2 if use_legacy is None else use_legacy
-    return mla_sparse_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, out, log2)
+    return mla_sparse_prefill(q, kv, indices, _number("sm_scale", sm_scale), d_v, attn_sink, topk_length, out, log2)
 
 
 def unknown_format(
@@ -231,6 +251,24 @@ def unknown_format(
 def is_sched_meta(metadata: Any) -> bool:
     """Whether this is a FlashMLASchedMeta, ours or the host's."""
     return hasattr(metadata, "have_initialized") and hasattr(metadata, "config")
+
+
+def _check_dims(*given: tuple[str, Any, int | None], optional: bool = False) -> None:
+    """Name, what should be a tensor, and its dimensions, None where the kernel's own check tells more."""
+    for name, value, dims in given:
+        if value is None and optional:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name}: {type(value).__name__}, expected a tensor")
+        if dims not in (None, value.dim()):
+            raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {dims} dimensions")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: {value!r}, expected a number") from None
 
 
 def _check_tensors(
@@ -268,6 +306,8 @@ def _config(
 
 def _check_meta(meta: bool, metadata: Any, *call: Any) -> None:
     if meta and metadata.have_initialized:
+        if metadata.config is None:
+            raise MetadataMismatch("tile_scheduler_metadata: config None, expected what its first call was made for")
         now = _config(*call)
         for name, value in zip(_FIELDS, now, strict=True):
             had = getattr(metadata.config, name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from scratch import clean_env
+from test_sparse_decode import as_flash_mla_checks
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels import sparse_decode
@@ -75,6 +76,47 @@ def test_pages_and_splits(page, splits, monkeypatch):
         case = Case([150, 3], 20, 2, page, dtype=dtype)
         case.options |= {"descale_q": torch.ones(1, device=DEVICE), "descale_k": torch.full((1,), 2.0, device=DEVICE)}
         case.check(causal=True)
+
+
+@pytest.mark.parametrize("width", [576, 512])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_the_bounds_of_flash_mla(width, queries):
+    """Over values as its tests draw them, against exact ones."""
+    case = Case([1, 2, 64, 0, 150], 4, queries, 64, width)
+    case.q, case.kv = (case.q / 10).clamp(-1, 1), (case.kv / 10).clamp(-1, 1)
+    want = dense_decode_ref(case.q, case.kv, case.table, case.lens, **case.options, causal=True)
+    as_flash_mla_checks(*case.run(causal=True), *want, absolute=8e-4)
+
+
+@pytest.mark.parametrize("dtype", [HALF, E4M3], ids=str)
+def test_a_head_is_no_others(dtype):
+    case = Case([40, 3], 5, dtype=dtype)
+    want, want_lse = case.run()
+    case.q = case.q.float()
+    case.q[:, :, 2] = math.nan
+    case.q[0, :, 4, ::2] = math.nan if dtype is E4M3 else math.inf
+    case.q = case.q.to(dtype)
+    out, lse = case.run()
+    kept = [0, 1, 3]
+    assert torch.equal(out[:, :, kept], want[:, :, kept]) and torch.equal(lse[:, kept], want_lse[:, kept])
+
+
+@pytest.mark.parametrize("dtype", [HALF, E4M3], ids=str)
+@pytest.mark.parametrize("nowhere", [-1, -(2**31), "end", 2**31 - 1])
+def test_a_page_that_is_none_has_no_keys(dtype, nowhere):
+    """Within a length, too: as without the page. What lies past the last page are keys like any others."""
+    case = Case([47, 20], page=16, dtype=dtype)
+    pages = len(case.kv)
+    case.kv = torch.cat([case.kv, torch.ones_like(case.kv)])[:pages]
+    gone = case.table[0, 1].item()
+    case.table[0, 1] = pages if nowhere == "end" else nowhere
+    out, lse = case.run()
+    assert torch.isfinite(out).all()
+    case.table[0, 1:3] = torch.tensor([case.table[0, 2], gone])
+    case.lens[0] -= 16
+    want, want_lse = dense_decode_ref(case.q, case.kv, case.table, case.lens, **case.options)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=8 / 65536, atol=1e-3)
+    assert (out.double() - want).norm() <= 4e-3 * want.norm()
 
 
 def test_strided():

@@ -17,7 +17,7 @@ import wrapt
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
-from mla_patch.features import MAX_REASONS, Counts, State
+from mla_patch.features import MAX_REASONS, Counts, Final, State
 
 
 class Call:
@@ -112,6 +112,24 @@ def test_a_launchers_refusal_is_declined() -> None:
     assert patched.counts.declined == {"q: expected int32, found float32": 1}
     assert patched.call(1, 2)[0] == "ours"
     assert not patched.stops
+
+
+def refuses_finally(call: Any) -> Any:
+    raise Final(MetadataMismatch("b 2, called with 1"))
+
+
+class MetadataMismatch(AssertionError, ValueError):
+    pass
+
+
+def test_a_final_refusal_is_the_callers() -> None:
+    patched = Patched(patch=refuses_finally)
+    for _ in range(2):
+        with pytest.raises(MetadataMismatch, match=r"^b 2, called with 1$") as raised:
+            patched.call("raise", 2)
+        assert raised.value.__cause__ is None and raised.value.__suppress_context__
+    assert patched.counts.declined == {"b 2, called with 1": 2}
+    assert (patched.counts.served, patched.stops) == (0, [])
 
 
 def broken(call: Any) -> Any:
@@ -452,6 +470,7 @@ def refuses(call: Any) -> Any:
     "parts, declined",
     [
         ({"serve": refuses}, {"q: expected int32": 1}),
+        ({"serve": refuses_finally}, {"b 2, called with 1": 1}),
         ({"serve": serve, "twin": refuses}, {"q: expected int32": 1}),
         ({"serve": serve, "declines": lambda call: "no"}, {"no": 1}),
     ],

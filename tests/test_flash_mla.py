@@ -117,6 +117,14 @@ def test_dense_e4m3():
     close((out, lse), want)
 
 
+def test_descales_are_of_e4m3_alone():
+    args = dense()
+    want = flash_mla_with_kvcache(**args)
+    two = torch.full((1,), 2.0, device=DEVICE)
+    for given in ({"descale_q": two, "descale_k": two}, {"descale_k": two}):
+        assert all(map(torch.equal, flash_mla_with_kvcache(**args | given), want))
+
+
 def test_a_schedule_is_right_for_other_lengths():
     """Upstream reads stale work from it: wrong rows where lengths grew, a fault where they shrank."""
     args = sparse(topk=40, pages=20)
@@ -204,9 +212,22 @@ def test_nothing_to_do():
     args = sparse()
     args |= {"q": args["q"][:0], "indices": args["indices"][:0]}
     assert flash_mla_with_kvcache(**args)[0].shape == (0, 1, 4, 512)
+    for args in (sparse(queries=0), tensors(sparse(V32)), dense(dtype=HALF), dense(dtype=torch.float8_e4m3fn)):
+        new = {name: args[name][:, :0] for name in ("q", "indices") if name in args}
+        out, lse = flash_mla_with_kvcache(**args | new)
+        assert out.shape == (2, 0, 4, 512) and lse.shape == (2, 4, 0)
     args = dense((0, 0))
     out, lse = flash_mla_with_kvcache(**args | {"k_cache": torch.zeros(1, 64, 1, 576, device=DEVICE, dtype=HALF)})
     assert (out == 0).all() and (lse == math.inf).all()
+
+
+def used(**changes):
+    """A call whose metadata were used for another like it."""
+    args = sparse()
+    meta = args["tile_scheduler_metadata"]
+    meta.have_initialized, meta.config = True, FlashMLASchedMeta.Config(2, 1, 4, 4, 1, False, True, 8, None, None)
+    vars(meta).update(changes)
+    return args
 
 
 @pytest.mark.parametrize(
@@ -221,14 +242,49 @@ def test_nothing_to_do():
         (sparse, {"num_splits": torch.zeros(3)}, "num_splits: given, expected None beside a FlashMLASchedMeta"),
         (sparse, {"causal": True}, "causal: True, expected False beside indices"),
         (sparse, {"is_fp8_kvcache": False}, "is_fp8_kvcache: False, expected True beside indices"),
-        (sparse, {"descale_k": torch.ones(1)}, "descale_q, descale_k: given"),
+        (sparse, {"descale_k": torch.ones(1)}, "descale_k: given, expected None beside indices"),
         (sparse, {"tile_scheduler_metadata": 3}, "tile_scheduler_metadata: int, expected"),
         (lambda: tensors(sparse()), {"num_splits": None}, "num_splits: None, expected a tensor beside tensor"),
         (lambda: tensors(sparse()), {"block_table": None}, "block_table: None"),
         (lambda: tensors(sparse()), {"attn_sink": torch.zeros(4)}, "attn_sink: given, expected None beside tensor"),
         (lambda: tensors(sparse()), {"topk_length": torch.zeros(2)}, "topk_length: given"),
         (dense, {"cache_seqlens": None}, "cache_seqlens: None"),
-        (dense, {"descale_q": torch.ones(1)}, "descale_k: None, expected both descales or neither"),
+        (
+            lambda: dense(dtype=torch.float8_e4m3fn),
+            {"descale_q": torch.ones(1, device=DEVICE)},
+            "descale_k: None, expected both descales or neither",
+        ),
+        (dense, {"block_table": [0]}, "block_table: list, expected a tensor"),
+        (sparse, {"q": None}, "q: NoneType, expected a tensor"),
+        (sparse, {"k_cache": torch.zeros(())}, r"k_cache: shape \(\), expected 4 dimensions"),
+        (sparse, {"k_cache": torch.zeros(584)}, r"k_cache: shape \(584,\), expected 4 dimensions"),
+        (sparse, {"indices": torch.tensor(3)}, r"indices: shape \(\), expected 3 dimensions"),
+        (sparse, {"topk_length": [1, 2]}, "topk_length: list, expected a tensor"),
+        (sparse, {"attn_sink": 0.5}, "attn_sink: float, expected a tensor"),
+        (sparse, {"softmax_scale": "x"}, "softmax_scale: 'x', expected a number"),
+        (used, {"extra_k_cache": torch.zeros(3)}, r"extra_k_cache: shape \(3,\), expected 4 dimensions"),
+        (used, {"indices": torch.tensor(3)}, r"indices: shape \(\), expected 3 dimensions"),
+        (lambda: used(config=None), {}, "tile_scheduler_metadata: config None, expected what its first call"),
+        (
+            lambda: sparse() | extra(),
+            {"extra_indices_in_kvcache": torch.zeros(2, 1, 3, dtype=torch.int64)},
+            r"extra_indices_in_kvcache: torch.int64, shape \(2, 1, 3\), expected torch.int32",
+        ),
+        (
+            lambda: sparse() | {"extra_k_cache": extra()["extra_k_cache"]},
+            {},
+            "extra_indices_in_kvcache: None, expected a tensor, since the other half",
+        ),
+        (
+            sparse,
+            {"topk_length": torch.ones(4, dtype=torch.int32, device=DEVICE)[::2]},
+            r"topk_length: torch.int32, shape \(2,\), strides \(2,\), expected int32 or int64, \[2\], contiguous",
+        ),
+        (
+            sparse,
+            {"attn_sink": torch.ones(8, device=DEVICE)[::2]},
+            r"attn_sink: torch.float32, shape \(4,\), strides \(2,\), expected a float for each of 4 heads, contig",
+        ),
         (
             dense,
             {"tile_scheduler_metadata": FlashMLASchedMeta(), "num_splits": None, "topk_length": torch.zeros(2)},
@@ -273,6 +329,9 @@ def test_sparse_prefill_misuse():
     with pytest.raises(ValueError, match="return_log2: True, expected False beside use_legacy=False"):
         flash_mla_sparse_fwd(**prefill(), use_legacy=False, return_log2=True)
     for changes, message in (
+        ({"kv": None}, "kv: NoneType, expected a tensor"),
+        ({"topk_length": [1, 2, 3]}, "topk_length: list, expected a tensor"),
+        ({"sm_scale": "x"}, "sm_scale: 'x', expected a number"),
         ({"d_v": 256}, "d_v: 256, expected 512"),
         ({"indices": torch.zeros(3, 40, device=DEVICE).int()}, r"indices: .*, expected torch.int32, \[3, 1, topk\]"),
         ({"topk_length": torch.ones(2, device=DEVICE).int()}, "topk_length: "),
@@ -296,8 +355,14 @@ def test_tensors_have_flash_mlas_shapes(monkeypatch):
     assert [parts(64, 64, 512), parts(128, 64, 512), parts(128, 128, 512), parts(256, 128, 512)] == [132, 66, 66, 33]
     with pytest.raises(ValueError, match="num_heads_k: None"):
         get_mla_metadata(lens, 64)
-    with pytest.raises(ValueError, match=r"cache_seqlens: torch.float32"):
-        get_mla_metadata(lens.float(), 64, 1)
+    for arguments, message in (
+        ((lens.float(), 64, 1), "cache_seqlens: torch.float32"),
+        (([1, 2], 64, 1), "cache_seqlens: list, expected a tensor"),
+        ((lens, 64, 1, -3, True, 64), "num_heads_q: -3, expected a number above 0"),
+        ((lens, "64", 1), "num_q_tokens_per_head_k: '64', expected a number above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_mla_metadata(*arguments)
 
 
 @pytest.mark.gpu

@@ -84,6 +84,48 @@ def test_bytes_and_values(layout, page_size):
     assert not again[7:9].any()  # outside the cache
 
 
+def stored_and_read(layout, x):
+    """As the kernels write and read it; what is stored is what the definition says."""
+    cache = new_pages(layout, len(x), 1, DEVICE)
+    slots = torch.arange(len(x), device=DEVICE)
+    quantize(x.to(DEVICE), cache, slots)
+    codes, scales = quantize_ref(x, layout.tiles)
+    row = cache.as_strided((len(x), layout.page_bytes(1)), (layout.page_bytes(1), 1)).cpu()
+    assert torch.equal(row[:, : layout.nope], codes.view(torch.uint8).flatten(1))
+    at = 576 if layout is V4 else 512
+    kept = scales.view(torch.uint8).flatten(1)
+    assert torch.equal(row[:, at : at + kept.shape[1]], kept)
+    return dequantize(cache, slots)[:, : layout.nope].float().cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tiles_so_small_that_the_reciprocal_of_their_scale_overflows(dtype):
+    largest = [1e-34, 5e-36, 1.4e-36, 1.3e-36, 1e-36, 1e-37]
+    if dtype is torch.float32:  # the interpreter reads bfloat16's subnormals wrong
+        largest += [1e-38, 1e-40, 3e-42, 4e-43, 1e-45]
+    largest = torch.tensor(largest, dtype=dtype)
+    x = torch.zeros(2 * len(largest), 576, dtype=dtype)
+    x[:, 3] = torch.cat([largest, -largest])
+    x[:, 5] = x[:, 3] / -4
+    got, x = stored_and_read(V32, x), x.float()
+    assert torch.isfinite(got).all() and not got[:, 6:].any() and not got[:, 128:].any()
+    # half an ulp of e4m3 and of bfloat16, subnormals too. A subnormal scale is a multiple of 2**-149, so that
+    # a value is wrong by up to 448 / 2 of them, and by all of itself where the scale is 0
+    for j in (3, 5):
+        off = (got[:, j] - x[:, j]).abs()
+        assert (off <= x[:, j].abs() * (2**-4 + 2**-8) + 224 * 2.0**-149 + 2.0**-134).all()
+        assert (got[:, j] * x[:, j] >= 0).all()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_infinity_keeps_its_sign_and_its_neighbours(sign):
+    x = torch.zeros(1, 512)
+    x[0, :4] = torch.tensor([sign * math.inf, 5.0, -3e38, -sign * math.inf])
+    got = stored_and_read(V4, x)
+    assert got[0, 0] == sign * math.inf and got[0, 3] == -got[0, 0] and got[0, 1] == 0
+    assert abs(got[0, 2] / -3e38 - 1) < 2**-4 and not got[0, 4:].any()
+
+
 def test_every_code_under_every_scale():
     cache = new_pages(V4, 256, 1, DEVICE)
     raw = cache.as_strided((256, 1152), (1152, 1))
@@ -149,6 +191,11 @@ def test_misuse():
         quantize(x, cache, slots, least=0.0)
     with pytest.raises(ValueError, match=r"slots: torch.int64, shape \(1, 2\)"):
         dequantize(cache, slots[None])
+    for refuses in (lambda slots: quantize(x, cache, slots), lambda slots: dequantize(cache, slots)):
+        with pytest.raises(
+            ValueError, match=r"slots: torch.int64, shape \(2,\), strides \(2,\), expected .* contiguous"
+        ):
+            refuses(slots.repeat(2)[::2])
     with pytest.raises(ValueError, match=r"out: torch.float32"):
         dequantize(cache, slots, x)
     assert dequantize(cache, slots[:0]).shape == (0, 576)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -17,12 +18,16 @@ from scratch import clean_env
 from mla_patch import flash_mla
 from mla_patch.compat import gpu
 from mla_patch.compat import sglang_flash_mla as compat
+from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
+from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
 from mla_patch.features import Counts
 from mla_patch.hooks import sglang_sched_meta as hook
 from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
+from mla_patch.kernels.layouts import V4, new_pages
 
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
+CPU = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1: tensors lie on the CPU")
 
 
 @pytest.fixture
@@ -52,13 +57,16 @@ def sparse(width: int = 576, heads: int = 64, topk: int = 64, batch: int = 2, **
     } | more  # fmt: skip
 
 
-def dense(page: int = 64, **more: Any) -> dict[str, Any]:
-    call = sparse(**more) | {"k_cache": torch.zeros(1, page, 1, 576)}
+def dense(width: int = 576, page: int = 64, **more: Any) -> dict[str, Any]:
+    call = sparse(width, **more) | {"k_cache": torch.zeros(1, page, 1, width)}
     return {name: value for name, value in call.items() if name not in ("indices", "is_fp8_kvcache")}
 
 
 META = {"tile_scheduler_metadata": flash_mla.FlashMLASchedMeta(), "num_splits": None}
 LENGTHS = {"topk_length": torch.zeros(2, dtype=torch.int32)}
+E4M3 = {"q": torch.zeros(2, 1, 64, 576).to(torch.float8_e4m3fn)}
+DESCALES = {"descale_q": torch.ones(1), "descale_k": torch.ones(1)}
+PAGES_OF_32 = {"k_cache": torch.zeros(1, 32, 1, 656, dtype=torch.uint8)}
 
 
 def kept(arguments: dict[str, Any], version: str = "0.5.13") -> str | None:
@@ -79,8 +87,18 @@ OWN = "the host's own CUDA operator serves it"
         (sparse(**META), OWN),
         (sparse(512, **META, **LENGTHS, attn_sink=torch.zeros(64)), OWN),
         (sparse(512, **META, extra_indices_in_kvcache=torch.zeros(2, 1, 64), extra_k_cache=torch.zeros(1)), OWN),
+        (sparse(**META) | PAGES_OF_32, OWN),
         (dense(heads=20), OWN),
         (dense(heads=20, **META), OWN),
+        (dense(512, **META), OWN),
+        (dense(**E4M3, **DESCALES), OWN),
+        (sparse() | PAGES_OF_32, None),
+        (dense(512), None),
+        (dense(**E4M3, **DESCALES, **META), None),
+        (dense(**E4M3), None),
+        (dense(**E4M3, descale_q=torch.ones(1)), None),
+        (dense(q=torch.zeros(2, 0, 64, 576)), None),
+        (sparse(q=torch.zeros(2, 0, 64, 576)), None),
         (sparse(heads=16), None),
         (sparse(topk=0), None),
         (sparse(topk=100), None),
@@ -118,9 +136,8 @@ def test_the_older_api(machine):
 
 def test_descales_that_the_package_lacks(machine):
     """Releases to 0.5.4 call it so for e4m3 caches, where it raises a TypeError."""
-    scales = {"descale_q": torch.ones(1), "descale_k": torch.ones(1)}
-    assert kept(dense(**scales), "0.5.4") is None and kept(dense(), "0.5.4") == OWN
-    assert kept(dense(**scales), "0.5.9") == kept(dense(**scales)) == OWN
+    assert kept(dense(**DESCALES), "0.5.4") is None and kept(dense(), "0.5.4") == OWN
+    assert kept(dense(**DESCALES), "0.5.9") == kept(dense(**DESCALES)) == OWN
 
 
 @pytest.mark.parametrize(
@@ -210,9 +227,135 @@ def test_every_parameter_reaches_ours(version, machine, monkeypatch):
             target.bind(**values, new=1)
 
 
-def prefill(heads=64, topk=128, width=576, queries=2, **more):
-    q, ids = torch.zeros(queries, heads, width), torch.zeros(queries, 1, topk)
-    return {"q": q, "kv": torch.zeros(3, 1, width), "indices": ids, "sm_scale": 0.1} | more
+class Wrapped:
+    """0.5.9's wrapper with ours in its place, as its caller sees it; the host's fails on what is newer."""
+
+    def __init__(self, name: str) -> None:
+        kind = {"flash_mla_with_kvcache": "kvcache", "get_mla_metadata": "metadata"}.get(name, "prefill")
+        code = ArmCode(getattr(hook, f"serve_{kind}"), getattr(hook, f"declines_{kind}"))
+        self.counts, self.stops = Counts(), []
+        switch = Switch(lambda *stop: self.stops.append(stop))
+        site = Site(name, targets("0.5.9", name)[0].bind, {"patch": code}, self.counts, switch)
+        self.call = stand_in(self.host, "call", site)
+
+    @staticmethod
+    def host(*args: Any, **named: Any) -> Any:
+        raise TypeError(f"unexpected keyword {[*named][-1:]}")
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+V4_CALL = sparse(512, q=half(2, 1, 64, 512), softmax_scale=None)
+
+
+def v4_call(**changes: Any) -> dict[str, Any]:
+    meta = flash_mla.FlashMLASchedMeta()
+    return V4_CALL | {"k_cache": new_pages(V4, 2, 64), "tile_scheduler_metadata": meta, "num_splits": None} | changes
+
+
+@CPU
+def test_what_the_host_cannot_serve_either_is_told_the_caller(machine):
+    machine(newer=False)
+    wrapped = Wrapped("flash_mla_with_kvcache")
+    ids = V4_CALL["indices"].long()
+    with pytest.raises(ValueError, match=r"^indices: torch.int64, shape \(2, 1, 64\), expected torch.int32"):
+        wrapped.call(**v4_call(indices=ids, attn_sink=torch.zeros(64)))
+    assert [*wrapped.counts.declined] == ["indices: torch.int64, shape (2, 1, 64), expected torch.int32, [2, 1, topk]"]
+    for name, arguments, message in (
+        ("flash_mla_sparse_fwd", prefill(dtype=torch.bfloat16, attn_sink=torch.zeros(3)), "attn_sink: torch.float32"),
+        ("get_mla_metadata", {"cache_seqlens": torch.ones(2).int(), "topk": 3}, "num_q_tokens_per_head_k: None"),
+    ):
+        other = Wrapped(name)
+        with pytest.raises(ValueError, match=f"^{message}"):
+            other.call(**arguments)
+        assert sum(other.counts.declined.values()) == 1 and not other.stops
+    assert not wrapped.stops
+
+
+@pytest.mark.parametrize("version", ["0.5.4", "0.5.9", "0.5.12", "0.5.13", "0.5.23"])
+def test_every_parameter_of_metadata_reaches_ours(version, monkeypatch):
+    """By place and by name, for each parameter list that a release may have."""
+    monkeypatch.setattr(compat, "has_package", lambda: True)
+    seen: list[Any] = []
+    monkeypatch.setattr(flash_mla, "get_mla_metadata", lambda *args: seen.append(args))
+    for target in targets(version, "get_mla_metadata"):
+        names = compat._META if target.params == ("*args", "**kwargs") else target.params
+        values = {name: object() for name in names}
+        for call in (target.bind(*values.values()), target.bind(**values)):
+            hook.serve_metadata(call)
+            assert seen.pop()[: len(values)] == tuple(values.values())
+
+
+NOTHING, POINT, LINE = None, torch.zeros(()), torch.zeros(584)
+
+
+@pytest.mark.parametrize("changes", [
+    {"q": NOTHING}, {"q": POINT}, {"q": LINE}, {"q": torch.zeros(2, 512)}, {"k_cache": NOTHING}, {"k_cache": POINT},
+    {"k_cache": LINE}, {"indices": POINT}, {"indices": LINE}, {"indices": [3]}, {"topk_length": [1, 2]},
+    {"extra_indices_in_kvcache": POINT}, {"extra_k_cache": LINE}, {"softmax_scale": "x"},
+], ids=lambda changes: next(iter(changes)))  # fmt: skip
+@pytest.mark.parametrize("capability", [SM90, SM120])
+@CPU
+def test_shapes_that_nobody_takes(changes, capability, machine):
+    """Of an argument that decides who serves: a refusal, and the next call is served as ever."""
+    machine(capability, newer=False)
+    wrapped = Wrapped("flash_mla_with_kvcache")
+    for call in (v4_call(), dense(q=half(2, 1, 64, 576))):
+        with pytest.raises((ValueError, TypeError)) as raised:
+            wrapped.call(**call | changes)
+        assert not wrapped.stops and sum(wrapped.counts.declined.values()), raised.value
+        wrapped.counts.reset()
+    with pytest.raises(ValueError, match=f"^{next(iter(changes))}: .*, expected "):
+        wrapped.call(**v4_call() | changes)
+
+
+@CPU
+def test_shapes_of_the_others_that_nobody_takes(machine):
+    for name, calls in (
+        (
+            "flash_mla_sparse_fwd",
+            [prefill() | {one: wrong} for one in ("q", "indices") for wrong in (POINT, LINE, [3])],
+        ),
+        ("get_mla_metadata", [{"cache_seqlens": lens, "num_q_tokens_per_head_k": 64} for lens in (POINT, [1, 2])]),
+    ):
+        wrapped = Wrapped(name)
+        for call in calls:
+            with pytest.raises(ValueError, match=r": .*, expected "):
+                wrapped.call(**call)
+        assert sum(wrapped.counts.declined.values()) == len(calls) and not wrapped.stops
+
+
+def test_another_kind_of_device_is_the_hosts_after_a_refusal(machine):
+    machine(None, False, False)
+    for name, call in (
+        ("flash_mla_with_kvcache", v4_call(head_dim_v=3)),
+        ("flash_mla_sparse_fwd", prefill(d_v=3)),
+        ("get_mla_metadata", {"cache_seqlens": torch.ones(2)}),
+    ):
+        wrapped = Wrapped(name)
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            wrapped.call(**call)
+        assert sum(wrapped.counts.declined.values()) == 1 and not wrapped.stops
+
+
+@CPU
+@pytest.mark.parametrize("field", flash_mla._FIELDS)
+def test_a_sched_meta_of_another_call_is_told_the_caller(field, machine):
+    machine(newer=False)
+    wrapped, call = Wrapped("flash_mla_with_kvcache"), v4_call()
+    used = flash_mla.FlashMLASchedMeta.Config(2, 1, 64, 64, 1, False, True, 64, None, None)
+    setattr(used, field, 3)
+    call["tile_scheduler_metadata"].config, call["tile_scheduler_metadata"].have_initialized = used, True
+    with pytest.raises(flash_mla.MetadataMismatch, match=f"tile_scheduler_metadata: made for {field} 3, called with"):
+        wrapped.call(**call)
+    assert sum(wrapped.counts.declined.values()) == 1 and not wrapped.stops
+
+
+def prefill(heads=64, topk=128, width=576, queries=2, dtype=torch.float32, **more):
+    q, ids = torch.zeros(queries, heads, width, dtype=dtype), torch.zeros(queries, 1, topk, dtype=torch.int32)
+    return {"q": q, "kv": torch.zeros(3, 1, width, dtype=dtype), "indices": ids, "sm_scale": 0.1} | more
 
 
 def prefill_kept(arguments, version="0.5.13"):
@@ -243,6 +386,13 @@ def test_who_serves_sparse_prefill(machine):
     assert prefill_kept(prefill(**more[0]), "0.5.9") is None
     machine(older=False, newer=False)
     assert prefill_kept(prefill()) is prefill_kept(prefill(), "0.5.9") is None
+
+
+def test_the_wrappers_own_order():
+    """The newest release's, but for what is asked for by name."""
+    assert tuple(inspect.signature(flash_mla.flash_mla_with_kvcache).parameters) == compat._INTERFACE[0][0]
+    assert tuple(inspect.signature(flash_mla.get_mla_metadata).parameters) == compat._META
+    assert tuple(inspect.signature(flash_mla.flash_mla_sparse_fwd).parameters)[:7] == compat._PREFILL_NEWER
 
 
 @pytest.mark.parametrize("version", ["0.5.5", "0.5.13", "0.5.23"])
@@ -328,6 +478,25 @@ def test_the_package_where_there_is_none(monkeypatch, caplog):
     assert not {"flash_mla", compat.PACKAGE} & set(sys.modules)
 
 
+@CPU
+def test_the_package_is_called_in_its_own_order(monkeypatch):
+    """Which is without descales."""
+    for name in ("flash_mla", compat.PACKAGE):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    undo = compat.be_the_package(ModuleType("deepseek_v4_backend"), Counts())
+    package, made = sys.modules["flash_mla"], flash_mla.FlashMLASchedMeta()
+    placed = (half(2, 1, 4, 512), new_pages(V4, 1, 4), None, None, 512, made, None, 0.5, False, True)
+    ids = torch.zeros(2, 1, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="causal: True, expected False beside indices"):
+        package.flash_mla_with_kvcache(*placed[:8], True, True, ids)
+    out, lse = package.flash_mla_with_kvcache(*placed, ids, torch.zeros(4))
+    named = package.flash_mla_with_kvcache(*placed, indices=ids, attn_sink=torch.zeros(4))
+    assert out.shape == (2, 1, 4, 512) and torch.equal(out, named[0]) and torch.equal(lse, named[1])
+    with pytest.raises(TypeError, match="missing"):
+        package.flash_mla_with_kvcache(placed[0])
+    undo()
+
+
 def test_the_package_where_it_is_is_left_alone(monkeypatch):
     theirs = ModuleType("flash_mla")
     monkeypatch.setitem(sys.modules, "flash_mla", theirs)
@@ -378,6 +547,15 @@ def test_flashmla_is_warmed_where_ours_serves(cache, machine, warmed):
     assert warmed == [("dense_decode", 16, cache, 64)]
     undo()
     assert dict(vars(module.FlashMLABackend)) == before
+
+
+def test_e4m3_of_the_package_is_warmed_on_an_h200_too(machine, warmed, monkeypatch):
+    """Calls come with descales, which only the package does not take."""
+    monkeypatch.setattr(compat, "_build", lambda home: compat.Build(home, False))
+    backend = FlashMLABackend(runner(cache=torch.float8_e4m3fn))
+    for home in (compat.SGL_KERNEL, compat.PACKAGE):
+        hook.warm(compat.dense_calls(home, backend, runner()))
+    assert warmed == [("dense_decode", 16, torch.float8_e4m3fn, 64)]
 
 
 class Backend(SimpleNamespace):

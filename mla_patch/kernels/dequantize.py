@@ -5,7 +5,8 @@
 
 or of whole pages: row r of ``out`` is token r % ps of page ``named[r // ps]``.
 
-Bit for bit what SGLang's own kernels read: by the chip's conversion from sm_89 on, by integer arithmetic before.
+Bit for bit what SGLang's own kernels read. Values are decoded by the chip's own conversion from sm_89 on, else by
+integer arithmetic.
 """
 
 from __future__ import annotations
@@ -161,6 +162,12 @@ def _dequantize_kernel(
     tl.store(to[:, None] + (NOPE + r), last, mask=wanted[:, None])
 
 
+def told(tensor: torch.Tensor) -> str:
+    """A tensor that is refused, with its strides where they may be why."""
+    strides = "" if tensor.is_contiguous() else f", strides {tensor.stride()}"
+    return f"{tensor.dtype}, shape {tuple(tensor.shape)}{strides}"
+
+
 def dequantize(
     cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | None = None, *, config: dict[str, int] | None = None
 ) -> torch.Tensor:
@@ -173,12 +180,12 @@ def dequantize(
     """
     pages = pages_of("cache", cache)
     if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
-        raise ValueError(f"slots: {_told(slots)}, expected int32 or int64, [n], contiguous")
+        raise ValueError(f"slots: {told(slots)}, expected int32 or int64, [n], contiguous")
     shape = (slots.numel(), pages.layout.width)
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=cache.device)
     if out.shape != shape or out.dtype != torch.bfloat16 or out.stride(1) != 1:
-        raise ValueError(f"out: {_told(out)}, expected torch.bfloat16, {shape}, the last contiguous")
+        raise ValueError(f"out: {told(out)}, expected bfloat16, {shape}, the last contiguous")
     for name, tensor in (("slots", slots), ("out", out)):
         if tensor.device != cache.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
@@ -214,13 +221,13 @@ def dequantize_pages(
     """
     pages = pages_of("cache", cache)
     if named.dtype is not torch.int32 or named.dim() != 1 or not named.is_contiguous():
-        raise ValueError(f"named: {_told(named)}, expected torch.int32, [n], contiguous")
+        raise ValueError(f"named: {told(named)}, expected torch.int32, [n], contiguous")
     if count.dtype is not torch.int32 or count.numel() != 1:
         raise ValueError(f"count: {count.dtype}, shape {tuple(count.shape)}, expected torch.int32, [1]")
     rows = out[:, 0] if out.dim() == 3 and out.shape[1] == 1 else out
     shape = (named.numel() * pages.page_size, pages.layout.width)
     if rows.shape != shape or rows.dtype is not torch.bfloat16 or rows.stride(1) != 1:
-        raise ValueError(f"out: {_told(out)}, expected torch.bfloat16, {shape}, the last contiguous")
+        raise ValueError(f"out: {told(out)}, expected torch.bfloat16, {shape}, the last contiguous")
     for name, tensor in (("named", named), ("count", count), ("out", out)):
         if tensor.device != cache.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
@@ -229,10 +236,6 @@ def dequantize_pages(
             return dequantize_pages(cache, named, count, out, config=config)
     _launch(rows, named, count, pages, config)
     return out
-
-
-def _told(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype}, shape {tuple(tensor.shape)}, strides {tensor.stride()}"
 
 
 def _launch(
@@ -263,7 +266,7 @@ def dequantize_k_cache_paged(
     Raises:
         ValueError: a cache of another shape or layout, a page size that it cannot have, slots or out as `dequantize`.
     """
-    found = f"{cache.dtype}, shape {tuple(cache.shape)}, strides {cache.stride()}"
+    found = told(cache)
     if page_size is None:
         if not cache.shape or cache.shape[-1] != V32.bytes or not cache.is_contiguous():
             raise ValueError(f"cache: {found}, expected [..., {V32.bytes}], contiguous, or a page_size for V4's")

@@ -4,9 +4,11 @@
     slots  [n]                int32 or int64; a slot outside the cache, such as -1, is left out
 
     V3.2    s = max|x| / 448 of 128 values, y = x / s, rounded to the nearest e4m3, ties to even. A tile of zeros is
-            stored as such, where SGLang's kernel stores 448 times a scale of 0, which reads the same.
+            stored as such, where SGLang's kernel stores 448 times a scale of 0, which reads the same. A tile with an
+            infinity reads as NaN, as SGLang's does.
     V4      s = the power of two at or above max(max|x|, least) / 448 of 64 values. ``least`` is 1e-8 in SGLang's Triton
-            writer and 1e-4 in its CUDA one; it shows in tiles of no more than 5.3e-5 alone.
+            writer and 1e-4 in its CUDA one; it shows in tiles of no more than 5.3e-5 alone. An infinity is stored as
+            448 times 2**120, the scale of float32's largest number, and reads as an infinity of its sign.
 
 Rounding is integer arithmetic, so that chips without e4m3 and interpreters write the same bytes.
 """
@@ -19,7 +21,7 @@ import triton.language as tl
 
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import CompileCase, watch_compiles
-from mla_patch.kernels.dequantize import round_bf16
+from mla_patch.kernels.dequantize import round_bf16, told
 from mla_patch.kernels.layouts import V4, V32, pages_of
 
 
@@ -57,15 +59,20 @@ def _quantize_kernel(
         value = tl.load(source + d, mask=d < NOPE, other=0.0).to(tl.float32)
         largest = tl.max(tl.abs(value), 1)
         if V4:
-            ratio = tl.div_rn(tl.maximum(largest, least), 448.0).to(tl.int32, bitcast=True)
+            # an infinity's own power would be that of infinity, and the factor of the rest of its tile none
+            largest = tl.minimum(tl.maximum(largest, least), 3.4028234663852886e38)
+            ratio = tl.div_rn(largest, 448.0).to(tl.int32, bitcast=True)
             power = (ratio >> 23) + ((ratio & 0x7FFFFF) != 0).to(tl.int32)
             tl.store(scales + page + PAGE * 576 + at * 8 + t, power.to(tl.uint8), mask=t < 7)
             factor = ((254 - power) << 23).to(tl.float32, bitcast=True)
         else:
             scale = tl.div_rn(largest, tl.full([TILES], 448.0, tl.float32))
             tl.store(scales + (row + 512) // 4 + t, scale)
+            # 1 / s of a subnormal s may overflow: a power of two on both sides changes nothing else
+            boost = tl.where(scale < 1.1754943508222875e-38, 18446744073709551616.0, 1.0)
             one = tl.full([TILES], 1.0, tl.float32)
-            factor = tl.where(scale > 0, tl.div_rn(one, tl.where(scale > 0, scale, 1.0)), 0.0)
+            factor = tl.where(scale > 0, tl.div_rn(one, tl.where(scale > 0, scale * boost, 1.0)), 0.0)
+            value = value * boost[:, None]
         tl.store(values + row + d, e4m3_bits(value * factor[:, None]), mask=d < NOPE)
         r = tl.arange(0, 64)
         SKIP: tl.constexpr = 448 if V4 else 528
@@ -85,8 +92,7 @@ def quantize(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, least: f
         found = f"{x.dtype}, shape {tuple(x.shape)}, strides {x.stride()}"
         raise ValueError(f"x: {found}, expected bfloat16, float16 or float32, [n, {width}], the last contiguous")
     if slots.shape != x.shape[:1] or slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
-        found = f"{slots.dtype}, shape {tuple(slots.shape)}"
-        raise ValueError(f"slots: {found}, expected int32 or int64, [{x.shape[0]}], contiguous")
+        raise ValueError(f"slots: {told(slots)}, expected int32 or int64, [{x.shape[0]}], contiguous")
     if not 1e-30 <= least <= 1.0:
         raise ValueError(f"least: {least}, expected 1e-30 to 1")
     for name, tensor in (("x", x), ("slots", slots)):
@@ -111,11 +117,13 @@ def quantize_ref(x: torch.Tensor, layout_tiles: int, least: float = 1e-8) -> tup
     tiles = x[:, :-64].float().unflatten(1, (layout_tiles, -1))
     largest = tiles.abs().amax(-1)
     if layout_tiles == V32.tiles:
-        scale = largest / 448
-        factor = torch.where(scale > 0, 1 / scale, 0.0)
-        stored = scale
+        stored = largest / 448
+        boost = torch.where(stored < 2**-126, 2.0**64, 1.0)
+        factor = torch.where(stored > 0, 1 / (stored * boost), 0.0)
+        tiles = tiles * boost[..., None]
     else:
-        power = torch.ceil(torch.log2(largest.clamp(min=least).double() / 448))
+        most = torch.finfo(torch.float32).max
+        power = torch.ceil(torch.log2(largest.clamp(least, most).double() / 448))
         factor, stored = torch.exp2(-power).float(), (power + 127).to(torch.uint8)
     return (tiles * factor[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), stored
 

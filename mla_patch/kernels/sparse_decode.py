@@ -43,7 +43,7 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import HAS_GLUON, TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.dequantize import dequantize_ref, operand, rounded
+from mla_patch.kernels.dequantize import dequantize_ref, operand, rounded, told
 from mla_patch.kernels.layouts import V4, V32, Pages, new_pages, pages_of
 
 _INTERPRETED = interpreted()
@@ -762,8 +762,7 @@ def check_q(q: torch.Tensor) -> None:
 def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor) -> None:
     if sinks is not None:
         if sinks.shape != (q.shape[2],) or not sinks.is_floating_point() or not sinks.is_contiguous():
-            found = f"{sinks.dtype}, shape {tuple(sinks.shape)}"
-            raise ValueError(f"attn_sink: {found}, expected a float for each of {q.shape[2]} heads")
+            raise ValueError(f"attn_sink: {told(sinks)}, expected a float for each of {q.shape[2]} heads, contiguous")
         check_device("attn_sink", sinks, q)
 
 
@@ -784,8 +783,7 @@ def _check_indices(name: str, ids: torch.Tensor, q: torch.Tensor) -> None:
 def _check_lengths(name: str, lens: torch.Tensor | None, q: torch.Tensor) -> None:
     if lens is not None:
         if lens.dtype not in (torch.int32, torch.int64) or lens.shape != q.shape[:1] or not lens.is_contiguous():
-            found = f"{lens.dtype}, shape {tuple(lens.shape)}"
-            raise ValueError(f"{name}: {found}, expected int32 or int64, [{q.shape[0]}]")
+            raise ValueError(f"{name}: {told(lens)}, expected int32 or int64, [{q.shape[0]}], contiguous")
         check_device(name, lens, q)
 
 
