@@ -427,6 +427,7 @@ def _prefill() -> list[Target]:
         _call(_BACKEND, "DeepseekV4AttnBackend._forward_prefill_sparse", _PREFILL, prefill_call, "chunk"),
         Target(_BACKEND, "DSV4Metadata.copy_", kind="edit", edit=number_metadata),
         Target(_BACKEND, "DeepseekV4AttnBackend.forward", kind="edit", edit=guard_route),
+        _PLAN,
     ]
 
 
@@ -436,7 +437,7 @@ def _backport() -> list[Target]:
         Target(_BACKEND, "DSV4Metadata.copy_", kind="edit", edit=number_metadata),
         Target(_BACKEND, "DeepseekV4AttnBackend.init_forward_metadata", kind="edit", edit=keep_positions),
         Target(f"{_SRT}.dsv4.indexer", "topk_transform_512", kind="edit", edit=write_positions),
-        Target(f"{_SRT}.dsv4.metadata", "PagedIndexerMetadata", kind="edit", edit=plan_many_queries),
+        _PLAN,
         Target(_BACKEND, V4_WARMUP, kind="edit", edit=warm_v4),
     ]
 
@@ -660,21 +661,26 @@ def write_positions(module: ModuleType) -> Undo:
 
 
 def plan_many_queries(module: ModuleType) -> Undo:
-    """0.5.12: the indexer's schedule for many queries is made by the release's own kernel, not DeepGEMM's."""
+    """To 0.5.20: the indexer's schedule for many queries is made by the release's own kernel, not DeepGEMM's; from
+    0.5.13 the release does so itself above a number of its own."""
     owner = module.PagedIndexerMetadata
     original = _methods(owner, {"__post_init__": ("self",)})["__post_init__"]
     switch = module.envs.SGLANG_OPT_USE_JIT_INDEXER_METADATA
 
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
-        most = most_queries(self.c4_seq_lens.device)
-        if most is None or self.c4_seq_lens.numel() <= most or switch.get():
+        lens = self.compressed_seq_lens if hasattr(self, "compressed_seq_lens") else self.c4_seq_lens
+        most = most_queries(lens.device)
+        if most is None or lens.numel() <= most or switch.get():
             original(self)
             return
         with switch.override(True):
             original(self)
 
     return set_methods(owner, {"__post_init__": __post_init__})
+
+
+_PLAN = Target(f"{_SRT}.dsv4.metadata", "PagedIndexerMetadata", kind="edit", edit=plan_many_queries)
 
 
 def _policy(name: str) -> Callable[..., Any]:

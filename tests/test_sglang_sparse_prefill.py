@@ -26,7 +26,7 @@ ROUTE, WORKSPACE = "MLA_PATCH_SPARSE_PREFILL_ROUTE", "MLA_PATCH_SPARSE_PREFILL_W
 V32 = {compat.V32_PREFILL, compat.V32_DEQUANTIZE, compat.V32_WARMUP}
 V4_ROUTE = {
     "combine_topk_swa_indices", "DeepseekV4AttnBackend._forward_prefill_sparse", "DSV4Metadata.copy_",
-    "DeepseekV4AttnBackend.forward", compat.V4_WARMUP,
+    "DeepseekV4AttnBackend.forward", "PagedIndexerMetadata", compat.V4_WARMUP,
 }  # fmt: skip
 DEFAULT = {  # what ours takes the place of without being asked, by the first release of which that holds
     "0.5.5": V32,

@@ -468,34 +468,46 @@ def stored(trial: Trial, batch: Any, seq: tuple[int, ...], ext: tuple[int, ...])
     return calls
 
 
-def many_queries(trial: Trial) -> dict[str, Any]:
-    """0.5.12: more queries than a schedule can hold take our route whatever the flags; so does the indexer's plan."""
-    seq, ext = CHUNKS[0]
+def plans() -> list[str]:
+    """Who plans the indexer of as many queries as a schedule can hold, and of one more."""
     module = importlib.import_module("sglang.srt.layers.attention.dsv4.metadata")
-    seen: list[Any] = []
+    seen: list[str] = []
+    homes = dict.fromkeys(
+        ("sglang.jit_kernel.deepseek_v4", "sglang.jit_kernel.dsv4", "sglang.kernels.ops.attention.dsv4"), "own"
+    )
+    modules = {}
+    for name, whose in {**homes, "deep_gemm": "DeepGEMM's"}.items():
+        plan = lambda *args, whose=whose: seen.append(whose) or torch.zeros(1)  # noqa: E731
+        modules[name] = SimpleNamespace(
+            get_paged_mqa_logits_metadata=plan, get_num_sms=lambda: 1, plan_topk_v2=lambda lens: lens
+        )
+    flags = {"SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "0", "SGLANG_OPT_USE_JIT_INDEXER_METADATA": "0"}
+    most = compat.most_queries(DEVICE)
+    owner = module.PagedIndexerMetadata
+    fixed = {"page_size": 256, "compressed_page_size": 64, "use_topk_v2": False}
+    fixed = {name: value for name, value in fixed.items() if name in owner.__annotations__}
+    name = "c4_seq_lens" if "c4_seq_lens" in owner.__annotations__ else "compressed_seq_lens"
+    with mock.patch.dict(sys.modules, modules), mock.patch.dict(os.environ, flags):
+        for count in (most, most + 1):
+            lens = torch.ones(count, dtype=torch.int32, device=DEVICE)
+            owner(page_table=lens[:, None], **{name: lens}, **fixed)
+    return seen
+
+
+def many_queries(trial: Trial, release: str) -> dict[str, Any]:
+    """More queries than a schedule can hold take our route whatever the flags; so does the indexer's plan."""
+    seq, ext = CHUNKS[0]
     with ExitStack() as stack:
         if not ON_GPU:  # which would tell
             stack.enter_context(mock.patch.object(compat, "most_queries", lambda device: 4))
-        most = compat.most_queries(trial.batch.device)
-        stack.enter_context(mock.patch.dict(os.environ, {"MLA_PATCH_SPARSE_PREFILL_ROUTE": "large"}))
-        batch = trial.metadata(seq, ext)
-        row = counted(lambda: [one(trial, 0, batch, seq, ext)])
-        planned = {"sglang.jit_kernel.deepseek_v4": "own", "deep_gemm": "DeepGEMM's"}
-        modules = {}
-        for name, whose in planned.items():
-            plan = lambda *args, whose=whose: seen.append(whose) or torch.zeros(1)  # noqa: E731
-            modules[name] = SimpleNamespace(
-                get_paged_mqa_logits_metadata=plan, get_num_sms=lambda: 1, plan_topk_v2=lambda lens: lens
-            )
-        stack.enter_context(mock.patch.dict(sys.modules, modules))
-        os.environ |= {"SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "0", "SGLANG_OPT_USE_JIT_INDEXER_METADATA": "0"}
-        for count in (most, most + 1):
-            lens = torch.ones(count, dtype=torch.int32, device=DEVICE)
-            module.PagedIndexerMetadata(page_size=256, page_table=lens[:, None], c4_seq_lens=lens)
-        os.environ["SGLANG_FP8_PAGED_MQA_LOGITS_TORCH"] = "1"
-        few = trial.metadata(CHUNKS[2][0], CHUNKS[2][1])
-        kept = vars(trial.backend.forward_metadata)[compat._ROUTE]
-    return {"many": row, "plans": seen, "few": kept, "batch": type(few).__name__}
+        told: dict[str, Any] = {"plans": plans()}
+        if release == "0.5.12":
+            stack.enter_context(mock.patch.dict(os.environ, {"MLA_PATCH_SPARSE_PREFILL_ROUTE": "large"}))
+            batch = trial.metadata(seq, ext)
+            told["many"] = counted(lambda: [one(trial, 0, batch, seq, ext)])
+            trial.metadata(CHUNKS[2][0], CHUNKS[2][1])
+            told["few"] = vars(trial.backend.forward_metadata)[compat._ROUTE]
+    return told
 
 
 def v32(release: str) -> dict[str, Any]:
@@ -570,9 +582,9 @@ def main(release: str, out: Path) -> None:
             seen["too large"] = over_pages(trial, release, WORKSPACE="0")
             seen["few"] = over_pages(trial, release, chunk=(LENS, FEW), ROUTE="auto")
             seen["other routes"] = other_routes(trial)
+            seen["many"] = many_queries(trial, release)
         if release == "0.5.12":
             seen["indexer"] = indexer(trial)
-            seen["many"] = many_queries(trial)
         mla_patch.restore("sparse_prefill")
         seen["restored"] = names(trial.module)
     seen["seconds"] = time.perf_counter() - started
