@@ -91,8 +91,8 @@ SMALL = [
 
 
 def lens_of(count: int) -> list[int]:
-    """Lengths of four requests."""
-    return [count, 0, 1, count // 3]
+    """Lengths of four requests; the last has keys beyond its holes."""
+    return [count // 3, 0, 1, count]
 
 
 def holes(ids: torch.Tensor) -> torch.Tensor:
