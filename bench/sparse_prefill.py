@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import peers
 from peers import Call
 
+from mla_patch.compat.sglang_sparse_prefill import most_queries
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels.dequantize import dequantize, dequantize_config, dequantize_pages, dequantize_ref
 from mla_patch.kernels.layouts import V4, V32, Layout, new_pages
@@ -70,7 +71,6 @@ WINDOW, RATIO, COMPRESSED = 128, 4, 512  # V4: recent tokens of a query, tokens 
 ALL_RATIO = 128  # of layers that attend to every compressed token
 TOPK = 2048  # V3.2
 PAGE, WINDOW_PAGE = 64, 256
-SCHEDULED = 11622  # queries that FlashMLA can make a schedule for: 227 KiB at 20 bytes
 
 Case = SimpleNamespace
 Cases = Iterator[tuple[str, Callable[[], Case]]]  # titles, and what makes a case: one at a time fits
@@ -413,8 +413,9 @@ def over_pages(name: str) -> Callable[[Case], Call]:
     def make(case: Case) -> Call:
         if name == "ours":
             return straight(case)
-        if case.chunk > SCHEDULED:
-            raise RuntimeError(f"{case.chunk} queries, at most {SCHEDULED} of which it makes a schedule")
+        most = most_queries(case.q.device)
+        if most is not None and case.chunk > most:
+            raise RuntimeError(f"{case.chunk} queries, at most {most} of which it makes a schedule")
         call = peers.over_pages(name, case.q[:, None], case.cache, case.ids, case.sm_scale, case.extra)
         return lambda: (call()[0][:, 0],)
 

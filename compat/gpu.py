@@ -116,9 +116,11 @@ def aligned(tensor: torch.Tensor) -> bool:
 
 def realigned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or, where it is not `aligned`, a copy that is."""
+    if aligned(tensor):
+        return tensor
     import torch
 
-    return tensor if aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def capturing() -> bool:

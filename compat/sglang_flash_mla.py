@@ -396,8 +396,7 @@ def warm_dense(home: str, module: ModuleType) -> Undo:
 
 
 def warm_v32(home: str, module: ModuleType) -> Undo:
-    owner = getattr(module, "DeepseekSparseAttnBackend", None) or module.NativeSparseAttnBackend
-    return warm_once_built(owner, f"{_HOOK}:warm", partial(v32_calls, home))
+    return warm_once_built(v32_backend(module), f"{_HOOK}:warm", partial(v32_calls, home))
 
 
 def warm_v4(home: str, module: ModuleType) -> Undo:
@@ -458,6 +457,16 @@ def v32_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall | Prefil
     return calls
 
 
+def v32_backend(module: ModuleType) -> type:
+    """V3.2's backend, whose name changed in 0.5.13."""
+    return getattr(module, "DeepseekSparseAttnBackend", None) or module.NativeSparseAttnBackend
+
+
+def v4_heads(runner: Any) -> tuple[int, ...]:
+    """What V4's backend gives FlashMLA: all of the model's heads, or those of a rank in 64."""
+    return tuple(sorted({runner.model_config.num_attention_heads, 64}))
+
+
 def v4_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall | PrefillCall]:
     """What DeepSeek V4's backend can ask, over one token."""
     import torch
@@ -476,8 +485,7 @@ def v4_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall | Prefill
     ids = torch.zeros(1, 1, 128, dtype=torch.int32, device=device)
     ratios = [ratio for ratio in getattr(backend, "present_ratios", (4, 128)) if ratio in (4, 128)]
     calls: list[KvCacheCall | PrefillCall] = []
-    # all of the model's, or those of a rank in 64
-    for heads in sorted({runner.model_config.num_attention_heads, 64}):
+    for heads in v4_heads(runner):
         q = torch.zeros(1, 1, heads, 512, dtype=torch.bfloat16, device=device)
         sink = torch.zeros(heads, device=device)
         for ratio in (None, *ratios):

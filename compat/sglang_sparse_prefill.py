@@ -48,7 +48,7 @@ from packaging.version import Version
 from mla_patch.compat import gpu
 from mla_patch.compat.methods import set_methods
 from mla_patch.compat.sglang import warm_once_built
-from mla_patch.compat.sglang_flash_mla import SGL_KERNEL
+from mla_patch.compat.sglang_flash_mla import SGL_KERNEL, v4_heads, v32_backend
 from mla_patch.compat.stamps import renew, stamp
 from mla_patch.compat.types import Target, Undo
 
@@ -588,14 +588,12 @@ def v4_reads(module: ModuleType, backend: Any, runner: Any) -> Reads | None:
         return None
     ratios = [ratio for ratio in getattr(backend, "present_ratios", (4, 128)) if ratio]
     pages = (pool.swa_kv_pool.page_size, *(pool.page_size // ratio for ratio in ratios))
-    # all of the model's, or those of a rank in 64
-    return Reads(runner.device, pages, tuple(sorted({runner.model_config.num_attention_heads, 64})))
+    return Reads(runner.device, pages, v4_heads(runner))
 
 
 def warm_v32(module: ModuleType) -> Undo:
     """V3.2's dequantiser is compiled once a backend is built."""
-    owner = getattr(module, "DeepseekSparseAttnBackend", None) or module.NativeSparseAttnBackend
-    return warm_once_built(owner, f"{_HOOK}:warm", lambda backend, runner: Reads(runner.device))
+    return warm_once_built(v32_backend(module), f"{_HOOK}:warm", lambda backend, runner: Reads(runner.device))
 
 
 def keep_positions(module: ModuleType) -> Undo:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mla_patch.compat import sglang_flash_mla
+from mla_patch.compat import gpu, sglang_flash_mla
 from mla_patch.compat import sglang_sparse_prefill as compat
 from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
@@ -32,13 +32,16 @@ def _says(reason: str) -> Callable[[ChunkCall], bool]:
     return lambda call: declines_chunk(call) == reason
 
 
+def _built(heads: int, width: int, capability: tuple[int, int] | None) -> bool:
+    """Whether FlashMLA has a build for such layers."""
+    # rows of indices are padded to 128, so that any topk will do
+    return capability in sglang_flash_mla.CHIPS and sglang_flash_mla.prefill_takes(heads, width, 128, capability)
+
+
 def _flash_mla(call: ChunkCall) -> Callable[..., Any] | None:
     """The release's own flash_mla_sparse_fwd, where FlashMLA has a build for this layer."""
-    capability = capability_of(call.q)
-    # rows of indices are padded to 128, so that any topk will do
-    if capability not in sglang_flash_mla.CHIPS or not call.q.shape[0]:
-        return None
-    if not sglang_flash_mla.prefill_takes(call.q.shape[1], call.q.shape[2], 128, capability):
+    queries, heads, width = call.q.shape
+    if not queries or not _built(heads, width, capability_of(call.q)):
         return None
     return sglang_flash_mla.prefill_wrapper(call.module)
 
@@ -54,13 +57,17 @@ V4_PROVIDERS = (
 )  # fmt: skip
 
 
-def _pads(call: V32Call) -> bool:
-    capability = capability_of(call.q)
-    return capability in sglang_flash_mla.CHIPS and compat.pads(call.q.shape[1], capability)
+def _padded(heads: int, capability: tuple[int, int] | None) -> bool:
+    """Whether the release can give FlashMLA V3.2's heads."""
+    return capability in sglang_flash_mla.CHIPS and compat.pads(heads, capability)
 
 
 V32_PROVIDERS = (
-    Provider(HOST, "64 or 128 heads, or what the release pads to them, on sm_90, sm_100 and sm_103", _pads),
+    Provider(
+        HOST,
+        "64 or 128 heads, or what the release pads to them, on sm_90, sm_100 and sm_103",
+        lambda call: _padded(call.q.shape[1], capability_of(call.q)),
+    ),
     Provider(OURS, "other head counts, other GPUs", lambda call: True),
 )
 
@@ -93,8 +100,7 @@ def memory() -> int:
 
 def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -> list[tuple[str, str]]:
     """For `explain`: a kind of prompt, and who attends."""
-    built = capability in sglang_flash_mla.CHIPS
-    attends = "FlashMLA" if built and sglang_flash_mla.prefill_takes(heads, 512, 128, capability) else "triton"
+    attends = "FlashMLA" if _built(heads, 512, capability) else "triton"
     route = compat.v4_route(version, capability, asked)
     v4 = {
         compat.OVER_PAGES: "over pages, by the release",
@@ -104,7 +110,7 @@ def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -
     }.get(route, route)
     if compat.is_asked_by_release(version):
         v4 += "; short prompts over pages unless SGLANG_OPT_FLASHMLA_SPARSE_PREFILL is set"
-    v32 = "the release, by FlashMLA" if built and compat.pads(heads, capability) else "triton"
+    v32 = "the release, by FlashMLA" if _padded(heads, capability) else "triton"
     return [("V4", v4), ("V3.2", f"{v32}; keys read back by ours")]
 
 
@@ -210,14 +216,15 @@ def warm(asked: compat.Reads) -> int:
 
     from mla_patch.kernels import dequantize, prefill_indices, sparse_prefill
 
+    probe = torch.empty(0, device=asked.device)
+    told = gpu.from_tensor(probe)
+    if told is not None and hardware(told) is not None:
+        return 0
     compiled = dequantize.warmup(asked.device, asked.pages)
-    if not asked.pages:
-        return compiled
-    compiled += prefill_indices.warmup(asked.device)
-    capability = capability_of(torch.empty(0, device=asked.device))
+    if asked.pages:
+        compiled += prefill_indices.warmup(asked.device)
     for heads in asked.heads:
-        built = capability in sglang_flash_mla.CHIPS and sglang_flash_mla.prefill_takes(heads, 512, 128, capability)
-        if not built:
+        if not _built(heads, 512, capability_of(probe)):
             compiled += sparse_prefill.warmup(asked.device, heads, 512, torch.bfloat16, True)
     return compiled
 

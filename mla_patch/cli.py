@@ -285,10 +285,8 @@ def _in_range(version: str, feature: Feature) -> bool:
 
 def _routes(feature: Feature) -> list[dict[str, Any]]:
     """Where the feature goes, one row per entry point and run of releases with the same home and parameters."""
-    from packaging.specifiers import SpecifierSet
-
     name, specifier = feature.requirement()
-    reviewed = [v for v in hosts.host(name).reviewed if SpecifierSet(specifier).contains(v, prereleases=True)]
+    reviewed = [version for version in hosts.host(name).reviewed if _in_range(version, feature)]
     rows: list[dict[str, Any]] = []
     versions: list[str | None] = [*reviewed] or [None]
     for before, version in zip([None, *versions], versions, strict=False):

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from mla_patch.compat.types import Gpu, Target, Variable
+from mla_patch.compat.types import Gpu, Target
+from mla_patch.compat.types import Variable as Variable
 
 
 class State(str, Enum):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from mla_patch.features import Feature
+from mla_patch.features import Feature, Variable
 
 PREFIX = "MLA_PATCH"
 EXPERIMENTS = ("ab", "shadow", "ab+shadow")
@@ -72,11 +72,15 @@ def known(features: Iterable[Feature]) -> dict[str, Known]:
     flags = {flag.name: flag for flag in fixed}
     for feature in features:
         flags[feature.flag] = Known(feature.flag, feature.default, _read_mode, ", ".join(MODES), feature.why)
-        for variable in feature.variables:
-            name = f"{feature.flag}_{variable.name}"
-            read = _one_of(variable.values) if variable.values else variable.read
-            flags[name] = Known(name, variable.default, read, ", ".join(variable.values) or "text", variable.help)
+        for one in feature.variables:
+            own = _own(feature, one)
+            flags[own.name] = own
     return flags
+
+
+def _own(feature: Feature, one: Variable) -> Known:
+    read = _one_of(one.values) if one.values else one.read
+    return Known(f"{feature.flag}_{one.name}", one.default, read, ", ".join(one.values) or "text", one.help)
 
 
 def read(
@@ -112,7 +116,7 @@ def read(
 
 def variable(feature: Feature, name: str) -> str:
     """The value of ``MLA_PATCH_<FEATURE>_<NAME>`` now; the default where what is set cannot be taken, as was told."""
-    flag = known([feature])[f"{feature.flag}_{name}"]
+    flag = next(_own(feature, one) for one in feature.variables if one.name == name)
     raw = os.environ.get(flag.name)
     return flag.default if raw is None else _take(flag, raw, "environment").value
 

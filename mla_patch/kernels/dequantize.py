@@ -21,7 +21,7 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.layouts import LAYOUTS, V4, V32, Pages, new_pages, pages_of
+from mla_patch.kernels.layouts import LAYOUTS, V4, V32, Pages, new_pages, pages_of, told
 
 _INTERPRETED = interpreted()
 _PLAIN = tl.constexpr(_INTERPRETED)
@@ -160,12 +160,6 @@ def _dequantize_kernel(
     NOPE: tl.constexpr = 448 if V4 else 512
     last = tl.load(rope + ((row + SKIP) // 2)[:, None] + r, mask=known[:, None], other=0)
     tl.store(to[:, None] + (NOPE + r), last, mask=wanted[:, None])
-
-
-def told(tensor: torch.Tensor) -> str:
-    """A tensor that is refused, with its strides where they may be why."""
-    strides = "" if tensor.is_contiguous() else f", strides {tensor.stride()}"
-    return f"{tensor.dtype}, shape {tuple(tensor.shape)}{strides}"
 
 
 def dequantize(

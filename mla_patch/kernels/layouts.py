@@ -103,6 +103,12 @@ def pages_of(name: str, cache: torch.Tensor) -> Pages:
     return Pages(layout, shape[0], size, page_bytes, flat.view(torch.int16), flat.view(torch.bfloat16), scales)
 
 
+def told(tensor: torch.Tensor) -> str:
+    """A tensor that is refused, with its strides where they may be why."""
+    strides = "" if tensor.is_contiguous() else f", strides {tensor.stride()}"
+    return f"{tensor.dtype}, shape {tuple(tensor.shape)}{strides}"
+
+
 def new_pages(layout: Layout, pages: int, page_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """An empty cache in the form that FlashMLA takes, over a pool as SGLang allocates it."""
     pool = torch.zeros(pages, layout.page_bytes(page_size), dtype=torch.uint8, device=device)

@@ -31,6 +31,7 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import CompileCase, interpreted, watch_compiles
+from mla_patch.kernels.layouts import told
 
 _INTERPRETED = interpreted()
 
@@ -142,7 +143,7 @@ def name_pages(
         or topk_length.shape != (queries,)
         or not topk_length.is_contiguous()
     ):
-        raise ValueError(f"topk_length: {_told(topk_length)}, expected int32 or int64, [{queries}], contiguous")
+        raise ValueError(f"topk_length: {told(topk_length)}, expected int32 or int64, [{queries}], contiguous")
     for name, number, least in (("pages", pages, 0), ("page_size", page_size, 1), ("capacity", capacity, 0)):
         if number < least:
             raise ValueError(f"{name}: {number}, expected {least} or more")
@@ -216,13 +217,9 @@ def name_pages_ref(
 
 def _check_ids(name: str, ids: torch.Tensor, shape: tuple[int, ...] | None) -> None:
     if ids.dtype is not torch.int32 or ids.dim() != 3 or ids.shape[1] != 1 or (shape and tuple(ids.shape) != shape):
-        raise ValueError(f"{name}: {_told(ids)}, expected torch.int32, {list(shape) if shape else '[Sq, 1, topk]'}")
+        raise ValueError(f"{name}: {told(ids)}, expected torch.int32, {list(shape) if shape else '[Sq, 1, topk]'}")
     if ids.shape[2] > 1 and ids.stride(2) != 1:
-        raise ValueError(f"{name}: {_told(ids)}, expected the last contiguous")
-
-
-def _told(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype}, shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        raise ValueError(f"{name}: {told(ids)}, expected the last contiguous")
 
 
 def compile_cases(every: bool = False) -> list[CompileCase]:

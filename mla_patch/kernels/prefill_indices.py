@@ -34,6 +34,7 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import CompileCase, interpreted, watch_compiles
+from mla_patch.kernels.layouts import told
 
 _INTERPRETED = interpreted()
 
@@ -199,9 +200,9 @@ def build_swa_token_ids(
     for name, tensor in (("seq_lens", seq_lens), ("extend_lens", extend_lens), ("req_pool", req_pool)):
         _check_vector(name, tensor, rows, device)
     if req_to_token.dtype != torch.int32 or req_to_token.dim() != 2 or not _last_contiguous(req_to_token):
-        raise ValueError(f"req_to_token: {_told(req_to_token)}, expected torch.int32, [rows, positions], last dense")
+        raise ValueError(f"req_to_token: {told(req_to_token)}, expected torch.int32, [rows, positions], last dense")
     if full_to_swa.dtype not in (torch.int32, torch.int64) or full_to_swa.dim() != 1 or not full_to_swa.is_contiguous():
-        raise ValueError(f"full_to_swa: {_told(full_to_swa)}, expected torch.int64 or torch.int32, [slots], contiguous")
+        raise ValueError(f"full_to_swa: {told(full_to_swa)}, expected torch.int64 or torch.int32, [slots], contiguous")
     for name, tensor in (("req_to_token", req_to_token), ("full_to_swa", full_to_swa)):
         if tensor.device != device:
             raise ValueError(f"{name}: on {tensor.device}, expected {device} as seq_lens")
@@ -258,7 +259,7 @@ def combine_topk_swa_indices(
     device = topk_indices.device
     _check_device(topk_indices, "topk_indices")
     if topk_indices.dtype != torch.int32 or topk_indices.dim() != 2 or not _last_contiguous(topk_indices):
-        raise ValueError(f"topk_indices: {_told(topk_indices)}, expected torch.int32, [queries, topk], last dense")
+        raise ValueError(f"topk_indices: {told(topk_indices)}, expected torch.int32, [queries, topk], last dense")
     for name, number, least in (
         ("window_size", window_size, 1),
         ("compress_ratio", compress_ratio, 1),
@@ -280,7 +281,7 @@ def combine_topk_swa_indices(
     if out_indices is None:
         out_indices = torch.empty(queries, width, dtype=torch.int32, device=device)
     elif out_indices.dtype != torch.int32 or out_indices.shape != (queries, width) or not _last_contiguous(out_indices):
-        raise ValueError(f"out_indices: {_told(out_indices)}, expected torch.int32, [{queries}, {width}], last dense")
+        raise ValueError(f"out_indices: {told(out_indices)}, expected torch.int32, [{queries}, {width}], last dense")
     elif out_indices.device != device:
         raise ValueError(f"out_indices: on {out_indices.device}, expected {device}")
     if out_lens is None:
@@ -373,10 +374,6 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     return cases
 
 
-def _told(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype}, shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-
-
 def _last_contiguous(tensor: torch.Tensor) -> bool:
     return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
 
@@ -388,7 +385,7 @@ def _check_device(tensor: torch.Tensor, name: str = "seq_lens") -> None:
 
 def _check_vector(name: str, tensor: torch.Tensor, size: int, device: torch.device) -> None:
     if tensor.dtype != torch.int32 or tensor.shape != (size,) or not tensor.is_contiguous():
-        raise ValueError(f"{name}: {_told(tensor)}, expected torch.int32, [{size}], contiguous")
+        raise ValueError(f"{name}: {told(tensor)}, expected torch.int32, [{size}], contiguous")
     if tensor.device != device:
         raise ValueError(f"{name}: on {tensor.device}, expected {device}")
 

@@ -21,8 +21,8 @@ import triton.language as tl
 
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import CompileCase, watch_compiles
-from mla_patch.kernels.dequantize import round_bf16, told
-from mla_patch.kernels.layouts import V4, V32, pages_of
+from mla_patch.kernels.dequantize import round_bf16
+from mla_patch.kernels.layouts import V4, V32, pages_of, told
 
 
 @triton.jit

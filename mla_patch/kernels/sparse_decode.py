@@ -43,8 +43,8 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import HAS_GLUON, TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.dequantize import dequantize_ref, operand, rounded, told
-from mla_patch.kernels.layouts import V4, V32, Pages, new_pages, pages_of
+from mla_patch.kernels.dequantize import dequantize_ref, operand, rounded
+from mla_patch.kernels.layouts import V4, V32, Pages, new_pages, pages_of, told
 
 _INTERPRETED = interpreted()
 _PLAIN = tl.constexpr(_INTERPRETED)  # the interpreter knows no assembler
