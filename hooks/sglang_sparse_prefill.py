@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mla_patch.compat import gpu, sglang_flash_mla
+from mla_patch.compat import sglang_flash_mla
 from mla_patch.compat import sglang_sparse_prefill as compat
 from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
@@ -216,15 +216,12 @@ def warm(asked: compat.Reads) -> int:
 
     from mla_patch.kernels import dequantize, prefill_indices, sparse_prefill
 
-    probe = torch.empty(0, device=asked.device)
-    told = gpu.from_tensor(probe)
-    if told is not None and hardware(told) is not None:
-        return 0
     compiled = dequantize.warmup(asked.device, asked.pages)
     if asked.pages:
         compiled += prefill_indices.warmup(asked.device)
+    capability = capability_of(torch.empty(0, device=asked.device))
     for heads in asked.heads:
-        if not _built(heads, 512, capability_of(probe)):
+        if not _built(heads, 512, capability):
             compiled += sparse_prefill.warmup(asked.device, heads, 512, torch.bfloat16, True)
     return compiled
 
