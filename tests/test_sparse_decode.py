@@ -71,7 +71,7 @@ class Case:
 
 
 def wide(q):
-    return q.shape[-2] > module.NARROW and DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return q.shape[-2] > module.NARROW and q.is_cuda and module.gpu.capability(q.device.index) == (9, 0)
 
 
 def keys_as_multiplied(where, layout, q):
