@@ -67,6 +67,11 @@ def _from_index(index: int) -> Gpu:
     return Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
 
 
+def not_nvidia(device: Gpu) -> str | None:
+    """Why this device cannot run what is written for NVIDIA's, or None."""
+    return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
+
+
 @lru_cache(maxsize=16)
 def capability(index: int) -> tuple[int, int]:
     """Compute capability of a device that a call already uses."""

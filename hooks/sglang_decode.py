@@ -44,11 +44,6 @@ def host_is_kept(device: Gpu) -> str | None:
     return None if faster else f"the host's own is faster on {device.sm}"
 
 
-def hardware(device: Gpu) -> str | None:
-    """Why this device cannot, or None."""
-    return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
-
-
 FEATURE = Feature(
     name="decode",
     host="sglang>=0.5.1,<0.5.24",
@@ -57,7 +52,7 @@ FEATURE = Feature(
     upstream="https://github.com/sgl-project/sglang/pull/20479",
     drop_when="the host reads the latent cache once per request, at least as fast",
     native=native,
-    hardware=hardware,
+    hardware=gpu.not_nvidia,
     steps=sglang_graphs.step_targets,
 )
 
@@ -137,7 +132,7 @@ def warm(capacity: Capacity) -> int:
     from mla_patch.kernels import decode, decode_splits, kv_indices
 
     device = gpu.from_tensor(torch.empty(0, device=capacity.device))
-    if capacity.heads == 1 or (device is not None and hardware(device) is not None):
+    if capacity.heads == 1 or (device is not None and gpu.not_nvidia(device) is not None):
         return 0  # its calls are declined
     c = capacity
     ids = kv_indices.warmup(c.device, ())

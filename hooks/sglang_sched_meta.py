@@ -18,7 +18,7 @@ from typing import Any
 from mla_patch.compat import gpu, sglang_flash_mla
 from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_flash_mla import KvCacheCall, MetadataCall, PrefillCall
-from mla_patch.compat.types import Gpu, Provider
+from mla_patch.compat.types import Provider
 from mla_patch.features import Feature, Final
 from mla_patch.hookspecs import hookimpl
 
@@ -146,11 +146,6 @@ PREFILL_PROVIDERS = (
 )  # fmt: skip
 
 
-def hardware(device: Gpu) -> str | None:
-    """Why this device cannot, or None."""
-    return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
-
-
 FEATURE = Feature(
     name="sched_meta",
     host="sglang>=0.5.3,<0.5.24",
@@ -158,7 +153,7 @@ FEATURE = Feature(
     why="FlashMLA's newer calls fail on older kernel packages, and all of them where it has no build for the GPU",
     upstream="https://github.com/sgl-project/sglang/pull/26132",
     drop_when="FlashMLA serves every GPU, head count and page size that the engine runs with",
-    hardware=hardware,
+    hardware=gpu.not_nvidia,
     providers=tuple((row.provider, row.when) for row in (*PROVIDERS, *PREFILL_PROVIDERS)),
 )
 
@@ -251,7 +246,7 @@ def warm(calls: list[KvCacheCall | PrefillCall]) -> int:
     for call in calls:
         q, device = call.q, call.q.device
         told = gpu.from_tensor(q)
-        if told is not None and hardware(told) is not None:
+        if told is not None and gpu.not_nvidia(told) is not None:
             continue
         if isinstance(call, PrefillCall):
             if declines_prefill(call) is None:

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mla_patch.compat import sglang_flash_mla
+from mla_patch.compat import gpu, sglang_flash_mla
 from mla_patch.compat import sglang_sparse_prefill as compat
 from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
-from mla_patch.compat.types import Gpu, Provider, Target, Variable
+from mla_patch.compat.types import Provider, Target, Variable
 from mla_patch.features import Feature
 from mla_patch.flags import variable
 from mla_patch.hookspecs import hookimpl
@@ -81,11 +81,6 @@ def native(target: Target, version: str | None) -> str | None:
     return None
 
 
-def hardware(device: Gpu) -> str | None:
-    """Why this device cannot, or None."""
-    return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
-
-
 def _mebibytes(text: str) -> str:
     if not text.strip().isdecimal():
         raise ValueError("expected a number of MiB")
@@ -122,7 +117,7 @@ FEATURE = Feature(
     upstream="https://github.com/sgl-project/sglang/pull/25418",
     drop_when="the host's sparse prefill is right for every batch, and takes any number of heads",
     native=native,
-    hardware=hardware,
+    hardware=gpu.not_nvidia,
     variables=(
         Variable("ROUTE", ("auto", "all", "large"), "auto", "which V4 prompts attend over a workspace; "
                  "`auto`: those that are faster there, `large`: those that pages cannot serve"),
@@ -216,12 +211,15 @@ def warm(asked: compat.Reads) -> int:
 
     from mla_patch.kernels import dequantize, prefill_indices, sparse_prefill
 
+    probe = torch.empty(0, device=asked.device)
+    told = gpu.from_tensor(probe)
+    if told is not None and gpu.not_nvidia(told) is not None:
+        return 0
     compiled = dequantize.warmup(asked.device, asked.pages)
     if asked.pages:
         compiled += prefill_indices.warmup(asked.device)
-    capability = capability_of(torch.empty(0, device=asked.device))
     for heads in asked.heads:
-        if not _built(heads, 512, capability):
+        if not _built(heads, 512, capability_of(probe)):
             compiled += sparse_prefill.warmup(asked.device, heads, 512, torch.bfloat16, True)
     return compiled
 

@@ -761,5 +761,5 @@ def test_operators_are_asked_of_torch():
 
 
 def test_hardware():
-    assert hook.hardware(Gpu("AMD Instinct MI300X", (9, 4))) == "not an NVIDIA GPU"
-    assert hook.hardware(Gpu("NVIDIA H200", SM90)) is None
+    assert hook.FEATURE.hardware(Gpu("AMD Instinct MI300X", (9, 4))) == "not an NVIDIA GPU"
+    assert hook.FEATURE.hardware(Gpu("NVIDIA H200", SM90)) is None
