@@ -12,7 +12,8 @@ fills them schedules from the call at hand, and FlashMLA's own kernels would do 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, NoReturn
 
@@ -325,5 +326,14 @@ def _record(metadata: Any, *call: Any) -> None:
     """After the first call, and not before: one that was refused has not used it."""
     if not metadata.have_initialized:
         kind = getattr(type(metadata), "Config", FlashMLASchedMeta.Config)
-        metadata.config = kind(**dict(zip(_FIELDS, _config(*call), strict=True)))
+        made_for = dict(zip(_FIELDS, _config(*call), strict=True))
+        metadata.config = kind(**made_for | _not_asked(kind))
         metadata.have_initialized = True
+
+
+@lru_cache(maxsize=8)
+def _not_asked(kind: type) -> dict[str, Any]:
+    """What a newer Config needs besides, as sgl-flash-mla's enable_batch_invariant: as in a call that leaves it out."""
+    more = [one for one in fields(kind) if one.name not in _FIELDS] if is_dataclass(kind) else []
+    needed = [one for one in more if one.default is MISSING and one.default_factory is MISSING]
+    return {one.name: False if one.type in (bool, "bool") else None for one in needed}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -203,6 +204,26 @@ def test_a_hosts_own_class():
     assert not meta.have_initialized
     flash_mla_with_kvcache(**args)
     assert type(meta.config) is FlashMLASchedMeta.Config and meta.config.topk == 8 and meta.config.h_q == 4
+
+
+@dataclass
+class Newer(FlashMLASchedMeta.Config):
+    """With fields of a FlashMLA to come."""
+
+    enable_batch_invariant: bool
+    stored_as: str | None
+    waits: bool = True
+    parts: list[int] = field(default_factory=list)
+
+
+def test_a_class_whose_config_has_more():
+    """sgl-flash-mla's compares one field more, which a call that leaves it out has False in."""
+    kind = type("FlashMLASchedMeta", (FlashMLASchedMeta,), {"Config": Newer})
+    meta = kind()
+    for _ in range(2):
+        flash_mla_with_kvcache(**sparse() | {"tile_scheduler_metadata": meta})
+    assert meta.config == Newer(2, 1, 4, 4, 1, False, True, 8, None, None, False, None, True, [])
+    assert meta.config.enable_batch_invariant is False
 
 
 def test_nothing_to_do():

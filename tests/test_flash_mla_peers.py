@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=0 PYTHONPATH=FOLDER FLASHMLA_OPS=FILE.so pytest -m gpu tests/test_flash_mla_peers.py
 
-    package      the newer API: FOLDER holds the unpacked wheel tokenspeed-flashmla 1.0.0.post20260615, or any other
-                 package `flash_mla` that has FlashMLASchedMeta
+    package      the newer API: FOLDER holds the unpacked wheel tokenspeed-flashmla 1.0.0.post20260615, sgl-flash-mla
+                 1.0.0, or any other package `flash_mla` that has FlashMLASchedMeta
     operators    the older API: FILE.so is sgl_kernel/flashmla_ops.abi3.so of the wheel sglang-kernel 0.4.2
 
 Both need an sm_90 GPU and the torch that they were built for, 2.11. Without them the same cases run small, with a
@@ -192,9 +192,15 @@ def padded(ids: torch.Tensor, step: int) -> torch.Tensor:
     return torch.nn.functional.pad(ids, (0, -ids.shape[-1] % step), value=-1)
 
 
+def flagged(function: Any) -> dict[str, bool]:
+    """What sgl-flash-mla wants said for the kernels that it had before V4.1's."""
+    return {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
+
+
 def through_package(package: Any, case: Case, given: dict[str, Any], meta: Any = None) -> tuple[torch.Tensor, ...]:
     if case.kind == "prefill":
-        return package.flash_mla_sparse_fwd(**given | {"indices": padded(given["indices"], 128)})
+        prefill = package.flash_mla_sparse_fwd
+        return prefill(**given | {"indices": padded(given["indices"], 128)} | flagged(prefill))
     args = {"block_table": None, "cache_seqlens": None, "head_dim_v": 512, **given}
     for name in ("indices", "extra_indices_in_kvcache"):
         if name in args:
@@ -202,7 +208,9 @@ def through_package(package: Any, case: Case, given: dict[str, Any], meta: Any =
     if case.kind in LAYOUTS:
         args |= {name: args[name].view(E4M3) for name in ("k_cache", "extra_k_cache") if name in args}
     meta = package.get_mla_metadata()[0] if meta is None else meta
-    return package.flash_mla_with_kvcache(**args, tile_scheduler_metadata=meta)
+    return package.flash_mla_with_kvcache(
+        **args, tile_scheduler_metadata=meta, **flagged(package.flash_mla_with_kvcache)
+    )
 
 
 def through_operators(ops: Any, case: Case, args: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -289,6 +297,11 @@ def test_beside_a_stand_in(case):
     beside(case, STAND_INS[case.peer])
 
 
+@pytest.mark.parametrize("case", (SMALL[0], SMALL[1], SMALL[4]), ids=str)
+def test_beside_a_stand_in_that_wants_its_flag(case):
+    beside(case, Flagged)
+
+
 def test_one_schedule_beside_a_stand_in():
     one_schedule(SMALL[0], Package)
     older_schedule(Case("operators", "dense", 16, 2, 70), Operators)
@@ -350,7 +363,10 @@ def test_stand_ins_have_the_peers_parameters():
     package, operators = the_package(), the_operators()
     for name, function in vars(Package).items():
         if isinstance(function, staticmethod):
-            assert inspect.signature(getattr(package, name)).parameters.keys() == parameters(function), name
+            theirs = inspect.signature(getattr(package, name)).parameters
+            # what newer packages added may be left out
+            more = [theirs[one] for one in theirs.keys() - parameters(function)]
+            assert theirs.keys() >= parameters(function) and all(one.default is not one.empty for one in more), name
     for name, function in vars(Operators).items():
         if isinstance(function, staticmethod):
             schema = getattr(operators, name).default._schema
@@ -407,6 +423,19 @@ class Package:
     def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
         taken(q, indices, 128)
         return mla_sparse_prefill_ref(q, kv, indices, sm_scale, d_v, attn_sink, topk_length)
+
+
+def behind_a_flag(function: Any) -> staticmethod:
+    def call(*args: Any, use_legacy: bool = False, **kwargs: Any) -> Any:
+        assert use_legacy
+        return function(*args, **kwargs)
+
+    return staticmethod(call)
+
+
+class Flagged(Package):
+    flash_mla_with_kvcache = behind_a_flag(Package.flash_mla_with_kvcache)
+    flash_mla_sparse_fwd = behind_a_flag(Package.flash_mla_sparse_fwd)
 
 
 class Operators:

@@ -348,13 +348,13 @@ def test_window_rows_are_the_keys_that_a_query_sees():
 
 
 class Recorder:
-    """In place of a kernel: keeps the grids that it was launched on."""
+    """In place of a kernel: keeps the grids and the numbers that it was launched with."""
 
     def __init__(self):
-        self.grids = []
+        self.grids, self.numbers = [], []
 
     def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.grids.append(grid)
+        return lambda *args, **numbers: self.grids.append(grid) or self.numbers.append(numbers)
 
 
 def test_launches(monkeypatch):
@@ -368,6 +368,35 @@ def test_launches(monkeypatch):
     combine_topk_swa_indices(**Chunk([9], [3], 4, 4, 4, padding=2).args)
     build_swa_token_ids(*Windows([9, 4], [3, 2], 4).args)
     assert recorder.grids == [(5,), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    "topk, columns, shift, out, fours",
+    [
+        (20, 20, 0, (256, 0), True),
+        (20, 24, 4, (260, 4), True),
+        (20, 22, 0, (256, 0), False),
+        (20, 24, 1, (256, 0), False),
+        (20, 20, 0, (258, 0), False),
+        (20, 20, 0, (256, 2), False),
+        (18, 20, 0, (256, 0), False),  # more than topk columns are not a query's
+        (0, 4, 0, (256, 0), True),
+    ],
+)
+def test_rows_that_begin_anywhere(topk, columns, shift, out, fours, monkeypatch):
+    """Fours of a row are read and written at once where all rows begin on 16 bytes."""
+    chunk = Chunk([90, 7, 60], [6, 7, 3], 16, 4, topk, columns=columns)
+    room = torch.empty(chunk.queries * columns + shift, dtype=torch.int32, device=DEVICE)
+    chunk.args["topk_indices"] = room[shift:].view(-1, columns).copy_(chunk.args["topk_indices"])
+    stride, at = out
+    result = torch.full((chunk.queries * stride + at,), POISON, dtype=torch.int32, device=DEVICE)
+    rows = result[at:].view(chunk.queries, stride)
+    chunk.check(out_indices=rows[:, :128])
+    assert (rows[:, 128:] == POISON).all() and (result[:at] == POISON).all()
+    recorder = Recorder()
+    monkeypatch.setattr(prefill_indices, "_combine_kernel", recorder)
+    combine_topk_swa_indices(**chunk.args, out_indices=rows[:, :128])
+    assert recorder.numbers[0]["FOURS"] == fours
 
 
 def test_launch_numbers():
@@ -452,7 +481,8 @@ def test_warmup_launches_both(monkeypatch):
     monkeypatch.setattr(prefill_indices, "_combine_kernel", recorder)
     monkeypatch.setattr(prefill_indices, "_swa_kernel", recorder)
     assert warmup(DEVICE) == 0
-    assert recorder.grids == [(1, 1), (2,), (2,)]
+    assert recorder.grids == [(1, 1), *[(2,)] * 4]
+    assert [numbers["FOURS"] for numbers in recorder.numbers[1:]] == [False, False, True, True]
 
 
 gpu_only = pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")

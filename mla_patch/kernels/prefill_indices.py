@@ -27,6 +27,8 @@ int32 cannot name. A query that no request owns (padding) has a row of -1 and le
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -135,10 +137,14 @@ def _combine_kernel(
     width,
     topk_stride,
     out_stride,
+    FOURS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One query. Its request is the first that ends past it, which passes over requests without one."""
+    """One query. Its request is the first that ends past it, which passes over requests without one.
+
+    FOURS: rows begin on 16 bytes and ``topk`` is a multiple of 4, so that four columns move at once.
+    """
     t = tl.program_id(0).to(tl.int64)
     at = t + tl.load(query_start_loc)
     lane = tl.arange(0, ROWS)
@@ -156,20 +162,31 @@ def _combine_kernel(
     else:
         pos = seq - tl.load(query_start_loc + 1 + row, mask=owned, other=0) + at
     seen = tl.where(owned, tl.maximum(pos + 1, 0), 0)
-    compressed = tl.minimum(seen // ratio, topk)
-    recent = tl.minimum(seen, window)
-    tl.store(lens + t, (compressed + recent).to(tl.int32))
-    base = tl.load(compressed_base + row, mask=owned, other=0).to(tl.int64)
+    compressed = tl.minimum(seen // ratio, topk).to(tl.int32)
+    recent = tl.minimum(seen, window).to(tl.int32)
+    total = compressed + recent
+    tl.store(lens + t, total)
+    base = tl.load(compressed_base + row, mask=owned, other=0)
     # what is added to a column of the window's part
     shift = tl.load(swa_base + row, mask=owned, other=0) + (pos - recent + 1) - compressed
     shift -= seq - tl.load(gather_lens + row, mask=owned, other=0)
+    # up to where sums are int32: decided here, as 64 bits for every column cost more time than memory does
+    most = 2147483647 - tl.maximum(base, 0)
+    last = tl.minimum(total, 2147483648 - shift).to(tl.int32)
+    shift = shift.to(tl.int32)
+    source = topk_indices + t * topk_stride
+    to = out + t * out_stride
+    readable = compressed
+    if FOURS:
+        source, to = tl.multiple_of(source, 16), tl.multiple_of(to, 16)
+        readable = (compressed + 3) // 4 * 4
+    end = width // 128 * 128  # what it is; said so, fours are stored at once
     for begin in range(0, width, BLOCK):
         j = begin + tl.arange(0, BLOCK)
-        v = tl.load(topk_indices + t * topk_stride + j, mask=j < compressed, other=-1)
-        found = tl.where(v >= 0, v + base, -1)
-        found = tl.where((j >= compressed) & (j < compressed + recent), j + shift, found)
-        found = tl.where(found > 2147483647, -1, found)
-        tl.store(out + t * out_stride + j, found.to(tl.int32), mask=j < width)
+        v = tl.load(source + j, mask=j < readable, other=-1)
+        found = tl.where((j < compressed) & (v >= 0) & (v <= most), v + base, -1)
+        found = tl.where((j >= compressed) & (j < last), j + shift, found)
+        tl.store(to + j, found, mask=j < end)
 
 
 def combined_topk_width(topk: int, window_size: int) -> int:
@@ -294,10 +311,11 @@ def combine_topk_swa_indices(
                 window_size, compress_ratio, topk, query_pos=query_pos, out_indices=out_indices, out_lens=out_lens,
             )  # fmt: skip
     if queries:
+        fours = topk % 4 == 0 and gpu.aligned(topk_indices) and gpu.aligned(out_indices)
         _combine_kernel[(queries,)](
             out_indices, out_lens, topk_indices, query_start_loc, query_pos, seq_lens, gather_lens,
             compressed_base, swa_base, rows, window_size, compress_ratio, topk, width,
-            topk_indices.stride(0), out_indices.stride(0), **combine_config(),
+            topk_indices.stride(0), out_indices.stride(0), FOURS=fours, **combine_config(),
         )  # fmt: skip
     return out_indices, out_lens
 
@@ -350,7 +368,7 @@ def combine_topk_swa_indices_ref(
 
 
 def compile_cases(every: bool = False) -> list[CompileCase]:
-    """Both kernels, with and without positions, with either type of the slot map."""
+    """Both kernels, with and without positions and 16 bytes at a time, with either type of the slot map."""
     cases = []
     numbers = swa_config(1, 1, 1)
     for kind in ("*i32", "*i64"):
@@ -361,15 +379,15 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
             CompileCase(f"swa_token_ids {kind}", _swa_kernel, signature, constants, num_warps=numbers["num_warps"])
         )
     numbers = combine_config()
-    for positions in (False, True):
+    for positions, fours in itertools.product((False, True), repeat=2):
         signature = dict.fromkeys(_COMBINE_ARGS, "*i32")
         ints = ("rows", "window", "ratio", "topk", "width", "topk_stride", "out_stride")
         signature |= dict.fromkeys(ints, "i32")
-        constants = {"BLOCK": numbers["BLOCK"], "ROWS": numbers["ROWS"]}
+        constants = {"FOURS": fours, "BLOCK": numbers["BLOCK"], "ROWS": numbers["ROWS"]}
         if not positions:
             del signature["query_pos"]
             constants["query_pos"] = None  # type: ignore[assignment]
-        name = f"combine_topk_swa {'query_pos' if positions else 'no query_pos'}"
+        name = f"combine_topk_swa {'query_pos' if positions else 'no query_pos'}{', 16 bytes' if fours else ''}"
         cases.append(CompileCase(name, _combine_kernel, signature, constants, num_warps=numbers["num_warps"]))
     return cases
 
@@ -400,8 +418,9 @@ def warmup(device: torch.device | str) -> int:
         return 0
     before = COMPILES.total
     table, one = none[:, None], none[:1]
+    fours = torch.zeros(2, 4, dtype=torch.int32, device=device)
     with COMPILES.warming():
         build_swa_token_ids(one, one, one, table, none.long(), 1, 0)
-        for positions in (None, none):
-            combine_topk_swa_indices(table, none, one, one, one, one, 1, 1, 0, query_pos=positions)
+        for ids, positions in itertools.product((table, fours), (None, none)):
+            combine_topk_swa_indices(ids, none, one, one, one, one, 1, 1, 0, query_pos=positions)
     return COMPILES.total - before

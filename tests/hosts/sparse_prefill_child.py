@@ -292,6 +292,8 @@ def provide(release: str) -> list[int]:
     homes = ["sglang.kernels.ops.attention.flash_mla_interface" if release == "0.5.23" else "sgl_kernel.flash_mla"]
     if FLASH_MLA:
         serves = importlib.import_module("flash_mla").flash_mla_sparse_fwd
+        if "use_legacy" in inspect.signature(serves).parameters:
+            serves = functools.partial(serves, use_legacy=True)  # its kernels for sm_90
         homes.append("flash_mla")  # which V4 of 0.5.12 attends with
         # ours asks the operator behind sgl_kernel's wrapper how much it takes
         library = torch.library.Library("sgl_kernel", "FRAGMENT")

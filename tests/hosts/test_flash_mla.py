@@ -25,6 +25,32 @@ NEWER = ("0.5.13", "0.5.22", "0.5.23")
 ALONE = "0.5.12 without flash_mla"
 OWN = PROVIDERS[-1].when
 
+# as in the wheels; the last field is sgl-flash-mla 1.0.0's
+META = """
+from dataclasses import dataclass
+
+@dataclass
+class FlashMLASchedMeta:
+    @dataclass
+    class Config:
+        b: int
+        s_q: int
+        h_q: int
+        page_block_size: int
+        h_k: int
+        causal: bool
+        is_fp8_kvcache: bool
+        topk: object
+        extra_page_block_size: object
+        extra_topk: object
+        enable_batch_invariant: bool
+    have_initialized: bool = False
+    config: object = None
+    tile_scheduler_metadata: object = None
+    num_splits: object = None
+
+"""
+
 _ANY = """
 def __getattr__(name):
     if name.startswith("__"):
@@ -53,8 +79,7 @@ def stand_in(folder: Path, release: str, package_too: bool) -> None:
         inner += wrapper("flash_mla_sparse_fwd", sglang_flash_mla._PREFILL, 4)
         (package / "flash_mla_interface.py").write_text(inner)
         return
-    meta = "class FlashMLASchedMeta:\n    have_initialized = False\n    config = None\n"
-    meta += "    def __init__(self, tile_scheduler_metadata=None, num_splits=None):\n        pass\n"
+    meta = META if release == "0.5.23" else META.replace("        enable_batch_invariant: bool\n", "")
     first = "    if cache_seqlens is None:\n        return FlashMLASchedMeta(), None\n"
     operators = ["fwd_kvcache_mla", *(["sparse_decode_fwd"] if newer else [])]
     kernel = folder / "sgl_kernel"
