@@ -67,6 +67,9 @@ class Build:
         self.module = module
         self.newer = newer
         self.descales = module != PACKAGE
+        # sgl-flash-mla's dense operator: 512 wide queries end the process of the others
+        self.dense_widths = (576, 512) if module == INTERFACE else (576,)
+        self.ignores_descales = module != INTERFACE  # of 16-bit queries; else it refuses them
 
     def has(self, newer: bool) -> bool:
         """Whether calls of the newer or the older form have an operator."""

@@ -76,15 +76,6 @@ def _v32_with_more(call: KvCacheCall) -> bool:
     return call.indices is not None and call.k_cache.shape[-1] == 656 and more
 
 
-def _v32_pages(call: KvCacheCall) -> bool:
-    pages = call.k_cache.shape[-1] == 656 and call.k_cache.shape[1] != 64
-    return call.indices is not None and pages and not _newer(call)
-
-
-def _v4_older(call: KvCacheCall) -> bool:
-    return call.indices is not None and call.k_cache.shape[-1] == 584 and not _newer(call)
-
-
 def _other_dense(call: KvCacheCall) -> bool:
     return call.indices is None and (capability_of(call.q) != (9, 0) or call.k_cache.shape[1] != 64)
 
@@ -96,7 +87,14 @@ def _dense_e4m3(call: KvCacheCall) -> bool:
 
 
 def _dense_width(call: KvCacheCall) -> bool:
-    return call.indices is None and call.q.shape[-1] != 576 and not _newer(call)
+    return call.indices is None and call.q.shape[-1] not in call.build.dense_widths
+
+
+def _descales(call: KvCacheCall) -> bool:
+    if call.descale_q is None and call.descale_k is None:
+        return False
+    refused = call.indices is None and call.q.element_size() > 1 and not call.build.ignores_descales
+    return refused or not call.build.descales
 
 
 PROVIDERS = (
@@ -105,17 +103,14 @@ PROVIDERS = (
     Provider(OURS, "a shape that nobody takes: q or cache of other than 4 dimensions, indices of other than 3", _odd),
     Provider(OURS, "FlashMLASchedMeta, sink, second cache or lengths where the release's wrapper has none",
         lambda call: _newer(call) and not call.build.newer),
-    Provider(OURS, "descales where the release's wrapper has none",
-        lambda call: call.descale_q is not None and not call.build.descales),
+    Provider(OURS, "descales where the release's wrapper has none; of 16 bits over sgl-flash-mla", _descales),
     Provider(OURS, "no CUDA operator of FlashMLA's is loaded", _no_build),
     Provider(OURS, "another GPU than sm_90, sm_100 and sm_103", _other_chip),
     Provider(OURS, "an empty batch, or no queries", lambda call: 0 in call.q.shape[:2]),
     Provider(OURS, "sparse: other than 64 or 128 heads, topk 0 or not a multiple of 64", _other_sparse),
     Provider(OURS, "sparse, 656 bytes: lengths or a second cache", _v32_with_more),
-    Provider(OURS, "sparse, 656 bytes: tensor metadata with pages of other than 64", _v32_pages),
-    Provider(OURS, "sparse, 584 bytes: tensor metadata", _v4_older),
     Provider(OURS, "dense: another GPU than sm_90, pages of other than 64", _other_dense),
-    Provider(OURS, "dense: other than 576 wide with tensor metadata", _dense_width),
+    Provider(OURS, "dense: other than 576 wide, or 512 over sgl-flash-mla", _dense_width),
     Provider(OURS, "dense, e4m3: FlashMLASchedMeta, or no descales", _dense_e4m3),
     Provider(HOST, "the host's own CUDA operator serves it", lambda call: True),
 )  # fmt: skip
@@ -124,6 +119,12 @@ PROVIDERS = (
 def _other_prefill(call: PrefillCall) -> bool:
     heads, width = call.q.shape[-2:]
     return not sglang_flash_mla.prefill_takes(heads, width, call.indices.shape[-1], capability_of(call.q))
+
+
+def _other_type(call: PrefillCall) -> bool:
+    import torch
+
+    return any(getattr(one, "dtype", None) is not torch.bfloat16 for one in (call.q, call.kv))
 
 
 def _more_than_the_operator(call: PrefillCall) -> bool:
@@ -138,6 +139,7 @@ PREFILL_PROVIDERS = (
         lambda call: not sglang_flash_mla.prefill_arity(call.build.module)),
     Provider(OURS, "sparse prefill: sink or lengths where the release's operator takes none", _more_than_the_operator),
     Provider(OURS, "sparse prefill: another GPU than sm_90, sm_100 and sm_103", _other_chip),
+    Provider(OURS, "sparse prefill: other than bfloat16", _other_type),
     Provider(OURS, "sparse prefill: no queries", lambda call: call.q.shape[0] == 0),
     Provider(OURS,
         "sparse prefill: other than 64 or 128 heads, topk 0 or not a multiple of 128 (sm_100: of 64 at times)",
@@ -224,6 +226,7 @@ def declines_metadata(call: MetadataCall) -> str | None:
         not call.build.has(False)
         or capability not in sglang_flash_mla.CHIPS
         or (call.topk is None and capability != (9, 0))
+        or 0 in (call.cache_seqlens.shape[0], call.tokens)
     ):
         return None
     if call.topk is not None and (call.topk % 64 or not call.topk or call.heads not in (None, 64, 128)):

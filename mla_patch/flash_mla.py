@@ -84,8 +84,10 @@ def get_mla_metadata(
     if num_heads_q is not None:
         counts["num_heads_q"] = num_heads_q
     for name, value in counts.items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}: {value!r}, expected a number above 0 beside cache_seqlens")
+        # no queries are work for nobody, but their call needs metadata, too
+        least = 0 if name == "num_q_tokens_per_head_k" else 1
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name}: {value!r}, expected a number from {least} on beside cache_seqlens")
     assert num_q_tokens_per_head_k is not None and num_heads_k is not None
     sms = gpu.sm_count(cache_seqlens.device.index or 0) if cache_seqlens.is_cuda else 1
     if topk is None:

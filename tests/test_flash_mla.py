@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -379,8 +377,8 @@ def test_tensors_have_flash_mlas_shapes(monkeypatch):
     for arguments, message in (
         ((lens.float(), 64, 1), "cache_seqlens: torch.float32"),
         (([1, 2], 64, 1), "cache_seqlens: list, expected a tensor"),
-        ((lens, 64, 1, -3, True, 64), "num_heads_q: -3, expected a number above 0"),
-        ((lens, "64", 1), "num_q_tokens_per_head_k: '64', expected a number above 0"),
+        ((lens, 64, 1, -3, True, 64), "num_heads_q: -3, expected a number from 1 on"),
+        ((lens, "64", 1), "num_q_tokens_per_head_k: '64', expected a number from 0 on"),
     ):
         with pytest.raises(ValueError, match=message):
             get_mla_metadata(*arguments)
@@ -402,76 +400,3 @@ def test_the_life_of_a_graph():
         graph.replay()
         want = sparse_decode_ref(args["q"], args["k_cache"], args["indices"], sm_scale=512**-0.5, topk_length=lens)
         close((out, lse), want)
-
-
-def flash_mla_of_the_host():
-    """FlashMLA's own wrappers, of whichever package has the newer API here."""
-    for name in ("flash_mla", "sgl_kernel.flash_mla"):
-        try:
-            module = importlib.import_module(name)
-        except Exception:
-            continue
-        if hasattr(module, "FlashMLASchedMeta") or hasattr(
-            sys.modules.get(f"{name}.flash_mla_interface"), "FlashMLASchedMeta"
-        ):
-            return module
-    return pytest.skip("no FlashMLA with the newer API is installed")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
-@pytest.mark.parametrize("layout", [V32, V4], ids=lambda layout: layout.name)
-@pytest.mark.parametrize("heads", [64, 128])
-@pytest.mark.parametrize("queries", [1, 2])
-def test_beside_flash_mla(layout, heads, queries):
-    theirs = flash_mla_of_the_host()
-    args = sparse(layout, batch=5, heads=heads, topk=128, page=64, queries=queries, pages=40)
-    args["attn_sink"] = torch.randn(heads, device=DEVICE)
-    args["indices"][0] = -1
-    args["indices"][1, :, 5:60] = -1
-    if layout is V4:
-        second = sparse(layout, batch=5, heads=heads, topk=64, page=64, queries=queries, pages=40)
-        args |= {"extra_k_cache": second["k_cache"], "extra_indices_in_kvcache": second["indices"]}
-        args |= {"topk_length": torch.tensor([128, 128, 0, 64, 1], device=DEVICE).int()}
-        args |= {"extra_topk_length": torch.tensor([0, 64, 0, 1, 64], device=DEVICE).int()}
-    out, lse = flash_mla_with_kvcache(**args)
-    meta = theirs.get_mla_metadata()[0]
-    other = {name: args[name].view(torch.float8_e4m3fn) for name in ("k_cache", "extra_k_cache") if name in args}
-    want, want_lse = theirs.flash_mla_with_kvcache(**args | other | {"tile_scheduler_metadata": meta})
-    # infinities in the same places; theirs rounds V3.2's scales to bfloat16, and every weight
-    torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=5e-3)
-    assert (out.double() - want.double()).norm() <= 8e-3 * want.double().norm()
-    assert (out[0] == 0).all() == (want[0] == 0).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
-@pytest.mark.parametrize("queries", [1, 2])
-def test_dense_beside_flash_mla(queries):
-    theirs = flash_mla_of_the_host()
-    args = dense((4000, 1), heads=20, queries=queries, dtype=torch.bfloat16)
-    args |= {"tile_scheduler_metadata": get_mla_metadata()[0], "num_splits": None}
-    out, lse = flash_mla_with_kvcache(**args)
-    want, want_lse = theirs.flash_mla_with_kvcache(**args | {"tile_scheduler_metadata": theirs.get_mla_metadata()[0]})
-    torch.testing.assert_close(lse, want_lse, rtol=8 / 65536, atol=1e-3)
-    assert (out.double() - want.double()).norm() <= 4e-3 * want.double().norm()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
-@pytest.mark.parametrize("width", [576, 512])
-@pytest.mark.parametrize("heads", [64, 128])
-def test_sparse_prefill_beside_flash_mla(width, heads):
-    theirs = flash_mla_of_the_host()
-    args = prefill(50, heads, 640, width, 3000, torch.bfloat16)
-    args["indices"][3] = -1
-    options = {
-        "attn_sink": torch.randn(heads, device=DEVICE), "topk_length": torch.randint(0, 641, (50,), device=DEVICE).int()
-    }  # fmt: skip
-    want = theirs.flash_mla_sparse_fwd(**args, **options)
-    # as measured of 0.4.3; FlashMLA is natural today
-    log2 = theirs.__name__.startswith("sgl_kernel")
-    got = flash_mla_sparse_fwd(**args, **options, return_log2=log2)
-    for mine, other in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5)
-    assert (got[0].double() - want[0].double()).norm() <= 8e-3 * want[0].double().norm()

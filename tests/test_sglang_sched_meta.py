@@ -48,7 +48,7 @@ def targets(version: str, name: str) -> list[Any]:
 
 
 def sparse(width: int = 576, heads: int = 64, topk: int = 64, batch: int = 2, **more: Any) -> dict[str, Any]:
-    bytes_ = {576: 656, 512: 584}[width]
+    bytes_ = {512: 584}.get(width, 656)
     return {
         "q": torch.zeros(batch, 1, heads, width), "k_cache": torch.zeros(1, 64, 1, bytes_, dtype=torch.uint8),
         "block_table": None, "cache_seqlens": None, "head_dim_v": 512, "is_fp8_kvcache": True,
@@ -90,10 +90,11 @@ OWN = "the host's own CUDA operator serves it"
         (sparse(**META) | PAGES_OF_32, OWN),
         (dense(heads=20), OWN),
         (dense(heads=20, **META), OWN),
-        (dense(512, **META), OWN),
         (dense(**E4M3, **DESCALES), OWN),
-        (sparse() | PAGES_OF_32, None),
-        (dense(512), None),
+        (sparse() | PAGES_OF_32, OWN),
+        (sparse(512), OWN),
+        (dense(512), None),  # an assertion ends the process
+        (dense(512, **META), None),
         (dense(**E4M3, **DESCALES, **META), None),
         (dense(**E4M3), None),
         (dense(**E4M3, descale_q=torch.ones(1)), None),
@@ -104,13 +105,21 @@ OWN = "the host's own CUDA operator serves it"
         (sparse(topk=100), None),
         (sparse(batch=0), None),
         (sparse(**META, **LENGTHS), None),
-        (sparse(512), None),
         (sparse(512, **META, extra_indices_in_kvcache=torch.zeros(2, 1, 33), extra_k_cache=torch.zeros(1)), None),
         (dense(page=32), None),
     ],
 )
 def test_who_serves_on_an_h200(arguments, kept_by, machine):
     assert kept(arguments) == kept_by
+
+
+def test_who_serves_over_sgl_flash_mla(machine):
+    for call in (dense(), dense(512), dense(512, **META), dense(**E4M3, **DESCALES), sparse(512), sparse(**META)):
+        assert kept(call, "0.5.23") == OWN
+    # refused there, ignored by the others
+    for given in (DESCALES, {"descale_k": torch.ones(1)}):
+        assert kept(dense(**given), "0.5.23") is None and kept(dense(**given)) == OWN
+    assert kept(dense(320), "0.5.23") is None
 
 
 @pytest.mark.parametrize("capability", [SM120, (8, 9), (8, 0), None])
@@ -129,7 +138,7 @@ def test_the_older_api(machine):
     assert kept(sparse(), "0.5.9") == kept(dense(), "0.5.12") == OWN
     for newer in (META, {"attn_sink": torch.zeros(64)}, LENGTHS, {"extra_k_cache": torch.zeros(1)}):
         assert kept(sparse(**newer), "0.5.9") is None
-    assert kept(sparse(512), "0.5.9") is None
+    assert kept(sparse(512), "0.5.9") == OWN
     machine(older=False, newer=False)
     assert kept(sparse(), "0.5.9") is None
 
@@ -176,11 +185,13 @@ def test_tensors_of_ours_reach_no_operator(machine):
 
 
 def test_who_makes_tensors(machine):
-    def kept_by(*arguments):
-        return hook.declines_metadata(targets("0.5.9", "get_mla_metadata")[0].bind(torch.ones(2), *arguments))
+    def kept_by(*arguments, batch=2):
+        return hook.declines_metadata(targets("0.5.9", "get_mla_metadata")[0].bind(torch.ones(batch), *arguments))
 
     assert kept_by(20, 1) == kept_by(64, 1, 64, True, 2048) == kept_by(256, 1, 128, True, 64) == OWN
     assert kept_by(16, 1, 16, True, 2048) is kept_by(64, 1, 64, True, 100) is None
+    # what their calls are for is nothing, and FlashMLA divides by it
+    assert kept_by(0, 1) is kept_by(0, 1, 64, True, 2048) is kept_by(20, 1, batch=0) is None
     machine(SM100)
     assert kept_by(64, 1, 64, True, 2048) == OWN and kept_by(20, 1) is None
     machine(SM120)
@@ -353,7 +364,7 @@ def test_a_sched_meta_of_another_call_is_told_the_caller(field, machine):
     assert sum(wrapped.counts.declined.values()) == 1 and not wrapped.stops
 
 
-def prefill(heads=64, topk=128, width=576, queries=2, dtype=torch.float32, **more):
+def prefill(heads=64, topk=128, width=576, queries=2, dtype=torch.bfloat16, **more):
     q, ids = torch.zeros(queries, heads, width, dtype=dtype), torch.zeros(queries, 1, topk, dtype=torch.int32)
     return {"q": q, "kv": torch.zeros(3, 1, width, dtype=dtype), "indices": ids, "sm_scale": 0.1} | more
 
@@ -371,6 +382,8 @@ def test_who_serves_sparse_prefill(machine):
         assert prefill_kept(call) == own
     for call in (prefill(16), prefill(20), prefill(topk=64), prefill(topk=0), prefill(queries=0)):
         assert prefill_kept(call) is None
+    for name in ("q", "kv"):
+        assert prefill_kept(prefill() | {name: prefill()[name].half()}) is None
     machine(SM100)
     assert prefill_kept(prefill(topk=64)) == prefill_kept(prefill(128, 64, 512)) == own
     assert prefill_kept(prefill(128, 64)) is prefill_kept(prefill(128, 1344, 512)) is None
