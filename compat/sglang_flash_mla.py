@@ -39,12 +39,12 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import warm_once_built
@@ -67,8 +67,6 @@ class Build:
         self.module = module
         self.newer = newer
         self.descales = module != PACKAGE
-        # sgl-flash-mla's dense operator: 512 wide queries end the process of the others
-        self.dense_widths = (576, 512) if module == INTERFACE else (576,)
         self.ignores_descales = module != INTERFACE  # of 16-bit queries; else it refuses them
 
     def has(self, newer: bool) -> bool:
@@ -87,6 +85,19 @@ def operators(module: str) -> tuple[bool, bool]:
         return newer or hasattr(ops, "fwd_kvcache_mla"), newer
     # the package does not import without its extension
     return "flash_mla" in sys.modules, "flash_mla" in sys.modules
+
+
+@lru_cache(maxsize=8)
+def dense_widths(module: str) -> tuple[int, ...]:
+    """Widths of 16-bit queries that the dense operator behind ``module`` takes; others end the process."""
+    if module == SGL_KERNEL:
+        try:
+            wide = Version(metadata.version("sglang-kernel")) >= Version("0.4.5")
+        except (metadata.PackageNotFoundError, InvalidVersion, TypeError):  # which None has
+            wide = False
+    else:
+        wide = module == INTERFACE
+    return (576, 512) if wide else (576,)
 
 
 @lru_cache(maxsize=8)

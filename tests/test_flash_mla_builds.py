@@ -4,7 +4,8 @@
 
 A folder holds one of
 
-    sgl_kernel/    flash_mla.py and flashmla_ops.abi3.so of a wheel sglang-kernel, and an empty __init__.py
+    sgl_kernel/    flash_mla.py and flashmla_ops.abi3.so of a wheel sglang-kernel, an empty __init__.py, and beside it
+                   the wheel's .dist-info
     flash_mla/     of the wheel sgl-flash-mla 1.0.0, with sglang/kernels/ops/attention/flash_mla_interface.py of 0.5.23
     flash_mla/     alone, of another package
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -120,6 +121,25 @@ def test_who_serves_over_sgl_flash_mla(machine):
     for given in (DESCALES, {"descale_k": torch.ones(1)}):
         assert kept(dense(**given), "0.5.23") is None and kept(dense(**given)) == OWN
     assert kept(dense(320), "0.5.23") is None
+    assert kept(dense(512, q=torch.zeros(2, 1, 64, 512).to(torch.float8_e4m3fn)), "0.5.23") is None
+
+
+@pytest.mark.parametrize(
+    "version, widths",
+    [("0.4.4", (576,)), ("0.4.5", (576, 512)), ("0.4.10", (576, 512)), (None, (576,)), ("unknown", (576,))],
+)
+def test_dense_widths_are_the_installed_wheels(version, widths, machine, monkeypatch):
+    def told(name):
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", told)
+    compat.dense_widths.cache_clear()
+    for call in (dense(512), dense(512, **META)):
+        assert (kept(call, "0.5.18") == OWN) == (512 in widths) and kept(dense(), "0.5.18") == OWN
+    assert kept(dense(512), "0.5.4") is None
+    compat.dense_widths.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [SM120, (8, 9), (8, 0), None])
