@@ -90,6 +90,26 @@ def test_queries_and_results_move_sixteen_bytes_at_a_time():
         assert "ld.global.v4.b32" in line and "st.global.v4.b32" in line and "b16'" not in line, line
 
 
+INDICES = """
+import re
+from mla_patch.compat.triton import compile_case
+from mla_patch.kernels import prefill_indices
+for case in prefill_indices.compile_cases():
+    if case.name.endswith(", 16 bytes"):
+        ptx = compile_case(case, 90).asm["ptx"]
+        loop = ptx[ptx.index("ld.global.v4"):]
+        print(case.name, "st.global.v4.b32" in loop, re.findall(r"(?:add|mad|mul)[a-z0-9.]*[.]s64", loop))
+"""
+
+
+def test_indices_are_combined_four_at_a_time_in_32_bits():
+    """64 bits for every column took half of its time; addresses are what is left of them."""
+    done = run("-W", "ignore", "-c", INDICES)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stdout + done.stderr
+    assert all(line.split("bytes ")[1].startswith("True ") and line.count("s64") <= 4 for line in lines), lines
+
+
 @pytest.mark.skipif(not interpreted(), reason="this process compiles")
 def test_the_interpreter_is_refused():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
