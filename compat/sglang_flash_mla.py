@@ -83,8 +83,15 @@ def operators(module: str) -> tuple[bool, bool]:
         ops = torch.ops.sgl_kernel
         newer = hasattr(ops, "sparse_decode_fwd")  # from 0.4.10 behind tensor metadata, too
         return newer or hasattr(ops, "fwd_kvcache_mla"), newer
-    # the package does not import without its extension
-    return "flash_mla" in sys.modules, "flash_mla" in sys.modules
+    has = _package()
+    return has, has
+
+
+def _package() -> bool:
+    """Whether the flash_mla package is loaded, which it is not without its extension. What our calls ask of
+    sgl-flash-mla lies in a second one, without which it does load."""
+    package = sys.modules.get("flash_mla")
+    return package is not None and bool(getattr(package, "has_legacy", lambda: True)())
 
 
 @lru_cache(maxsize=8)
@@ -108,7 +115,7 @@ def prefill_arity(module: str) -> int:
 
         operator = getattr(torch.ops.sgl_kernel, "sparse_prefill_fwd", None)
         return 0 if operator is None else len(operator.default._schema.arguments)
-    return 7 if "flash_mla" in sys.modules else 0
+    return 7 if _package() else 0
 
 
 CHIPS = ((9, 0), (10, 0), (10, 3))  # that FlashMLA is built for; dense for the first alone

@@ -457,6 +457,29 @@ def test_the_prefill_operator_is_asked_of_torch():
     assert ask(compat.SGL_KERNEL) == 5
 
 
+@pytest.mark.parametrize("package, has", [(None, False), ({}, True), ({"has_legacy": True}, True)])
+@pytest.mark.parametrize("module", [compat.INTERFACE, compat.PACKAGE])
+def test_the_package_is_asked_of_python(package, has, module, monkeypatch):
+    monkeypatch.delitem(sys.modules, "flash_mla", raising=False)
+    if package is not None:
+        flags = {name: lambda value=value: value for name, value in package.items()}
+        monkeypatch.setitem(sys.modules, "flash_mla", SimpleNamespace(**flags))
+    assert compat.operators.__wrapped__(module) == (has, has) and compat.prefill_arity.__wrapped__(module) == 7 * has
+
+
+def test_a_wheel_without_the_kernels_that_our_calls_ask_for(monkeypatch):
+    """sgl-flash-mla whose second extension could not be loaded: all is ours."""
+    monkeypatch.setitem(sys.modules, "flash_mla", SimpleNamespace(has_legacy=lambda: False))
+    monkeypatch.setattr(hook, "capability_of", lambda tensor: SM90)
+    compat.operators.cache_clear()
+    compat.prefill_arity.cache_clear()
+    for call in (dense(), sparse(), sparse(512, **META)):
+        assert kept(call, "0.5.23") is None
+    assert prefill_kept(prefill(), "0.5.23") is None
+    compat.operators.cache_clear()
+    compat.prefill_arity.cache_clear()
+
+
 def test_homes(monkeypatch):
     def homes(version):
         return {(one.module, one.name) for one in compat.flash_mla_targets(version) if one.edit is None}
