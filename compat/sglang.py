@@ -554,18 +554,41 @@ def warm_decode(module: ModuleType) -> Undo:
     return warm_once_built(module.TritonAttnBackend, "mla_patch.hooks.sglang_decode:warm", decode_capacity)
 
 
+class _Warming:
+    """An ``__init__`` with warm-ups at its end: those of all features, so that each can be taken back alone."""
+
+    def __init__(self, owner: type) -> None:
+        original = vars(owner)["__init__"]
+        if tuple(inspect.signature(original).parameters)[:2] != ("self", "model_runner"):
+            raise TypeError(f"{owner.__qualname__}.__init__ does not take (model_runner, ...)")
+        self.asked: list[tuple[str, Callable[[Any, Any], Any]]] = []
+
+        @functools.wraps(original)
+        def init(backend: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+            original(backend, model_runner, *args, **kwargs)
+            for path, find in tuple(self.asked):
+                warm_up(path, backend, model_runner, find)
+
+        self.init = init
+        self.put_back = set_methods(owner, {"__init__": init})
+
+
+_warming: dict[type, _Warming] = {}  # by the class that a module has
+
+
 def warm_once_built(owner: type, path: str, find: Callable[[Any, Any], Any]) -> Undo:
     """Have instances of ``owner`` warmed up at the end of their ``__init__``; see ``warm_up``."""
-    original = vars(owner)["__init__"]
-    if tuple(inspect.signature(original).parameters)[:2] != ("self", "model_runner"):
-        raise TypeError(f"{owner.__qualname__}.__init__ does not take (model_runner, ...)")
+    if owner not in _warming or vars(owner)["__init__"] is not _warming[owner].init:
+        _warming[owner] = _Warming(owner)
+    shared, asked = _warming[owner], (path, find)
+    shared.asked.append(asked)
 
-    @functools.wraps(original)
-    def init(self: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, model_runner, *args, **kwargs)
-        warm_up(path, self, model_runner, find)
+    def undo() -> None:
+        shared.asked.remove(asked)
+        if not shared.asked:
+            shared.put_back()
 
-    return set_methods(owner, {"__init__": init})
+    return undo
 
 
 def warm_up(path: str, backend: Any, runner: Any, find: Callable[[Any, Any], Any] = decode_capacity) -> None:

@@ -548,6 +548,31 @@ def test_warm_ups_come_once_backends_are_built(module, monkeypatch) -> None:
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_feature_s_warm_up_goes_without_the_other_s(first, monkeypatch) -> None:
+    class Backend:
+        def __init__(self, model_runner: Any) -> None:
+            """The host's own."""
+
+    own, told = Backend.__init__, []
+    monkeypatch.setattr(sglang, "warm_up", lambda path, backend, runner, find: told.append(path))
+    undo = [sglang.warm_once_built(Backend, path, print) for path in ("one", "other")]
+    assert Backend.__init__.__doc__ == own.__doc__
+    Backend(None)
+    assert told == ["one", "other"]
+    undo[first]()
+    Backend(None)
+    assert told[2:] == [("other", "one")[first]]
+    undo[1 - first]()
+    assert Backend.__init__ is own
+    undo = sglang.warm_once_built(Backend, "again", print)
+    Backend.__init__ = foreign = functools.wraps(Backend.__init__)(lambda self, model_runner: None)
+    undo()
+    assert Backend.__init__ is foreign
+    sglang.warm_once_built(Backend, "on top", print)()
+    assert Backend.__init__ is foreign
+
+
 def watched(method: Any, note: Any) -> Any:
     @functools.wraps(method)
     def method_(*args: Any, **kwargs: Any) -> Any:
