@@ -90,7 +90,7 @@ def newer_api(module: str) -> Callable[[Any], Call]:
 def older_ops(case: Any) -> Call:
     """The operators behind sgl-kernel to 0.4.2."""
     if case.layout is not V32:
-        raise RuntimeError("the older API reads V3.2 alone")
+        raise RuntimeError("the older API has no second cache")
     ops = torch.ops.sgl_kernel
     topk = case.indices.shape[-1]
     lens = torch.full((case.batch,), topk, dtype=torch.int32, device=DEVICE)

@@ -84,7 +84,7 @@ def sparse_prefill(case: Any) -> tuple[Call, Any]:
 
 def provider(name: str) -> Callable[..., Any]:
     """Who attends over a workspace."""
-    return mla_sparse_prefill if name == "ours" else peers.package(name).flash_mla_sparse_fwd
+    return mla_sparse_prefill if name == "ours" else peers.flagged(peers.package(name).flash_mla_sparse_fwd)
 
 
 def tiny() -> bool:

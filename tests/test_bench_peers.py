@@ -141,6 +141,25 @@ def test_every_section_of_sparse_prefill(section, count, arms, load, run, flash_
     assert set(sglang) == ({"V3.2", "V4"} if section == "path" else set())
 
 
+def test_a_package_that_wants_its_flag(load, run, flash_mla, monkeypatch):
+    """sgl-flash-mla, whose kernels for sm_90 wait behind one."""
+    module, package = load("sparse_prefill"), sys.modules["flash_mla"]
+
+    def behind_a_flag(function):
+        def call(*args, use_legacy=False, **kwargs):
+            if not use_legacy:
+                raise RuntimeError("only supported on SM100f")
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("flash_mla_sparse_fwd", "flash_mla_with_kvcache"):
+        monkeypatch.setattr(package, name, behind_a_flag(getattr(package, name)))
+    monkeypatch.setattr(module.peers, "time_us", lambda call, rep: 1.0)
+    (row,) = run(module, "path", "--match", "V4", "--match", "chunk 4", "--provider", "flash_mla", *CPU)["rows"]
+    assert not [arm for name, arm in row["arms"].items() if "sglang" not in name and "refused" in arm], row
+
+
 def test_the_path_is_what_it_says(load, run, flash_mla, monkeypatch):
     module = load("sparse_prefill")
     monkeypatch.setattr(module.peers, "time_us", lambda call, rep: 1.0)
