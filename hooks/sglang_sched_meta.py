@@ -112,7 +112,7 @@ PROVIDERS = (
     Provider(OURS, "sparse: other than 64 or 128 heads, topk 0 or not a multiple of 64", _other_sparse),
     Provider(OURS, "sparse, 656 bytes: lengths or a second cache", _v32_with_more),
     Provider(OURS, "dense: another GPU than sm_90, pages of other than 64", _other_dense),
-    Provider(OURS, "dense: other than 576 wide, or, from sglang-kernel 0.4.5 on, than 512 in 16 bits", _dense_width),
+    Provider(OURS, "dense: other than 576 wide, or than 512 in 16 bits where the operator takes it", _dense_width),
     Provider(OURS, "dense, e4m3: FlashMLASchedMeta, or no descales", _dense_e4m3),
     Provider(HOST, "the host's own CUDA operator serves it", lambda call: True),
 )  # fmt: skip
