@@ -129,7 +129,7 @@ def flash_mla_with_kvcache(
     With ``indices`` sparse, over fp8 tokens of 656 or 584 bytes (`mla_patch.kernels.sparse_decode`), else dense, over
     bfloat16, float16 or e4m3 rows (`mla_patch.kernels.dense_decode`). 1 to 128 heads, any page size, any topk, any
     batch, 0 among them. A query without a key gets out 0 and lse +inf. ``descale_q`` and ``descale_k`` are e4m3's, and
-    ignored beside 16-bit queries, as FlashMLA ignores them.
+    ignored beside 16-bit queries, as sgl_kernel ignores them.
 
     Raises:
         ValueError: an argument that neither takes, by its name.
