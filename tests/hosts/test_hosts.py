@@ -206,6 +206,11 @@ def test_support_matrix_is_current(release: str, seen: dict) -> None:
     assert not missing, "docs/support-matrix.md is stale: python tests/hosts/matrix.py --write"
 
 
+def test_support_matrix_says_what_its_writer_says() -> None:
+    text = matrix.PATH.read_text(encoding="utf-8")
+    assert [part for part in (matrix._HEAD, matrix._FOOT, matrix._TOKENSPEED) if part not in text] == []
+
+
 @pytest.mark.parametrize("release", [one for one in hosts.chosen() if one in ("0.5.11", "0.5.23")])
 def test_demo(release: str, tmp_path: Path) -> None:
     """Through the host's own forward_decode; where the host has an MLA decode and the GPU is not known, too."""
