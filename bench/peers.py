@@ -6,9 +6,7 @@ outputs. It is computed once, for all arms: in float64 the whole chunk would tak
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
 import itertools
 import math
 import statistics
@@ -18,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mla_patch.compat.sglang_flash_mla import before_v41
 from mla_patch.compat.triton import interpreted
 
 Call = Callable[[], Any]
@@ -34,19 +33,13 @@ def package(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def flagged(function: Callable[..., Any]) -> Callable[..., Any]:
-    """sgl-flash-mla wants it said that its kernels from before V4.1's are meant, which sm_90's are."""
-    named = inspect.signature(function).parameters
-    return functools.partial(function, use_legacy=True) if "use_legacy" in named else function
-
-
 def over_pages(package_name: str, q: Any, cache: Any, indices: Any, sm_scale: float, options: dict[str, Any]) -> Call:
     """A package's `flash_mla_with_kvcache` over fp8 pages, with one FlashMLASchedMeta for all calls."""
     module = package(package_name)
     meta = module.get_mla_metadata()[0]
     renamed = {"extra_indices": "extra_indices_in_kvcache"}
     options = {renamed.get(name, name): value for name, value in options.items()}
-    decode = flagged(module.flash_mla_with_kvcache)
+    decode = before_v41(module.flash_mla_with_kvcache)
     return lambda: decode(
         q=q, k_cache=cache.view(torch.float8_e4m3fn), block_table=None, cache_seqlens=None, head_dim_v=512,
         tile_scheduler_metadata=meta, softmax_scale=sm_scale, is_fp8_kvcache=True, indices=indices, **options,

@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import peers
 from peers import Call
 
+from mla_patch.compat.sglang_flash_mla import before_v41
 from mla_patch.compat.sglang_sparse_prefill import most_queries
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels.dequantize import dequantize, dequantize_config, dequantize_pages, dequantize_ref
@@ -84,7 +85,7 @@ def sparse_prefill(case: Any) -> tuple[Call, Any]:
 
 def provider(name: str) -> Callable[..., Any]:
     """Who attends over a workspace."""
-    return mla_sparse_prefill if name == "ours" else peers.flagged(peers.package(name).flash_mla_sparse_fwd)
+    return mla_sparse_prefill if name == "ours" else before_v41(peers.package(name).flash_mla_sparse_fwd)
 
 
 def tiny() -> bool:

@@ -72,6 +72,12 @@ def not_nvidia(device: Gpu) -> str | None:
     return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
 
 
+def on_nvidia(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies on an NVIDIA GPU, or on none."""
+    device = from_tensor(tensor)
+    return device is None or not_nvidia(device) is None
+
+
 @lru_cache(maxsize=16)
 def capability(index: int) -> tuple[int, int]:
     """Compute capability of a device that a call already uses."""

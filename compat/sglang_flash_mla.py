@@ -136,6 +136,13 @@ def prefill_wrapper(module: str) -> Callable[..., Any] | None:
     return function if function is not None and "topk_length" in inspect.signature(function).parameters else None
 
 
+def before_v41(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrapper of the flash_mla package's, for who calls it past SGLang's: sgl-flash-mla wants it said that its
+    kernels from before V4.1's are meant, as all of sm_90's are."""
+    named = inspect.signature(function).parameters
+    return partial(function, use_legacy=True) if "use_legacy" in named else function
+
+
 class MetadataCall:
     """One call of get_mla_metadata."""
 

@@ -131,8 +131,7 @@ def warm(capacity: Capacity) -> int:
 
     from mla_patch.kernels import decode, decode_splits, kv_indices
 
-    device = gpu.from_tensor(torch.empty(0, device=capacity.device))
-    if capacity.heads == 1 or (device is not None and gpu.not_nvidia(device) is not None):
+    if capacity.heads == 1 or not gpu.on_nvidia(torch.empty(0, device=capacity.device)):
         return 0  # its calls are declined
     c = capacity
     ids = kv_indices.warmup(c.device, ())

@@ -250,8 +250,7 @@ def warm(calls: list[KvCacheCall | PrefillCall]) -> int:
     compiled = 0
     for call in calls:
         q, device = call.q, call.q.device
-        told = gpu.from_tensor(q)
-        if told is not None and gpu.not_nvidia(told) is not None:
+        if not gpu.on_nvidia(q):
             continue
         if isinstance(call, PrefillCall):
             if declines_prefill(call) is None:

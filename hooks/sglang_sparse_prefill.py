@@ -212,8 +212,7 @@ def warm(asked: compat.Reads) -> int:
     from mla_patch.kernels import dequantize, prefill_indices, sparse_prefill
 
     probe = torch.empty(0, device=asked.device)
-    told = gpu.from_tensor(probe)
-    if told is not None and gpu.not_nvidia(told) is not None:
+    if not gpu.on_nvidia(probe):
         return 0
     compiled = dequantize.warmup(asked.device, asked.pages)
     if asked.pages:

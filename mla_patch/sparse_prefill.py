@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from mla_patch.kernels.dequantize import dequantize_k_cache_paged
+from mla_patch.kernels.layouts import told
 from mla_patch.kernels.prefill_indices import build_swa_token_ids, combine_topk_swa_indices, combined_topk_width
 from mla_patch.kernels.sparse_prefill import mla_sparse_prefill
 
@@ -327,8 +328,7 @@ class SparsePrefillChunkCache:
         """
         given = chunk.inputs
         if q.dim() != 3 or q.shape[::2] != (given.queries, WIDTH) or q.dtype is not torch.bfloat16:
-            found = f"{q.dtype}, shape {tuple(q.shape)}"
-            raise ValueError(f"q: {found}, expected torch.bfloat16, [{given.queries}, H, {WIDTH}]")
+            raise ValueError(f"q: {told(q)}, expected torch.bfloat16, [{given.queries}, H, {WIDTH}]")
         if (pages is not None) != (ratio > 0):
             found = "None" if pages is None else "given"
             raise ValueError(f"pages: {found} beside ratio {ratio}, expected pages for a ratio above 0 and None for 0")

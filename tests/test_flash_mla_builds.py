@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from test_flash_mla_peers import on_sm_90
 
-from mla_patch.compat.triton import interpreted
 from mla_patch.hooks.sglang_sched_meta import PROVIDERS
 
 CHILD = Path(__file__).with_name("flash_mla_builds_child.py")
@@ -52,10 +51,7 @@ def rows_of(folder: Path, out: Path) -> list[dict[str, Any]]:
 def test_who_serves_is_who_can(folder: Path | None, tmp_path: Path) -> None:
     if folder is None:
         pytest.skip("FLASHMLA_BUILDS does not name folders with FlashMLA's builds")
-    if interpreted():
-        pytest.skip("needs TRITON_INTERPRET=0")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs an sm_90 GPU")
+    on_sm_90()
     rows = rows_of(folder, tmp_path / "rows.jsonl")
     assert len(rows) > 40
     wrong = [row for row in rows if fault(row)]

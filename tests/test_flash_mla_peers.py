@@ -27,6 +27,7 @@ import pytest
 import torch
 from test_sparse_decode import keys_as_multiplied
 
+from mla_patch.compat.sglang_flash_mla import before_v41
 from mla_patch.compat.triton import interpreted
 from mla_patch.flash_mla import FlashMLASchedMeta, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from mla_patch.kernels import sparse_decode
@@ -192,15 +193,10 @@ def padded(ids: torch.Tensor, step: int) -> torch.Tensor:
     return torch.nn.functional.pad(ids, (0, -ids.shape[-1] % step), value=-1)
 
 
-def flagged(function: Any) -> dict[str, bool]:
-    """What sgl-flash-mla wants said for the kernels that it had before V4.1's."""
-    return {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
-
-
 def through_package(package: Any, case: Case, given: dict[str, Any], meta: Any = None) -> tuple[torch.Tensor, ...]:
     if case.kind == "prefill":
-        prefill = package.flash_mla_sparse_fwd
-        return prefill(**given | {"indices": padded(given["indices"], 128)} | flagged(prefill))
+        prefill = before_v41(package.flash_mla_sparse_fwd)
+        return prefill(**given | {"indices": padded(given["indices"], 128)})
     args = {"block_table": None, "cache_seqlens": None, "head_dim_v": 512, **given}
     for name in ("indices", "extra_indices_in_kvcache"):
         if name in args:
@@ -208,9 +204,7 @@ def through_package(package: Any, case: Case, given: dict[str, Any], meta: Any =
     if case.kind in LAYOUTS:
         args |= {name: args[name].view(E4M3) for name in ("k_cache", "extra_k_cache") if name in args}
     meta = package.get_mla_metadata()[0] if meta is None else meta
-    return package.flash_mla_with_kvcache(
-        **args, tile_scheduler_metadata=meta, **flagged(package.flash_mla_with_kvcache)
-    )
+    return before_v41(package.flash_mla_with_kvcache)(**args, tile_scheduler_metadata=meta)
 
 
 def through_operators(ops: Any, case: Case, args: dict[str, Any]) -> tuple[torch.Tensor, ...]:

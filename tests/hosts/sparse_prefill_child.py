@@ -35,6 +35,7 @@ import mla_patch
 from mla_patch import _door
 from mla_patch.compat import sglang_sparse_prefill as compat
 from mla_patch.compat import sglang_trial, stamps
+from mla_patch.compat.sglang_flash_mla import before_v41
 from mla_patch.compat.sglang_trial import Batch
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels import dequantize
@@ -291,9 +292,7 @@ def provide(release: str) -> list[int]:
     serves: Any = mla_sparse_prefill
     homes = ["sglang.kernels.ops.attention.flash_mla_interface" if release == "0.5.23" else "sgl_kernel.flash_mla"]
     if FLASH_MLA:
-        serves = importlib.import_module("flash_mla").flash_mla_sparse_fwd
-        if "use_legacy" in inspect.signature(serves).parameters:
-            serves = functools.partial(serves, use_legacy=True)  # its kernels for sm_90
+        serves = before_v41(importlib.import_module("flash_mla").flash_mla_sparse_fwd)
         homes.append("flash_mla")  # which V4 of 0.5.12 attends with
         # ours asks the operator behind sgl_kernel's wrapper how much it takes
         library = torch.library.Library("sgl_kernel", "FRAGMENT")
