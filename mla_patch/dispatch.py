@@ -257,8 +257,8 @@ class KernelStandIn(_Named, wrapt.CallableObjectProxy):
 
 
 def is_ours(value: Any) -> bool:
-    """Whether ``value`` is a stand-in of ours."""
-    return isinstance(value, (FunctionStandIn, KernelStandIn))
+    """Whether ``value`` is a stand-in of ours; asked of anything, so by its real type alone."""
+    return issubclass(type(value), (FunctionStandIn, KernelStandIn))
 
 
 def stand_in(original: Any, kind: str, site: Site) -> FunctionStandIn | KernelStandIn:

@@ -14,11 +14,11 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import wrapt
 
@@ -53,9 +53,13 @@ class Place:
     ours: Any
     inherited: bool = False  # the class had no such attribute of its own
 
+    def where(self) -> Any:
+        """The holder itself; None where it was an instance that is gone."""
+        return self.holder() if _is(self.holder, weakref.ref) else self.holder
+
     def put_back(self) -> None:
         """Undo, unless somebody has put something else there since."""
-        holder = self.holder() if isinstance(self.holder, weakref.ref) else self.holder
+        holder = self.where()
         if _own(holder, self.attribute) is not self.ours:
             return
         if self.inherited:
@@ -334,8 +338,7 @@ class Patcher:
 
     def _bind(self, run: Run, place: Place) -> None:
         run.places.append(place)
-        holder = place.holder() if isinstance(place.holder, weakref.ref) else place.holder
-        setattr(holder, place.attribute, place.ours)
+        setattr(place.where(), place.attribute, place.ours)
 
     def _undo(self, run: Run, lasting: bool = False) -> None:
         """Take everything back; edits of what is stored only with ``lasting``, while nothing is stored yet."""
@@ -349,18 +352,32 @@ class Patcher:
             except Exception:
                 log.warning("mla-patch: the edit %s of %s could not be undone", name, target.module, exc_info=True)
         for place in reversed(run.places):
-            place.put_back()
+            with _going_on(place.attribute, place.holder):
+                place.put_back()
+        since: dict[tuple[int, str], tuple[Any, Any]] = {}  # modules imported since have taken ours by name
         for place in run.places:
-            # modules imported since have taken ours by name
-            if is_ours(place.ours) and isinstance(place.holder, types.ModuleType):
-                package = place.holder.__name__.partition(".")[0]
+            if is_ours(place.ours) and _is(place.holder, types.ModuleType):
+                package = _text(_own(place.holder, "__name__")).partition(".")[0]
                 for holder, attribute, _, after in _bindings(place.ours, place.before, package):
-                    setattr(holder, attribute, after)
+                    since.setdefault((id(holder), attribute), (holder, after))
+        for (_, attribute), (holder, after) in since.items():
+            with _going_on(attribute, holder):
+                setattr(holder, attribute, after)
         run.places = []
         # whoever keeps one of the old stand-ins keeps its switch, which stays off
         run.switch = self._switch(run.feature)
         for status in run.status.targets:
             status.replaced_by = None
+
+
+@contextmanager
+def _going_on(attribute: str, holder: Any) -> Iterator[None]:
+    """One name that cannot be given back must not keep the others."""
+    try:
+        yield
+    except Exception:
+        what = _text(_ask(holder, "__name__")) or f"a {type(holder).__name__}"
+        log.warning("mla-patch: %s of %s could not be given back", attribute, what, exc_info=True)
 
 
 def _without(notes: str, note: str) -> str:
@@ -388,7 +405,7 @@ def _live_params(value: Any) -> tuple[str, ...]:
 
 def _initializing(module: types.ModuleType | None) -> bool:
     """Whether the import system is still at work on ``module``, so that nobody can have kept a thing of it."""
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+    return bool(_own(_own(module, "__spec__"), "_initializing"))
 
 
 def _wait_for(module: str) -> None:
@@ -400,16 +417,50 @@ def _wait_for(module: str) -> None:
             log.debug("mla-patch: %s cannot be imported", module, exc_info=True)
 
 
+def _is(value: Any, *kinds: type) -> bool:
+    """``isinstance`` by the real type alone: what a program keeps may raise when it is asked for its ``__class__``."""
+    return issubclass(type(value), kinds)
+
+
+_names_of_a_module = vars(types.ModuleType)["__dict__"].__get__
+_names_of_a_class = vars(type)["__dict__"].__get__
+
+
+def _names_of(value: Any) -> Mapping[str, Any]:
+    """The ``__dict__`` of ``value``, or nothing; no code of its type, and no import of a lazy module, is run for it."""
+    if _is(value, types.ModuleType):
+        return _names_of_a_module(value) or {}
+    if _is(value, type):
+        return cast(Mapping[str, Any], _names_of_a_class(value))
+    try:
+        names = object.__getattribute__(value, "__dict__")
+    except Exception:  # a property of its type's may raise anything
+        return {}
+    return names if _is(names, dict, types.MappingProxyType) else {}
+
+
+def _text(value: Any) -> str:
+    """``value`` where it is text: modules and classes can be given names and homes of any kind."""
+    return value if _is(value, str) else ""
+
+
+def _ask(value: Any, attribute: str) -> Any:
+    """``getattr`` with None for whatever it raises."""
+    try:
+        return getattr(value, attribute, None)
+    except Exception:
+        return None
+
+
 def _own(holder: Any, attribute: str) -> Any:
     """What ``holder`` itself binds to ``attribute``, descriptors untouched."""
-    return getattr(holder, "__dict__", {}).get(attribute)
+    return _names_of(holder).get(attribute)
 
 
-def _modules() -> Iterator[tuple[types.ModuleType, dict[str, Any]]]:
+def _modules() -> Iterator[tuple[types.ModuleType, Mapping[str, Any]]]:
     for module in list(sys.modules.values()):
-        # some programs keep other objects there, and a lazy module must not be made to load
-        if isinstance(module, types.ModuleType):
-            yield module, types.ModuleType.__getattribute__(module, "__dict__")
+        if _is(module, types.ModuleType):  # some programs keep other objects there
+            yield module, _names_of(module)
 
 
 def _bindings(value: Any, instead: Any, package: str) -> list[tuple[Any, str, Any, Any]]:
@@ -419,20 +470,21 @@ def _bindings(value: Any, instead: Any, package: str) -> list[tuple[Any, str, An
     """
     found: list[tuple[Any, str, Any, Any]] = []
     for module, names in _modules():
-        inside = module.__name__.partition(".")[0] == package
+        home = _text(names.get("__name__"))
+        inside = home.partition(".")[0] == package
         for name, bound in list(names.items()):
             if bound is value:
                 found.append((module, name, bound, instead))
-            elif inside and issubclass(type(bound), type) and bound.__module__ == module.__name__:
+            elif inside and _is(bound, type) and _text(_own(bound, "__module__")) == home:
                 found += _class_bindings(bound, value, instead)
     return found
 
 
 def _class_bindings(owner: type, value: Any, instead: Any) -> Iterator[tuple[Any, str, Any, Any]]:
-    for name, bound in list(vars(owner).items()):
+    for name, bound in list(_names_of(owner).items()):
         if bound is value:
             yield owner, name, bound, instead
-        elif isinstance(bound, (staticmethod, classmethod)) and bound.__func__ is value:
+        elif _is(bound, staticmethod, classmethod) and bound.__func__ is value:
             yield owner, name, bound, type(bound)(instead)
 
 
@@ -466,8 +518,8 @@ def _kept(target: Target, value: Any, counts: Counts) -> Iterator[Kept]:
         owner = getattr(sys.modules.get(module), name, None)
         if not isinstance(owner, type):
             continue
-        kinds = _subclasses(owner)
-        instances = [one for one in gc.get_objects() if type(one) in kinds]
+        kinds = {id(kind) for kind in _subclasses(owner)}  # a type need not be hashable
+        instances = [one for one in gc.get_objects() if id(type(one)) in kinds]
         pattern = held.within(_declines_nothing) if instances and held.within is not None else None
         for instance in instances:
             bound = _own(instance, attribute)
@@ -504,62 +556,63 @@ def _keeper(value: Any, kept: list[Kept], package: str, holder: Any) -> str | No
         if one.within is not None:
             refs += gc.get_referrers(one.bound)  # one by one: a tuple of them would be found, too
     for ref in refs:
-        if id(ref) in module_dicts or id(ref) in known or is_ours(ref) or isinstance(ref, types.FrameType):
+        if id(ref) in module_dicts or id(ref) in known or is_ours(ref) or _is(ref, types.FrameType):
             continue
         owner = _owner(ref)
-        if isinstance(owner, type):
+        if _is(owner, type):
             # a method is found on its class, or on the one that it is inherited from
-            if not (isinstance(holder, type) and issubclass(holder, owner)) and not _rebindable(owner, package):
-                return f"a class {owner.__qualname__}"
+            bases = holder.__mro__ if isinstance(holder, type) else ()
+            if not any(base is owner for base in bases) and not _rebindable(owner, package):
+                return f"a class {_ask(owner, '__qualname__')}"
             continue
         if is_ours(owner):
             continue
-        module = isinstance(owner, types.ModuleType)
-        home = owner.__name__ if module else getattr(owner, "__module__", None) or type(owner).__module__
+        module = _is(owner, types.ModuleType)
+        own = _own(owner, "__name__") if module else _ask(owner, "__module__") or _ask(type(owner), "__module__")
+        home = _text(own)
         if machinery != "builtins" and home.partition(".")[0] == machinery:
             continue
         names = _names_for(owner, value)
         what = f"attribute {names[0]} of " if names else ""
-        return f"{what}a {type(owner).__name__} {home if module else getattr(owner, '__qualname__', '')}".strip()
+        name = home if module else _text(_ask(owner, "__qualname__"))
+        return f"{what}a {_ask(type(owner), '__name__')} {name}".strip()
     return None
 
 
 def _rebindable(owner: type, package: str) -> bool:
     """Whether ``_bindings`` comes by this class."""
-    home = sys.modules.get(owner.__module__)
-    return owner.__module__.partition(".")[0] == package and getattr(home, owner.__name__, None) is owner
+    home = _text(_own(owner, "__module__"))
+    return home.partition(".")[0] == package and _own(sys.modules.get(home), _ask(owner, "__name__")) is owner
 
 
 def _owner(ref: Any) -> Any:
     """Whose a dict, a cell, a tuple or a staticmethod is: the class or instance, the function with that closure."""
-    if isinstance(ref, dict):
+    if _is(ref, dict):
         # without its C extension, wrapt keeps what it wraps in a dict that is not the proxy's __dict__
-        owners = [
-            o for o in gc.get_referrers(ref) if is_ours(o) or isinstance(o, type) or getattr(o, "__dict__", None) is ref
-        ]
+        owners = [o for o in gc.get_referrers(ref) if is_ours(o) or _is(o, type) or _names_of(o) is ref]
         return owners[0] if owners else _collector(ref)
-    if isinstance(ref, (staticmethod, classmethod)):
-        holders = [_owner(names) for names in gc.get_referrers(ref) if isinstance(names, dict)]
-        return next((holder for holder in holders if isinstance(holder, type)), ref)
-    if isinstance(ref, types.CellType):
-        closures = [closure for closure in gc.get_referrers(ref) if isinstance(closure, tuple)]
+    if _is(ref, staticmethod, classmethod):
+        holders = [_owner(names) for names in gc.get_referrers(ref) if _is(names, dict)]
+        return next((holder for holder in holders if _is(holder, type)), ref)
+    if _is(ref, types.CellType):
+        closures = [closure for closure in gc.get_referrers(ref) if _is(closure, tuple)]
         return _owner(closures[0]) if closures else ref
     if type(ref) is tuple:  # a function's closure, or its defaults
-        return next((f for f in gc.get_referrers(ref) if isinstance(f, types.FunctionType)), ref)
+        return next((f for f in gc.get_referrers(ref) if _is(f, types.FunctionType)), ref)
     return ref
 
 
 def _collector(ref: Any) -> Any:
     """The module or instance that has the container ``ref`` as an attribute, else ``ref``."""
     for holder in gc.get_referrers(ref):
-        holder = next((o for o in gc.get_referrers(holder) if getattr(o, "__dict__", None) is holder), holder)
-        if not isinstance(holder, dict) and any(bound is ref for bound in getattr(holder, "__dict__", {}).values()):
+        holder = next((o for o in gc.get_referrers(holder) if _names_of(o) is holder), holder)
+        if not _is(holder, dict) and any(bound is ref for bound in _names_of(holder).values()):
             return holder
     return ref
 
 
 def _names_for(owner: Any, value: Any) -> list[str]:
-    return [name for name, bound in getattr(owner, "__dict__", {}).items() if bound is value]
+    return [name for name, bound in _names_of(owner).items() if bound is value]
 
 
 def _ours_below(value: Any, name: str, counts: Counts) -> Any:

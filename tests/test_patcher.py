@@ -616,6 +616,74 @@ def test_restore_leaves_what_is_not_ours(fake_host: FakeHost) -> None:
     assert fake_host.says(code) == "third host []"
 
 
+ODD = """
+import sys, types
+
+class Touchy:
+    '''Raises whatever it is asked.'''
+    def __getattribute__(self, name):
+        raise RuntimeError(f"asked for {name}")
+
+class Dictless(types.ModuleType):
+    __dict__ = property(lambda self: 1 / 0)
+
+class Sealed(types.ModuleType):
+    def __setattr__(self, name, value):
+        raise RuntimeError("sealed")
+
+class Meta(type):
+    __hash__ = None
+    def __getattribute__(cls, name):
+        raise RuntimeError(f"asked for {name}")
+    def __subclasscheck__(cls, other):
+        raise RuntimeError("asked for subclasses")
+
+odd = {name: Touchy() for name in ("odd.touchy", "fakehost.touchy")} | {"odd.dictless": Dictless("odd.dictless")}
+nameless = odd["odd.nameless"] = types.ModuleType("odd.nameless")
+del nameless.__name__
+odd["odd.numbered"] = types.ModuleType("odd.numbered")
+vars(odd["odd.numbered"])["__name__"] = 3
+sys.modules.update(odd)
+sealed = Sealed("sealed")
+"""
+
+
+def test_odd_objects_hold_nothing_up(fake_host: FakeHost) -> None:
+    """What other programs keep in sys.modules, in a host's modules and on the heap may raise at any question."""
+    fake_host.write("odd.py", ODD)
+    code = """
+    import odd, fakehost.caller as c
+    c.Strange = odd.Meta("Strange", (), {"__module__": "fakehost.caller"})
+    keep = odd.Touchy()
+    object.__setattr__(keep, "names", [1])
+    mla_patch.apply()  # late, so that the heap is searched
+    print(serves())
+    sys.modules["sealed"] = odd.sealed
+    types.ModuleType.__setattr__(odd.sealed, "decode", c.decode)  # taken while ours was there
+    types.ModuleType.__setattr__(odd.sealed, "launch", c.indices)
+    mla_patch.restore()
+    states("ops", "kernel", "method", "tools", "both")
+    print(serves())
+    """
+    done = fake_host.run(code)
+    assert done.stdout.splitlines() == ["ours", "off off off off off", "host"], done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("mla-patch: ")]
+    assert sorted(said) == [f"mla-patch: {name} of sealed could not be given back" for name in ("decode", "launch")]
+
+
+def test_who_keeps_a_function_is_found_among_odd_objects(fake_host: FakeHost) -> None:
+    fake_host.write("odd.py", ODD)
+    code = """
+    import odd, fakehost.caller as c
+    keep = odd.Touchy()
+    object.__setattr__(keep, "fn", c.decode)
+    mla_patch.apply()
+    print(state("ops"))
+    """
+    told = "refused: fakehost.ops.decode was imported before and is kept by attribute fn of a Touchy"
+    assert fake_host.says(code) == told
+
+
 def test_inherited_methods_leave_their_siblings(fake_host: FakeHost) -> None:
     code = """
     from fakehost.layers import Backend, Base, Other
