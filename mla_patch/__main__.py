@@ -1,3 +1,14 @@
-from mla_patch.cli import main
+"""``python -m mla_patch`` and the command ``mla-patch``."""
 
-raise SystemExit(main())
+
+def main() -> int:
+    try:
+        from mla_patch import cli
+
+        return cli.main()
+    except KeyboardInterrupt:  # while it is still being imported
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

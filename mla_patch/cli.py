@@ -1,6 +1,7 @@
 """``mla-patch``: what would happen on this machine, what did happen in an engine, and proof of it.
 
-Exit status: 0 fine, 1 a finding, 2 misuse. Every command has ``--json``.
+Exit status: 0 fine, 1 a finding, 2 misuse, 3 an error of mla-patch itself, 130 interrupted by Ctrl-C.
+Every command has ``--json``.
 """
 
 from __future__ import annotations
@@ -11,23 +12,27 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mla_patch
 from mla_patch import flags as flags_
 from mla_patch import plugins as plugins_
-from mla_patch import reports
+from mla_patch import reports, show
 from mla_patch.compat import gpu, hosts, sglang_fetch
-from mla_patch.features import MEANING, SATISFIED, Feature, State
+from mla_patch.features import MEANING, Feature, State
 from mla_patch.judge import Judgement, code_of, judge
+from mla_patch.show import Line, Table
 from mla_patch.startup import HostFinder, experiment, find_host
+from mla_patch.status import unsatisfied
 
-OK, FINDING, MISUSE = 0, 1, 2
+OK, FINDING, MISUSE, ERROR, INTERRUPTED = 0, 1, 2, 3, 130
+_STATUS = "exit status: 0 fine, 1 a finding, 2 misuse, 3 an error of mla-patch itself, 130 interrupted"
 ENTRY_POINT = "mla_patch"  # our name in the hosts' own plugin groups, and so in their filters
 BOOTSTRAP = Path(__file__).parent / "bootstrap"
 
@@ -37,27 +42,75 @@ class Misuse(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    """Run one command; returns the exit status. Nothing but argparse's own exit leaves it as an exception."""
+    _open_streams()
+    args = None
     try:
-        return int(args.command(args))
+        args = _parser().parse_args(argv)
+        status = int(args.command(args))
+        sys.stdout.flush()  # a full disk or a closed pipe is told here, not by the interpreter's last words
+        return status
     except Misuse as problem:
-        print(f"mla-patch: {problem}", file=sys.stderr)
+        show.complain(str(problem))
         return MISUSE
-    except BrokenPipeError:
-        sys.stderr.close()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # who read has read enough
+        _drop_stdout()
         return OK
+    except OSError as problem:  # of a disk, a descriptor, a child: the machine's
+        show.complain(f"{args.name if args else ''}: {problem}")
+        _drop_stdout()
+        return ERROR
+    except BaseException as problem:
+        if args is None:  # argparse has said it
+            with suppress(OSError):
+                sys.stdout.flush()
+                raise
+            _drop_stdout()
+            raise
+        show.complain(f"{args.name}: {type(problem).__name__}: {problem}")
+        if args.traceback:
+            for line in traceback.format_exc().splitlines():
+                show.complain(line)
+        else:
+            show.complain(f"this is a fault of mla-patch; `mla-patch --traceback {args.name} ...` says where it is")
+        return ERROR
+
+
+def _open_streams() -> None:
+    """Streams that take any text, also where a caller has closed them, lest the next file gets their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # for the process's life
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_stdout() -> None:
+    """Lose what stdout still holds: the interpreter would complain of it at its end."""
+    with suppress(OSError, ValueError):
+        stdout = sys.stdout.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stdout)
+        os.close(nowhere)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(show.plain(message))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mla-patch", description=__doc__.partition("\n")[0])
+    parser = _Parser(prog="mla-patch", description=(__doc__ or "").partition("\n")[0], epilog=_STATUS)
     parser.add_argument("--version", action="version", version=f"mla-patch {mla_patch.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="where an error of mla-patch itself comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, name=name)
         sub.add_argument("--json", action="store_true", help="machine-readable output")
         return sub
 
@@ -71,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--heads", nargs="+", type=_heads, default=[16, 64, 128], help="query heads of one GPU: 1 to 128")
     sub = add("status", status, "what the processes of a running engine report")
     sub.add_argument("directory", type=Path, help="the engine's MLA_PATCH_REPORT")
+    sub.add_argument("--all", action="store_true", help="processes that call nothing, such as launchers, too")
     sub = add("run", run, "run a command with the plugin on, even where the start-up file is not read")
     _feature_option(sub)
     sub.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command and its arguments")
@@ -103,7 +157,7 @@ def _add_ab(commands: Any) -> None:
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command, kind=name)
+        sub.set_defaults(command=command, kind=name, name=f"ab {name}")
         sub.add_argument("directory", type=Path, help="the engine's MLA_PATCH_REPORT")
         sub.add_argument("--run", help="a run by its name; default: the newest")
         sub.add_argument("--json", action="store_true", help="machine-readable output")
@@ -189,7 +243,7 @@ def doctor(args: argparse.Namespace) -> int:
         "features": rows,
     }
     if args.json:
-        _print_json(report)
+        show.as_json(report)
     else:
         _show_doctor(report)
     return FINDING if report["findings"] else OK
@@ -209,10 +263,10 @@ def list_features(args: argparse.Namespace) -> int:
         for feature in plugins.features
     ]
     if args.json:
-        _print_json(rows)
+        show.as_json(rows)
     else:
-        _table("features", ["feature", "host", "range", "default", "upstream", "drop_when"], rows)
-        _lines(plugins.problems, "yellow")
+        show.table("features", ["feature", "host", "range", "default", "upstream", "drop_when"], rows)
+        show.lines(plugins.problems, "yellow")
     return FINDING if plugins.problems else OK
 
 
@@ -235,19 +289,20 @@ def explain(args: argparse.Namespace) -> int:
     if args.json:
         told: dict[str, Any] = {"feature": args.feature, "routes": routes, "states": states}
         more = {"providers": providers, "serves": serves}
-        _print_json(told | {name: rows for name, rows in more.items() if rows})
+        show.as_json(told | {name: rows for name, rows in more.items() if rows})
         return OK
     for feature in features:
-        _lines([f"[bold]{feature.label}[/] {feature.why}", f"from {feature.upstream}", f"until {feature.drop_when}"])
-    _table("routes", ["host", "releases", "module", "name", "kind", "replaced_by"], routes)
+        show.show(Line(f" {feature.why}", head=feature.label))
+        show.lines([f"from {feature.upstream}", f"until {feature.drop_when}"])
+    show.table("routes", ["host", "releases", "module", "name", "kind", "replaced_by"], routes)
     if providers:
-        _table("who serves a call, by the first row that applies", ["provider", "when"], providers)
+        show.table("who serves a call, by the first row that applies", ["provider", "when"], providers)
     if serves:
         title = f"by default settings, on {serves[0]['host']} {serves[0]['release']} and {serves[0]['sm']}"
-        _table(title, ["heads", "what", "who"], serves)
+        show.table(title, ["heads", "what", "who"], serves)
     elif any(feature.serves for feature in features):
-        _lines(["who serves on one release and GPU: name both, as in --release 0.5.18 --sm 90"])
-    _table("here", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)
+        show.lines(["who serves on one release and GPU: name both, as in --release 0.5.18 --sm 90"])
+    show.table("here", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)
     return OK
 
 
@@ -333,16 +388,8 @@ def _would_be(feature: Feature, flags: flags_.Flags, plugins: plugins_.Plugins) 
 
 
 def _unsatisfied(rows: list[dict[str, Any]]) -> list[str]:
-    """Features that were asked for and that no installed host gets."""
-    findings = []
-    for row in rows:
-        asked = row["source"] != "default" and row["state"] != State.OFF
-        elsewhere = any(other["name"] == row["name"] and other["state"] in SATISFIED for other in rows)
-        if asked and row["state"] not in SATISFIED and not elsewhere and not _not_installed(row):
-            findings.append(
-                f"{row['name']}@{row['host']} ({row['flag']}={row['value']}): {row['state']}, {row['reason']}"
-            )
-    return findings
+    """Features that were asked for and that no installed host gets. What has no host here at all is not missing."""
+    return unsatisfied([row for row in rows if not _not_installed(row)])
 
 
 def _not_installed(row: Mapping[str, Any]) -> bool:
@@ -403,26 +450,17 @@ def _torch_gpu() -> Any:
 
 def status(args: argparse.Namespace) -> int:
     """What every process of an engine reports, and which processes do not."""
+    from mla_patch import status as status_
+
     try:
-        processes, missing = reports.read_directory(args.directory)
-    except OSError as problem:
-        raise Misuse(f"{args.directory}: {problem.strerror or problem}") from None
-    missing += reports.silent_processes(args.directory, {report["pid"] for report in processes})
-    findings = [problem for report in processes for problem in report.get("problems", [])]
-    for report in processes:
-        findings += [f"pid {report['pid']}: {text}" for text in _unsatisfied(report["features"])]
-    for label in sorted({f"{f['name']}@{f['host']}" for r in processes for f in r["features"]}):
-        rows = [f for r in processes for f in r["features"] if f"{f['name']}@{f['host']}" == label]
-        # what only adds a choice is not called by those who choose something else
-        choices = [row for row in rows if {target["kind"] for target in row["targets"]} == {"edit"}]
-        applied = [row for row in rows if row["state"] == State.APPLIED and row not in choices]
-        if applied and not any(row["served"] or row["declined"] for row in applied):
-            findings.append(f"{label} is applied, and nothing has called it yet")
+        told = status_.look(args.directory)
+    except (OSError, ValueError) as problem:
+        raise Misuse(f"{args.directory}: {getattr(problem, 'strerror', None) or problem}") from None
     if args.json:
-        _print_json({"processes": processes, "missing": missing, "findings": findings})
+        show.as_json(told)
     else:
-        _show_status(args.directory, processes, missing, findings)
-    return FINDING if findings or missing else OK
+        show.show(*status_.blocks(args.directory, told, args.all))
+    return FINDING if told["findings"] or told["missing"] else OK
 
 
 # run
@@ -450,7 +488,7 @@ def run(args: argparse.Namespace) -> int:
         environ["PYTHONPATH"] = os.pathsep.join([*ours, *filter(None, [environ.get("PYTHONPATH")])])
     if args.json:
         changed = {key: value for key, value in environ.items() if os.environ.get(key) != value}
-        _print_json({"command": command, "environment": changed})
+        show.as_json({"command": command, "environment": changed})
         return OK
     try:
         os.execvpe(command[0], command, environ)
@@ -474,13 +512,13 @@ def warmup(args: argparse.Namespace) -> int:
     device = _torch_gpu()
     result = warmup_.run(device, args.heads, args.dtype, args.cache, args.max_batch, args.backend)
     if args.json:
-        _print_json(result)
+        show.as_json(result)
         return OK
     if result["kernels"]:
-        _table(
+        show.table(
             f"compiled for {result['device']}", ["kernel", "heads", "cache", "compiled", "seconds"], result["kernels"]
         )
-    _lines(result["notes"])
+    show.lines(result["notes"])
     return OK
 
 
@@ -508,7 +546,7 @@ def bench(args: argparse.Namespace) -> int:
     if result is None:
         return FINDING
     if args.json:
-        _print_json(result)
+        show.as_json(result)
     else:
         _show_bench(result)
     return OK if result["right"] else FINDING
@@ -529,18 +567,16 @@ def ab_send(args: argparse.Namespace) -> int:
     except (ab.NotThere, ControlError, ValueError) as problem:
         raise Misuse(f"ab {args.kind}: {problem}") from None
     if args.json:
-        _print_json(told)
+        show.as_json(told)
         return OK
     for one in told["commands"]:
         what = f"{kind} {value}" if value is not None else kind
-        _lines([f"{one['feature']}: {what}, from step {one['at']} of run {told['run']} on"])
+        show.lines([f"{one['feature']}: {what}, from step {one['at']} of run {told['run']} on"])
     return OK
 
 
 def ab_watch(args: argparse.Namespace) -> int:
     """Look again and again, until interrupted."""
-    from rich.live import Live
-
     from mla_patch import ab
     from mla_patch.experiment.control_file import ControlError
 
@@ -550,49 +586,35 @@ def ab_watch(args: argparse.Namespace) -> int:
         except (ab.NotThere, ControlError) as problem:
             raise Misuse(f"ab watch: {problem}") from None
 
-    if args.json or args.once:
-        told = look()
-        if args.json:
-            _print_json(told)
-        else:
-            _console().print(_watched(told))
-        return OK
-    try:
-        with Live(_watched(look()), console=_console(), auto_refresh=False) as live:
-            while True:
-                time.sleep(args.every)
-                live.update(_watched(look()), refresh=True)
-    except KeyboardInterrupt:
-        return OK
+    if args.json:
+        show.as_json(look())
+    elif args.once:
+        show.show(*_watched(look()))
+    else:
+        with suppress(KeyboardInterrupt):
+            show.keep_showing(lambda: _watched(look()), args.every)
+    return OK
 
 
-def _watched(told: Mapping[str, Any]) -> Any:
-    from rich.console import Group
-
+def _watched(told: Mapping[str, Any]) -> list[Line | Table]:
     under = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in told["features"].items())
     last = told["commands"][-1] if told["commands"] else None
     says = [f"run {told['run']}, {under}", "no verdict while it runs: `mla-patch ab report`, once, at the end"]
     if last:
         says.append(f"last command: {last['feature']} {last['kind']} {last['value'] or ''} from step {last['at']}")
     says += [_note(note) for note in told["notes"]]
-    parts = [_make_table("ranks", ["rank", "step", "heard_s"], told["ranks"])]
+    parts: list[Line | Table] = [*map(Line, says), Table("ranks", ["rank", "step", "heard_s"], told["ranks"])]
     if told["buckets"]:
         rows = [row | {"median_us": f"{row['median_us']:.1f}"} for row in told["buckets"]]
-        parts.append(_make_table("steps compared", ["feature", "bucket", "arm", "steps", "median_us"], rows))
+        parts.append(Table("steps compared", ["feature", "bucket", "arm", "steps", "median_us"], rows))
     if told["shadow"]:
         rows = [_errors(row) for row in told["shadow"]]
-        parts.append(_make_table("shadow checks", ["feature", "comparisons", "median", "worst", "nan"], rows))
-    return Group(*says, *parts)
+        parts.append(Table("shadow checks", ["feature", "comparisons", "median", "worst", "nan"], rows))
+    return parts
 
 
 def _note(note: Mapping[str, Any]) -> str:
-    return f"step {note['step']}: {note['feature']} {note['what']}: {_escaped(note['text'])}"
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    return f"step {note['step']}: {note['feature']} {note['what']}: {note['text']}"
 
 
 def _errors(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -613,23 +635,23 @@ def ab_report(args: argparse.Namespace) -> int:
     except (ab.NotThere, OSError) as problem:
         raise Misuse(f"ab report: {problem}") from None
     if args.json:
-        _print_json(told)
+        show.as_json(told)
         return FINDING if told["findings"] else OK
     for run in told["runs"]:
         differed = f", {run['differed']} on which ranks differed" if run["differed"] else ""
-        _lines([f"[bold]run {run['run']}[/] {run['steps']} steps, {len(run['ranks'])} rank(s){differed}"])
+        show.show(Line(f" {run['steps']} steps, {len(run['ranks'])} rank(s){differed}", head=f"run {run['run']}"))
         rows = [
             {**one, "host": f"{one['host_us']:.1f}", "arm_us": f"{one['arm_us']:.1f}"} for one in run["comparisons"]
         ]
         if rows:
-            _table("verdicts", ["feature", "bucket", "arm", "host", "arm_us", "text"], rows)
+            show.table("verdicts", ["feature", "bucket", "arm", "host", "arm_us", "text"], rows)
         if run["shadow"]:
             columns = ["feature", "comparisons", "median", "worst", "nan"]
-            _table("shadow checks", columns, [_errors(row) for row in run["shadow"]])
-        _lines(map(_note, run["notes"]))
-    _lines([f"finding: {_escaped(text)}" for text in told["findings"]], "yellow")
+            show.table("shadow checks", columns, [_errors(row) for row in run["shadow"]])
+        show.lines(map(_note, run["notes"]))
+    show.lines([f"finding: {text}" for text in told["findings"]], "yellow")
     if args.html:
-        _lines([f"written: {args.html}"])
+        show.lines([f"written: {args.html}"])
     return FINDING if told["findings"] else OK
 
 
@@ -643,7 +665,7 @@ def demo(args: argparse.Namespace) -> int:
     if result is None:
         return FINDING
     if args.json:
-        _print_json(result)
+        show.as_json(result)
     else:
         _show_demo(result)
     return OK if result["equal"] else FINDING
@@ -682,122 +704,40 @@ def _child(name: str, argv: Sequence[str], environ: dict[str, str], args: argpar
 # printing
 
 
-def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=1)
-    print()
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # a file or a pipe has no width of its own
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-
-
-def _lines(lines: Iterable[str], style: str = "") -> None:
-    console = _console()
-    for line in lines:
-        console.print(line, style=style)
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    _console().print(_make_table(title, columns, rows))
-
-
-def _make_table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(column, row.get(column)) for column in columns))
-    return table
-
-
-_COLOURS = {State.APPLIED: "green", State.ARMED: "green", State.NATIVE: "green", State.OFF: "dim", State.ABSENT: "dim"}
-
-
-def _cell(column: str, value: Any) -> str:
-    from rich.markup import escape
-
-    text = escape("" if value is None else str(value))
-    if column == "state":
-        colour = _COLOURS.get(State(value), "red")
-        return f"[{colour}]{text}[/]"
-    return text
-
-
 def _show_doctor(report: Mapping[str, Any]) -> None:
     device = report["gpu"]
     shown = f"{device['name']} ({device['sm']}, driver {device['driver'] or 'unknown'})" if device else "none"
-    _lines([
-        f"[bold]mla-patch {report['version']}[/]  Python {report['python']}  torch {report['torch']}  "
-        f"Triton {report['triton']}  GPU {shown}",
-    ])  # fmt: skip
+    versions = f"  Python {report['python']}  torch {report['torch']}  Triton {report['triton']}  GPU {shown}"
+    show.show(Line(versions, head=f"mla-patch {report['version']}"))
     for host in report["hosts"]:
         note = "" if host["reviewed"] else " (unreviewed)"
-        _lines([f"{host['name']} {host['version'] or 'of an unknown version'}{note}"])
+        show.lines([f"{host['name']} {host['version'] or 'of an unknown version'}{note}"])
     if not report["hosts"]:
-        _lines(["no engine is installed here"])
+        show.lines(["no engine is installed here"])
     if os.environ.get("MLA_PATCH") is None:
-        _lines(["MLA_PATCH is not set: an engine started from here runs untouched. With MLA_PATCH=1:"], "dim")
+        show.lines(["MLA_PATCH is not set: an engine started from here runs untouched. With MLA_PATCH=1:"], "dim")
     columns = ["name", "host", "flag", "value", "source", "state", "reason"]
-    _table("features", columns, report["features"])
+    show.table("features", columns, report["features"])
     targets = [{"feature": f["name"], **target} for f in report["features"] for target in f["targets"]]
     if targets:
-        _table("entry points", ["feature", "module", "name", "kind", "replaced_by"], targets)
-    _lines([f"finding: {text}" for text in report["findings"]], "yellow")
-
-
-def _show_status(
-    directory: Path,
-    processes: Sequence[Mapping[str, Any]],
-    missing: Sequence[Mapping[str, Any]],
-    findings: Sequence[str],
-) -> None:
-    rows = []
-    for report in processes:
-        for feature in report["features"]:
-            replays = feature.get("replayed")
-            captured = feature.get("captured", 0)
-            told = "replays not counted" if replays is None else f"{replays} replayed"
-            note = f"{captured} captured, {told}" if captured else ""
-            declined = ", ".join(f"{n} × {reason}" for reason, n in feature.get("declined", {}).items())
-            rows.append(
-                feature | {"pid": report["pid"], "engine": report["engine"], "declined": declined, "graphs": note}
-            )
-    columns = ["engine", "pid", "name", "state", "reason", "served", "declined", "graphs"]
-    if rows:
-        _table(str(directory), columns, rows)
-    else:
-        _lines([f"no reports in {directory}"])
-    for report in processes:
-        compiled = report.get("compiled", {})
-        if compiled is None:
-            _lines([f"pid {report['pid']}: compiles are not counted with this Triton"])
-        elif any(compiled.values()):
-            text = f"pid {report['pid']}: {compiled['before']} kernels of ours compiled before it served"
-            _lines([f"{text}, {compiled['serving']} since"], "yellow" if compiled["serving"] else "")
-    for one in missing:
-        _lines([f"missing: {', '.join(f'{key} {value}' for key, value in one.items())}"], "yellow")
-    _lines([f"finding: {text}" for text in findings], "yellow")
+        show.table("entry points", ["feature", "module", "name", "kind", "replaced_by"], targets)
+    show.lines([f"finding: {text}" for text in report["findings"]], "yellow")
 
 
 def _show_demo(result: Mapping[str, Any]) -> None:
-    _lines([f"[bold]{result['host'] or 'no engine installed'}[/] on {result['device']}"])
+    show.show(Line(f" on {result['device']}", head=result["host"] or "no engine installed"))
     if result["targets"]:
-        _table("patched", ["module", "name", "replaced_by"], result["targets"])
+        show.table("patched", ["module", "name", "replaced_by"], result["targets"])
     rows = [row | {f"error_{side}": error for side, error in row.get("error", {}).items()} for row in result["routes"]]
     columns = ["route", "builder", "equal", "error_host", "error_ours", "us_host", "us_ours"]
-    _table("same input, both kernels", columns, rows)
-    equal = "[green]equal[/]" if result["equal"] else "[red]NOT equal[/]"
-    _lines([f"served {result['served']} calls of the host's; outputs {equal}", *result["notes"]])
+    show.table("same input, both kernels", columns, rows)
+    equal, style = ("equal", "green") if result["equal"] else ("NOT equal", "red")
+    show.lines([f"served {result['served']} calls of the host's; outputs {equal}"], style)
+    show.lines(result["notes"])
 
 
 def _show_bench(result: Mapping[str, Any]) -> None:
-    _lines([f"[bold]{result['kernel']}[/], {result['host'] or 'no engine installed'}, on {result['device']}"])
+    show.show(Line(f", {result['host'] or 'no engine installed'}, on {result['device']}", head=result["kernel"]))
     rows = []
     for case in result["cases"]:
         us, told = case["us"], case.get("error") or case.get("equal") or {}
@@ -808,10 +748,11 @@ def _show_bench(result: Mapping[str, Any]) -> None:
             "GB/s": case["gbps"], "of a copy": share, "host": told.get("host"), "ours": told.get("ours"),
         })  # fmt: skip
     title = "median of each; host and ours: relative error" if result["kernel"] == "decode" else "host and ours: equal"
-    _table(title, ["case", "host us", "ours us", "host / ours", "GB/s", "of a copy", "host", "ours"], rows)
-    right = "[green]right[/]" if result["right"] else "[red]NOT right[/]"
+    show.table(title, ["case", "host us", "ours us", "host / ours", "GB/s", "of a copy", "host", "ours"], rows)
+    right, style = ("right", "green") if result["right"] else ("NOT right", "red")
     copy = f", a copy reaches {result['copy_gbps']} GB/s" if result["copy_gbps"] else ""
-    _lines([f"ours is {right}; an empty launch takes {result['floor_us']} us{copy}", *result["notes"]])
+    show.lines([f"ours is {right}; an empty launch takes {result['floor_us']} us{copy}"], style)
+    show.lines(result["notes"])
 
 
 class _progress:
@@ -820,7 +761,7 @@ class _progress:
     def __init__(self, quiet: bool) -> None:
         from rich.progress import Progress
 
-        self.bar = Progress(disable=quiet or not sys.stderr.isatty(), transient=True, console=_stderr())
+        self.bar = Progress(disable=quiet or not sys.stderr.isatty(), transient=True, console=show.console(stderr=True))
 
     def __enter__(self) -> Callable[[Mapping[str, Any]], None]:
         self.bar.start()
@@ -834,9 +775,3 @@ class _progress:
 
     def __exit__(self, *exc: object) -> None:
         self.bar.stop()
-
-
-def _stderr() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,10 +200,54 @@ def read_directory(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str
     for path in sorted(p for p in directory.iterdir() if p.suffix == ".json"):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            missing = {"engine", "pid", "argv", "started", "features"} - set(report)
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            check(report)
             reports.append(report)
-        except (OSError, ValueError, TypeError) as problem:
+        except (OSError, ValueError, TypeError, RecursionError) as problem:
             broken.append({"file": path.name, "reason": f"not a report: {problem}"})
     return reports, broken
+
+
+# what readers of a report rely on; there may be more, and names with a ? may be missing
+_PROCESS = {
+    "engine": str, "pid": int, "argv": list, "started": (int, float), "features": list,
+    "problems?": list, "compiled?": dict,
+}  # fmt: skip
+_FEATURE = {
+    "name": str, "host": str, "flag": str, "value": str, "source": str, "state": str, "reason": str, "targets": list,
+    "served": int, "declined": dict, "captured": int, "replayed?": int,
+}  # fmt: skip
+
+
+def check(report: Any) -> None:
+    """Raise ValueError where what a file holds is not a report that can be read."""
+    _check_keys(report, _PROCESS, "it")
+    _check_items(report.get("problems") or [], str, "problems")
+    _check_items(report["argv"], str, "argv")
+    compiled = report.get("compiled")
+    if compiled is not None:
+        _check_keys(compiled, {"before": int, "serving": int}, "compiled")
+    for at, feature in enumerate(report["features"]):
+        _check_keys(feature, _FEATURE, f"features[{at}]")
+        _check_items(feature["targets"], dict, f"features[{at}].targets")
+        _check_items(feature["declined"].values(), int, f"features[{at}].declined")
+
+
+def _check_keys(value: Any, keys: dict[str, Any], what: str) -> None:
+    _check_items([value], dict, what)
+    missing = [key for key in keys if not key.endswith("?") and key not in value]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}")
+    for key, kind in keys.items():
+        name = key.rstrip("?")
+        if value.get(name) is not None or name == key:
+            _check_items([value[name]], kind, f"{what}.{name}".removeprefix("it."))
+
+
+_KINDS = {str: "text", int: "a whole number", (int, float): "a number", list: "a list", dict: "an object"}
+
+
+def _check_items(values: Iterable[Any], kind: Any, what: str) -> None:
+    for value in values:
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if not isinstance(value, kind) or isinstance(value, bool) or infinite:
+            raise ValueError(f"{what} is {value!r:.80}, expected {_KINDS[kind]}")

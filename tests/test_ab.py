@@ -14,7 +14,7 @@ import pytest
 from fake_engine import tapes
 from test_experiment_live import Running
 
-from mla_patch import cli
+from mla_patch import cli, show
 from mla_patch.experiment import control, control_file, record
 from mla_patch.experiment.schedule import Plan, Schedule
 
@@ -141,7 +141,7 @@ def test_watching_goes_on_until_interrupted(running: Running, capsys: Any, monke
         if len(looks) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.time, "sleep", sleep)
+    monkeypatch.setattr(show.time, "sleep", sleep)
     assert cli.main(["ab", "watch", str(running.folder), "--every", "0.5"]) == 0
     assert looks == [0.5] * 3 and "ranks" in capsys.readouterr().out
 

@@ -316,14 +316,16 @@ def test_status_reads_what_processes_left(capsys, tmp_path):
 def test_a_choice_that_nobody_takes_is_no_finding(capsys, tmp_path):
     report_file(tmp_path, 10, targets=[{"kind": "edit"}, {"kind": "edit"}])
     assert run(capsys, "status", str(tmp_path))[0] == 0
-    report_file(tmp_path, 10, targets=[{"kind": "edit"}, {"kind": "call"}])
+    report_file(tmp_path, 10, targets=[{"kind": "edit"}, {"kind": "call"}], source="environment")
     assert run(capsys, "status", str(tmp_path))[0] == 1
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"served": 0}, "nothing has called it yet"),
+        ({"served": 0, "source": "environment"}, "nothing has called it yet"),
+        ({"state": "failed", "reason": "it broke"}, "failed, it broke"),
+        ({"state": "paused"}, "state 'paused' is not known"),
         ({"state": "drifted", "source": "environment", "reason": "it moved"}, "drifted, it moved"),
     ],
 )
