@@ -9,11 +9,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +24,8 @@ _ANY_MACHINE = (
     *("--python-version", "3.12", "--implementation", "cp"),
     *("--platform", "manylinux_2_34_x86_64", "--platform", "manylinux_2_28_x86_64", "--platform", "any"),
 )
+
+_OLDER_MACHINE = ("--platform", "manylinux2014_x86_64")  # of the kernel packages, beside the above
 
 # Every package that a reviewed release imports on its way to the attention backends, with its own needs: pip
 # resolves nothing. torch, Triton, NumPy, packaging and typing_extensions are the environment's.
@@ -113,6 +117,22 @@ def fetch_package(name: str, version: str, cache: Path | None = None) -> Path:
     return _folder(cache or cache_dir(), f"{name}-{version}", [f"{name}=={version}"], _ANY_MACHINE)
 
 
+def fetch_files(name: str, version: str, wanted: str, cache: Path | None = None) -> Path:
+    """A folder with those files of one package's wheel whose paths match ``wanted``, a regular expression.
+
+    For wheels that are hundreds of megabytes of which few are wanted: the rest is not kept.
+    """
+    cache = cache or cache_dir()
+
+    def fill(fresh: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".wheel-") as wheels:
+            _pip("download", ["--dest", wheels], [f"{name}=={version}"], [*_ANY_MACHINE, *_OLDER_MACHINE])
+            with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel:
+                wheel.extractall(fresh, [one for one in wheel.namelist() if re.search(wanted, one)])
+
+    return _filled(cache, f"{name}-{version}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}", fill)
+
+
 def _key(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
@@ -124,7 +144,16 @@ def _named(name: str, pins: Sequence[str]) -> str:
 
 
 def _folder(cache: Path, name: str, requirements: Sequence[str], options: Sequence[str] = ()) -> Path:
-    """``cache/name`` with the wheels of ``requirements`` unpacked in it; complete, or not there at all."""
+    """``cache/name`` with the wheels of ``requirements`` unpacked in it."""
+
+    def fill(fresh: Path) -> None:
+        _pip("install", ["--no-compile", "--target", str(fresh)], requirements, options)
+
+    return _filled(cache, name, fill)
+
+
+def _filled(cache: Path, name: str, fill: Callable[[Path], None]) -> Path:
+    """``cache/name``, filled where it is missing; complete, or not there at all."""
     folder = cache / name
     if folder.is_dir():
         return folder
@@ -133,7 +162,7 @@ def _folder(cache: Path, name: str, requirements: Sequence[str], options: Sequen
             return folder
         fresh = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}-"))
         try:
-            _pip_install(fresh, requirements, options)
+            fill(fresh)
             fresh.chmod(0o755)
             fresh.rename(folder)
         finally:
@@ -141,9 +170,9 @@ def _folder(cache: Path, name: str, requirements: Sequence[str], options: Sequen
     return folder
 
 
-def _pip_install(folder: Path, requirements: Sequence[str], options: Sequence[str]) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
-    command += ["--no-deps", "--no-compile", "--only-binary=:all:", *options, "--target", str(folder), *requirements]
+def _pip(verb: str, target: Sequence[str], requirements: Sequence[str], options: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "pip", verb, "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
+    command += ["--no-deps", "--only-binary=:all:", *options, *target, *requirements]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         what = requirements[0] if len(requirements) == 1 else f"{len(requirements)} packages"

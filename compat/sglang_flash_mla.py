@@ -77,6 +77,8 @@ class Build:
 @lru_cache(maxsize=8)
 def operators(module: str) -> tuple[bool, bool]:
     """(older, newer): whether the operators of each API are loaded behind the wrappers in ``module``."""
+    if _gave_up(module):
+        return False, False
     if module == SGL_KERNEL:
         import torch
 
@@ -85,6 +87,12 @@ def operators(module: str) -> tuple[bool, bool]:
         return newer or hasattr(ops, "fwd_kvcache_mla"), newer
     has = _package()
     return has, has
+
+
+def _gave_up(module: str) -> bool:
+    """Whether sgl_kernel's wrappers could not load their extension (driver, torch's ABI, an image cut down): each call
+    of them raises then, whoever else has registered operators of these names."""
+    return getattr(sys.modules.get(module), "_flashmla_import_error", None) is not None
 
 
 def _package() -> bool:
@@ -110,6 +118,8 @@ def dense_widths(module: str) -> tuple[int, ...]:
 @lru_cache(maxsize=8)
 def prefill_arity(module: str) -> int:
     """How many arguments the sparse prefill's operator behind ``module`` takes: 7 with sink and lengths, 0: none is."""
+    if _gave_up(module):
+        return 0
     if module == SGL_KERNEL:
         import torch
 
@@ -355,6 +365,12 @@ def knows_sched_meta(build: Build) -> bool:
     """Whether the wrappers' own module has a FlashMLASchedMeta, whose class its callers test for."""
     own = getattr(sys.modules.get(build.module), "FlashMLASchedMeta", None)
     return own is not None and own.__module__ != _CORE
+
+
+def new_sched_meta(build: Build) -> Any:
+    """A FlashMLASchedMeta of the class that callers of these wrappers test for: the host's own, else ours."""
+    kind = getattr(sys.modules.get(build.module), "FlashMLASchedMeta", None)
+    return (kind or import_module(_CORE).FlashMLASchedMeta)()
 
 
 _CORE = "mla_patch.flash_mla"

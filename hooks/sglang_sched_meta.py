@@ -219,7 +219,8 @@ def serve_prefill(call: PrefillCall) -> Any:
 def declines_metadata(call: MetadataCall) -> str | None:
     """Why the host makes this metadata, or None."""
     if call.cache_seqlens is None:
-        own = sglang_flash_mla.knows_sched_meta(call.build)
+        # without operators its wrapper raises, though it has the class
+        own = sglang_flash_mla.knows_sched_meta(call.build) and call.build.has(True)
         return "the host has a FlashMLASchedMeta of its own" if own else None
     if _dims(call.cache_seqlens) != 1:
         return None
@@ -240,6 +241,8 @@ def declines_metadata(call: MetadataCall) -> str | None:
 def serve_metadata(call: MetadataCall) -> Any:
     from mla_patch.flash_mla import get_mla_metadata
 
+    if call.cache_seqlens is None:
+        return sglang_flash_mla.new_sched_meta(call.build), None
     return get_mla_metadata(call.cache_seqlens, call.tokens, call.kv_heads, call.heads, call.is_fp8_kvcache, call.topk)
 
 

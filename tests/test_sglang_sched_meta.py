@@ -235,6 +235,35 @@ def test_metadata_is_of_the_class_that_callers_test_for(machine, monkeypatch):
     assert module.FlashMLASchedMeta is own
 
 
+@pytest.mark.parametrize("version", ["0.5.13", "0.5.22", "0.5.23"])
+def test_where_operators_did_not_load_metadata_are_ours_of_the_hosts_class(version, machine, monkeypatch):
+    """The wrapper has the class, and raises an ImportError."""
+    home = compat.INTERFACE if version == "0.5.23" else compat.SGL_KERNEL
+    module = ModuleType(home)
+    module.FlashMLASchedMeta = own = type("FlashMLASchedMeta", (), {"__module__": home})
+    monkeypatch.setitem(sys.modules, home, module)
+    call = targets(version, "get_mla_metadata")[0].bind()
+    assert hook.declines_metadata(call) == "the host has a FlashMLASchedMeta of its own"
+    machine(older=True, newer=False)
+    assert hook.declines_metadata(call) is None
+    made, nothing = hook.serve_metadata(call)
+    assert type(made) is own and nothing is None
+
+
+def test_a_wrapper_that_gave_up_serves_nothing(monkeypatch):
+    """Whoever else registered operators under these names: the wrapper raises before it looks for them."""
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    for name in ("sparse_decode_fwd", "sparse_prefill_fwd"):
+        library.define(f"{name}(Tensor q) -> Tensor")
+    module = ModuleType(compat.SGL_KERNEL)
+    monkeypatch.setitem(sys.modules, compat.SGL_KERNEL, module)
+    ask = compat.operators.__wrapped__, compat.prefill_arity.__wrapped__
+    module._flashmla_import_error = None
+    assert [one(compat.SGL_KERNEL) for one in ask] == [(True, True), 1]
+    module._flashmla_import_error = ImportError("undefined symbol")
+    assert [one(compat.SGL_KERNEL) for one in ask] == [(False, False), 0]
+
+
 @pytest.mark.parametrize("version", ["0.5.4", "0.5.5", "0.5.12", "0.5.13", "0.5.23"])
 def test_every_parameter_reaches_ours(version, machine, monkeypatch):
     """By place and by name, in the order of each wrapper that a release may have."""

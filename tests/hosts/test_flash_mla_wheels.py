@@ -1,0 +1,82 @@
+"""The wrapper files of real kernel wheels, with their operators and where these do not load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla_patch.compat.sglang_fetch import fetch, fetch_files
+
+pytestmark = [pytest.mark.network, pytest.mark.slow]
+
+HERE = Path(__file__).parent
+# the release that pins each, and the package; a wheel of sglang-kernel is 320 to 380 MB, of which 20 KB are kept
+WHEELS = {
+    "sglang-kernel 0.4.3": "0.5.13",
+    "sglang-kernel 0.4.5": "0.5.16",
+    "sglang-kernel 0.4.10": "0.5.22",
+    "sgl-flash-mla 1.0.0": "0.5.23",
+}
+SPREAD = ("sglang-kernel 0.4.5", "sgl-flash-mla 1.0.0")
+FILES = r"^(sgl_kernel/flash_mla\.py|flash_mla/(\w+\.py|VERSION)|[^/]+\.dist-info/METADATA)$"
+
+
+def chosen() -> list[str]:
+    asked = os.environ.get("HOSTS") or "spread"
+    if asked == "spread":
+        return list(SPREAD)
+    return [wheel for wheel, release in WHEELS.items() if asked == "all" or release in asked.replace(",", " ").split()]
+
+
+@pytest.fixture(params=chosen())
+def wheel(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def seen(wheel: str, loaded: bool, scratch: Path) -> dict[str, Any]:
+    """What a process of its own saw over the wrapper; ``loaded``: its operators are there."""
+    name, version = wheel.split()
+    folder = scratch / "wheel"
+    shutil.copytree(fetch_files(name, version, FILES), folder)
+    given = [] if not loaded else ["newest"] if version == "0.4.10" else ["operators"]
+    (folder / "given.json").write_text(json.dumps(given))
+    if name == "sgl-flash-mla":
+        for stem in ("cuda", "_C_legacy"):
+            (folder / "flash_mla" / f"{stem}.abi3.so").touch()
+    else:
+        (folder / "sgl_kernel" / "__init__.py").touch()
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
+    paths = [str(folder), *map(str, fetch(WHEELS[wheel]))]
+    env |= {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
+    out = scratch / "seen.json"
+    command = [sys.executable, str(HERE / "flash_mla_wheels_child.py"), WHEELS[wheel], str(out)]
+    done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, timeout=300)
+    assert out.exists(), done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def test_without_operators_all_is_ours(wheel: str, tmp_path: Path) -> None:
+    """A driver, a torch or an image that the extension does not load with: its wrapper raises at every call."""
+    got = seen(wheel, False, tmp_path)
+    assert got["state"] == "applied"
+    assert {name: one for name, one in got.items() if name.endswith(" by")} == {
+        "schedule by": "triton", "decode by": "triton", "tensors by": "triton", "prefill by": "triton",
+    }  # fmt: skip
+    assert got["of the class"] and got["V4's"] and got["class"] != "mla_patch.flash_mla"
+    assert got["error"] < 4e-3 and got["recorded"] == [True, True, 64] and got["tensors"] == 0
+
+
+def test_with_operators_all_is_the_hosts(wheel: str, tmp_path: Path) -> None:
+    got = seen(wheel, True, tmp_path)
+    assert {name: one for name, one in got.items() if name.endswith(" by")} == {
+        "schedule by": "host", "decode by": "host", "tensors by": "host", "prefill by": "host",
+    }  # fmt: skip
+    assert got["of the class"] and got["V4's"] and got["recorded"] == [True, True, 64]
+    assert got["error"] == 1 and got["tensors"] == 7  # the operators' zeros, and their schedule
