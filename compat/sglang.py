@@ -85,6 +85,8 @@ class PageTableCall:
     __slots__ = (
         "extra", "grid", "kv_start", "lens", "out", "out_stride", "page_size", "req_pool", "req_to_token", "row_stride",
     )  # fmt: skip
+    tensors, numbers = ("req_to_token", "req_pool", "lens", "out"), ("row_stride", "out_stride", "page_size")
+    optional = ("kv_start",)
 
     def __init__(
         self,
@@ -115,6 +117,8 @@ class TokenIndicesCall:
     """One launch of the token-id builder, whatever the release."""
 
     __slots__ = ("extra", "grid", "indptr", "kv_start", "lens", "out", "req_pool", "req_to_token", "row_stride")
+    tensors, numbers = ("req_to_token", "req_pool", "lens", "indptr", "out"), ("row_stride",)
+    optional = ("kv_start",)
 
     def __init__(
         self,
@@ -287,6 +291,8 @@ class DecodeCall:
         "extra", "indptr", "k", "k_scale", "logit_cap", "out", "q", "sinks", "sm_scale", "splits", "token_ids",
         "v_scale", "xai_temperature_len",
     )  # fmt: skip
+    tensors, optional = ("q", "k", "out", "indptr", "token_ids"), ("sinks",)
+    numbers = ("k_scale", "v_scale", "sm_scale", "logit_cap", "xai_temperature_len")
 
     def __init__(
         self, q, k_buffer, v_buffer, o, kv_indptr, kv_indices, attn_logits, attn_lse, num_kv_splits, max_kv_splits,

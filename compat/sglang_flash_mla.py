@@ -157,6 +157,7 @@ class MetadataCall:
     """One call of get_mla_metadata."""
 
     __slots__ = ("build", "cache_seqlens", "heads", "is_fp8_kvcache", "kv_heads", "tokens", "topk")
+    optional = ("cache_seqlens",)
 
     def __init__(
         self, build, cache_seqlens=None, num_q_tokens_per_head_k=None, num_heads_k=None, num_heads_q=None,
@@ -183,6 +184,11 @@ class KvCacheCall:
         "attn_sink", "block_table", "build", "cache_seqlens", "causal", "descale_k", "descale_q", "extra_indices",
         "extra_k_cache", "extra_topk_length", "head_dim_v", "indices", "is_fp8_kvcache", "k_cache", "kv_format",
         "metadata", "num_splits", "q", "softmax_scale", "topk_length", "use_legacy",
+    )  # fmt: skip
+    tensors, numbers = ("q", "k_cache"), ("head_dim_v",)
+    optional = (
+        "block_table", "cache_seqlens", "indices", "attn_sink", "extra_k_cache", "extra_indices", "topk_length",
+        "extra_topk_length", "descale_q", "descale_k",
     )  # fmt: skip
 
     def __init__(
@@ -218,6 +224,7 @@ class PrefillCall:
     """One call of flash_mla_sparse_fwd; ``use_legacy`` is what the wrappers without it do."""
 
     __slots__ = ("attn_sink", "build", "d_v", "indices", "kv", "q", "sm_scale", "topk_length", "use_legacy")
+    tensors, optional, numbers = ("q", "kv", "indices"), ("attn_sink", "topk_length"), ("sm_scale", "d_v")
 
     def __init__(
         self, build, q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, *, use_legacy=True

@@ -63,6 +63,7 @@ class DequantizeCall:
     """One call of dequantize_k_cache_paged; ``page_size`` None is V3.2's."""
 
     __slots__ = ("cache", "layout", "out", "page_size", "slots", "tile")
+    tensors, optional = ("cache", "slots"), ("out",)
 
     def __init__(self, cache, slots, page_size=None, out=None, layout=None, tile=128):
         self.cache = cache
@@ -143,6 +144,7 @@ class V32Call:
     """One call of _forward_flashmla_sparse: sparse attention over a 16-bit workspace or cache."""
 
     __slots__ = ("attn_sink", "d_v", "indices", "kv", "q", "sm_scale", "topk_length")
+    tensors, optional, numbers = ("q", "kv", "indices"), ("attn_sink", "topk_length"), ("sm_scale", "d_v")
 
     def __init__(
         self, backend, q_all, kv_cache, v_head_dim, page_table_1, sm_scale, topk_length=None, attn_sink=None

@@ -7,6 +7,9 @@ about a call happens here, so that counting, the breaker and experiments are the
 from __future__ import annotations
 
 import logging
+import subprocess
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +27,14 @@ SHADOW = "shadow"  # not an arm: the host's serves, and ours runs beside it on t
 Serve = Callable[[Any], Any]
 Declines = Callable[[Any], "str | None"]
 Twin = Callable[[Any], "tuple[Any, list[tuple[Any, Any]]]"]
+
+
+# How much the breaker bears before it gives a feature up in this process. A served call starts the first two anew.
+MALFORMED = 32  # calls in a row at which `bind` or `declines` raises the same error: that is no odd call, that is us
+IN_A_ROW = 3  # failures of `serve` that can pass, such as an out-of-memory
+AN_HOUR = 16  # of these, whatever was served between them
+PAUSE = 1.0  # seconds in which the host serves after an out-of-memory: one step's layers would fail one after the other
+PAUSED = "left to the host for a second, after an out-of-memory"
 
 
 class Arms(Protocol):
@@ -55,27 +66,69 @@ class ArmCode:
 class Switch:
     """What holds for all entry points of one feature in this process; read at every call."""
 
-    __slots__ = ("arms", "check", "off", "on_stop", "plain", "stopped")
+    __slots__ = (
+        "arms",
+        "check",
+        "failed",
+        "in_a_row",
+        "malformed",
+        "off",
+        "on_idle",
+        "on_stop",
+        "pause",
+        "plain",
+        "stopped",
+    )
 
-    def __init__(self, on_stop: Callable[[str, State], None]) -> None:
+    def __init__(
+        self, on_stop: Callable[[str, State], None], on_idle: Callable[[str], None] = lambda reason: None
+    ) -> None:
         self.off = False  # restored: whoever still holds ours reaches the host
         self.stopped = ""  # the breaker's reason, or what the first call's device decided against ours
         self.arms: Arms | None = None
         # asked at the first call, then never again: the state that this device means for the feature, or None
         self.check: Callable[[Gpu], tuple[State, str] | None] | None = None
         self.on_stop = on_stop  # (reason, state)
+        self.on_idle = on_idle  # (reason): none of the first calls was served, all for this one reason
+        self.malformed = "", 0, 0  # the last error of `bind` or `declines`, calls served by then, how often in a row
+        self.in_a_row = 0, 0  # calls served when `serve` last failed in passing, how often in a row
+        self.failed: deque[float] = deque(maxlen=AN_HOUR)  # when it did, time.monotonic()
+        self.pause = 0.0  # the host serves until then, time.monotonic(); 0: ours does
         self.plain = True  # none of the above: one test on the fast path
 
     def set(self, **changes: Any) -> None:
         for name, value in changes.items():
             setattr(self, name, value)
-        self.plain = not (self.off or self.stopped or self.arms or self.check)
+        self.plain = not (self.off or self.stopped or self.arms or self.check or self.pause)
 
     def trip(self, reason: str) -> None:
         """The breaker: from now on the host serves; said once."""
         if not self.stopped:
             self.set(stopped=reason)
             self.on_stop(reason, State.FAILED)
+
+    def bears_malformed(self, text: str, served: int) -> bool:
+        """Whether an error of `bind` or `declines` is still the call's fault rather than ours."""
+        last, then, times = self.malformed
+        times = times + 1 if (last, then) == (text, served) else 1
+        self.malformed = text, served, times
+        return times < MALFORMED
+
+    def bears_failure(self, served: int) -> bool:
+        """Whether a failure of `serve` that can pass is within the limits."""
+        then, times = self.in_a_row
+        times = times + 1 if then == served else 1
+        self.in_a_row = served, times
+        now = time.monotonic()
+        self.failed.append(now)
+        return times < IN_A_ROW and (len(self.failed) < AN_HOUR or now - self.failed[0] > 3600)
+
+    def is_paused(self) -> bool:
+        """Whether the pause after an out-of-memory lasts. A graph is captured with ours: it would keep the host's."""
+        if time.monotonic() < self.pause:
+            return not gpu.capturing()
+        self.set(pause=0.0)
+        return False
 
 
 class Site:
@@ -112,13 +165,16 @@ class Site:
         try:
             call = self.bind(*args, **kwargs) if first is None else self.bind(first, *args, **kwargs)
         except TypeError as problem:
-            counts.decline(_unbound(problem))
+            self._decline(_unbound(problem))
             return host(*args, **kwargs)
         except Exception as problem:
-            switch.trip(f"{self.name}: bind: {problem!r}")
+            self._malformed("bind", problem)
             return host(*args, **kwargs)
         serve, declines = self.serve, self.declines
         if not switch.plain:
+            if switch.pause and switch.is_paused():
+                self._decline(PAUSED)
+                return host(*args, **kwargs)
             try:
                 if switch.check is not None:
                     self._check_hardware(call)
@@ -135,24 +191,24 @@ class Site:
         try:
             reason = declines(call)
         except Exception as problem:  # nothing has been launched: the host can still serve, under capture too
-            switch.trip(f"{self.name}: declines: {problem!r}")
+            self._malformed("declines", problem, call)
             return host(*args, **kwargs)
         if reason is not None:
-            counts.decline(reason)
+            self._decline(reason)
             return host(*args, **kwargs)
+        failed = False
         try:
             result = serve(call)
         except ValueError as problem:  # a launcher's refusal, before its launch
-            counts.decline(str(problem))
+            self._decline(str(problem))
             return host(*args, **kwargs)
         except Final as final:
-            counts.decline(str(final))
+            self._decline(str(final))
             raise final.refusal from None
         except Exception as problem:
-            if gpu.capturing():
-                # part of ours may be in the graph already: the host must not record over it
-                raise
-            switch.trip(f"{self.name}: {problem!r}")
+            self._failed(problem, call)
+            failed = True
+        if failed:  # out of the handler: it kept alive what ours had allocated, of which the host may have need
             return host(*args, **kwargs)
         counts.served += 1
         if gpu.capturing():
@@ -165,6 +221,7 @@ class Site:
         assert arms is not None and self.twin is not None  # or nobody would have chosen it
         reason: str | None = None
         pairs: list[tuple[Any, Any]] = []
+        failed = False
         try:
             arm = self.arms[arms.candidate]
             reason = arm.declines(call)
@@ -175,13 +232,13 @@ class Site:
         except (ValueError, Final) as problem:
             reason = str(problem)
         except Exception as problem:
-            if gpu.capturing():
-                raise
-            switch.trip(f"{self.name}: {problem!r}")
-            return host(*args, **kwargs)
+            self._failed(problem, call)
+            failed = True
         result = host(*args, **kwargs)
+        if failed:
+            return result
         if reason is not None:
-            counts.decline(reason)
+            self._decline(reason)
             return result
         counts.served += 1
         if gpu.capturing():
@@ -193,6 +250,43 @@ class Site:
                 raise
             switch.trip(f"{self.name}: comparing: {problem!r}")
         return result
+
+    def _decline(self, reason: str) -> None:
+        if self.counts.decline(reason):
+            self.switch.on_idle(reason)
+
+    def _malformed(self, where: str, problem: Exception, call: Any = None) -> None:
+        """`bind` or `declines` has raised: nothing was launched, and more often than not the call is an odd one."""
+        reason = odd_argument(call)
+        text = f"{where}: {problem!r}"
+        if reason is None and not self.switch.bears_malformed(text, self.counts.served):
+            self.switch.trip(f"{self.name}: {text}, at {MALFORMED} calls in a row")
+            return
+        self._decline(reason or text)
+
+    def _failed(self, problem: Exception, call: Any) -> None:
+        """`serve` has raised what is no refusal: decline this call, or stop.
+
+        Raises:
+            the problem itself, under capture.
+        """
+        if gpu.capturing():
+            # part of ours may be in the graph already: the host must not record over it
+            raise problem
+        reason = odd_argument(call) if isinstance(problem, (TypeError, AttributeError)) else None
+        if reason is not None:
+            self._decline(reason)
+        elif not passes(problem):
+            self.switch.trip(f"{self.name}: {problem!r}")
+        elif not self.switch.bears_failure(self.counts.served):
+            self.switch.trip(f"{self.name}: {problem!r}, again and again")
+        else:
+            # At most AN_HOUR of these lines in an hour. As text: a record that is kept would keep what ours allocated
+            text = f"the host serves this call, and ours is tried again: {problem!r}"
+            log.warning("mla-patch: %s: %s", self.name, text)
+            self._decline(f"failed in passing: {type(problem).__name__}")
+            if is_out_of_memory(problem):
+                self.switch.set(pause=time.monotonic() + PAUSE)
 
     def _check_hardware(self, call: Any) -> None:
         for name in getattr(type(call), "__slots__", None) or vars(call):
@@ -213,6 +307,36 @@ def _unbound(problem: TypeError) -> str:
     # newer Pythons go on: 'scal'. Did you mean 'scale'?
     name = rest.strip("'").partition("'")[0]
     return f"unknown argument {name}" if found else f"arguments: {problem}"
+
+
+def odd_argument(call: Any) -> str | None:
+    """Which argument of a call no kernel takes, in words; None where those that its class declares are tensors and
+    numbers. A class declares them as tuples of names: ``tensors``, ``numbers``, and ``optional`` for tensors or None.
+    """
+    kind = type(call)
+    optional = getattr(kind, "optional", ())
+    for name in (*getattr(kind, "tensors", ()), *optional):
+        value = getattr(call, name, None)
+        if not hasattr(value, "data_ptr") and not (value is None and name in optional):
+            return f"{name}: expected a tensor, found {type(value).__name__}"
+    for name in getattr(kind, "numbers", ()):
+        value = getattr(call, name, None)
+        if not isinstance(value, (int, float)):
+            return f"{name}: expected a number, found {type(value).__name__}"
+    return None
+
+
+def is_out_of_memory(problem: Exception) -> bool:
+    return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and "out of memory" in str(problem))
+
+
+def passes(problem: Exception) -> bool:
+    """Whether a failure of `serve` says nothing of the next call, and nothing on the device was touched by it.
+
+    A compile that lost a race for its cache, or a compiler that was killed, and an allocation that failed. Whatever
+    else the device reports may have left it in a state in which nobody's next call can be trusted.
+    """
+    return isinstance(problem, (OSError, subprocess.CalledProcessError)) or is_out_of_memory(problem)
 
 
 class _Named:

@@ -103,6 +103,7 @@ class Final(Exception):
 
 
 MAX_REASONS = 64
+FIRST_CALLS = 64  # a feature that has declined so many for one reason, and served none, is worth a word
 
 
 @dataclass
@@ -120,12 +121,16 @@ class Counts:
     declined: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def decline(self, reason: str) -> None:
-        """Count a call that ours did not serve; reasons beyond the first 64 share one line."""
+    def decline(self, reason: str) -> bool:
+        """Count a call that ours did not serve; reasons beyond the first 64 share one line.
+
+        Returns whether this is the last of the first calls, none of which was served, all for this one reason.
+        """
         with self._lock:
             if reason not in self.declined and len(self.declined) >= MAX_REASONS:
                 reason = "other reasons"
-            self.declined[reason] = self.declined.get(reason, 0) + 1
+            count = self.declined[reason] = self.declined.get(reason, 0) + 1
+            return count == FIRST_CALLS and not self.served and len(self.declined) == 1
 
     def reset(self) -> None:
         """Start from nothing, as a forked child does."""

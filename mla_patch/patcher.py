@@ -25,7 +25,7 @@ import wrapt
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Arm, Gpu, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, Arms, Site, Switch, is_ours, stand_in
-from mla_patch.features import Asked, Counts, Feature, State
+from mla_patch.features import FIRST_CALLS, Asked, Counts, Feature, State
 from mla_patch.flags import Setting
 from mla_patch.judge import UNKNOWN_GPU, Judgement, code_of, difference
 from mla_patch.reports import FeatureStatus, TargetStatus
@@ -166,7 +166,14 @@ class Patcher:
         self.changed()
 
     def _switch(self, feature: Feature) -> Switch:
-        return Switch(functools.partial(self._stopped, feature.label))
+        return Switch(
+            functools.partial(self._stopped, feature.label), functools.partial(self._served_none, feature.label)
+        )
+
+    def _served_none(self, label: str, reason: str) -> None:
+        """The first calls were all left to the host for one reason: another model than ours is for, say."""
+        level = logging.WARNING if self.runs[label].setting.asked_for else logging.INFO
+        log.log(level, "mla-patch: %s served none of its first %d calls: %s", label, FIRST_CALLS, reason)
 
     def _complain(self, run: Run) -> None:
         """Warn once of an asked-for feature that cannot be had; under strict, end the process."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import statistics
+import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +16,16 @@ from typing import Any
 import pytest
 import wrapt
 
+from mla_patch import dispatch
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
-from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
-from mla_patch.features import MAX_REASONS, Counts, Final, State
+from mla_patch.dispatch import AN_HOUR, IN_A_ROW, MALFORMED, PAUSED, ArmCode, Site, Switch, stand_in
+from mla_patch.features import FIRST_CALLS, MAX_REASONS, Counts, Final, State
 
 
 class Call:
     __slots__ = ("kv", "q", "scale")
+    tensors: tuple[str, ...] = ()
 
     def __init__(self, q: Any, kv: Any, scale: float) -> None:
         self.q = q
@@ -56,7 +60,8 @@ class Patched:
     def __init__(self, bind: Callable[..., Any] = bind, declines: Callable[..., Any] = declines, **arms: Any) -> None:
         self.counts = Counts()
         self.stops: list[tuple[str, State]] = []
-        self.switch = Switch(lambda *stop: self.stops.append(stop))
+        self.idle: list[str] = []
+        self.switch = Switch(lambda *stop: self.stops.append(stop), self.idle.append)
         codes = {name: ArmCode(serve, declines) for name, serve in ({"patch": serve} | arms).items()}
         self.site = Site("decode", bind, codes, self.counts, self.switch)
         self.call = stand_in(host, "call", self.site)
@@ -140,9 +145,9 @@ def broken(call: Any) -> Any:
     "parts, reason",
     [
         ({"patch": broken}, "decode: RuntimeError('boom')"),
-        ({"declines": broken}, "decode: declines: RuntimeError('boom')"),
-        ({"bind": lambda *args: broken(args)}, "decode: bind: RuntimeError('boom')"),
+        ({"patch": lambda call: call.q.shape}, "decode: AttributeError(\"'int' object has no attribute 'shape'\")"),
     ],
+    ids=["an error", "an error of types that no argument explains"],
 )
 def test_the_breaker(parts: dict[str, Any], reason: str) -> None:
     patched = Patched(**parts)
@@ -150,6 +155,160 @@ def test_the_breaker(parts: dict[str, Any], reason: str) -> None:
         assert patched.call(1, 2) == ("host", 1, 2, 1.0)
     assert patched.stops == [(reason, State.FAILED)]  # told once
     assert (patched.counts.served, patched.counts.declined) == (0, {})
+
+
+@pytest.mark.parametrize("where", ["bind", "declines"])
+def test_an_error_before_the_launch_is_the_calls_until_it_is_every_calls(where: str) -> None:
+    """The host serves, and one odd call, or now and then one, is no reason to give the feature up."""
+
+    def look(*call: Any) -> Any:
+        q = call[0] if where == "bind" else call[0].q
+        if q == "odd":
+            raise KeyError("no such page")
+        if q == "odder":
+            raise RuntimeError("boom")
+        return bind(*call) if where == "bind" else None
+
+    patched = Patched(**{where: look})
+    for _ in range(3):
+        for _ in range(MALFORMED - 1):
+            assert patched.call("odd", 2)[0] == "host"
+        assert patched.call(1, 2)[0] == "ours"
+    for _ in range(MALFORMED // 2):  # by turns
+        assert patched.call("odd", 2)[0] == patched.call("odder", 2)[0] == "host"
+    assert not patched.stops
+    assert patched.counts.declined[f"{where}: KeyError('no such page')"] == 3 * (MALFORMED - 1) + MALFORMED // 2
+    for _ in range(MALFORMED + 3):
+        assert patched.call("odder", 2)[0] == "host"
+    assert patched.stops == [(f"decode: {where}: RuntimeError('boom'), at {MALFORMED} calls in a row", State.FAILED)]
+    assert patched.call(1, 2)[0] == "host"
+
+
+@pytest.mark.parametrize("where", ["declines", "patch"])
+def test_what_is_no_tensor_is_declined_for_ever(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Call, "tensors", ("q",))
+    patched = Patched(**{where: lambda call: call.q.data_ptr() and None})
+    for odd in (None, "text", [1]):
+        for _ in range(MALFORMED + 1):
+            assert patched.call(odd, 2)[0] == "host"
+    assert not patched.stops
+    told = {f"q: expected a tensor, found {kind}": MALFORMED + 1 for kind in ("NoneType", "str", "list")}
+    assert patched.counts.declined == told
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's."""
+
+
+NO_MEMORY = OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+PASSING = {
+    "a compile that lost its cache": FileNotFoundError(2, "No such file or directory", "/cache/kernel.so"),
+    "a compiler that was killed": subprocess.CalledProcessError(-9, "ptxas"),
+    "out of memory": NO_MEMORY,
+    "Triton's out of memory": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "no host memory": MemoryError(),
+}
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(dispatch.time, "monotonic", lambda: self.now)
+
+
+@pytest.mark.parametrize("problem", PASSING.values(), ids=PASSING)
+def test_a_failure_that_passes_is_tried_again(
+    problem: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, patched = Clock(monkeypatch), Patched()
+    for _ in range(IN_A_ROW - 1):
+        assert patched.call(problem, 2)[0] == "host"
+        clock.now += dispatch.PAUSE
+    assert patched.call(1, 2)[0] == "ours"
+    assert not patched.stops and patched.switch.plain
+    assert patched.counts.declined == {f"failed in passing: {type(problem).__name__}": IN_A_ROW - 1}
+    for _ in range(IN_A_ROW + 1):
+        assert patched.call(problem, 2)[0] == "host"
+        clock.now += dispatch.PAUSE
+    assert patched.stops == [(f"decode: {problem!r}, again and again", State.FAILED)]
+    assert patched.call(1, 2)[0] == "host"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (2 * IN_A_ROW - 2)
+
+
+def test_failures_that_pass_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours served between them, but an hour has so many."""
+    clock, patched = Clock(monkeypatch), Patched()
+    for minute in range(3 * AN_HOUR):
+        patched.call(PASSING["a compile that lost its cache"], 2)
+        assert patched.call(1, 2)[0] == "ours", minute
+        clock.now += 3600 / (AN_HOUR - 1) + 1
+    for _ in range(AN_HOUR):
+        patched.call(PASSING["a compile that lost its cache"], 2)
+        patched.call(1, 2)
+        clock.now += 60
+    assert len(patched.stops) == 1
+
+
+def test_the_host_serves_for_a_moment_after_an_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of one step would use up all tries within a millisecond."""
+    clock, patched = Clock(monkeypatch), Patched()
+    assert [patched.call(NO_MEMORY, 2)[0] for _ in range(60)] == ["host"] * 60
+    assert patched.call(1, 2)[0] == "host"
+    assert not patched.stops and patched.counts.declined[PAUSED] == 60
+    cuda = SimpleNamespace(is_initialized=lambda: True, is_current_stream_capturing=lambda: True)
+    with monkeypatch.context() as graph:
+        graph.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+        assert patched.call(1, 2)[0] == "ours"  # a graph would keep the host's for good
+    clock.now += dispatch.PAUSE
+    assert patched.call(1, 2)[0] == "ours" and patched.switch.plain
+
+
+def test_what_ours_has_allocated_is_free_when_the_host_serves() -> None:
+    gone: list[Any] = []
+
+    class Scratch:
+        pass
+
+    def allocates(call: Any) -> Any:
+        scratch = Scratch()
+        gone.append(weakref.ref(scratch))
+        raise OutOfMemoryError("out of memory")
+
+    def watched(q: Any, kv: Any, scale: float = 1.0) -> Any:
+        return gone[0]()
+
+    patched = Patched(patch=allocates)
+    assert stand_in(watched, "call", patched.site)(1, 2) is None
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
+        RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448"),
+    ],
+    ids=["illegal access", "assert", "shared memory"],
+)
+def test_what_does_not_pass_stops_ours_at_once(problem: Exception) -> None:
+    patched = Patched()
+    assert patched.call(problem, 2)[0] == "host"
+    assert patched.stops == [(f"decode: {problem!r}", State.FAILED)]
+
+
+def test_first_calls_that_are_all_declined_for_one_reason_are_told_once() -> None:
+    patched = Patched()
+    for _ in range(FIRST_CALLS - 1):
+        patched.call(1, 2, 0.5)
+    assert not patched.idle
+    for _ in range(2 * FIRST_CALLS):
+        patched.call(1, 2, 0.5)
+    assert patched.idle == ["scale 0.5"]
+    served, mixed = Patched(), Patched()
+    served.call(1, 2), mixed.call(1, 2, 0.25)
+    for _ in range(2 * FIRST_CALLS):
+        served.call(1, 2, 0.5), mixed.call(1, 2, 0.5)
+    assert served.idle == mixed.idle == []
 
 
 def test_the_breaker_is_told_once_of_calls_in_flight() -> None:
@@ -183,9 +342,12 @@ def test_under_capture(capturing: None) -> None:
     with pytest.raises(RuntimeError, match="half a graph"):
         patched.call(RuntimeError("half a graph"), 2)
     assert not patched.stops
+    with pytest.raises(OutOfMemoryError):
+        patched.call(NO_MEMORY, 2)
+    assert not patched.stops
     early = Patched(declines=broken)
     assert early.call(1, 2)[0] == "host"  # nothing was launched here either
-    assert len(early.stops) == 1
+    assert early.counts.declined == {"declines: RuntimeError('boom')": 1}
 
 
 def test_torch_is_neither_imported_nor_woken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,6 +652,17 @@ def test_a_shadow_check_that_fails_stops_ours() -> None:
     arms.compare = broken  # type: ignore[method-assign]
     assert [patched.call([1], 2) for _ in range(3)] == ["host"] * 3
     assert patched.stops == [("decode: comparing: RuntimeError('boom')", State.FAILED)]
+
+
+def test_a_shadow_check_that_fails_in_passing() -> None:
+    patched, arms = shadowed(raises_no_memory)
+    assert patched.call([1], 2) == "host"
+    assert (patched.counts.declined, patched.stops) == ({"failed in passing: OutOfMemoryError": 1}, [])
+    assert arms.compared == []
+
+
+def raises_no_memory(call: Any) -> Any:
+    raise NO_MEMORY
 
 
 def test_a_shadow_check_leaves_the_hosts_exception_alone() -> None:

@@ -1007,11 +1007,43 @@ def test_a_bind_that_breaks(fake_host: FakeHost) -> None:
         raise KeyError("boom")
     FEATURES = [feature("ops", target("fakehost.ops", "decode", ("q", "kv", "scale"), bad_bind))]
     """)
-    done = fake_host.run("mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), c.run())\nprint(state())")
-    assert done.stdout.splitlines() == ["host host", "failed: decode: bind: KeyError('boom')"]
-    assert done.stderr.splitlines() == [
-        "mla-patch: ops@fakehost stopped, the host serves from here on: decode: bind: KeyError('boom')"
+    code = """
+    mla_patch.apply()
+    import fakehost.caller as c
+    print(c.run(), c.run(), row("ops")["declined"], state("ops"))
+    print({c.run() for _ in range(40)}, state("ops"))
+    """
+    done = fake_host.run(code)
+    reason = "decode: bind: KeyError('boom'), at 32 calls in a row"
+    assert done.stdout.splitlines() == [
+        """host host {"bind: KeyError('boom')": 2} applied""",
+        f"{{'host'}} failed: {reason}",
     ]
+    assert done.stderr.splitlines() == [f"mla-patch: ops@fakehost stopped, the host serves from here on: {reason}"]
+
+
+def test_first_calls_that_are_all_declined(fake_host: FakeHost) -> None:
+    """One line a process and feature: a warning where it was asked for, else for those who read everything."""
+    fake_host.plug("""
+    def declines(call):
+        return "1 kv heads of 288, not one of 512 + 64"
+
+    MORE = target("fakehost.more", "prefill", ("q",), one_call, declines="fakeplug:declines")
+    OPS = target("fakehost.ops", "decode", ("q", "kv", "scale"), decode_call, declines="fakeplug:declines")
+    FEATURES = [feature("ops", OPS), feature("more", MORE)]
+    """)
+    code = """
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    import mla_patch.startup
+    mla_patch.apply("ops")
+    mla_patch.startup._get_session().activate({}, "", lambda feature: feature.name == "more")
+    import fakehost.caller as c
+    for _ in range(200):
+        c.run(), c.fill(1)
+    """
+    said = [line for line in fake_host.run(code).stderr.splitlines() if "first" in line]
+    reason = "served none of its first 64 calls: 1 kv heads of 288, not one of 512 + 64"
+    assert said == [f"WARNING mla-patch: ops@fakehost {reason}", f"INFO mla-patch: more@fakehost {reason}"]
 
 
 @pytest.mark.parametrize(

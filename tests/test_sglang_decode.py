@@ -116,6 +116,31 @@ def test_options_reach_the_kernel(splits: bool, monkeypatch: pytest.MonkeyPatch)
     assert seen == options | {"sm_scale": 0.05} | ({"max_kv_splits": 8} if splits else {})
 
 
+ODD = {
+    "no scales": ({"k_scale": None, "v_scale": None}, "k_scale: expected a number, found NoneType"),
+    "scales of text": ({"k_scale": "1", "v_scale": "1"}, "k_scale: expected a number, found str"),
+    "no token ids": ({"kv_indices": None}, "token_ids: expected a tensor, found NoneType"),
+    "token ids in a list": ({"kv_indices": [0, 1, 2, 3]}, "token_ids: expected a tensor, found list"),
+    "q is text": ({"q": "q"}, "q: expected a tensor, found str"),
+    "no q": ({"q": None}, "q: expected a tensor, found NoneType"),
+    "no cache": ({"k_buffer": None}, "k: expected a tensor, found NoneType"),
+    "no out": ({"o": None}, "out: expected a tensor, found NoneType"),
+    "no indptr": ({"kv_indptr": None}, "indptr: expected a tensor, found NoneType"),
+    "sinks in a list": ({"sinks": [0.0] * 16}, "sinks: expected a tensor, found list"),
+    "sm_scale of text": ({"sm_scale": "0.05"}, "sm_scale: expected a number, found str"),
+    "no logit cap": ({"logit_cap": None}, "logit_cap: expected a number, found NoneType"),
+}
+
+
+@pytest.mark.parametrize(("changes", "says"), ODD.values(), ids=ODD)
+def test_wrong_types_are_declined_and_stop_nothing(changes: dict[str, Any], says: str) -> None:
+    served = Served("0.5.23")
+    for _ in range(3):
+        assert served.call(**arguments("0.5.23", **changes)) == "host"
+    assert served.counts.declined == {says: 3}
+    assert served.call(**arguments("0.5.23")) is None and not served.switch.stopped
+
+
 POOL, GQA = torch.zeros(9, 1, 576).half(), torch.zeros(9, 8, 128).half()
 
 
