@@ -35,7 +35,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from mla_patch.compat import gpu, steps
+from mla_patch.compat import gpu, processes, steps
 from mla_patch.compat.methods import set_methods
 from mla_patch.compat.types import Target, Undo
 
@@ -151,20 +151,11 @@ def rank_of(runner: Any) -> steps.Rank:
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     args = getattr(runner, "server_args", None)
-    parent = f"{os.getppid()}-{_started(os.getppid())}"
+    parent = f"{os.getppid()}-{processes.start_ticks(os.getppid()) or 0}"
     if getattr(args, "nnodes", 1) > 1:  # what all nodes know
         parent = "".join(c if c.isalnum() else "-" for c in str(getattr(args, "dist_init_addr", "")))
     port = getattr(runner, "dist_port", None)
     return steps.Rank(f"sglang-{parent}-{port}", rank, ranks, str(getattr(runner, "device", "cpu")))
-
-
-def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks: its number alone comes again."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return "0"
 
 
 # graphs

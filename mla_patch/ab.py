@@ -5,7 +5,6 @@ What it reads and writes are the files in the engine's MLA_PATCH_REPORT; no engi
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mla_patch import reports
+from mla_patch import survey
 from mla_patch.experiment import analysis, merge
 from mla_patch.experiment.control import Controller
 from mla_patch.experiment.control_file import Command, ControlError, read
@@ -111,7 +110,7 @@ def report(directory: Path, run: str | None = None) -> dict[str, Any]:
 
 def page(directory: Path, told: dict[str, Any]) -> str:
     """One run's report, the newest where there are several, as a page."""
-    processes, _ = reports.read_directory(directory)
+    processes, _ = survey.read_directory(directory)
     return report_html(told["runs"][-1], processes)
 
 
@@ -146,10 +145,3 @@ def snapshot(directory: Path, run: str | None = None) -> dict[str, Any]:
     ]
     told["notes"] = [row._asdict() for row in one.notes[-5:]]
     return told
-
-
-def write(path: Path, text: str) -> None:
-    """For its owner's eyes, since it names hosts and paths."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), 0o600)  # there may have been one
-        file.write(text)

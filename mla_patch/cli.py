@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import mla_patch
+from mla_patch import files, reports, show
 from mla_patch import flags as flags_
 from mla_patch import plugins as plugins_
-from mla_patch import reports, show
 from mla_patch.compat import gpu, hosts, sglang_fetch
 from mla_patch.features import MEANING, Feature, State
 from mla_patch.judge import Judgement, code_of, judge
@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("status", status, "what the processes of a running engine report")
     sub.add_argument("directory", type=Path, help="the engine's MLA_PATCH_REPORT")
     sub.add_argument("--all", action="store_true", help="processes that call nothing, such as launchers, too")
+    sub.add_argument("--prune", action="store_true", help="first remove the reports of processes that have ended")
     sub = add("run", run, "run a command with the plugin on, even where the start-up file is not read")
     _feature_option(sub)
     sub.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command and its arguments")
@@ -402,6 +403,10 @@ def _findings(found: Iterable[hosts.Installed], flags: flags_.Flags) -> list[str
     active = flags.on("MLA_PATCH")
     if flags.on("MLA_PATCH_STRICT") and not active:
         findings.append("MLA_PATCH_STRICT is set and MLA_PATCH is not: nothing is active, so nothing is enforced")
+    directory = flags.text("MLA_PATCH_REPORT")
+    problem = files.directory_problem(directory) if directory else None
+    if problem:
+        findings.append(f"MLA_PATCH_REPORT={directory}: {problem}; no process would keep a report")
     if sys.flags.no_site:
         findings.append("Python runs with -S: the start-up file is not read, use `mla-patch run`")
     elif active and not start_file():
@@ -453,7 +458,8 @@ def status(args: argparse.Namespace) -> int:
     from mla_patch import status as status_
 
     try:
-        told = status_.look(args.directory)
+        pruned = status_.prune(args.directory) if args.prune else {}
+        told = status_.look(args.directory) | pruned
     except (OSError, ValueError) as problem:
         raise Misuse(f"{args.directory}: {getattr(problem, 'strerror', None) or problem}") from None
     if args.json:
@@ -631,7 +637,7 @@ def ab_report(args: argparse.Namespace) -> int:
     try:
         told = ab.report(args.directory, args.run)
         if args.html:
-            ab.write(args.html, ab.page(args.directory, told))
+            files.export(args.html, ab.page(args.directory, told))
     except (ab.NotThere, OSError) as problem:
         raise Misuse(f"ab report: {problem}") from None
     if args.json:

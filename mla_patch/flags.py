@@ -6,12 +6,14 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from mla_patch.features import Feature, Variable
 
 PREFIX = "MLA_PATCH"
 EXPERIMENTS = ("ab", "shadow", "ab+shadow")
 MODES = ("on", "off", *EXPERIMENTS)
+_REPORT = "each process keeps its report there; nobody else may write to it"
 _SWITCH = {"1": "on", "on": "on", "true": "on", "0": "off", "off": "off", "false": "off", "": "off"}
 
 
@@ -59,12 +61,12 @@ class Known:
     help: str
 
 
-def known(features: Iterable[Feature]) -> dict[str, Known]:
-    """Every variable that means something to this set of features, by name."""
+def known(features: Iterable[Feature], start: str | None = None) -> dict[str, Known]:
+    """Every variable that means something to this set of features, by name; ``start`` as `read` takes it."""
     fixed = [
         Known(PREFIX, "off", _read_master, "1", "turns the plugin on; unset, nothing of it is imported"),
         Known("MLA_PATCH_STRICT", "off", _read_switch, "1", "an asked-for feature that cannot be had ends the process"),
-        Known("MLA_PATCH_REPORT", "", str, "a directory", "each process keeps its report there"),
+        Known("MLA_PATCH_REPORT", "", partial(_read_directory, start), "a directory", _REPORT),
         Known("MLA_PATCH_AB", "block=64,ratio=0.5,seed=0,warmup=128", _read_ab, "as the default", "A/B schedule"),
         Known("MLA_PATCH_SHADOW", "every=64,tolerance=0.02", _read_shadow, "as the default", "shadow sampling"),
         Known("MLA_PATCH_SKIP_VERSION_CHECK", "off", _read_switch, "1", "apply outside the reviewed releases too"),
@@ -88,11 +90,15 @@ def read(
     features: Iterable[Feature],
     chosen: Mapping[str, str] | None = None,
     chosen_by: str = "command line",
+    start: str | None = None,
 ) -> Flags:
-    """Settings from ``chosen`` (feature -> mode; "decode" or "decode@sglang"), the environment and the defaults."""
+    """Settings from ``chosen`` (feature -> mode; "decode" or "decode@sglang"), the environment and the defaults.
+
+    ``start``: the directory in which this process started, where relative paths begin; None: it is in it still.
+    """
     features = list(features)
     flags = Flags()
-    table = known(features)
+    table = known(features, start)
     for name, flag in table.items():
         raw = environ.get(name)
         setting = Setting(name, flag.default, "default") if raw is None else _take(flag, raw, "environment")
@@ -159,6 +165,17 @@ def _read_switch(raw: str) -> str:
 def _read_master(raw: str) -> str:
     # the door has let any other value in, so it means on
     return _SWITCH.get(raw.strip().lower(), "on")
+
+
+def _read_directory(start: str | None, raw: str) -> str:
+    """An absolute path: an engine may change its directory later, and no shell has seen a ~ that comes from YAML."""
+    if not raw:
+        return ""
+    try:
+        path = os.path.expanduser(raw)
+        return os.path.abspath(path if start is None else os.path.join(start, path))
+    except OSError:
+        raise ValueError("the working directory is gone, expected an absolute path") from None
 
 
 def _read_ab(raw: str) -> str:

@@ -1,25 +1,34 @@
-"""What each process tells of itself: states and counts, kept current in one JSON file."""
+"""What each process tells of itself: states and counts, kept current in one JSON file. `status` reads such files.
+
+While the process runs the file is touched every 10 s at least. A normal exit writes it once more, with ``ended``.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mla_patch
+from mla_patch import files, redact
+from mla_patch.compat import processes
 from mla_patch.compat.compiles import COMPILES
+from mla_patch.exits import AtExit
 from mla_patch.features import SATISFIED, Counts, State
 
 log = logging.getLogger("mla_patch")
+FORMAT = 2  # raised when what a key means changes, not when keys are added; reports without one are of format 1
 INTERVAL = 0.25  # seconds between two looks for something new; an engine kills its processes without a word
+HEARTBEAT = 10.0  # seconds after which the file is touched, where nothing is new
+EXIT_WAIT = 1.0  # seconds that a normal exit waits for the last write
 
 
 @dataclass
@@ -75,10 +84,13 @@ class ProcessReport:
     """Everything that one process has to say."""
 
     engine: str = ""
+    host_version: str | None = None  # the engine's release, as features were judged by
     pid: int = field(default_factory=os.getpid)
     started_ns: int = field(default_factory=time.time_ns)
+    ended: float | None = None  # seconds since 1970, once the process has begun a normal exit
     problems: list[str] = field(default_factory=list)
     features: list[FeatureStatus] = field(default_factory=list)
+    _fixed: dict[str, Any] = field(default_factory=dict, repr=False)  # what does not change while the process lives
 
     @property
     def stem(self) -> str:
@@ -87,7 +99,8 @@ class ProcessReport:
 
     def renew(self) -> None:
         """This is another process now: a forked child counts for itself."""
-        self.pid, self.started_ns = os.getpid(), time.time_ns()
+        self.pid, self.started_ns, self.ended = os.getpid(), time.time_ns(), None
+        self._fixed = {}
         COMPILES.reset()
         for status in self.features:
             status.counts.reset()
@@ -97,11 +110,22 @@ class ProcessReport:
         return any(status.counts.served for status in self.features)
 
     def as_dict(self) -> dict[str, Any]:
+        if not self._fixed:
+            self._fixed = {
+                "argv": redact.argv(getattr(sys, "orig_argv", sys.argv)),
+                "hostname": socket.gethostname(),
+                "pid_space": processes.pid_space(),
+                "start_ticks": processes.start_ticks(self.pid),
+            }
         return {
+            "format": FORMAT,
+            "version": mla_patch.__version__,
             "engine": self.engine,
+            "host_version": self.host_version,
             "pid": self.pid,
-            "argv": list(getattr(sys, "orig_argv", sys.argv)),
+            **self._fixed,
             "started": self.started_ns / 1e9,
+            "ended": self.ended,
             "problems": list(self.problems),
             "compiled": COMPILES.as_dict(),
             "features": [status.as_dict() for status in list(self.features)],
@@ -111,16 +135,15 @@ class ProcessReport:
 class Writer:
     """Keeps one process's report file current, from a thread of its own.
 
-    The engine never waits for it and never hears of its errors but once: a full disk or a removed
-    directory costs the report, nothing else.
+    The engine never waits for it and never hears of its errors but once: a full disk, a directory that was removed or
+    is not ours costs the report, nothing else. At a normal exit the thread writes once more, and is given a second.
     """
 
     def __init__(self, directory: str, report: ProcessReport) -> None:
         self.directory = Path(directory)
         self.report = report
-        self._wake = threading.Event()
-        self._lock = threading.Lock()
         self._written = ""
+        self._touched = 0.0  # when the file was last written or touched, by the monotonic clock
         self._complained = False
         self._start()
 
@@ -133,121 +156,52 @@ class Writer:
         self._wake.set()
 
     def flush(self) -> None:
-        """Write now, if there is something new."""
+        """Write now, if there is something new; else say now and then that this process lives."""
         with self._lock:
             try:
                 text = json.dumps(self.report.as_dict(), indent=1)
                 if text != self._written or not self.path.exists():
-                    write_atomically(self.path, text)
-                    self._written = text
+                    files.replace(self.path, text)
+                    self._written, self._touched = text, time.monotonic()
+                elif time.monotonic() - self._touched >= HEARTBEAT:
+                    files.touch(self.path)
+                    self._touched = time.monotonic()
             except Exception as problem:
                 if not self._complained:
                     self._complained = True
                     log.warning("mla-patch: no report in MLA_PATCH_REPORT=%s: %s", self.directory, problem)
 
+    def farewell(self) -> None:
+        """The process ends: have all of it written. Waits for the thread, which may hang in a dead file system."""
+        self.report.ended = time.time()
+        self._leaving = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._left.wait(EXIT_WAIT)
+        else:
+            self.flush()
+
     def _start(self) -> None:
-        threading.Thread(target=self._run, name="mla-patch-report", daemon=True).start()
+        self._wake, self._left, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._leaving = False
+        self._exit = AtExit(self.farewell)
+        self._thread: threading.Thread = threading.Thread(target=self._run, name="mla-patch-report", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # a fork while the interpreter shuts down: the exit writes
+            pass
 
     def _run(self) -> None:
         while True:
+            leaving = self._leaving
             self.flush()
+            if leaving:
+                self._left.set()
             self._wake.wait(INTERVAL)
             self._wake.clear()
 
     def restart(self) -> None:
         """In a forked child: threads do not survive a fork, and locks may be held forever."""
-        self._wake, self._lock = threading.Event(), threading.Lock()
+        self._exit.cancel()
         self._written, self._complained = "", False
         self._start()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never half of one; for its owner's eyes only."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(beside, path)
-
-
-def silent_processes(directory: Path, reported: set[int]) -> list[dict[str, Any]]:
-    """Living processes of an engine that were told to report to ``directory`` and have not. Linux only."""
-    found = []
-    proc = Path("/proc")
-    for entry in proc.iterdir() if proc.is_dir() else ():
-        if not entry.name.isdigit() or int(entry.name) in reported:
-            continue
-        try:
-            environ = (entry / "environ").read_bytes().split(b"\0")
-            argv = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
-        except OSError:  # gone, or another user's
-            continue
-        told = next((e.partition(b"=")[2] for e in environ if e.startswith(b"MLA_PATCH_REPORT=")), b"")
-        # compile workers and the like inherit the variable and never import the engine: go by the name
-        engine = any(name in " ".join(argv) for name in ("sglang::", "sglang.", "sglang serve", "vllm"))
-        if told and engine and Path(os.fsdecode(told)).absolute() == directory.absolute():
-            found.append({"pid": int(entry.name), "argv": argv, "reason": "no report: the plugin is not active in it"})
-    return found
-
-
-def read_directory(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All reports in ``directory``, and the files that are not one, each with the reason.
-
-    Raises:
-        OSError: the directory cannot be read.
-    """
-    reports, broken = [], []
-    for path in sorted(p for p in directory.iterdir() if p.suffix == ".json"):
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            check(report)
-            reports.append(report)
-        except (OSError, ValueError, TypeError, RecursionError) as problem:
-            broken.append({"file": path.name, "reason": f"not a report: {problem}"})
-    return reports, broken
-
-
-# what readers of a report rely on; there may be more, and names with a ? may be missing
-_PROCESS = {
-    "engine": str, "pid": int, "argv": list, "started": (int, float), "features": list,
-    "problems?": list, "compiled?": dict,
-}  # fmt: skip
-_FEATURE = {
-    "name": str, "host": str, "flag": str, "value": str, "source": str, "state": str, "reason": str, "targets": list,
-    "served": int, "declined": dict, "captured": int, "replayed?": int,
-}  # fmt: skip
-
-
-def check(report: Any) -> None:
-    """Raise ValueError where what a file holds is not a report that can be read."""
-    _check_keys(report, _PROCESS, "it")
-    _check_items(report.get("problems") or [], str, "problems")
-    _check_items(report["argv"], str, "argv")
-    compiled = report.get("compiled")
-    if compiled is not None:
-        _check_keys(compiled, {"before": int, "serving": int}, "compiled")
-    for at, feature in enumerate(report["features"]):
-        _check_keys(feature, _FEATURE, f"features[{at}]")
-        _check_items(feature["targets"], dict, f"features[{at}].targets")
-        _check_items(feature["declined"].values(), int, f"features[{at}].declined")
-
-
-def _check_keys(value: Any, keys: dict[str, Any], what: str) -> None:
-    _check_items([value], dict, what)
-    missing = [key for key in keys if not key.endswith("?") and key not in value]
-    if missing:
-        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}")
-    for key, kind in keys.items():
-        name = key.rstrip("?")
-        if value.get(name) is not None or name == key:
-            _check_items([value[name]], kind, f"{what}.{name}".removeprefix("it."))
-
-
-_KINDS = {str: "text", int: "a whole number", (int, float): "a number", list: "a list", dict: "an object"}
-
-
-def _check_items(values: Iterable[Any], kind: Any, what: str) -> None:
-    for value in values:
-        infinite = isinstance(value, float) and not math.isfinite(value)
-        if not isinstance(value, kind) or isinstance(value, bool) or infinite:
-            raise ValueError(f"{what} is {value!r:.80}, expected {_KINDS[kind]}")

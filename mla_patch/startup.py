@@ -31,6 +31,7 @@ class HostFinder:
 
 _finder: "HostFinder | None" = None
 _session: "Session | None" = None
+_directory: "str | None" = None  # in which this process started, as far as can be told
 _lock = RLock()
 
 
@@ -41,10 +42,19 @@ def start() -> None:
         if _finder is not None:
             return
         _finder = HostFinder()
+        _note_directory()
         sys.meta_path.insert(0, _finder)
     for name in HOST_PACKAGES:
         if name in sys.modules:
             wake(name)
+
+
+def _note_directory() -> None:
+    global _directory
+    try:
+        _directory = _directory or os.getcwd()
+    except OSError:  # it has been removed
+        pass
 
 
 def started() -> bool:
@@ -114,7 +124,8 @@ class Session:
         self.plugins = plugins
         self.environ = environ
         sglang_tokenspeed.KERNELS.update((kernel.name, kernel) for kernel in plugins.kernels)
-        self.flags: Flags = flags.read(environ, plugins.features)
+        _note_directory()
+        self.flags: Flags = flags.read(environ, plugins.features, start=_directory)
         self.report: ProcessReport = ProcessReport(problems=[*plugins.problems, *self.flags.problems])
         COMPILES.has_served = self.report.has_served
         self.writer: Writer | None = None
@@ -151,7 +162,7 @@ class Session:
         from mla_patch.judge import Judgement, judge
 
         self._tell_problems()
-        settings = flags.read(self.environ, self.plugins.features, chosen, chosen_by)
+        settings = flags.read(self.environ, self.plugins.features, chosen, chosen_by, _directory)
         skip = self.flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
         hosts: dict[str, Any] = {}  # looked up once, however many features a host has
         for feature in filter(wanted, self.plugins.features):
@@ -160,6 +171,8 @@ class Session:
                 hosts[feature.host_name] = find_host(feature.host_name)
             found = hosts[feature.host_name]
             self.report.engine = self.report.engine or (found.host.package if found else "")
+            if found is not None and found.host.package == self.report.engine:
+                self.report.host_version = found.version
             try:
                 judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
             except Exception as problem:  # a plugin's declaration; the other features are not to suffer

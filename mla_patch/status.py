@@ -2,7 +2,7 @@
 
 A *finding* says that something is not as it was asked for, or that nothing is active. A *note* says what is known
 and may be as it should be, such as a default feature that no call has reached: which calls come depends on the model
-and on the backend, and a report tells neither.
+and on the backend, and a report tells neither. Both are of processes that run, or of all where none does.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import mla_patch
-from mla_patch import reports
+from mla_patch import survey
 from mla_patch.features import SATISFIED, State
+from mla_patch.reports import INTERVAL
 from mla_patch.show import Line, Table
 
 Row = Mapping[str, Any]
@@ -28,14 +29,14 @@ def look(directory: Path) -> dict[str, Any]:
     Raises:
         OSError: the directory cannot be read.
     """
-    processes, missing = reports.read_directory(directory)
-    missing += reports.silent_processes(directory, {report["pid"] for report in processes})
-    findings, notes = list(dict.fromkeys(p for report in processes for p in report.get("problems", []))), []
+    processes, missing = survey.survey(directory)
+    current = survey.current(processes)
+    findings, notes = list(dict.fromkeys(p for report in current for p in report["problems"])), []
     if not processes:
         findings.append(f"no process reports in {directory}: {_contents(directory)}")
-    for report in processes:
+    for report in current:
         findings += [f"pid {report['pid']}: {text}" for text in [*unsatisfied(report["features"]), *_odd(report)]]
-    for engine, run in by_engine(processes).items():
+    for engine, run in by_engine(current).items():
         findings += _inactive(engine, run)
         for label, asked in uncalled(run):
             text = f"{label} is applied, and nothing has called it yet"
@@ -46,6 +47,16 @@ def look(directory: Path) -> dict[str, Any]:
         for report in idle(run):
             report["idle"] = True
     return {"processes": processes, "missing": missing, "findings": findings, "notes": notes}
+
+
+def prune(directory: Path) -> dict[str, Any]:
+    """Remove the reports of processes that have ended; what ``--json`` has of it.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    removed, left = survey.prune(directory)
+    return {"pruned": removed, "not_pruned": left}
 
 
 def by_engine(processes: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -144,18 +155,28 @@ def _contents(directory: Path) -> str:
 
 
 def blocks(directory: Path, told: Mapping[str, Any], everything: bool = False) -> Iterable[Line | Table]:
-    """What a person is shown; ``everything``: the idle processes, too."""
-    left_out = [report for report in told["processes"] if report.get("idle") and not everything]
-    shown = [report for report in told["processes"] if report not in left_out]
+    """What a person is shown; ``everything``: the idle processes and earlier ones, too."""
+    if "pruned" in told:
+        others = f"; {told['not_pruned']} are another user's, or could not be removed" if told["not_pruned"] else ""
+        yield Line(f"removed {len(told['pruned'])} reports of processes that have ended{others}")
+    current = survey.current(told["processes"])
+    earlier = [report for report in told["processes"] if report not in current and not everything]
+    left_out = [report for report in current if report.get("idle") and not everything]
+    shown = [report for report in told["processes"] if report not in [*earlier, *left_out]]
     rows = [_row(report, feature) for report in shown for feature in report["features"]]
     if rows:
-        columns = ["engine", "pid", "name", "state", "reason", "served", "declined", "graphs"]
+        columns = ["engine", "pid", "process", "name", "state", "reason", "served", "declined", "graphs"]
         yield Table(str(directory), columns, rows)
     if left_out:
         pids = f"pid {', '.join(str(report['pid']) for report in left_out)}"
         what = "process that calls nothing is" if len(left_out) == 1 else "processes that call nothing are"
         yield Line(f"{len(left_out)} {what} left out ({pids}): --all shows them")
+    if earlier:
+        what = "process that has ended is" if len(earlier) == 1 else "processes that have ended are"
+        yield Line(f"{len(earlier)} {what} left out: --all shows them, --prune removes their reports")
     for report in shown:
+        if report["life"] == survey.GONE:
+            yield Line(f"pid {report['pid']}: it ended without a farewell, its counts may lack the last {INTERVAL} s")
         compiled = report.get("compiled", {})
         if compiled is None:
             yield Line(f"pid {report['pid']}: compiles are not counted with this Triton")
@@ -175,6 +196,7 @@ def _row(report: Row, feature: Row) -> dict[str, Any]:
         **feature,
         "pid": report["pid"],
         "engine": report["engine"],
+        "process": survey.life_text(report),
         "declined": ", ".join(f"{count} × {reason}" for reason, count in feature["declined"].items()),
         "graphs": f"{captured} captured, {replayed}" if captured else "",
     }

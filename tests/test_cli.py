@@ -139,15 +139,22 @@ def test_doctor_tells_when_python_skips_the_start_up_file(tmp_path):
     "environ, state, says",
     [
         ({}, "refused", "MLA_PATCH_REPORT is not set"),
-        ({"MLA_PATCH_REPORT": "/tmp"}, "armed", ""),
-        ({"MLA_PATCH_REPORT": "/tmp", "MLA_PATCH_AB": "arms=host+mine"}, "refused", "arms=mine: kv_indices has host,"),
+        ({"MLA_PATCH_REPORT": "{tmp}/reports"}, "armed", ""),
+        ({"MLA_PATCH_REPORT": "{tmp}/shared"}, "refused", "shared: mode 0777 lets everybody write to it"),
+        (
+            {"MLA_PATCH_REPORT": "{tmp}/reports", "MLA_PATCH_AB": "arms=host+mine"},
+            "refused",
+            "arms=mine: kv_indices has host,",
+        ),
     ],
 )
 def test_doctor_judges_an_experiment(capsys, tmp_path, monkeypatch, environ, state, says):
     monkeypatch.syspath_prepend(str(fake_sglang(tmp_path)))
     with_steps(tmp_path)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
     for name, value in (environ | {"MLA_PATCH_KV_INDICES": "ab+shadow"}).items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, value.format(tmp=tmp_path))
     _, report = run(capsys, "doctor")
     assert row_of(report)["state"] == state and says in row_of(report)["reason"]
     targets = [target["name"] for target in row_of(report)["targets"]]

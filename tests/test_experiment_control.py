@@ -260,9 +260,12 @@ SPOILT = {
         lambda path, patch: [spoil(path, SLOTS_AT + i * SLOT_BYTES + 8, b"\xff\xff\xff\xff") for i in (0, 1)],
         "corrupt, both slots",
     ),
-    "a link": (lambda path, patch: (path.rename(path.with_name("x")), path.symlink_to("x")), "symbolic links"),
-    "a directory": (lambda path, patch: (path.unlink(), path.mkdir()), "Is a directory|not a plain file"),
-    "a pipe": (lambda path, patch: (path.unlink(), os.mkfifo(path, 0o600)), "not a plain file"),
+    "a link": (
+        lambda path, patch: (path.rename(path.with_name("x")), path.symlink_to("x")),
+        "found a link, expected",
+    ),
+    "a directory": (lambda path, patch: (path.unlink(), path.mkdir()), "found a directory, expected a plain file"),
+    "a pipe": (lambda path, patch: (path.unlink(), os.mkfifo(path, 0o600)), "found a FIFO, expected a plain"),
 }
 
 

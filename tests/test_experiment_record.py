@@ -131,7 +131,7 @@ def test_a_file_without_our_header_is_named(content: bytes, tmp_path: Path) -> N
     assert runs == []
     assert problems == [
         "a.steps.jsonl: no header of a format that this version reads (1)",
-        "b.steps.jsonl: not a plain file",
+        f"{tmp_path}/b.steps.jsonl: found a directory, expected a plain file",
     ]
 
 

@@ -15,16 +15,20 @@ MAY = {
     "_door": {"startup"},
     "bootstrap": {"_door"},
     "features": {"compat"},
+    "files": set(),
+    "exits": set(),
+    "redact": set(),
     "sources": set(),
     "hookspecs": {"features", "compat"},
     "flags": {"experiment", "features"},
     "plugins": {"features", "flags", "hookspecs", "compat"},
-    "reports": {"features", "compat"},
+    "reports": {"files", "exits", "redact", "features", "compat"},
+    "survey": {"files", "redact", "reports", "compat"},
     "dispatch": {"features", "compat"},
     "judge": {"sources", "flags", "features", "compat"},
     "patcher": {"dispatch", "judge", "reports", "flags", "features", "compat"},
     "startup": {"experiment", "flags", "plugins", "patcher", "judge", "reports", "sources", "features", "compat"},
-    "experiment": {"dispatch", "reports", "features", "kernels", "compat"},
+    "experiment": {"files", "exits", "dispatch", "reports", "features", "kernels", "compat"},
     "flash_mla": {"kernels", "compat"},
     "sparse_prefill": {"kernels", "compat"},
     "kernels": {"kernels", "compat"},
@@ -109,7 +113,7 @@ def test_nobody_imports_a_second_copy(path: Path) -> None:
 
 
 DECLARING = ["features", "sources", "hookspecs", "flags", "plugins", "reports", "judge", "startup", "hooks", "_door"]
-DECLARING += ["experiment"]
+DECLARING += ["experiment", "files", "exits", "redact", "survey"]
 
 
 @pytest.mark.parametrize("path", [path for path in files() if part(path) in DECLARING], ids=ids)

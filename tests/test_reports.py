@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_host import FakeHost, fake_host
 
-from mla_patch import reports
+from mla_patch import files, reports, survey
 from mla_patch.features import State
 
 __all__ = ["fake_host"]  # a fixture
@@ -179,7 +179,7 @@ def test_two_processes_share_a_directory(fake_host: FakeHost, tmp_path: Path) ->
     """
     for _ in range(2):
         run(fake_host, code, tmp_path)
-    found, broken = reports.read_directory(tmp_path)
+    found, broken = survey.read_directory(tmp_path)
     assert (len({report["pid"] for report in found}), broken) == (2, [])
 
 
@@ -197,11 +197,11 @@ def test_two_processes_share_a_directory(fake_host: FakeHost, tmp_path: Path) ->
 )
 def test_a_corrupt_file_is_named_and_the_others_are_read(content: bytes, reason: str, tmp_path: Path) -> None:
     good = reports.ProcessReport(engine="sglang")
-    reports.write_atomically(tmp_path / "sglang-a-1-1.json", json.dumps(good.as_dict()))
+    files.replace(tmp_path / "sglang-a-1-1.json", json.dumps(good.as_dict()))
     (tmp_path / "sglang-b-2-2.json").write_bytes(content)
     (tmp_path / "sglang-c-3-3.tmp").write_bytes(b"{")  # being written
     (tmp_path / "sglang-d-4-4.json").mkdir()
-    found, broken = reports.read_directory(tmp_path)
+    found, broken = survey.read_directory(tmp_path)
     assert [report["engine"] for report in found] == ["sglang"]
     assert [row["file"] for row in broken] == ["sglang-b-2-2.json", "sglang-d-4-4.json"]
     assert broken[0]["reason"].startswith(reason)
@@ -209,14 +209,14 @@ def test_a_corrupt_file_is_named_and_the_others_are_read(content: bytes, reason:
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OSError):
-        reports.read_directory(tmp_path / "none")
+        survey.read_directory(tmp_path / "none")
 
 
 def test_an_old_file_is_replaced_and_closed_to_others(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text("old" * 1000)
     os.chmod(path, 0o644)
-    reports.write_atomically(path, "new")
+    files.replace(path, "new")
     assert path.read_text() == "new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == ["r.json"]

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+from mla_patch import files
 from mla_patch.experiment.control_file import (
     NEVER,
     Command,
@@ -165,9 +166,9 @@ class Controller:
         read(self.path)
         lock = self.path.with_name(self.path.name + ".lock")
         try:
-            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._lock = files.open_ours(lock, os.O_RDWR)
         except OSError as problem:
-            raise ControlError(f"{lock}: {problem.strerror}") from None
+            raise ControlError(f"{lock}: {problem.strerror or problem}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

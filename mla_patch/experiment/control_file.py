@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import socket
 import stat
 import struct
 import time
@@ -25,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from mla_patch import files
 
 MAGIC, VERSION = b"MLAPCTRL", 1
 HEADER = struct.Struct("<8sI")
@@ -92,24 +93,14 @@ def create(path: Path, about: dict[str, Any]) -> None:
     """Make the file, whole at once; of several ranks that try, the first does.
 
     Raises:
-        OSError: the directory cannot be written.
+        OSError: the directory is not ours alone, or cannot be written.
         ControlError: more to say than there is room for.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     blank = bytearray(SIZE)
     HEADER.pack_into(blank, 0, MAGIC, VERSION)
     slot = _pack(Content(1, about, ()))
     blank[SLOTS_AT + SLOT_BYTES : SLOTS_AT + SLOT_BYTES + len(slot)] = slot  # generation 1 lies in slot 1
-    beside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(beside, flags, 0o600), "wb") as file:
-            file.write(blank)
-        os.link(beside, path)
-    except FileExistsError:
-        pass
-    finally:
-        beside.unlink(missing_ok=True)
+    files.create(path, bytes(blank))
 
 
 @contextmanager
@@ -120,13 +111,13 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         ControlError: it is not a file that we made.
     """
     try:
-        file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = files.open_plain(path, flags)
+    except files.Refused as problem:
+        raise ControlError(str(problem)) from None
     except OSError as problem:
         raise ControlError(f"{path}: {problem.strerror}") from None
     try:
         found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode):
-            raise ControlError(f"{path}: not a plain file")
         if found.st_uid != os.geteuid():
             raise ControlError(f"{path}: owned by user {found.st_uid}, expected {os.geteuid()}")
         if found.st_mode & 0o077:
@@ -164,7 +155,7 @@ def _unpack(slot: bytes) -> Content | None:
     if len(data) != length or zlib.crc32(slot[: SLOT.size] + data) != crc:
         return None
     try:
-        value = json.loads(data)
+        value = files.parse(data)
         return Content(generation, dict(value["about"]), tuple(Command(**row) for row in value["commands"]))
     except (ValueError, TypeError, KeyError):
         return None

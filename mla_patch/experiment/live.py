@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mla_patch import files
 from mla_patch.compat import gpu, steps
 from mla_patch.compat.steps import Rank, Work
 from mla_patch.experiment import control_file
@@ -176,10 +177,13 @@ class Live:
         """``directory``: where records and the control file go; ``stem``: the name of this process's files.
 
         Raises:
-            ValueError: no directory.
+            ValueError: no directory, or one that is not this process's alone.
         """
         if not directory:
             raise ValueError("MLA_PATCH_REPORT is not set: an experiment needs a directory for its records")
+        problem = files.directory_problem(directory)
+        if problem:
+            raise ValueError(f"MLA_PATCH_REPORT={directory}: {problem}")
         self.directory = Path(directory)
         self.trials: dict[str, Trial] = {}
         self.draft = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import stat
+import io
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mla_patch import files
 from mla_patch.experiment.record import DRAFT, FORMAT, KINDS, OLD, SUFFIX, TYPES, Error, Note, Row, Timing
 
 
@@ -41,17 +42,15 @@ def read_log(path: Path) -> Log:
     """One process: the older half, if there is one, then the newer.
 
     Raises:
-        OSError: the newer half cannot be read.
+        OSError: a half is no plain file, or cannot be read.
         ValueError: it has no header of ours.
     """
     found: Log | None = None
     older = path.with_name(path.name.replace(SUFFIX, OLD))
-    for half in (older, path) if older.exists() else (path,):
-        if not stat.S_ISREG(half.stat().st_mode):
-            raise ValueError(f"{half.name}: not a plain file")
-        with open(half, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                found = _take(found, line)
+    for half in (older, path) if os.path.lexists(older) else (path,):
+        data = files.read(half, files.RECORD_BYTES)
+        for line in io.StringIO(data.decode("utf-8", "replace"), newline="\n"):
+            found = _take(found, line)
     if found is None:
         raise ValueError(f"{path.name}: no header of a format that this version reads ({FORMAT})")
     return found
@@ -63,7 +62,7 @@ def _take(log: Log | None, line: str) -> Log | None:
     if not text:
         return log
     try:
-        value = json.loads(text) if line.endswith("\n") else None  # the last one, torn
+        value = files.parse(text, finite=False) if line.endswith("\n") else None  # the last one, torn
     except ValueError:
         value = None
     if isinstance(value, dict) and _is_header(value):

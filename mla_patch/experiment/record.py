@@ -9,7 +9,7 @@
 
 The step path appends to a bounded deque and nothing else. What cannot be written is counted, never raised:
 a full disk, a removed directory or a broken file costs rows, and the next write starts on a line of its own.
-`merge` reads them.
+What has been added by a normal exit is written then. `merge` reads them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from mla_patch import files
+from mla_patch.exits import AtExit
+
 log = logging.getLogger("mla_patch")
 FORMAT = 1
 SUFFIX, OLD = ".steps.jsonl", ".steps.old.jsonl"
 DRAFT = "draft"  # how the buckets of draft models' decodes begin
 INTERVAL = 0.25  # seconds between two writes
+EXIT_WAIT = 1.0  # seconds that a normal exit waits for the last write
 
 
 class Timing(NamedTuple):
@@ -98,6 +102,7 @@ class Recorder:
         self._complained = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._exit = AtExit(self._leave)
         self._thread = threading.Thread(target=self._run, name="mla-patch-steps", daemon=True)
         self._thread.start()
 
@@ -128,9 +133,16 @@ class Recorder:
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL):
             self.flush()
+        self.flush()
+
+    def _leave(self) -> None:
+        """At a normal exit: the thread writes the rest, and may hang in a dead file system."""
+        self._stop.set()
+        self._thread.join(EXIT_WAIT)
 
     def close(self) -> None:
         """Stop the thread and write the rest."""
+        self._exit.cancel()
         self._stop.set()
         self._thread.join()
         self.flush()
@@ -145,7 +157,7 @@ class Recorder:
             return
         if self._size >= self.limit // 2:
             self._close()
-            os.replace(self.path, self.path.with_name(self.path.name.replace(SUFFIX, OLD)))
+            files.rename(self.path, self.path.name.replace(SUFFIX, OLD))
         if self._file < 0:
             self._open()
         lines = [[_LETTERS[type(row)], *row] for row in rows]
@@ -158,9 +170,7 @@ class Recorder:
         self._rows += len(rows)
 
     def _open(self) -> None:
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.open(self.path, flags, 0o600)
+        self._file = files.open_ours(self.path, os.O_WRONLY | os.O_APPEND)
         self._size = os.fstat(self._file).st_size
         self._rows = self._told = 0
         # what a failed write has left stays on a line of its own
