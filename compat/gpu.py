@@ -1,11 +1,25 @@
-"""Devices: what can be known of them without touching CUDA, and what a call tells later."""
+"""Devices: what can be known of them without touching CUDA, and what a call tells later.
+
+Before the first call the GPU is known where NVML and the environment leave no doubt:
+
+    CUDA_VISIBLE_DEVICES    unset: all GPUs; else numbers, UUIDs or beginnings of UUIDs (GPU-...), MIG instances
+                            (MIG-..., or MIG-GPU-<uuid>/<gi>/<ci> of older drivers), up to an entry that names none
+    CUDA_DEVICE_ORDER       PCI_BUS_ID: CUDA counts as NVML does; else the fastest GPU comes first, so that a number
+                            means nothing certain where the GPUs of a machine differ
+
+GPUs of one compute capability are one GPU to a feature. Where those that a process sees differ, its first call decides.
+"""
 
 from __future__ import annotations
 
+import ast
 import gc
+import os
+import re
 import sys
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mla_patch.compat.types import Gpu
 
@@ -13,43 +27,179 @@ if TYPE_CHECKING:
     import torch
 
 
-@lru_cache(maxsize=1)
 def from_nvml() -> Gpu | None:
-    """The first device that NVML lists, or None where there is no NVML; CUDA stays uninitialised."""
+    """The GPU that this process will use, if that is certain; CUDA stays uninitialised.
+
+    None where there is no GPU, where NVML cannot be asked, and where the visible GPUs differ; `why_unknown` says which.
+    """
+    return _by_nvml()[0]
+
+
+def why_unknown() -> str:
+    """Why `from_nvml` does not know the GPU; empty where it does."""
+    return _by_nvml()[1]
+
+
+def _by_nvml() -> tuple[Gpu | None, str]:
+    build = _torch_build()
+    if build is not None and build.hip:
+        return None, "torch is built for ROCm, and NVML tells of NVIDIA's GPUs alone"
+    return _visible(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER"))
+
+
+class _Listed(NamedTuple):
+    """One GPU, as NVML lists it."""
+
+    name: str
+    capability: tuple[int, int]
+    uuid: str  # these two are empty where nobody needs them
+    instances: tuple[str, ...]  # UUIDs of its MIG instances
+
+
+@lru_cache(maxsize=8)
+def _visible(chosen: str | None, order: str | None) -> tuple[Gpu | None, str]:
+    """What a process with this CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER will use, or why that is not known."""
     try:
-        import pynvml
-    except ImportError:
-        return None
+        gpus, driver = _ask_nvml(uuids=chosen is not None and "-" in chosen)
+    except Exception:  # no NVML, no driver, or a module of that name that is something else
+        gpus, driver = [], ""
+    if not gpus:
+        return None, "NVML tells of no GPU"
+    seen = gpus
+    if chosen is not None:
+        numbers, places = _choose(chosen, gpus)
+        if not places:
+            return None, "CUDA_VISIBLE_DEVICES leaves no GPU"
+        if numbers and order != "PCI_BUS_ID" and _differ(gpus):
+            return None, f"CUDA_VISIBLE_DEVICES counts GPUs from the fastest on, and they differ ({_kinds(gpus)})"
+        seen = [gpus[place] for place in places]
+    if _differ(seen):
+        return None, f"the visible GPUs differ ({_kinds(seen)})"
+    return Gpu(", ".join(dict.fromkeys(one.name for one in seen)), seen[0].capability, driver), ""
+
+
+def _differ(gpus: list[_Listed]) -> bool:
+    return len({one.capability for one in gpus}) > 1
+
+
+def _kinds(gpus: list[_Listed]) -> str:
+    return ", ".join(dict.fromkeys(f"sm_{one.capability[0]}{one.capability[1]}" for one in gpus))
+
+
+def _choose(chosen: str, gpus: list[_Listed]) -> tuple[bool, list[int]]:
+    """Whether CUDA_VISIBLE_DEVICES holds numbers, and the places in ``gpus`` that its entries name.
+
+    As CUDA reads it: the first entry says whether all are numbers, GPUs or instances, the list ends before an entry
+    that names nothing, and one that comes twice leaves nothing.
+    """
+    entries = [entry.strip() for entry in chosen.split(",")]
+    kind = next((kind for kind in ("GPU-", "MIG-") if entries[0].upper().startswith(kind)), "")
+    places: list[int] = []
+    keys: list[str] = []
+    for entry in entries:
+        if not entry.upper().startswith(kind):
+            break
+        place = _place(entry, kind, gpus)
+        if place is None:
+            break
+        key = entry.upper() if kind else str(place)
+        if key in keys:
+            return not kind, []
+        keys.append(key)
+        places.append(place)
+    return not kind, places
+
+
+def _place(entry: str, kind: str, gpus: list[_Listed]) -> int | None:
+    """The one GPU that an entry of CUDA_VISIBLE_DEVICES names, or None."""
+    if not kind:
+        number = re.match(r"\+?[0-9]+", entry)  # CUDA reads digits up to what is none
+        return int(number[0]) if number and int(number[0]) < len(gpus) else None
+    wanted = entry.upper()
+    if wanted.startswith("MIG-GPU-"):
+        wanted = wanted[len("MIG-") :].partition("/")[0]
+        kind = "GPU-"
+    uuids = [(one.uuid,) if kind == "GPU-" else one.instances for one in gpus]
+    named = [(place, uuid) for place, several in enumerate(uuids) for uuid in several if uuid.startswith(wanted)]
+    return named[0][0] if len(named) == 1 else None
+
+
+def _ask_nvml(uuids: bool) -> tuple[list[_Listed], str]:
+    """All GPUs by their PCI bus, as NVML numbers them, and the driver's version.
+
+    Raises:
+        Exception: whatever an odd NVML or a missing one raises.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
     try:
-        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        gpus = []
+        for handle in handles:
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            uuid = _text(pynvml.nvmlDeviceGetUUID(handle)).upper() if uuids else ""
+            instances = tuple(_mig_instances(pynvml, handle)) if uuids else ()
+            gpus.append(_Listed(_text(pynvml.nvmlDeviceGetName(handle)), (int(major), int(minor)), uuid, instances))
+        return gpus, _text(pynvml.nvmlSystemGetDriverVersion())
+    finally:
         try:
-            device = pynvml.nvmlDeviceGetHandleByIndex(0)
-            return Gpu(
-                _text(pynvml.nvmlDeviceGetName(device)),
-                tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device)),
-                _text(pynvml.nvmlSystemGetDriverVersion()),
-            )
-        finally:
             pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
+        except Exception:  # what it has told before is no less so
+            pass
+
+
+def _mig_instances(pynvml: Any, handle: Any) -> list[str]:
+    """UUIDs of a GPU's MIG instances; none where it has none or NVML is too old to tell."""
+    found = []
+    try:
+        for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+            try:
+                instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
+            except Exception:  # not every place is taken
+                continue
+            found.append(_text(pynvml.nvmlDeviceGetUUID(instance)).upper())
+    except Exception:
+        pass
+    return found
+
+
+def _text(value: Any) -> str:
+    """A name is for people: one that is not UTF-8 makes nothing else about a GPU uncertain."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def known() -> Gpu | None:
-    """The device that NVML tells of, else the one that a call has told of, else None."""
-    return from_nvml() or (_told[-1] if _told else None)
+    """The GPU that a call has told of, else the one that NVML tells of, else None."""
+    return _told[-1] if _told else from_nvml()
 
 
 def from_tensor(tensor: torch.Tensor) -> Gpu | None:
-    """The device that a call's tensor lies on, or None for a CPU tensor."""
-    return _tell(_from_index(tensor.device.index or 0)) if tensor.is_cuda else None
+    """The GPU that a call's tensor lies on, or None for a CPU tensor."""
+    return _tell(_from_index(index_of(tensor.device))) if tensor.is_cuda else None
 
 
 def from_torch() -> Gpu | None:
-    """The first device as torch sees it. Initialises CUDA, so it is for our own processes only."""
+    """The current GPU as torch sees it. Initialises CUDA, so it is for our own processes only."""
     import torch
 
-    return _tell(_from_index(0)) if torch.cuda.is_available() else None
+    return _from_index(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def for_engines() -> Gpu | None:
+    """The GPU that an engine started from here will use, if that is certain. May initialise CUDA, as `from_torch`."""
+    found = from_nvml()
+    if found is None:
+        current = from_torch()
+        if current is not None and _all_alike():
+            found = _tell(current)
+    return found
+
+
+def _all_alike() -> bool:
+    import torch
+
+    return len({_from_index(index).capability for index in range(torch.cuda.device_count())}) < 2
 
 
 _told: list[Gpu] = []  # at most one
@@ -64,12 +214,73 @@ def _tell(device: Gpu) -> Gpu:
 def _from_index(index: int) -> Gpu:
     import torch
 
-    return Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+    return Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), cuda=_runs_cuda())
+
+
+def index_of(device: torch.device) -> int:
+    """The number of a GPU; a torch.device without one means the current GPU."""
+    if device.index is not None:
+        return device.index
+    import torch
+
+    return torch.cuda.current_device()
+
+
+class _Build(NamedTuple):
+    """What torch is built for; a CPU build has neither."""
+
+    cuda: str | None
+    hip: str | None
+
+
+def _torch_build() -> _Build | None:
+    """What torch is built for, torch itself not imported; None where there is no torch or it does not say."""
+    version = getattr(sys.modules.get("torch"), "version", None)
+    if version is not None:
+        return _Build(getattr(version, "cuda", None), getattr(version, "hip", None))
+    return _build_in_source()
+
+
+@lru_cache(maxsize=1)
+def _build_in_source() -> _Build | None:
+    try:
+        spec = PathFinder.find_spec("torch")
+        (folder,) = spec.submodule_search_locations  # type: ignore[union-attr, misc]
+        with open(os.path.join(folder, "version.py"), encoding="utf-8") as file:
+            body = ast.parse(file.read()).body
+    except Exception:  # no torch, or one that is made otherwise
+        return None
+    told: dict[str, Any] = {}
+    for node in body:
+        names = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for name in names:
+            if isinstance(name, ast.Name) and isinstance(node.value, ast.Constant):  # type: ignore[attr-defined]
+                told[name.id] = node.value.value  # type: ignore[attr-defined]
+    return _Build(told.get("cuda"), told.get("hip"))
+
+
+@lru_cache(maxsize=1)
+def _runs_cuda() -> bool:
+    """Whether torch's GPUs are NVIDIA's: torch is built for CUDA, and so is Triton's backend.
+
+    Makers of other chips show theirs as torch.cuda, too, with capabilities and names of their own.
+    """
+    build = _torch_build()
+    if build is None or not build.cuda or build.hip:
+        return False
+    try:
+        from triton.runtime import driver
+
+        return driver.active.get_current_target().backend == "cuda"
+    except Exception:  # no Triton, or none that finds a GPU: torch alone tells
+        return True
 
 
 def not_nvidia(device: Gpu) -> str | None:
     """Why this device cannot run what is written for NVIDIA's, or None."""
-    return "not an NVIDIA GPU" if device.name.startswith("AMD") else None
+    return None if device.cuda else "not an NVIDIA GPU"
 
 
 def on_nvidia(tensor: torch.Tensor) -> bool:
@@ -80,10 +291,10 @@ def on_nvidia(tensor: torch.Tensor) -> bool:
 
 @lru_cache(maxsize=16)
 def capability(index: int) -> tuple[int, int]:
-    """Compute capability of a device that a call already uses."""
+    """CUDA's compute capability of a device that a call already uses; (0, 0) of another maker's."""
     import torch
 
-    return torch.cuda.get_device_capability(index)
+    return torch.cuda.get_device_capability(index) if _runs_cuda() else (0, 0)
 
 
 def capability_of(tensor: Any) -> tuple[int, int] | None:
@@ -153,7 +364,3 @@ def has_graphs() -> bool:
         return False
     kinds = {torch.cuda.CUDAGraph, *torch.cuda.CUDAGraph.__subclasses__()}
     return any(type(one) in kinds for one in gc.get_objects())
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

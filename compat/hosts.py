@@ -56,7 +56,14 @@ def installed(known: Host, where: str | None) -> Installed | None:
 
 
 def _tells(version: str) -> bool:
-    return version != "0.0.0.dev0"
+    """Whether a version tells anything of the code: 0.0.0, and whatever is made of it, is what builders say that do not
+    know."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return any(Version(version).release)
+    except InvalidVersion:
+        return True  # somebody's own words, which a person may understand
 
 
 def _version_file(where: str) -> str | None:

@@ -321,7 +321,7 @@ def _keep(backend: Any, cache: Any) -> Any:
 
 def most_queries(device: Any) -> int | None:
     """Queries for which FlashMLA can still make a schedule on this GPU: a block's shared memory holds them all."""
-    return gpu.shared_memory(device.index or 0) // ROW_BYTES if device.type == "cuda" else None
+    return gpu.shared_memory(gpu.index_of(device)) // ROW_BYTES if device.type == "cuda" else None
 
 
 _PREFILL = (

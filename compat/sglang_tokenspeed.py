@@ -40,7 +40,7 @@ from packaging.version import Version
 
 from mla_patch.compat import gpu
 from mla_patch.compat.methods import set_methods
-from mla_patch.compat.types import Gpu, MlaDecode, MlaKernel, MlaPrefill, Seam, Target, Undo
+from mla_patch.compat.types import Gpu, Mark, MlaDecode, MlaKernel, MlaPrefill, Seam, Target, Undo
 
 log = logging.getLogger("mla_patch")
 
@@ -57,9 +57,12 @@ _FIELDS = (
 )  # fmt: skip
 
 
+OWN_BACKEND = Mark("sglang.srt.layers.attention.tokenspeed_mla_backend", "0.5.12", "0.5.23")
+
+
 def is_native(version: str | None) -> bool:
     """Whether the release has the tokenspeed_mla backend itself."""
-    return version is not None and Version("0.5.12") <= Version(version) < Version("0.5.23")
+    return version is not None and Version(OWN_BACKEND.first) <= Version(version) < Version(OWN_BACKEND.until)
 
 
 def targets(version: str | None) -> tuple[Target, ...]:

@@ -79,10 +79,11 @@ class Gpu:
     name: str
     capability: tuple[int, int]
     driver: str = ""
+    cuda: bool = True  # NVIDIA's; else the capability is a number of another maker's, which means something else
 
     @property
     def sm(self) -> str:
-        return f"sm_{self.capability[0]}{self.capability[1]}"
+        return f"sm_{self.capability[0]}{self.capability[1]}" if self.cuda else "not NVIDIA's"
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,14 @@ class Provider(NamedTuple):
     applies: Callable[[Any], bool]
 
 
+class Mark(NamedTuple):
+    """A module that a host has in some of its releases alone."""
+
+    module: str
+    first: str  # the first release that has it
+    until: str  # the first later one that does not
+
+
 @dataclass(frozen=True)
 class Host:
     """One engine that features can be written for."""
@@ -180,6 +189,8 @@ class Host:
     distributions: tuple[str, ...]  # names under which it is installed
     reviewed: tuple[str, ...] = ()  # releases whose entry points were read
     plugin_filter: str = ""  # environment variable that narrows the host's own plugins
+    # (reviewed release, modules that no earlier one has), newest first: what tells of source whose version does not
+    marks: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 def key_targets(targets: Iterable[Target]) -> dict[str, tuple[Target, ...]]:

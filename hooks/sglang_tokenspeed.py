@@ -43,8 +43,9 @@ def native(target: Target, version: str | None) -> str | None:
 
 def problem(device: Gpu | None) -> str | None:
     """Why the TokenSpeed kernels cannot run here, or None. Imports nothing: a server's first process asks."""
-    if device is not None and device.capability[0] != 10:
+    if device is not None and (not device.cuda or device.capability[0] != 10):
         found = f"compute capability {device.capability[0]}.{device.capability[1]} ({device.name})"
+        found = found if device.cuda else f"a GPU of another maker ({device.name})"
         return f"its kernels are for compute capability 10.x alone, found {found}"
     if PACKAGE not in sys.modules and importlib.util.find_spec(PACKAGE) is None:
         return "the package tokenspeed_mla is not installed: pip install tokenspeed-mla"
@@ -59,6 +60,7 @@ FEATURE = Feature(
     upstream="https://github.com/sgl-project/sglang/pull/24925",
     drop_when="the host lets a plugin choose the kernels of its TRT-LLM MLA backend",
     native=native,
+    marks=(sglang_tokenspeed.OWN_BACKEND,),
     variables=(
         Variable("DECODE", (), PACKAGE, "whose decode kernel the backend runs; `host`: TRT-LLM's"),
         Variable("PREFILL", (), PACKAGE, "whose prefill kernel the backend runs; `host`: TRT-LLM's"),
@@ -161,7 +163,7 @@ def workspace(seam: Seam, q_len: int) -> Any:
 
 
 def _use_pdl(device: Any) -> bool:
-    return device.type == "cuda" and gpu.capability(device.index or 0) >= (9, 0)
+    return device.type == "cuda" and gpu.capability(gpu.index_of(device)) >= (9, 0)
 
 
 def prepare(seam: Seam, parts: frozenset[str]) -> None:

@@ -231,7 +231,7 @@ def doctor(args: argparse.Namespace) -> int:
     """Judge every feature from source, import no engine."""
     plugins, flags = _read(args.feature)
     found = [one for one in map(find_host, hosts.HOSTS) if one is not None]
-    device = gpu.from_nvml() or _torch_gpu()  # before the features, which may depend on it
+    device = _engines_gpu()  # before the features, which may depend on it
     rows = [_would_be(feature, flags, plugins) for feature in plugins.features]
     report = {
         "version": mla_patch.__version__,
@@ -313,7 +313,7 @@ def _serves(feature: Feature, flags: flags_.Flags, args: argparse.Namespace) -> 
         if args.release or args.sm:
             raise Misuse(f"--release, --sm: who serves {feature.label} does not depend on them")
         return []
-    found, device = find_host(feature.host_name), gpu.from_nvml() or _torch_gpu()
+    found, device = find_host(feature.host_name), _engines_gpu()
     release = args.release or (found.version if found else None)
     capability = args.sm or (device.capability if device else None)
     if release is None or capability is None:
@@ -443,9 +443,15 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _torch_gpu() -> Any:
+def _engines_gpu() -> Any:
+    """The GPU of an engine that is started from here, where that is certain."""
+    return _torch_gpu(gpu.for_engines)
+
+
+def _torch_gpu(ask: Callable[[], Any] | None = None) -> Any:
+    """The current GPU."""
     try:
-        return gpu.from_torch()
+        return (ask or gpu.from_torch)()
     except Exception:  # no torch, or one that does not load: a device that cannot be asked is none
         return None
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from mla_patch.compat.types import Gpu, Target
+from mla_patch.compat.types import Gpu, Mark, Target
 from mla_patch.compat.types import Variable as Variable
 
 
@@ -33,7 +33,7 @@ SATISFIED = frozenset({State.APPLIED, State.NATIVE, State.ARMED})
 
 MEANING = {
     State.OFF: "switched off by its flag, or restored",
-    State.ABSENT: "the host is not installed, or its version is outside the range",
+    State.ABSENT: "the host, or a package that its entry points lie in, is not installed, or is outside the range",
     State.ARMED: "everything that can be checked without importing the host is right; its module is not imported yet",
     State.NATIVE: "the host has it already, so ours stands aside",
     State.DRIFTED: "the host's entry point is missing or its parameters changed; the host keeps its own code",
@@ -66,6 +66,8 @@ class Feature:
     steps: Callable[[str | None], tuple[Target, ...]] | None = None
     # (who serves, when), where that is chosen call by call; the first that applies. For `explain`
     providers: tuple[tuple[str, str], ...] = ()
+    # what tells releases apart in the host's source where the targets look the same in all
+    marks: tuple[Mark, ...] = ()
     # (version, compute capability, heads, whether the flag is an explicit on) -> (kind of call, who serves it), by
     # default settings. For `explain`
     serves: Callable[[str, tuple[int, int], int, bool], list[tuple[str, str]]] | None = None

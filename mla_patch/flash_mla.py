@@ -89,7 +89,7 @@ def get_mla_metadata(
         if not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name}: {value!r}, expected a number from {least} on beside cache_seqlens")
     assert num_q_tokens_per_head_k is not None and num_heads_k is not None
-    sms = gpu.sm_count(cache_seqlens.device.index or 0) if cache_seqlens.is_cuda else 1
+    sms = gpu.sm_count(cache_seqlens.device.index) if cache_seqlens.is_cuda else 1
     if topk is None:
         parts = sms // max(num_heads_k * -(-num_q_tokens_per_head_k // 64), 1)
     else:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
-
-from mla_patch import sources
+from mla_patch import release, sources
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.types import Target, key_targets
 from mla_patch.features import Asked, Feature, State
 from mla_patch.flags import EXPERIMENTS, Setting
 
-UNKNOWN_GPU = "NVML tells of no GPU: the first call's decides whether the host's own is kept"
+UNKNOWN_GPU = "the first call's GPU decides whether the host's own is kept"  # in a reason, after why it is unknown
 
 
 @dataclass
@@ -25,7 +22,9 @@ class Judgement:
     reason: str = ""
     targets: list[Target] = field(default_factory=list)  # one per entry point that is ours to take
     watch: list[str] = field(default_factory=list)  # modules whose import is the moment to complain
-    asks: list[Asked] = field(default_factory=list)  # of the first call's device: why the host's own is kept, or None
+    # asked of the first call's device, which may be another than the one that was known before: why the host's own is
+    # kept, or None
+    asks: list[Asked] = field(default_factory=list)
 
 
 def judge(
@@ -45,64 +44,62 @@ def judge(
         return Judgement(
             State.REFUSED, f"{setting.name}={setting.value}: no arm of the host's to compare with; set on or off"
         )
-    name, specifier = feature.requirement()
     if host is None:
-        return Judgement(State.ABSENT, f"{name} is not installed")
-    notes = [host.note] if host.note else []
-    version = host.version
-    if version is not None:
-        try:
-            parsed = Version(version)
-        except InvalidVersion:
-            notes.append(f"version {version} cannot be read")
-            version = None
-        else:
-            if not SpecifierSet(specifier).contains(parsed, prereleases=True):
-                if not skip_version_check:
-                    return Judgement(State.ABSENT, f"{name} {version} is outside {specifier}")
-                notes.append(f"outside {specifier}: unreviewed, applied on request")
-            elif version not in host.host.reviewed and host.host.reviewed:
-                notes.append(f"{name} {version} is unreviewed")
-            if parsed.is_devrelease:
-                version = None  # its code may be either neighbour's
-    if version is None:
-        notes.append("every known home is tried")
+        return Judgement(State.ABSENT, f"{feature.host_name} is not installed")
+    source = release.Source(
+        lambda module: sources.find_module(module, skip_finders) is not None,
+        lambda target: _source_problem(target, skip_finders),
+    )
+    found = release.find(feature, host, source, skip_version_check)
+    if found.outside:
+        return Judgement(State.ABSENT, found.outside)
+    notes, version = found.notes, found.version
     taken: list[Target] = []
     natives: list[str] = []
     asks: list[Asked] = []
+    device = gpu.known()
+    refusal = feature.hardware(device) if feature.hardware is not None and device is not None else None
     entries = feature.targets(version)
     if setting.value in EXPERIMENTS and feature.steps is not None:
         entries += feature.steps(version)
     for entry, homes in key_targets(entries).items():
         # an explicit "on" forces ours where the host has its own
-        own = feature.native(homes[0], version) if feature.native is not None and not setting.asked_for else None
+        own = (
+            feature.native(homes[0], version or found.nearest)
+            if feature.native is not None and not setting.asked_for
+            else None
+        )
         if callable(own):
-            device = gpu.known()
-            if device is None:
-                asks.append(own)
-            own = own(device) if device is not None else None
+            ask = own
+            own = ask(device) if device is not None and not refusal else None
+            if own is None:
+                asks.append(ask)
         if own is not None:
             natives.append(f"{entry}: {own}")
             continue
-        problems = []
+        problems, missing = [], []
         for target in homes:
             problem = _source_problem(target, skip_finders)
             if problem is None:
                 taken.append(target)
                 break
-            problems.append(problem)
+            package = target.module.partition(".")[0]
+            if sources.find_package(package, skip_finders) is None:
+                missing.append(package)
+            else:
+                problems.append(problem)
         else:
+            if not problems:
+                return Judgement(State.ABSENT, f"{' or '.join(dict.fromkeys(missing))} is not installed")
             present = [home.module for home in homes if sources.find_module(home.module, skip_finders)]
             return Judgement(State.DRIFTED, "; ".join(dict.fromkeys(problems)), watch=present)
     if not taken:
         return Judgement(State.NATIVE, "; ".join(natives))
-    if feature.hardware is not None:
-        device = gpu.known()
-        refusal = feature.hardware(device) if device is not None else None
-        if refusal:
-            return Judgement(State.REFUSED, refusal, watch=[target.module for target in taken])
-    asks = list(dict.fromkeys(asks))
-    return Judgement(State.ARMED, "; ".join([*notes, *natives, *([UNKNOWN_GPU] if asks else [])]), taken, asks=asks)
+    if refusal:
+        return Judgement(State.REFUSED, refusal, watch=[target.module for target in taken])
+    if asks and device is None:
+        natives.append(f"{gpu.why_unknown() or 'the GPU is not known'}: {UNKNOWN_GPU}")
+    return Judgement(State.ARMED, "; ".join([*notes, *natives]), taken, asks=list(dict.fromkeys(asks)))
 
 
 def code_of(target: Target) -> str:

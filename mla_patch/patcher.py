@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import wrapt
 
-from mla_patch.compat import gpu
 from mla_patch.compat.types import Arm, Gpu, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, Arms, Site, Switch, is_ours, stand_in
 from mla_patch.features import FIRST_CALLS, Asked, Counts, Feature, State
@@ -271,7 +270,7 @@ class Patcher:
         if run.arms is not None:
             run.switch.set(arms=run.arms)
             run.arms.attach(run.switch, run.status.counts)
-        if (run.feature.hardware is not None or run.asks) and gpu.known() is None:
+        if run.feature.hardware is not None or run.asks:  # the first call may come from another GPU than was expected
             run.switch.set(check=functools.partial(self._first_call, run))
         for status in run.status.targets:
             if status.module == module.__name__:
@@ -388,7 +387,8 @@ def _going_on(attribute: str, holder: Any) -> Iterator[None]:
 
 
 def _without(notes: str, note: str) -> str:
-    return "; ".join(one for one in notes.split("; ") if one != note)
+    """``notes`` but for those that end in ``note``."""
+    return "; ".join(one for one in notes.split("; ") if not one.endswith(note))
 
 
 def _declines_nothing(call: Any) -> None:

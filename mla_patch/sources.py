@@ -22,13 +22,17 @@ class Module:
 
 
 def find_package(name: str, skip: tuple[type, ...] = ()) -> ModuleSpec | None:
-    """A top package's spec, asked of every finder but those of the types in ``skip``; imports nothing."""
+    """A top package's spec, asked of every finder but those of the types in ``skip``; imports nothing.
+
+    A folder without an ``__init__`` is a package to Python, and none here: any folder of that name is one, wherever the
+    program was started.
+    """
     for finder in sys.meta_path:
         if isinstance(finder, skip) or not hasattr(finder, "find_spec"):
             continue
         spec = finder.find_spec(name, None)
         if spec is not None:
-            return spec
+            return None if spec.loader is None else spec
     return None
 
 

@@ -25,7 +25,8 @@ MAY = {
     "reports": {"files", "exits", "redact", "features", "compat"},
     "survey": {"files", "redact", "reports", "compat"},
     "dispatch": {"features", "compat"},
-    "judge": {"sources", "flags", "features", "compat"},
+    "release": {"features", "compat"},
+    "judge": {"release", "sources", "flags", "features", "compat"},
     "patcher": {"dispatch", "judge", "reports", "flags", "features", "compat"},
     "startup": {"experiment", "flags", "plugins", "patcher", "judge", "reports", "sources", "features", "compat"},
     "experiment": {"files", "exits", "dispatch", "reports", "features", "kernels", "compat"},
@@ -113,7 +114,7 @@ def test_nobody_imports_a_second_copy(path: Path) -> None:
 
 
 DECLARING = ["features", "sources", "hookspecs", "flags", "plugins", "reports", "judge", "startup", "hooks", "_door"]
-DECLARING += ["experiment", "files", "exits", "redact", "survey"]
+DECLARING += ["experiment", "files", "exits", "redact", "survey", "release"]
 
 
 @pytest.mark.parametrize("path", [path for path in files() if part(path) in DECLARING], ids=ids)

@@ -1089,12 +1089,15 @@ WAKE = "import sglang\nprint(state())\nfrom sglang.ops import decode\nprint(deco
         ("0.5.24", "absent: sglang 0.5.24 is outside >=0.5.1,<0.5.24", None),
         ("0.4.6", "absent: sglang 0.4.6 is outside >=0.5.1,<0.5.24", None),
         ("0.5.11+local", "armed: sglang 0.5.11+local is unreviewed", "ours applied: sglang 0.5.11+local is unreviewed"),
-        ("0.5.12rc1", "armed: sglang 0.5.12rc1 is unreviewed", "ours applied: sglang 0.5.12rc1 is unreviewed"),
-        ("banana", "armed: version banana cannot be read; every known home is tried", None),
-        (
-            "0.0.0.dev0",
-            "armed: its metadata says 0.0.0.dev0, which tells nothing; every known home is tried",
-            "ours applied: its metadata says 0.0.0.dev0, which tells nothing; every known home is tried",
+        ("0.5.12rc1", "armed: sglang 0.5.12rc1: taken for 0.5.12 by its source", None),
+        ("0.5.24rc0", "absent: sglang 0.5.24rc0 is outside >=0.5.1,<0.5.24", None),
+        ("0.5.10.post1.dev40+gabc", "armed: sglang 0.5.10.post1.dev40+gabc: taken for 0.5.23 by its source", None),
+        ("0.4.9.dev3", "armed: sglang 0.4.9.dev3: taken for 0.5.23 by its source", None),
+        ("0.6.0.dev20261130", "armed: sglang 0.6.0.dev20261130: taken for 0.5.23 by its source", None),
+        ("banana", "armed: version banana cannot be read; sglang banana: taken for 0.5.23 by its source", None),
+        *(
+            (said, f"armed: its metadata says {said}, which tells nothing; taken for 0.5.23 by its source", None)
+            for said in ("0.0.0.dev0", "0.0.0.dev1+gdce8b0606", "0.0.0", "0+unknown")
         ),
     ],
 )
@@ -1125,7 +1128,7 @@ def test_no_metadata(fake_host: FakeHost) -> None:
     as_sglang(fake_host, metadata=False)
     armed, served = fake_host.says(WAKE, door=True).splitlines()
     assert armed.startswith("armed: sglang comes from PYTHONPATH (")
-    assert armed.endswith(") and has no metadata; its version cannot be told; every known home is tried")
+    assert armed.endswith(") and has no metadata; its version cannot be told; taken for 0.5.23 by its source")
     assert served.startswith("ours applied")
 
 
@@ -1222,6 +1225,7 @@ NVML = """
     class NVMLError(Exception): pass
     def nvmlInit(): {init}
     def nvmlShutdown(): pass
+    def nvmlDeviceGetCount(): return 1
     def nvmlDeviceGetHandleByIndex(index): return index
     def nvmlDeviceGetName(device): return b"Fake"
     def nvmlDeviceGetCudaComputeCapability(device): return (8, 6)
@@ -1248,15 +1252,15 @@ NO_NVML = """
         asked.append(index)
         return Gpu("Fake", (8, 6))
     gpu._from_index = tell
-    tensor = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=None))
+    tensor = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))
     import fakehost.ops
     own = fakehost.ops.decode
 """
 
 
-def without_nvml(fake_host: FakeHost, features: str) -> None:
+def without_nvml(fake_host: FakeHost, features: str, init: str = "raise NVMLError('no driver')") -> None:
     """No NVML, and a call object that shows its first tensor."""
-    fake_host.write("pynvml.py", NVML.format(init="raise NVMLError('no driver')"))
+    fake_host.write("pynvml.py", NVML.format(init=init))
     fake_host.plug(features)
     fake_host.change("fakeplug.py", '__slots__ = ("args", "options")', '__slots__ = ("args", "options", "q")')
     fake_host.change("fakeplug.py", "self.args = args", "self.args = args; self.q = args[0] if args else None")
@@ -1295,7 +1299,7 @@ def mark(module):
 EDIT = Target("fakehost.ops", "mark", kind="edit", edit=mark)
 FEATURES = [feature("ops", DECODE, EDIT, native=native)]
 """
-WAITS = "applied: NVML tells of no GPU: the first call's decides whether the host's own is kept"
+WAITS = "applied: NVML tells of no GPU: the first call's GPU decides whether the host's own is kept"
 
 
 def test_the_first_call_decides_that_the_hosts_own_is_kept(fake_host: FakeHost) -> None:
@@ -1337,6 +1341,28 @@ def test_the_first_call_decides_that_ours_serves(fake_host: FakeHost) -> None:
     print(fakehost.ops.decode._self_site.switch.plain)  # nothing is asked of a call any more
     """
     assert fake_host.says(code).splitlines() == [WAITS, "ours ours applied [0]", "True"]
+
+
+@pytest.mark.parametrize(
+    ("features", "state"),
+    [
+        (NATIVE.replace("UNKNOWN", "(8, 9)"), "native: not measured on sm_89"),
+        (HARDWARE.replace("< (9, 0)", "!= (8, 6)"), "refused: sm_89 is too small"),
+    ],
+    ids=["native", "hardware"],
+)
+def test_the_first_calls_gpu_goes_before_what_nvml_said(features: str, state: str, fake_host: FakeHost) -> None:
+    """NVML tells of sm_86, on which ours serves; the engine then runs on another GPU."""
+    without_nvml(fake_host, features, "pass")
+    code = f"""
+    {NO_NVML}
+    gpu._from_index = lambda index: Gpu("Another", (8, 9))
+    mla_patch.apply()
+    import fakehost.caller as c
+    print(c.run(), state())
+    print(c.decode(tensor, 2), state())
+    """
+    assert fake_host.says(code).splitlines() == ["ours applied", f"host {state}"]
 
 
 def test_what_is_asked_for_waits_for_no_gpu(fake_host: FakeHost) -> None:

@@ -244,7 +244,7 @@ def test_native(version: str | None, capability: tuple[int, int], why: str | Non
     [
         (Gpu("NVIDIA H200", (9, 0)), ("applied", "")),
         (Gpu("NVIDIA A100", (8, 0)), ("native", "not measured on sm_80")),
-        (Gpu("AMD Instinct MI250X", (9, 0)), ("refused", "not an NVIDIA GPU")),  # torch's number for gfx90a
+        (Gpu("Z100SM", (9, 0), cuda=False), ("refused", "not an NVIDIA GPU")),  # another maker's number
     ],
 )
 def test_without_nvml_the_first_calls_gpu_decides(
@@ -255,7 +255,7 @@ def test_without_nvml_the_first_calls_gpu_decides(
     where = Installed(sglang.HOST, "0.5.23", "")
     monkeypatch.setattr(judge, "_source_problem", lambda target, skip: None)
     told = judge.judge(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), where)
-    assert (told.state, told.reason) == ("armed", judge.UNKNOWN_GPU)
+    assert told.state == "armed" and told.reason.endswith(judge.UNKNOWN_GPU)
     patcher = Patcher()
     patcher.apply(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), told)
     run = patcher.runs[FEATURE.label]

@@ -831,7 +831,7 @@ def test_what_releases_call_compiles_nothing_more():
 
 def test_an_amd_gpu_is_not_warmed(machine, warmed, monkeypatch):
     machine((9, 4), False, False)
-    monkeypatch.setattr(gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4)))
+    monkeypatch.setattr(gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4), cuda=False))
     assert hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(), runner())) == 0 and not warmed
 
 
@@ -846,5 +846,5 @@ def test_operators_are_asked_of_torch():
 
 
 def test_hardware():
-    assert hook.FEATURE.hardware(Gpu("AMD Instinct MI300X", (9, 4))) == "not an NVIDIA GPU"
+    assert hook.FEATURE.hardware(Gpu("AMD Instinct MI300X", (9, 4), cuda=False)) == "not an NVIDIA GPU"
     assert hook.FEATURE.hardware(Gpu("NVIDIA H200", SM90)) is None

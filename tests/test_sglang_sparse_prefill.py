@@ -521,7 +521,7 @@ def test_what_a_v4_backend_has_compiled(module, monkeypatch, ratios: tuple[int, 
     seen.clear()
     assert hook.warm(compat.Reads("cpu")) == 1 and seen == [("dequantize", "cpu", ())]  # V3.2's
     seen.clear()
-    monkeypatch.setattr(hook.gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4)))
+    monkeypatch.setattr(hook.gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4), cuda=False))
     assert hook.warm(asked) == 0 and not seen
 
 
@@ -692,7 +692,7 @@ def test_methods_that_take_something_else_are_left(module, edit) -> None:
 
 
 def test_hardware_and_memory() -> None:
-    assert hook.FEATURE.hardware(Gpu("AMD Instinct MI300X", (9, 4))) == "not an NVIDIA GPU"
+    assert hook.FEATURE.hardware(Gpu("AMD Instinct MI300X", (9, 4), cuda=False)) == "not an NVIDIA GPU"
     assert hook.FEATURE.hardware(Gpu("NVIDIA L4", (8, 9))) is None
     from mla_patch import sparse_prefill
 

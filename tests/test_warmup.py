@@ -255,7 +255,7 @@ def test_one_head_is_declined_and_not_warmed(warmed: list[tuple[Any, ...]]) -> N
 
 
 def test_an_amd_gpu_is_not_warmed(warmed: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4)))
+    monkeypatch.setattr(gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4), cuda=False))
     sixteen = SimpleNamespace(num_head=16, kv_indptr=torch.zeros(5))
     assert sglang_decode.warm(sglang.Capacity(sixteen, runner(), torch.float16)) == 0 and not warmed
 
