@@ -186,20 +186,31 @@ def from_torch() -> Gpu | None:
     return _from_index(torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
-def for_engines() -> Gpu | None:
-    """The GPU that an engine started from here will use, if that is certain. May initialise CUDA, as `from_torch`."""
+def for_engines() -> tuple[Gpu | None, str]:
+    """The GPU that an engine started from here will use, or why that is not certain; neither where there is none.
+
+    May initialise CUDA, as `from_torch` does.
+    """
     found = from_nvml()
-    if found is None:
+    if found is not None:
+        return found, ""
+    try:
         current = from_torch()
-        if current is not None and _all_alike():
-            found = _tell(current)
-    return found
+        kinds = _torch_kinds() if current is not None else []
+    except Exception:  # no torch, or one that does not load
+        current, kinds = None, []
+    if len(kinds) > 1:
+        return None, f"the visible GPUs differ ({', '.join(kinds)})"
+    if current is None:
+        why = why_unknown()
+        return None, why if "differ" in why else ""
+    return _tell(current), ""
 
 
-def _all_alike() -> bool:
+def _torch_kinds() -> list[str]:
     import torch
 
-    return len({_from_index(index).capability for index in range(torch.cuda.device_count())}) < 2
+    return list(dict.fromkeys(_from_index(index).sm for index in range(torch.cuda.device_count())))
 
 
 _told: list[Gpu] = []  # at most one

@@ -26,7 +26,7 @@ from mla_patch import flags as flags_
 from mla_patch import plugins as plugins_
 from mla_patch.compat import gpu, hosts, sglang_fetch
 from mla_patch.features import MEANING, Feature, State
-from mla_patch.judge import Judgement, code_of, judge
+from mla_patch.judge import Judgement, code_of, judge, nothing_active
 from mla_patch.show import Line, Table
 from mla_patch.startup import HostFinder, experiment, find_host
 from mla_patch.status import unsatisfied
@@ -231,7 +231,7 @@ def doctor(args: argparse.Namespace) -> int:
     """Judge every feature from source, import no engine."""
     plugins, flags = _read(args.feature)
     found = [one for one in map(find_host, hosts.HOSTS) if one is not None]
-    device = _engines_gpu()  # before the features, which may depend on it
+    device, unknown = gpu.for_engines()  # before the features, which may depend on it
     rows = [_would_be(feature, flags, plugins) for feature in plugins.features]
     report = {
         "version": mla_patch.__version__,
@@ -239,8 +239,9 @@ def doctor(args: argparse.Namespace) -> int:
         "torch": _version("torch"),
         "triton": _version("triton"),
         "gpu": None if device is None else asdict(device) | {"sm": device.sm},
+        "gpu_unknown": unknown,
         "hosts": [{"name": h.host.name, "version": h.version, "reviewed": h.version in h.host.reviewed} for h in found],
-        "findings": [*plugins.problems, *flags.problems, *_findings(found, flags), *_unsatisfied(rows)],
+        "findings": [*plugins.problems, *flags.problems, *_findings(found, flags, rows), *_unsatisfied(rows)],
         "features": rows,
     }
     if args.json:
@@ -313,7 +314,7 @@ def _serves(feature: Feature, flags: flags_.Flags, args: argparse.Namespace) -> 
         if args.release or args.sm:
             raise Misuse(f"--release, --sm: who serves {feature.label} does not depend on them")
         return []
-    found, device = find_host(feature.host_name), _engines_gpu()
+    found, device = find_host(feature.host_name), gpu.for_engines()[0]
     release = args.release or (found.version if found else None)
     capability = args.sm or (device.capability if device else None)
     if release is None or capability is None:
@@ -397,7 +398,7 @@ def _not_installed(row: Mapping[str, Any]) -> bool:
     return row["state"] == State.ABSENT and find_host(row["host"]) is None
 
 
-def _findings(found: Iterable[hosts.Installed], flags: flags_.Flags) -> list[str]:
+def _findings(found: Sequence[hosts.Installed], flags: flags_.Flags, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What about this interpreter and environment keeps the plugin out, or makes its judgement less sure."""
     findings = []
     active = flags.on("MLA_PATCH")
@@ -422,7 +423,7 @@ def _findings(found: Iterable[hosts.Installed], flags: flags_.Flags) -> list[str
             )
         if one.note:
             findings.append(one.note)
-    return findings
+    return findings + nothing_active(found, rows)
 
 
 def start_file() -> Path | None:
@@ -443,15 +444,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _engines_gpu() -> Any:
-    """The GPU of an engine that is started from here, where that is certain."""
-    return _torch_gpu(gpu.for_engines)
-
-
-def _torch_gpu(ask: Callable[[], Any] | None = None) -> Any:
-    """The current GPU."""
+def _torch_gpu() -> Any:
     try:
-        return (ask or gpu.from_torch)()
+        return gpu.from_torch()
     except Exception:  # no torch, or one that does not load: a device that cannot be asked is none
         return None
 
@@ -719,6 +714,7 @@ def _child(name: str, argv: Sequence[str], environ: dict[str, str], args: argpar
 def _show_doctor(report: Mapping[str, Any]) -> None:
     device = report["gpu"]
     shown = f"{device['name']} ({device['sm']}, driver {device['driver'] or 'unknown'})" if device else "none"
+    shown = f"unknown: {report['gpu_unknown']}" if report["gpu_unknown"] else shown
     versions = f"  Python {report['python']}  torch {report['torch']}  Triton {report['triton']}  GPU {shown}"
     show.show(Line(versions, head=f"mla-patch {report['version']}"))
     for host in report["hosts"]:

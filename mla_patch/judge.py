@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mla_patch import release, sources
 from mla_patch.compat import gpu
@@ -100,6 +102,41 @@ def judge(
     if asks and device is None:
         natives.append(f"{gpu.why_unknown() or 'the GPU is not known'}: {UNKNOWN_GPU}")
     return Judgement(State.ARMED, "; ".join([*notes, *natives]), taken, asks=list(dict.fromkeys(asks)))
+
+
+def nothing_active(hosts: Sequence[Installed], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For ``doctor``: the installed hosts on which MLA_PATCH=1 would leave nothing active, why, and the ways out.
+
+    ``rows`` are features as reports have them. A host on which all is switched off, or has all of it itself, is as
+    somebody wants it.
+    """
+    active = {row["host"] for row in rows if row["state"] in (State.ARMED, State.APPLIED)}
+    found = []
+    for host in hosts:
+        name, mine = host.host.name, [row for row in rows if row["host"] == host.host.name]
+        if not mine and not active:
+            found.append(f"no feature is written for {name}: MLA_PATCH=1 changes nothing in it")
+        if name in active or all(row["state"] in (State.OFF, State.NATIVE) for row in mine):
+            continue
+        reasons: dict[str, list[str]] = {}
+        for row in mine:
+            reasons.setdefault(f"{row['state']}, {row['reason']}", []).append(row["name"])
+        why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        text = f"MLA_PATCH=1 leaves nothing active on {name} {host.version or 'of an unknown version'} ({why})"
+        found.append(f"{text}. Ways out: {', or '.join(_ways_out(name, mine))}")
+    return found
+
+
+def _ways_out(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a person can do where no feature of a host is active."""
+    ways = [f"another release of {name}: `mla-patch list` says which"]
+    if any(" is outside " in row["reason"] for row in rows if row["state"] == State.ABSENT):
+        ways.insert(0, "MLA_PATCH_SKIP_VERSION_CHECK=1, which applies what looks as it was reviewed")
+    ways += [
+        f"{row['flag']}=on, which puts ours in the place of the host's" for row in rows if row["state"] == State.NATIVE
+    ]
+    ways += [f"{row['flag']} unset" for row in rows if row["state"] == State.OFF]
+    return ways
 
 
 def code_of(target: Target) -> str:

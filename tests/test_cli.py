@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from scratch import clean_env
 
-from mla_patch import cli
+from mla_patch import cli, plugins
 from mla_patch.compat import gpu
 
 TABLE = ("req_to_token_ptr, req_pool_indices_ptr, page_kernel_lens_ptr, kv_start_idx, kv_indices_ptr, "
          "req_to_token_ptr_stride, kv_indices_ptr_stride, PAGED_SIZE=64")  # fmt: skip
 IDS = ("req_to_token_ptr, req_pool_indices_ptr, page_kernel_lens_ptr, kv_indptr, kv_start_idx, kv_indices_ptr, "
        "req_to_token_ptr_stride")  # fmt: skip
+
+
+ALL_FLAGS = [feature.flag for feature in plugins.load().features]
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +65,9 @@ def row_of(report: dict[str, Any], name: str = "kv_indices") -> dict[str, Any]:
 def test_no_engine_is_no_finding(capsys):
     status, report = run(capsys, "doctor")
     assert (status, report["hosts"], report["findings"], report["gpu"]) == (0, [], [], None)
-    assert set(report) == {"version", "python", "torch", "triton", "gpu", "hosts", "findings", "features"}
+    assert report["gpu_unknown"] == ""
+    keys = {"version", "python", "torch", "triton", "gpu", "gpu_unknown", "hosts", "findings", "features"}
+    assert set(report) == keys
     feature = row_of(report)
     assert {row["state"] for row in report["features"]} == {"absent"}
     assert (feature["name"], feature["host"], feature["state"]) == ("kv_indices", "sglang", "absent")
@@ -85,19 +90,24 @@ def test_doctor_judges_an_installed_engine_without_importing_it(capsys, tmp_path
 @pytest.mark.parametrize(
     ("version", "environ", "table", "state", "exit_status", "says"),
     [
-        ("0.5.11", {"MLA_PATCH_KV_INDICES": "off"}, TABLE, "off", 0, ""),
+        ("0.5.11", {"MLA_PATCH_KV_INDICES": "off"}, TABLE, "off", 1, "MLA_PATCH_KV_INDICES unset"),
         ("0.5.11", {"MLA_PATCH_KV_INDICES": "onn"}, TABLE, "refused", 1, "did you mean on?"),
         ("0.5.11", {"MLA_PATCH_KV_INDICES": "ab"}, TABLE, "drifted", 1, "model_runner does not exist"),
         ("0.5.11", {"MLA_PATCH_KV_INDICE": "on"}, TABLE, "armed", 1, "did you mean MLA_PATCH_KV_INDICES?"),
         ("0.5.11", {"MLA_PATCH_STRICT": "1"}, TABLE, "armed", 1, "nothing is active"),
         ("0.5.11", {"SGLANG_PLUGINS": "other"}, TABLE, "armed", 1, "SGLANG_PLUGINS=other"),
         ("0.5.11", {"SGLANG_PLUGINS": "other, mla_patch"}, TABLE, "armed", 0, ""),
-        ("0.5.11", {}, TABLE + ", NEW=1", "drifted", 0, ""),
+        ("0.5.11", {}, TABLE + ", NEW=1", "drifted", 1, "nothing active on sglang 0.5.11 (decode: drifted"),
         ("0.5.11", {"MLA_PATCH_KV_INDICES": "on"}, TABLE + ", NEW=1", "drifted", 1, "has the new NEW"),
-        ("0.6.0", {}, TABLE, "absent", 0, ""),
+        ("0.6.0", {}, TABLE, "absent", 1, "nothing active on sglang 0.6.0 (decode, kv_indices, tokenspeed: absent"),
+        ("0.6.0", {}, TABLE, "absent", 1, "MLA_PATCH_SKIP_VERSION_CHECK=1"),
+        ("0.6.0", {"MLA_PATCH_SKIP_VERSION_CHECK": "1"}, TABLE, "armed", 0, ""),
+        ("0.6.0", dict.fromkeys(ALL_FLAGS, "off"), TABLE, "off", 0, ""),
         ("0.6.0", {"MLA_PATCH_KV_INDICES": "on"}, TABLE, "absent", 1, "0.6.0 is outside"),
         ("0.5.11.post1", {}, TABLE, "armed", 0, ""),
         ("0.0.0.dev0", {}, TABLE, "armed", 1, "tells nothing"),
+        ("0.0.0.dev1+gdce8b0606", {}, TABLE, "armed", 1, "0.0.0.dev1+gdce8b0606, which tells nothing"),
+        ("0.5.10.post1.dev40+gabc", {}, TABLE, "armed", 0, ""),
         (None, {}, TABLE, "armed", 1, "no metadata"),
     ],
 )
@@ -109,6 +119,33 @@ def test_what_doctor_finds(capsys, tmp_path, monkeypatch, version, environ, tabl
     assert (row_of(report)["state"], status) == (state, exit_status), report
     assert says in " ".join(report["findings"])
     assert bool(report["findings"]) == bool(exit_status)
+
+
+def namespace(where: Path, name: str) -> None:
+    """A folder of an engine's name that is no package, as lies beside somebody's notes."""
+    (where / name).mkdir()
+    (where / name / "notes.txt").write_text("how we run it\n")
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_a_folder_of_that_name_is_no_engine(name, capsys, tmp_path, monkeypatch):
+    namespace(tmp_path, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    status, report = run(capsys, "doctor")
+    assert (status, report["hosts"], report["findings"]) == (0, [], [])
+
+
+def test_an_engine_that_no_feature_is_for(capsys, tmp_path, monkeypatch):
+    """Alone it is told; beside an engine on which something is active, there is nothing to do about it."""
+    namespace(tmp_path, "vllm")
+    (tmp_path / "vllm" / "__init__.py").write_text("raise RuntimeError('not to be imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    status, report = run(capsys, "doctor")
+    assert status == 1 and "no feature is written for vllm: MLA_PATCH=1 changes nothing in it" in report["findings"]
+    fake_sglang(tmp_path)
+    status, report = run(capsys, "doctor")
+    assert [one["name"] for one in report["hosts"]] == ["sglang", "vllm"]
+    assert not [text for text in report["findings"] if "no feature" in text or "nothing active" in text]
 
 
 def test_an_overlay_on_pythonpath_is_named(capsys, tmp_path, monkeypatch):
@@ -123,7 +160,8 @@ def test_the_command_line_goes_before_the_environment(capsys, tmp_path, monkeypa
     monkeypatch.syspath_prepend(str(fake_sglang(tmp_path)))
     monkeypatch.setenv("MLA_PATCH_KV_INDICES", "on")
     status, report = run(capsys, "doctor", "-f", "kv_indices@sglang=off")
-    assert (status, row_of(report)["state"], row_of(report)["source"]) == (0, "off", "command line")
+    assert (status, row_of(report)["state"], row_of(report)["source"]) == (1, "off", "command line")
+    assert "MLA_PATCH_KV_INDICES unset" in report["findings"][-1]  # the one feature that this package has
 
 
 def test_doctor_tells_when_python_skips_the_start_up_file(tmp_path):

@@ -272,6 +272,11 @@ def test_the_last_word_is_a_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.known() == Gpu("another", (8, 0))
 
 
+def test_what_nvml_leaves_open_is_told_where_torch_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert known(monkeypatch, nvml(DISPLAY, H200), "1") == FASTEST and gpu.for_engines() == (None, FASTEST)
+    assert known(monkeypatch, nvml(DISPLAY, H200), "") == LEAVES_NONE and gpu.for_engines() == (None, "")
+
+
 @pytest.mark.parametrize("kinds", [[(9, 0), (9, 0)], [(12, 0), (9, 0)]], ids=["alike", "different"])
 def test_an_engine_started_from_here(kinds: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without NVML torch is asked, and GPUs that differ leave it open, too."""
@@ -280,8 +285,10 @@ def test_an_engine_started_from_here(kinds: list[tuple[int, int]], monkeypatch: 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
     monkeypatch.setattr(gpu, "_from_index", lambda index: Gpu("a GPU", kinds[index]))
-    wanted = Gpu("a GPU", (9, 0)) if len(set(kinds)) == 1 else None
-    assert gpu.for_engines() == gpu.known() == wanted
+    if len(set(kinds)) == 1:
+        assert gpu.for_engines() == (Gpu("a GPU", (9, 0)), "") and gpu.known() == Gpu("a GPU", (9, 0))
+    else:
+        assert gpu.for_engines() == (None, DIFFER) and gpu.known() is None
     assert gpu.from_torch() == Gpu("a GPU", kinds[0])  # what our own processes run on
 
 

@@ -1,11 +1,12 @@
 """Reading a host without importing it."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-from mla_patch import sources
+from mla_patch import sources, startup
 
 
 def parsed(folder: Path, text: str) -> sources.Module:
@@ -120,6 +121,13 @@ def test_modules_are_found_and_not_imported(module: str, where: str | None, tree
     found = sources.find_module(module)
     assert found == (str(tree / where) if where else None)
     assert not [name for name in sys.modules if name.startswith("treehost")]
+
+
+def test_a_folder_without_init_is_no_package(tree: Path) -> None:
+    """Python takes any folder beside the program for one."""
+    assert importlib.util.find_spec("empty") is not None
+    assert sources.find_package("empty") is None and sources.find_package("treehost") is not None
+    assert startup.find_host("empty") is None and startup.find_host("treehost") is not None
 
 
 def test_own_finders_are_skipped(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
