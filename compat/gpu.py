@@ -362,6 +362,12 @@ def capturing() -> bool:
     return torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def current_stream() -> int:
+    """The current stream's handle; 0, and CUDA untouched, before CUDA is in use."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.current_stream().cuda_stream if torch is not None and torch.cuda.is_initialized() else 0
+
+
 def free_memory() -> int:
     """Bytes that the current device has left; 0 before CUDA is in use."""
     torch = sys.modules.get("torch")

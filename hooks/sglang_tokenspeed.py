@@ -146,20 +146,16 @@ def workspace_bytes(multiprocessors: int, heads: int, q_len: int, kv_lora_rank: 
     return multiprocessors * rows * (kv_lora_rank + 1) * 4
 
 
-# device -> grow-only, the last is in use: captured graphs keep reading those before it. One stream per device, as the
-# host has it: all layers share one
-_workspaces: dict[Any, list[Any]] = {}
-
-
 def workspace(seam: Seam, q_len: int) -> Any:
-    """The device's int8 scratch, large enough for ``q_len`` query tokens of a request."""
+    """One call's int8 scratch, large enough for ``q_len`` query tokens of a request.
+
+    It is kept for no later call: two graphs that share it would overwrite each other's, and torch's allocator gives
+    every stream and every graph's pool its own.
+    """
     import torch
 
     need = workspace_bytes(package().get_num_sm(seam.device), seam.heads, q_len, seam.kv_lora_rank)
-    kept = _workspaces.setdefault(seam.device, [])
-    if not kept or kept[-1].numel() < need:
-        kept.append(torch.empty(need, dtype=torch.int8, device=seam.device))
-    return kept[-1]
+    return torch.empty(need, dtype=torch.int8, device=seam.device)
 
 
 def _use_pdl(device: Any) -> bool:
@@ -167,10 +163,8 @@ def _use_pdl(device: Any) -> bool:
 
 
 def prepare(seam: Seam, parts: frozenset[str]) -> None:
-    """Before a backend serves: its scratch, and its prefill compiled, which takes minutes and is done once."""
+    """Before a backend serves: its prefill compiled, which takes minutes and is done once."""
     module = package()
-    if "decode" in parts:
-        workspace(seam, seam.draft_tokens)
     if "prefill" not in parts or not seam.has_prefill:
         return
     import torch

@@ -10,7 +10,8 @@ that attend to all compressed tokens depend on the chunk alone.
     out = cache.attend(q, chunk, swa_pages, sm_scale=..., ratio=4, pages=c4_pages, topk_indices=raw)
 
 A generation is whatever compares equal for as long as the lengths, tables and cache behind the inputs stay the same;
-`mla_patch.compat.stamps` numbers objects for it. The workspace holds what one call reads and nothing across calls.
+`mla_patch.compat.stamps` numbers objects for it. The workspace holds what one call reads and nothing across calls. Both
+belong to the stream that they were made on: a call on another stream makes its own, and a captured graph has none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from mla_patch.compat import gpu
 from mla_patch.kernels.dequantize import dequantize_k_cache_paged
 from mla_patch.kernels.layouts import told
 from mla_patch.kernels.prefill_indices import build_swa_token_ids, combine_topk_swa_indices, combined_topk_width
@@ -257,10 +259,16 @@ class SparsePrefillChunkCache:
         self._generation: Hashable = None
         self._chunk: Chunk | None = None
         self._workspace: torch.Tensor | None = None
+        self._stream = 0
         _caches.add(self)
 
     def chunk(self, generation: Hashable, inputs: Callable[[], ChunkInputs]) -> Chunk:
-        """The chunk of this generation: the one at hand, or a new one."""
+        """The chunk of this generation: the one at hand, or a new one.
+
+        Raises:
+            ValueError: while a graph is captured.
+        """
+        self._follow_stream()
         if self._chunk is None or generation != self._generation:
             self._chunk = None  # its memory is free for the new one's
             self._chunk = Chunk(inputs())
@@ -270,6 +278,17 @@ class SparsePrefillChunkCache:
     def forget(self) -> None:
         """Drop the chunk and the workspace."""
         self._generation = self._chunk = self._workspace = None
+
+    def _follow_stream(self) -> None:
+        """Drop what another stream may still be reading; its memory goes back to that stream's."""
+        if gpu.capturing():
+            raise ValueError(
+                "generation: a graph is being captured, and a chunk's sizes and workspace are not a graph's"
+            )
+        stream = gpu.current_stream()
+        if stream != self._stream:
+            self.forget()
+            self._stream = stream
 
     def memory(self) -> dict[str, int]:
         """Bytes held now."""
@@ -285,8 +304,9 @@ class SparsePrefillChunkCache:
         """[rows, 1, 512] bfloat16, the same memory for every layer.
 
         Raises:
-            ValueError: more than ``limit``.
+            ValueError: more than ``limit``, or while a graph is captured.
         """
+        self._follow_stream()
         if self.limit is not None and rows * ROW_BYTES > self.limit:
             raise ValueError(f"workspace: {rows * ROW_BYTES} bytes, expected at most limit = {self.limit}")
         kept = self._workspace

@@ -484,7 +484,6 @@ def test_which_kernel_has_a_call(heads, cache, change, name, grid, monkeypatch):
     monkeypatch.setattr(module, "_decode_kernel", Launches("decode", seen))
     monkeypatch.setattr(module, "_merge_kernel", Launches("merge", seen))
     monkeypatch.setattr(module, "HAS_GLUON", change != "no Gluon")
-    monkeypatch.setattr(module, "_scratches", {})
     monkeypatch.setattr(module.gpu, "elsewhere", lambda q: False)
     monkeypatch.setattr(module.gpu, "capability", lambda index: (10, 0) if change == "sm_100" else (9, 0))
     monkeypatch.setattr(module.gpu, "sm_count", lambda index: 132)
@@ -504,7 +503,7 @@ def test_which_kernel_has_a_call(heads, cache, change, name, grid, monkeypatch):
     assert all(tensor.data_ptr() % 16 == 0 for tensor in (args[0], args[2], merge[2][0]))  # kernels rely on it
     if name == "wide":
         assert given.dtype is (torch.int32 if cache else dtype) and numbers["KEY"] == 5
-        assert args[18] == given.stride(0) and numbers["E5M2"] == (cache is E5M2)
+        assert args[15] == given.stride(0) and numbers["E5M2"] == (cache is E5M2)
     assert args[6].dtype is (torch.float16 if cache else torch.float32)
 
 

@@ -329,37 +329,26 @@ def test_the_workspace_is_enough_for_every_batch(heads: int, q_len: int) -> None
 def packed(monkeypatch: Any) -> ModuleType:
     module = the_package()
     monkeypatch.setattr(hook, "package", lambda: module)
-    monkeypatch.setattr(hook, "_workspaces", {})
     return module
 
 
-def test_the_workspace_only_grows(packed: ModuleType) -> None:
-    first = hook.workspace(a_seam(), 1)
-    assert first.dtype == torch.int8 and first.numel() == hook.workspace_bytes(148, 16, 1, 512)
-    assert hook.workspace(a_seam(heads=8), 8) is first
-    larger = hook.workspace(a_seam(), 16)
-    assert larger.numel() == hook.workspace_bytes(148, 16, 16, 512)
-    assert hook.workspace(a_seam(), 1) is larger
-    assert [id(one) for one in hook._workspaces[torch.device("cpu")]] == [id(first), id(larger)]  # graphs keep it
-
-
-def test_every_device_has_a_workspace_of_its_own(packed: ModuleType) -> None:
-    here, there = (hook.workspace(a_seam(device=torch.device(name)), 1) for name in ("cpu", "meta"))
-    assert (here.device.type, there.device.type) == ("cpu", "meta")
-    assert hook.workspace(a_seam(), 1) is here
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_every_call_has_a_workspace_of_its_own(packed: ModuleType, device: str) -> None:
+    for q_len in (1, 16):
+        first, second = (hook.workspace(a_seam(device=torch.device(device)), q_len) for _ in range(2))
+        assert first is not second and first.dtype == torch.int8 and first.device.type == device
+        assert first.numel() == hook.workspace_bytes(148, 16, q_len, 512)
 
 
 BOTH = frozenset({"decode", "prefill"})
 
 
 @pytest.mark.parametrize(
-    "parts, has_prefill, workspaces, compiled",
-    [(BOTH, True, 1, 1), (BOTH, False, 1, 0), ({"decode"}, True, 1, 0), ({"prefill"}, True, 0, 1)],
+    "parts, has_prefill, compiled",
+    [(BOTH, True, 1), (BOTH, False, 0), ({"decode"}, True, 0), ({"prefill"}, True, 1)],
 )
-def test_prepare(packed: ModuleType, parts: Any, has_prefill: bool, workspaces: int, compiled: int) -> None:
+def test_prepare(packed: ModuleType, parts: Any, has_prefill: bool, compiled: int) -> None:
     hook.prepare(a_seam(has_prefill=has_prefill, draft_tokens=12), frozenset(parts))
-    sizes = [one.numel() for one in hook._workspaces.get(torch.device("cpu"), [])]
-    assert sizes == [hook.workspace_bytes(148, 16, 12, 512)] * workspaces
     assert calls == [(E4M3, 192, 128, False)] * compiled
 
 

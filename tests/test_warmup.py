@@ -107,20 +107,6 @@ def test_decode_compiles_nothing_more_on_the_gpu(counted: Compiles) -> None:
     assert counted.serving == 0
 
 
-def test_a_warm_up_keeps_no_scratch_and_gives_back_what_graphs_hold() -> None:
-    code = """
-decode.warmup("cpu", 16, torch.bfloat16, torch.bfloat16, 8)
-print(decode._scratches)
-serve(16, torch.bfloat16, torch.bfloat16, 8)
-before = dict(decode._scratches)
-decode.warmup("cpu", 128, torch.bfloat16, torch.bfloat16, 5000)
-print(before and decode._scratches == before, decode._outgrown)
-serve(128, torch.bfloat16, torch.bfloat16, 8)
-print(len(decode._outgrown), decode._outgrown[0] is list(before.values())[0])
-"""
-    assert in_a_fake_chip(code) == ["{}", "True []", "1 True"]
-
-
 def test_splits_compile_nothing_more() -> None:
     code = """
 from mla_patch.kernels import decode_splits

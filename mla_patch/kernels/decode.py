@@ -186,6 +186,15 @@ def _requests(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.co
 
 
 @triton.jit
+def _tables(partial, programs, H):
+    """What lies behind the partials in the scratch (`_scratch`): their log-sum-exps, and who shares which request."""
+    places = 2 * programs.to(tl.int64) * H
+    lse = (partial + places * 512).to(tl.pointer_type(tl.float32), bitcast=True)
+    spans = (lse + places).to(tl.pointer_type(tl.int32), bitcast=True)
+    return lse, spans, spans + programs * 4
+
+
+@triton.jit
 def _store_chunk(pointer, one, other, mask, KIND: tl.constexpr):
     """128 values of every head, from the two operands that a chunk is read as."""
     kind = pointer.dtype.element_ty
@@ -381,9 +390,6 @@ def _decode_kernel(
     token_ids,
     sinks,
     partial,
-    partial_lse,
-    spans,
-    requests,
     B,
     H,
     sm_scale,
@@ -409,6 +415,7 @@ def _decode_kernel(
 ):
     """One piece of the work. With a PAGE_SIZE, ``indptr`` holds lengths and ``token_ids`` is the block table."""
     program = tl.program_id(0)
+    partial_lse, spans, requests = _tables(partial, tl.num_programs(0), H)
     if PDL:
         gdc_launch_dependents()  # the merge may be set up; it waits for the end of this kernel before it reads
     lane, tiles = _requests(indptr, B, ROWS, BLOCK_N, PAGE_SIZE > 0)
@@ -509,14 +516,12 @@ def _place(program, first, H):
     return (2 * program + (program == first).to(tl.int32)).to(tl.int64) * H
 
 
-@triton.jit(do_not_specialize=["v_scale"], do_not_specialize_on_alignment=["out", "sinks"])
+@triton.jit(do_not_specialize=["programs", "v_scale"], do_not_specialize_on_alignment=["out", "sinks"])
 def _merge_kernel(
     out,
     sinks,
     partial,
-    partial_lse,
-    spans,
-    requests,
+    programs,
     H,
     v_scale,
     out_stride_b,
@@ -533,6 +538,7 @@ def _merge_kernel(
     of sixteen with 32 columns each, so that one long request among many short ones finds many hands.
     """
     program, h = tl.program_id(0), tl.program_id(1)
+    partial_lse, spans, requests = _tables(partial, programs, H)
     if PDL:
         gdc_wait()
     if SLICES > 0:
@@ -601,10 +607,10 @@ def mla_decode(
     """Attend from every request's query to its cached rows; see the module for shapes and the formula.
 
     ``q``, ``kv`` and ``out`` may be strided but for their last dimension. A request of no rows gets zeros; no requests
-    launch nothing. Two launches on the current stream, no sync; the scratch (17 MB at 16 heads, whatever the lengths)
-    is allocated at a device's and stream's first call and kept: later calls, and a captured graph's replays, allocate
-    nothing, unless rows of ``q`` or ``out`` do not begin on 16 bytes: those are copied. Equal inputs, equal
-    outputs. ``config`` replaces the launch numbers of `decode_config`. Returns ``out``.
+    launch nothing. Two launches on the current stream, no sync; the scratch (9 MB at 16 heads, whatever the lengths)
+    comes from torch's allocator at every call, so a captured graph has it in its pool, once for all of its calls; rows
+    of ``q`` or ``out`` that do not begin on 16 bytes are copied. Equal inputs, equal outputs. ``config`` replaces the
+    launch numbers of `decode_config`. Returns ``out``.
 
     Raises:
         ValueError: a tensor's shape, type, device or layout, or a scale that is not finite and positive. Values in
@@ -720,11 +726,9 @@ def _decode(
         # measured: with few requests the merge's early programs only stand in the way
         numbers |= {"KIND": kind, "ROWS": rows, "PDL": capability >= (9, 0) and HAS_PDL and batch >= 64}
     programs = max(1, per_sm * sms // tiles)
-    partial, halves, partial_lse, spans, requests = _scratch(q.device, programs, heads, batch)
-    if kind != DIRECT:
-        partial = halves  # no mean of 8-bit values leaves float16's range
+    partial = _scratch(q.device, programs, heads, batch, kind)
     kernel[(programs, tiles)](
-        q, kv, out, indptr, token_ids, sinks, partial, partial_lse, spans, requests, batch, heads,
+        q, kv, out, indptr, token_ids, sinks, partial, batch, heads,
         float(sm_scale * k_scale), float(v_scale), float(logit_cap), int(xai_temperature_len),
         q.stride(0), q.stride(1), row_stride, out.stride(0), out.stride(1), table_stride, page_stride,
         CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0, PAGE_SIZE=page_size, **numbers,
@@ -734,7 +738,7 @@ def _decode(
     if pdl:
         merge["launch_pdl"] = True
     _merge_kernel[(batch * merge["SLICES"] or programs, heads)](
-        out, sinks, partial, partial_lse, spans, requests, heads, float(v_scale), out.stride(0), out.stride(1),
+        out, sinks, partial, programs, heads, float(v_scale), out.stride(0), out.stride(1),
         PARTIALS=max(1 << (programs - 1).bit_length(), 2), PDL=pdl, **merge,
     )  # fmt: skip
     return out
@@ -795,9 +799,8 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
             warps = numbers.pop("num_warps")
             index = "*i64" if sinks else "*i32"
             pointers = {"q": "*bf16", "kv": "*bf16" if kind == DIRECT else "*i16", "out": "*fp32" if sinks else "*bf16"}
-            pointers |= {"indptr": index, "token_ids": index, "partial_lse": "*fp32"}
-            pointers |= {"partial": "*fp32" if kind == DIRECT else "*fp16"}
-            pointers |= {"spans": "*i32", "requests": "*i32"} | ({"sinks": "*fp32"} if sinks else {})
+            pointers |= {"indptr": index, "token_ids": index, "partial": "*fp32" if kind == DIRECT else "*fp16"}
+            pointers |= {"sinks": "*fp32"} if sinks else {}
             pointers |= {"q": "*fp32"} if form == "float32" else {}
             scalars = dict.fromkeys(("B", "H", "xai_len", *_STRIDES), "i32")
             scalars |= dict.fromkeys(("sm_scale", "v_scale", "logit_cap"), "fp32")
@@ -822,7 +825,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                     _decode_kernel,
                     pointers | scalars,
                     options | numbers,
-                    ("kv", "partial", "partial_lse", "H", *_STRIDES, *(("page_stride",) if form == "paged" else ())),
+                    ("kv", "partial", "H", *_STRIDES, *(("page_stride",) if form == "paged" else ())),
                     warps,
                     targets=(sm,),
                     # bounds and pointers that the loop over keys has no use for: stored before it, loaded after it
@@ -833,9 +836,8 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     for (batch, wide), sinks in itertools.product(sizes, (False, True)):
         numbers = merge_config(batch, wide)
         warps = numbers.pop("num_warps")
-        pointers = {"out": "*bf16", "partial": "*fp32", "partial_lse": "*fp32", "spans": "*i32", "requests": "*i32"}
-        pointers |= {"sinks": "*fp32"} if sinks else {}
-        scalars = {"H": "i32", "v_scale": "fp32", "out_stride_b": "i32", "out_stride_h": "i32"}
+        pointers = {"out": "*bf16", "partial": "*fp32"} | ({"sinks": "*fp32"} if sinks else {})
+        scalars = {"programs": "i32", "H": "i32", "v_scale": "fp32", "out_stride_b": "i32", "out_stride_h": "i32"}
         options = {"PARTIALS": 512, "PDL": False} | ({} if sinks else {"sinks": None})
         name = f"merge {numbers} {sinks}"
         cases.append(CompileCase(name, _merge_kernel, pointers | scalars, options | numbers, num_warps=warps))
@@ -856,30 +858,21 @@ def _kinds(capability: tuple[int, int]) -> tuple[int, ...]:
 
 
 _STRIDES = ("q_stride_b", "q_stride_h", "kv_stride", "out_stride_b", "out_stride_h")
-_Scratch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_scratches: dict[tuple[torch.device, int], _Scratch] = {}
-_outgrown: list[_Scratch] = []  # a captured graph may hold them
 
 
-def _scratch(device: torch.device, programs: int, heads: int, batch: int) -> _Scratch:
-    """Two partials per program and head, in float32 and seen as float16, their log-sum-exp, and who shares which
-    request. One stream's calls share them."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    have = _scratches.get((device, stream))
+def _scratch(device: torch.device, programs: int, heads: int, batch: int, kind: int) -> torch.Tensor:
+    """One call's scratch: two partials per program and head, their log-sum-exps, and who shares which request.
+
+    It comes from torch's allocator at every call and is kept for none: whatever knows where a call's memory belongs (a
+    stream, the pool of a captured graph, a thread's own pool) is the allocator, and a key of ours would mean something
+    else in one of these.
+    """
     places = 2 * programs * heads
-    if have is None or have[2].numel() < places or have[3].numel() < 4 * programs or have[4].numel() < 2 * batch:
-        if have is not None:
-            _outgrown.append(have)
-        partial = torch.empty(places * 512, dtype=torch.float32, device=device)
-        have = (
-            partial,
-            partial.view(torch.float16),
-            torch.empty(places, dtype=torch.float32, device=device),
-            torch.empty(4 * programs, dtype=torch.int32, device=device),
-            torch.empty(2 * max(batch, 4096), dtype=torch.int32, device=device),
-        )
-        _scratches[device, stream] = have
-    return have
+    tables = places + 4 * programs + 2 * batch  # numbers of 4 bytes
+    if kind == DIRECT:
+        return torch.empty(places * 512 + tables, dtype=torch.float32, device=device)
+    # no mean of 8-bit values leaves float16's range
+    return torch.empty(places * 512 + 2 * tables, dtype=torch.float16, device=device)
 
 
 def _is_wide(q: torch.Tensor, kv: torch.Tensor, row_stride: int, page_stride: int | None) -> bool:
@@ -975,21 +968,15 @@ def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dty
     q = torch.zeros(1, heads, 576, dtype=dtype, device=device)
     if not q.is_cuda and not _INTERPRETED:
         return 0
-    before, scratches, outgrown = COMPILES.total, dict(_scratches), len(_outgrown)
+    before = COMPILES.total
     out = torch.empty(1, heads, 512, dtype=dtype, device=device)
     kv = torch.zeros(1, 1, 576, dtype=dtype, device=device).to(cache_dtype)
     ids = torch.zeros(1, dtype=torch.int64, device=device)
     # launch numbers change at a power of two or beside it; all requests share one row, by a stride of 0
     sizes = {size + beside for size in (2**n for n in range(max_batch.bit_length())) for beside in (-1, 0, 1)}
-    try:
-        with COMPILES.warming():
-            for batch in sorted(size for size in sizes | {max_batch} if 0 < size <= max_batch):
-                indptr = torch.zeros(batch + 1, dtype=torch.int32, device=device)
-                rows = (batch, -1, -1)
-                mla_decode(q.expand(rows), kv, out.expand(rows), indptr, ids, sm_scale=1.0)
-    finally:
-        # a captured graph may hold what was there before
-        _scratches.clear()
-        _scratches.update(scratches)
-        del _outgrown[outgrown:]
+    with COMPILES.warming():
+        for batch in sorted(size for size in sizes | {max_batch} if 0 < size <= max_batch):
+            indptr = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+            rows = (batch, -1, -1)
+            mla_decode(q.expand(rows), kv, out.expand(rows), indptr, ids, sm_scale=1.0)
     return COMPILES.total - before

@@ -111,12 +111,23 @@ def _temperature(length, xai_len):
 
 
 @gluon.jit
+def _tables(partial, H):
+    """The portable kernel's: what lies behind the partials in the scratch."""
+    programs = gl.num_programs(0)
+    places = 2 * programs.to(gl.int64) * H
+    lse = (partial + places * 512).to(gl.pointer_type(gl.float32), bitcast=True)
+    spans = (lse + places).to(gl.pointer_type(gl.int32), bitcast=True)
+    return lse, spans, spans + programs * 4
+
+
+@gluon.jit
 def _finish(
-    acc, weights, m, stage, out, partial, partial_lse, spans, requests, sinks, b, begin, end, position, count, each, H,
+    acc, weights, m, stage, out, partial, sinks, b, begin, end, position, count, each, H,
     v_scale, out_stride_b, out_stride_h, HALF: gl.constexpr,
 ):  # fmt: skip
     """Write what a piece has of a request: the output where that is all, else a partial and who shares it."""
     program = gl.program_id(0)
+    partial_lse, spans, requests = _tables(partial, H)
     whole = (position == begin) & (position + count == end)
     head = gl.program_id(1) * 64 + gl.arange(0, 64, layout=sm90.HEAD)
     lse = m + gl.log2(weights)
@@ -147,12 +158,13 @@ def _finish(
 
 @gluon.jit
 def _even(
-    q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b,
+    q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b,
     q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope,
     top_even, top_odd, sum_even, sum_odd, unit, barriers, SCALED: gl.constexpr, CAPPED: gl.constexpr,
     XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     each, start, stop = _piece(lens, B, PAGE_SIZE)
+    _lse, spans, requests = _tables(partial, H)
     gl.store(spans + gl.program_id(0) * 4, -1)
     turn = gl.to_tensor(0)
     asked = gl.to_tensor(0)
@@ -171,7 +183,7 @@ def _even(
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_even, sum_odd, barriers, asked)
         _finish(
-            acc, weights, m, q_low if SCALED else None, out, partial, partial_lse, spans, requests, sinks, b, begin,
+            acc, weights, m, q_low if SCALED else None, out, partial, sinks, b, begin,
             end, position, count, each, H, v_scale, out_stride_b, out_stride_h, 0,
         )  # fmt: skip
         seesaw.arrive(barriers, sm90.Q_FREE)
@@ -193,7 +205,7 @@ def _even(
 
 @gluon.jit
 def _odd(
-    q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b,
+    q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b,
     q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high, q_rope, low, high, rope, even_high, even_rope,
     top_even, top_odd, sum_even, sum_odd, unit, barriers, SCALED: gl.constexpr, CAPPED: gl.constexpr,
     XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
@@ -216,7 +228,7 @@ def _odd(
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_odd, sum_even, barriers, asked)
         _finish(
-            acc, weights, m, q_high if SCALED else None, out, partial, partial_lse, spans, requests, sinks, b, begin,
+            acc, weights, m, q_high if SCALED else None, out, partial, sinks, b, begin,
             end, position, count, each, H, v_scale, out_stride_b, out_stride_h, 1,
         )  # fmt: skip
         seesaw.arrive(barriers, sm90.Q_FREE)
@@ -423,7 +435,7 @@ def _widen_rows(
     do_not_specialize_on_alignment=["q", "out", "lens", "token_ids", "sinks"],
 )
 def decode_sm90(
-    q, kv, out, lens, token_ids, sinks, partial, partial_lse, spans, requests, B, H, sm_scale, v_scale, logit_cap,
+    q, kv, out, lens, token_ids, sinks, partial, B, H, sm_scale, v_scale, logit_cap,
     xai_len, q_stride_b, q_stride_h, kv_stride, out_stride_b, out_stride_h, table_stride, page_stride,
     CAPPED: gl.constexpr, XAI: gl.constexpr, E5M2: gl.constexpr, PAGE_SIZE: gl.constexpr, KEY: gl.constexpr,
 ):  # fmt: skip
@@ -460,11 +472,11 @@ def decode_sm90(
     if EIGHT:
         gl.warp_specialize(
             [
-                (_even, (q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap,
+                (_even, (q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap,
                          xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
                          q_rope, e_low, e_high, e_rope, o_low, o_rope, top_even, top_odd, sum_even, sum_odd, unit,
                          barriers, True, CAPPED, XAI, PAGE_SIZE)),
-                (_odd, (q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap,
+                (_odd, (q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap,
                         xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
                         q_rope, o_low, o_high, o_rope, e_high, e_rope, top_even, top_odd, sum_even, sum_odd, unit,
                         barriers, True, CAPPED, XAI, PAGE_SIZE)),
@@ -477,11 +489,11 @@ def decode_sm90(
     else:
         gl.warp_specialize(
             [
-                (_even, (q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap,
+                (_even, (q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap,
                          xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
                          q_rope, e_low, e_high, e_rope, o_low, o_rope, top_even, top_odd, sum_even, sum_odd, unit,
                          barriers, False, CAPPED, XAI, PAGE_SIZE)),
-                (_odd, (q, out, lens, sinks, partial, partial_lse, spans, requests, B, H, scale, v_scale, logit_cap,
+                (_odd, (q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap,
                         xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
                         q_rope, o_low, o_high, o_rope, e_high, e_rope, top_even, top_odd, sum_even, sum_odd, unit,
                         barriers, False, CAPPED, XAI, PAGE_SIZE)),
@@ -504,13 +516,8 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     for eight, (capped, xai, sinks, paged) in itertools.product((False, True), switches):
         index = "*i64" if sinks else "*i32"
         pointers = {"q": "*bf16", "kv": "*i32" if eight else "*bf16", "out": "*fp32" if sinks else "*bf16"}
-        pointers |= {
-            "lens": index,
-            "token_ids": index,
-            "partial": "*fp16" if eight else "*fp32",
-            "partial_lse": "*fp32",
-        }
-        pointers |= {"spans": "*i32", "requests": "*i32"} | ({"sinks": "*fp32"} if sinks else {})
+        pointers |= {"lens": index, "token_ids": index, "partial": "*fp16" if eight else "*fp32"}
+        pointers |= {"sinks": "*fp32"} if sinks else {}
         strides = ("q_stride_b", "q_stride_h", "kv_stride", "out_stride_b", "out_stride_h")
         scalars = dict.fromkeys(("B", "H", "xai_len", *strides), "i32")
         scalars |= dict.fromkeys(("sm_scale", "v_scale", "logit_cap"), "fp32")
@@ -528,7 +535,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                 decode_sm90,
                 pointers | scalars,
                 options,
-                ("kv", "partial", "partial_lse", "H", *strides, *(("page_stride",) if paged else ())),
+                ("kv", "partial", "H", *strides, *(("page_stride",) if paged else ())),
                 targets=(90,),
                 # numbers of the piece and the request, kept while keys are read: 104 with Triton 3.6, 240 with 3.9
                 stack=240,

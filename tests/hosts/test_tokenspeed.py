@@ -54,7 +54,6 @@ def test_the_backend_becomes_ours(release: str, kept: Path) -> None:
     assert seen["refused page"] == f"{name}: pages of 128 tokens, expected 32 or 64: set --page-size 64"
     assert "k_scale_float 0.5, expected 1" in seen["scaled"]
     # 16 heads, at least 8 query tokens of each request; one for all backends of the device
-    assert seen["workspaces"] == [148 * 16 * 8 * 513 * 4]
     assert f"mla-patch: {name}: decode by tokenspeed_mla, prefill by tokenspeed_mla" in seen["said"]
     # 0.5.1 prefills by FlashInfer: nothing to wait for
     assert any("compiling its prefill" in line for line in seen["said"]) is (release != "0.5.1")

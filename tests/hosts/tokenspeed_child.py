@@ -520,8 +520,6 @@ def main(release: str, out: Path) -> None:
         runner = Runner(drive.batch, drive.pool, name, **given)
         with one_process(module, drive.batch):
             seen[f"refused {what}"] = failure(module.TRTLLMMLABackend, runner)
-    kept = sys.modules["mla_patch.hooks.sglang_tokenspeed"]._workspaces.values()
-    seen["workspaces"] = [tensor.numel() for tensors in kept for tensor in tensors]
     mla_patch.restore("tokenspeed")
     with one_process(module, drive.batch):
         seen["restored"] = type(module.TRTLLMMLABackend(drive.runner)) is module.TRTLLMMLABackend
