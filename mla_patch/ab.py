@@ -5,6 +5,7 @@ What it reads and writes are the files in the engine's MLA_PATCH_REPORT; no engi
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -45,9 +46,9 @@ def command(directory: Path, run: str | None, kind: str, features: Sequence[str]
 
 def _control(directory: Path, run: str | None) -> Path:
     """The control file of ``run``, or of the newest run."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise NotThere(f"{directory}: not a directory")
-    found = sorted(directory.glob("*.control"), key=lambda path: path.stat().st_mtime)
+    found = sorted(directory.glob("*.control"), key=_changed)
     if run is not None:
         found = [path for path in found if path.stem == run]
     if not found:
@@ -56,6 +57,14 @@ def _control(directory: Path, run: str | None) -> Path:
             f"{directory}: {which} has a control file here; is MLA_PATCH_<FEATURE>=ab set, and has it stepped?"
         )
     return found[-1]
+
+
+def _changed(path: Path) -> float:
+    """When; a link to nothing changed long ago, and is refused for itself if it is the only one."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _all_ranks(path: Path) -> dict[str, Any]:
@@ -78,7 +87,7 @@ def runs(directory: Path, run: str | None = None) -> tuple[list[Merged], list[st
     Raises:
         NotThere: none, or not that one.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise NotThere(f"{directory}: not a directory")
     found, problems = merge.read_runs(directory)
     found.sort(key=lambda one: one.header.get("started", 0))

@@ -20,11 +20,15 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NoReturn
 
+from packaging.version import Version
+
 import mla_patch
+from mla_patch import explain as explain_
 from mla_patch import files, reports, show
 from mla_patch import flags as flags_
 from mla_patch import plugins as plugins_
 from mla_patch.compat import gpu, hosts, sglang_fetch
+from mla_patch.compat.types import Gpu
 from mla_patch.features import MEANING, Feature, State
 from mla_patch.judge import Judgement, code_of, judge, nothing_active
 from mla_patch.show import Line, Table
@@ -206,9 +210,13 @@ _heads, _count = _number(128), _number(2**24)
 
 
 def _capability(text: str) -> tuple[int, int]:
-    if not (text.isdecimal() and 2 <= len(text) <= 3):
+    if not (text.isascii() and text.isdecimal() and 2 <= len(text) <= 3):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a compute capability without its dot, such as 90 or 120")
-    return int(text[:-1]), int(text[-1])
+    found = int(text[:-1]), int(text[-1])
+    if found not in gpu.CAPABILITIES:
+        near = min(gpu.CAPABILITIES, key=lambda one: abs(one[0] * 10 + one[1] - int(text)))
+        raise argparse.ArgumentTypeError(f"no NVIDIA GPU is sm_{text}; the nearest is sm_{near[0]}{near[1]}")
+    return found
 
 
 def _fetch_option(parser: argparse.ArgumentParser) -> None:
@@ -278,7 +286,7 @@ def explain(args: argparse.Namespace) -> int:
     if not features:
         names = [name for feature in plugins.features for name in (feature.name, feature.label)]
         raise Misuse(f"{args.feature!r} is not a feature{flags_.nearest(args.feature, names)}")
-    routes = [row for feature in features for row in _routes(feature)]
+    routes = [row for feature in features for row in explain_.routes(feature)]
     states = [_would_be(feature, flags, plugins) for feature in features]
     for row in states:
         row["meaning"] = MEANING[State(row["state"])]
@@ -287,10 +295,10 @@ def explain(args: argparse.Namespace) -> int:
         for feature in features
         for provider, when in feature.providers
     ]
-    serves = [row for feature in features for row in _serves(feature, flags, args)]
+    verdicts, serves = _elsewhere(features, flags, args)
     if args.json:
         told: dict[str, Any] = {"feature": args.feature, "routes": routes, "states": states}
-        more = {"providers": providers, "serves": serves}
+        more = {"providers": providers, "verdicts": verdicts, "serves": serves}
         show.as_json(told | {name: rows for name, rows in more.items() if rows})
         return OK
     for feature in features:
@@ -299,66 +307,37 @@ def explain(args: argparse.Namespace) -> int:
     show.table("routes", ["host", "releases", "module", "name", "kind", "replaced_by"], routes)
     if providers:
         show.table("who serves a call, by the first row that applies", ["provider", "when"], providers)
+    if verdicts:
+        show.table("there", ["host", "release", "sm", "state", "reason"], verdicts)
     if serves:
         title = f"by default settings, on {serves[0]['host']} {serves[0]['release']} and {serves[0]['sm']}"
         show.table(title, ["heads", "what", "who"], serves)
-    elif any(feature.serves for feature in features):
-        show.lines(["who serves on one release and GPU: name both, as in --release 0.5.18 --sm 90"])
+    elif not (args.release and args.sm):
+        show.lines(["on another release and GPU: name both, as in --release 0.5.18 --sm 90"])
     show.table("here", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)
     return OK
 
 
-def _serves(feature: Feature, flags: flags_.Flags, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Who serves on one release and GPU, for each number of heads; nothing where either is not known."""
-    if feature.serves is None:
+def _elsewhere(
+    features: Sequence[Feature], flags: flags_.Flags, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What becomes of the features on the release and GPU that are named, this machine's where one is not."""
+    verdicts: list[dict[str, Any]] = []
+    serves: list[dict[str, Any]] = []
+    device = Gpu(f"sm_{args.sm[0]}{args.sm[1]}", args.sm) if args.sm else gpu.for_engines()[0]
+    for feature in features:
+        found = find_host(feature.host_name)
+        release: str | None = args.release or (found.version if found else None)
+        if args.release and not explain_.in_range(args.release, feature):
+            raise Misuse(f"--release {args.release}: expected a version that is {feature.requirement()[1]}")
+        if release is None:
+            continue
+        setting = flags.feature(feature)
         if args.release or args.sm:
-            raise Misuse(f"--release, --sm: who serves {feature.label} does not depend on them")
-        return []
-    found, device = find_host(feature.host_name), gpu.for_engines()[0]
-    release = args.release or (found.version if found else None)
-    capability = args.sm or (device.capability if device else None)
-    if release is None or capability is None:
-        return []
-    if not _in_range(release, feature):
-        raise Misuse(f"--release {release}: expected a version that is {feature.requirement()[1]}")
-    setting = flags.feature(feature)
-    asked = setting.asked_for and setting.value == "on"
-    sm = f"sm_{capability[0]}{capability[1]}"
-    return [
-        {"host": feature.host_name, "release": release, "sm": sm, "heads": heads, "what": what, "who": who}
-        for heads in args.heads
-        for what, who in feature.serves(release, capability, heads, asked)
-    ]
-
-
-def _in_range(version: str, feature: Feature) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    try:
-        return SpecifierSet(feature.requirement()[1]).contains(version, prereleases=True)
-    except ValueError:  # no version at all
-        return False
-
-
-def _routes(feature: Feature) -> list[dict[str, Any]]:
-    """Where the feature goes, one row per entry point and run of releases with the same home and parameters."""
-    name, specifier = feature.requirement()
-    reviewed = [version for version in hosts.host(name).reviewed if _in_range(version, feature)]
-    rows: list[dict[str, Any]] = []
-    versions: list[str | None] = [*reviewed] or [None]
-    for before, version in zip([None, *versions], versions, strict=False):
-        for target in feature.targets(version):
-            entry = (target.name, target.module, list(target.params))
-            alike = (row for row in rows if (row["name"], row["module"], row["params"]) == entry)
-            same = next((row for row in alike if row["releases"].rpartition(" - ")[2] == before), None)
-            if same:
-                same["releases"] = f"{same['releases'].partition(' - ')[0]} - {version}"
-                continue
-            rows.append({
-                "host": name, "releases": version or specifier or "any", "module": target.module, "name": target.name,
-                "kind": target.kind, "params": list(target.params), "replaced_by": code_of(target),
-            })  # fmt: skip
-    return sorted(rows, key=lambda row: row["name"])
+            verdicts.append(explain_.verdict(feature, setting, release, device))
+        if device is not None and explain_.in_range(release, feature):
+            serves += explain_.serves(feature, setting, release, device, args.heads)
+    return verdicts, serves
 
 
 def _read(chosen: Iterable[str]) -> tuple[plugins_.Plugins, flags_.Flags]:
@@ -499,8 +478,8 @@ def run(args: argparse.Namespace) -> int:
         return OK
     try:
         os.execvpe(command[0], command, environ)
-    except OSError as problem:
-        raise Misuse(f"run: {command[0]}: {problem.strerror}") from None
+    except (OSError, ValueError) as problem:
+        raise Misuse(f"run: {command[0]}: {getattr(problem, 'strerror', None) or problem}") from None
 
 
 # warmup
@@ -571,7 +550,7 @@ def ab_send(args: argparse.Namespace) -> int:
     features = [args.feature] if args.kind == "set" else args.features
     try:
         told = ab.command(args.directory, args.run, kind, features, value)
-    except (ab.NotThere, ControlError, ValueError) as problem:
+    except (ab.NotThere, ControlError, ValueError, OSError) as problem:
         raise Misuse(f"ab {args.kind}: {problem}") from None
     if args.json:
         show.as_json(told)
@@ -590,7 +569,7 @@ def ab_watch(args: argparse.Namespace) -> int:
     def look() -> dict[str, Any]:
         try:
             return ab.snapshot(args.directory, args.run)
-        except (ab.NotThere, ControlError) as problem:
+        except (ab.NotThere, ControlError, OSError) as problem:
             raise Misuse(f"ab watch: {problem}") from None
 
     if args.json:
@@ -678,15 +657,24 @@ def demo(args: argparse.Namespace) -> int:
     return OK if result["equal"] else FINDING
 
 
+def _fetched(name: str, release: str) -> list[str]:
+    """The folders of a release that is fetched where it is missing."""
+    try:
+        Version(release)
+        return [str(folder) for folder in sglang_fetch.fetch(release)]
+    except ValueError:  # not a version, or one of more digits than Python reads
+        raise Misuse(f"{name}: --fetch {release:.80}: expected a release of SGLang, such as 0.5.23") from None
+    except (RuntimeError, OSError) as problem:
+        said = str(problem).splitlines() or [repr(problem)]
+        raise Misuse(f"{name}: --fetch {release}: {' '.join(dict.fromkeys([said[0], said[-1]]))}") from None
+
+
 def _child(name: str, argv: Sequence[str], environ: dict[str, str], args: argparse.Namespace) -> dict[str, Any] | None:
     """Run ``mla_patch.<name>`` in an interpreter of its own, and give back its result; None where it failed."""
     if _torch_gpu() is None:
         environ["TRITON_INTERPRET"] = "1"
     if args.fetch:
-        try:
-            folders = [str(folder) for folder in sglang_fetch.fetch(args.fetch)]
-        except (RuntimeError, OSError) as problem:
-            raise Misuse(f"{name}: {problem}") from None
+        folders = _fetched(name, args.fetch)
         environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", f"mla_patch.{name}", *argv]
     result: dict[str, Any] | None = None

@@ -31,13 +31,14 @@ def look(directory: Path) -> dict[str, Any]:
     """
     processes, missing = survey.survey(directory)
     current = survey.current(processes)
-    findings, notes = list(dict.fromkeys(p for report in current for p in report["problems"])), []
+    findings, notes = list(dict.fromkeys(p for report in current for p in report.get("problems") or [])), []
     if not processes:
         findings.append(f"no process reports in {directory}: {_contents(directory)}")
     for report in current:
         findings += [f"pid {report['pid']}: {text}" for text in [*unsatisfied(report["features"]), *_odd(report)]]
     for engine, run in by_engine(current).items():
-        findings += _inactive(engine, run)
+        text, wanted = _inactive(engine, run)
+        (notes if wanted else findings).extend(text)
         for label, asked in uncalled(run):
             text = f"{label} is applied, and nothing has called it yet"
             if asked:
@@ -129,19 +130,22 @@ def _odd(report: Row) -> list[str]:
     ]
 
 
-def _inactive(engine: str, run: Sequence[Row]) -> list[str]:
-    """That nothing of ours is active in any process of an engine, and what is there instead."""
+def _inactive(engine: str, run: Sequence[Row]) -> tuple[list[str], bool]:
+    """That nothing of ours is active in any process of an engine, and what is there instead.
+
+    Also whether somebody wants it so: all is switched off, or the engine has all of it itself.
+    """
     rows = [row for report in run for row in report["features"]]
     if any(row["state"] in ACTIVE for row in rows):
-        return []
+        return [], True
     where = f"{engine or 'an unnamed engine'} (pid {', '.join(str(report['pid']) for report in run)})"
     if not rows:
-        return [f"nothing is active in {where}: its reports hold no feature, as none is for this engine"]
+        return [f"nothing is active in {where}: its reports hold no feature, as none is for this engine"], False
     states: dict[str, set[str]] = {}
     for row in rows:
         states.setdefault(row["state"], set()).add(row["name"])
     told = "; ".join(f"{state}: {', '.join(sorted(names))}" for state, names in sorted(states.items()))
-    return [f"nothing is active in {where}: {told}"]
+    return [f"nothing is active in {where}: {told}"], all(row["state"] in (State.OFF, State.NATIVE) for row in rows)
 
 
 def _contents(directory: Path) -> str:

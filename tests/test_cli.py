@@ -268,6 +268,40 @@ def test_explain_says_who_serves_on_one_release_and_gpu(capsys, monkeypatch, rel
         assert row["heads"] == int(heads)
 
 
+@pytest.mark.parametrize(
+    ("feature", "release", "sm", "flag", "state", "reason"),
+    [
+        ("decode", "0.5.18", "90", "", "applied", ""),
+        ("decode", "0.5.18", "120", "", "native", "decode_attention_fwd: not measured on sm_120"),
+        ("decode", "0.5.18", "120", "on", "applied", ""),
+        ("decode", "0.5.11", "120", "", "applied", ""),
+        ("decode", "0.5.18", "120", "off", "off", "MLA_PATCH_DECODE=off (environment)"),
+        ("kv_indices", "0.5.23", "80", "", "applied", ""),
+        ("sched_meta", "0.5.23", "120", "", "applied", ""),
+        ("sched_meta", "0.5.23", "120", "ab", "refused", "no arm of the host's to compare with"),
+        ("sparse_prefill", "0.5.18", "90", "", "applied", ""),
+        ("tokenspeed", "0.5.11", "100", "", "applied", ""),
+        ("tokenspeed", "0.5.18", "100", "", "native", "ServerArgs.backend: "),
+    ],
+)
+def test_explain_answers_for_every_feature(capsys, monkeypatch, feature, release, sm, flag, state, reason):
+    if flag:
+        monkeypatch.setenv(f"MLA_PATCH_{feature.upper()}", flag)
+    status, told = run(capsys, "explain", feature, "--release", release, "--sm", sm)
+    (verdict,) = told["verdicts"]
+    assert (status, verdict["release"], verdict["sm"], verdict["state"]) == (0, release, f"sm_{sm}", state)
+    assert reason in verdict["reason"]
+    assert cli.main(["explain", feature, "--release", release, "--sm", sm]) == 0
+    shown = capsys.readouterr().out
+    assert f"sm_{sm}" in shown and state in shown
+
+
+def test_explain_without_a_gpu_leaves_it_to_the_first_call(capsys):
+    _, told = run(capsys, "explain", "decode", "--release", "0.5.18")
+    assert (told["verdicts"][0]["state"], told["verdicts"][0]["sm"]) == ("applied", None)
+    assert "the first call" in told["verdicts"][0]["reason"]
+
+
 def test_explain_asks_for_what_it_has_to_know(capsys, monkeypatch):
     monkeypatch.setattr(cli, "find_host", lambda name: None)
     status, told = run(capsys, "explain", "sparse_prefill", "--sm", "90")
@@ -284,7 +318,9 @@ def test_explain_asks_for_what_it_has_to_know(capsys, monkeypatch):
         ("sparse_prefill", ("--release", "0.5.4", "--sm", "90"), "expected a version that is >=0.5.5,<0.5.24"),
         ("sparse_prefill", ("--release", "newest", "--sm", "90"), "--release newest: expected a version"),
         ("sparse_prefill", ("--sm", "9.0"), "'9.0': expected a compute capability without its dot"),
-        ("kv_indices", ("--sm", "90"), "who serves kv_indices@sglang does not depend on them"),
+        ("decode", ("--sm", "999"), "no NVIDIA GPU is sm_999; the nearest is sm_121"),
+        ("decode", ("--sm", "91"), "no NVIDIA GPU is sm_91; the nearest is sm_90"),
+        ("decode", ("--sm", "00"), "no NVIDIA GPU is sm_00; the nearest is sm_50"),
     ],
 )
 def test_explain_refuses(capsys, feature, given, problem):

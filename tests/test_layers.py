@@ -36,7 +36,16 @@ MAY = {
     "compat": {"compat"},
     "hooks": {"features", "flags", "hookspecs", "flash_mla", "sparse_prefill", "kernels", "compat"},
 }
-ABOVE = {"ab", "cli", "demo", "bench", "show", "status", "warmup"}  # what a person runs may import anything of ours
+ABOVE = {
+    "ab",
+    "cli",
+    "demo",
+    "bench",
+    "explain",
+    "show",
+    "status",
+    "warmup",
+}  # what a person runs may import anything of ours
 ENGINES = {"sglang", "vllm", "sgl_kernel", "flash_mla"}
 
 

@@ -136,3 +136,12 @@ def test_nothing_active_is_a_finding(tmp_path: Path, capsys: pytest.CaptureFixtu
     says = make(tmp_path)
     exit_status, answer, shown = told(tmp_path, capsys)
     assert exit_status == 1 and says in " ".join(answer["findings"]) and says in shown
+
+
+def test_nothing_active_by_somebodys_wish_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process(
+        tmp_path, 10, feature(state="off", source="environment", value="off"), feature("kv_indices", state="native")
+    )
+    exit_status, answer, shown = told(tmp_path, capsys)
+    assert (exit_status, answer["findings"]) == (0, [])
+    assert "note: nothing is active in sglang (pid 10): native: kv_indices; off: decode" in shown
