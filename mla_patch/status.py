@@ -31,14 +31,15 @@ def look(directory: Path) -> dict[str, Any]:
     """
     processes, missing = survey.survey(directory)
     current = survey.current(processes)
-    findings, notes = list(dict.fromkeys(p for report in current for p in report.get("problems") or [])), []
+    findings = list(dict.fromkeys(problem for report in current for problem in report.get("problems") or []))
+    notes: list[str] = []
     if not processes:
         findings.append(f"no process reports in {directory}: {_contents(directory)}")
     for report in current:
         findings += [f"pid {report['pid']}: {text}" for text in [*unsatisfied(report["features"]), *_odd(report)]]
     for engine, run in by_engine(current).items():
-        text, wanted = _inactive(engine, run)
-        (notes if wanted else findings).extend(text)
+        inactive, wanted = _inactive(engine, run)
+        (notes if wanted else findings).extend(inactive)
         for label, asked in uncalled(run):
             text = f"{label} is applied, and nothing has called it yet"
             if asked:
