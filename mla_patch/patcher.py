@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, cast
 
-import wrapt
-
+from mla_patch import endings
 from mla_patch.compat.types import Arm, Gpu, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, Arms, Site, Switch, is_ours, stand_in
 from mla_patch.features import FIRST_CALLS, Asked, Counts, Feature, State
 from mla_patch.flags import Setting
+from mla_patch.imports import is_initializing, when_imported
 from mla_patch.judge import UNKNOWN_GPU, Judgement, code_of, difference
 from mla_patch.reports import FeatureStatus, TargetStatus
 
@@ -108,10 +108,54 @@ class Run:
     places: list[Place] = field(default_factory=list)
     undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
     warned: bool = False
+    turns: Turns = field(default_factory=lambda: Turns())
+
+
+class Turns:
+    """Work on one feature, one piece at a time and in order, without anybody waiting.
+
+    An edit of the host may import, and so wait for a thread that is importing something else and wants its own turn
+    here. So whoever comes while another thread is at work leaves the work to that thread and goes on.
+    """
+
+    def __init__(self) -> None:
+        self.todo: list[tuple[Callable[[], None], Callable[[], None]]] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """In a forked child: the thread that was at work is not there."""
+        self.busy = threading.Lock()  # tried, never waited for
+        self.owner = 0
+
+    def take(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+        """Have ``work`` done in turn, and ``then`` called after it and outside of any turn."""
+        if self.owner == threading.get_ident():  # the work itself asks, as an edit that imports the next module does
+            work()
+            then()
+            return
+        self.todo.append((work, then))
+        # looked at again after each turn: who has come meanwhile has found the turn taken and is gone
+        while self.todo and self.busy.acquire(blocking=False):
+            done: list[Callable[[], None]] = []
+            self.owner = threading.get_ident()
+            try:
+                while self.todo:
+                    work, then = self.todo.pop(0)
+                    done.append(then)
+                    work()
+            finally:
+                self.owner = 0
+                self.busy.release()
+            for then in done:
+                then()
 
 
 class Patcher:
-    """Applies features to their hosts and restores them. One per process."""
+    """Applies features to their hosts and restores them. One per process.
+
+    Each may be asked for by any thread at any time. Where another thread is at work on the same feature, that thread
+    does it next, and the caller goes on at once: see Turns.
+    """
 
     def __init__(
         self, arms: Iterable[Arm] = (), strict: bool = False, changed: Callable[[], None] = lambda: None
@@ -120,7 +164,6 @@ class Patcher:
         self.strict = strict
         self.changed = changed
         self.runs: dict[str, Run] = {}
-        self.lock = threading.RLock()
 
     def apply(self, feature: Feature, setting: Setting, judgement: Judgement, arms: Arms | None = None) -> None:
         """Act on a judgement: wait for the host's modules, or replace at once in those imported already.
@@ -128,41 +171,56 @@ class Patcher:
         Raises:
             SystemExit: strict, and an asked-for feature cannot be had.
         """
-        with self.lock:
-            run = self.runs.get(feature.label)
-            if run is None:
-                status = FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
-                status.memory = feature.memory
-                run = self.runs[feature.label] = Run(feature, setting, status, self._switch(feature))
-            elif run.status.state in (State.APPLIED, State.ARMED) and judgement.state is State.ARMED:
-                if run.asks and not judgement.asks:  # asked for by now: ours serves whatever the device
-                    run.asks, run.setting = [], setting
-                    run.status.value, run.status.source = setting.value, setting.source
-                    run.status.reason = _without(run.status.reason, UNKNOWN_GPU)
-                return
-            else:
-                self._undo(run)
-            run.setting, run.arms = setting, arms
-            run.warned = bool(setting.problem)  # said with the other flags
-            run.status.value, run.status.source = setting.value, setting.source
-            run.status.state, run.status.reason = judgement.state, judgement.reason
-            run.targets, run.asks = judgement.targets, judgement.asks
-            run.status.targets = [TargetStatus(t.module, t.name, t.kind) for t in judgement.targets]
+        run = self.runs.get(feature.label)
+        if run is None:
+            status = FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
+            status.memory = feature.memory
+            # atomic: all threads get the one that came first
+            run = self.runs.setdefault(feature.label, Run(feature, setting, status, self._switch(feature)))
+        decided: list[str] = []
+        run.turns.take(
+            functools.partial(self._decide, run, setting, judgement, arms, decided),
+            functools.partial(self._watch, run, decided),
+        )
+
+    def _decide(self, run: Run, setting: Setting, judgement: Judgement, arms: Arms | None, modules: list[str]) -> None:
+        """Take the judgement over; fills ``modules`` with those to wait for."""
+        if run.status.state in (State.APPLIED, State.ARMED) and judgement.state is State.ARMED:
+            if run.asks and not judgement.asks:  # asked for by now: ours serves whatever the device
+                run.asks, run.setting = [], setting
+                run.status.value, run.status.source = setting.value, setting.source
+                run.status.reason = _without(run.status.reason, UNKNOWN_GPU)
+            return
+        self._undo(run)
+        run.setting, run.arms = setting, arms
+        run.warned = bool(setting.problem)  # said with the other flags
+        run.status.value, run.status.source = setting.value, setting.source
+        run.status.state, run.status.reason = judgement.state, judgement.reason
+        run.targets, run.asks = judgement.targets, judgement.asks
+        run.status.targets = [TargetStatus(t.module, t.name, t.kind) for t in judgement.targets]
+        modules += dict.fromkeys([target.module for target in run.targets] or judgement.watch)
+
+    def _watch(self, run: Run, modules: list[str]) -> None:
         self.changed()
-        modules = [target.module for target in run.targets] or judgement.watch
-        for module in dict.fromkeys(modules):
-            _wait_for(module)
-            wrapt.register_post_import_hook(functools.partial(self._imported, run), module)
+        for module in modules:
+            when_imported(module, functools.partial(self._imported, run))
         if not modules:
             self._complain(run)
 
     def restore(self, label: str) -> None:
         """Put back what is still ours, newest first; whoever keeps ours all the same reaches the host through it."""
         run = self.runs[label]
-        with self.lock:
+
+        def work() -> None:
             self._undo(run)
             run.status.state, run.status.reason = State.OFF, "restored"
-        self.changed()
+
+        run.turns.take(work, self.changed)
+
+    def forked(self) -> None:
+        """This is a forked child: other threads of the parent's are not there."""
+        for run in list(self.runs.values()):
+            run.turns.renew()
 
     def _switch(self, feature: Feature) -> Switch:
         return Switch(
@@ -179,11 +237,11 @@ class Patcher:
         status, setting = run.status, run.setting
         if run.warned or status.satisfied or not setting.asked_for or status.state is State.OFF:
             return
-        run.warned = True
         asked = f"{setting.name}={setting.value}, {setting.source}"
         text = f"mla-patch: {run.feature.label} ({asked}) is {status.state}: {status.reason}"
         if self.strict:
-            raise SystemExit(text)
+            endings.end(text)  # again where somebody has swallowed it and imports once more
+        run.warned = True
         log.warning(text)
 
     def _first_call(self, run: Run, device: Gpu) -> tuple[State, str] | None:
@@ -201,8 +259,7 @@ class Patcher:
         """The breaker, or a device that cannot or need not, seen at a call: the host serves from here on."""
         run = self.runs[label]
         if state is not State.FAILED:
-            with self.lock:
-                self._undo(run)
+            run.turns.take(functools.partial(self._undo, run), self.changed)
         run.status.state, run.status.reason = state, reason
         if run.arms is not None:
             run.arms.stopped(reason)
@@ -217,27 +274,47 @@ class Patcher:
 
     def _imported(self, run: Run, module: types.ModuleType) -> None:
         """A module of the host has been imported; nothing of ours may fail that import, strict apart."""
-        try:
-            if run.status.state in (State.ARMED, State.APPLIED):
+        arms: dict[str, dict[str, ArmCode]] = {}
+        problem: BaseException | None = None
+        if run.status.state in (State.ARMED, State.APPLIED):
+            try:
                 arms = self._load_arms(run, module.__name__)
-                with self.lock:
-                    # meanwhile another thread may have restored it, or met a module that drifted
-                    if run.status.state in (State.ARMED, State.APPLIED):
-                        self._take(run, module, arms, late=not _initializing(module))
-        except Exception as problem:
-            with self.lock:
-                self._undo(run, lasting=True)
-                if isinstance(problem, Mismatch):
-                    run.status.state, run.status.reason = problem.state, str(problem)
-                else:
-                    run.status.state, run.status.reason = State.FAILED, repr(problem)
-                    run.warned = not self.strict
-                    log.warning("mla-patch: %s failed, the host keeps its own code", run.feature.label, exc_info=True)
-        self.changed()
-        self._complain(run)
+            except BaseException as raised:
+                if endings.must_pass(raised):
+                    raise
+                problem = raised
+
+        def work() -> None:
+            # meanwhile another thread may have restored it, or met a module that drifted
+            if run.status.state not in (State.ARMED, State.APPLIED):
+                return
+            try:
+                if problem is not None:
+                    raise problem
+                self._take(run, module, arms, late=not is_initializing(module))
+            except BaseException as raised:
+                if endings.must_pass(raised):
+                    raise
+                self._leave(run, raised)
+
+        def then() -> None:
+            self.changed()
+            self._complain(run)
+
+        run.turns.take(work, then)
+
+    def _leave(self, run: Run, problem: BaseException) -> None:
+        """The host keeps its own code: it is not what was reviewed, or ours has failed."""
+        self._undo(run, lasting=True)
+        if isinstance(problem, Mismatch):
+            run.status.state, run.status.reason = problem.state, str(problem)
+        else:
+            run.status.state, run.status.reason = State.FAILED, repr(problem)
+            run.warned = not self.strict
+            log.warning("mla-patch: %s failed, the host keeps its own code", run.feature.label, exc_info=problem)
 
     def _load_arms(self, run: Run, module: str) -> dict[str, dict[str, ArmCode]]:
-        """Entry point -> its arms' code. Imported outside the lock: an import may wait for another thread's."""
+        """Entry point -> its arms' code. Imported before the turn: an import may take long."""
         loaded: dict[str, dict[str, ArmCode]] = {}
         for target in run.targets:
             if target.module != module or target.kind == "edit":
@@ -355,7 +432,9 @@ class Patcher:
             del run.undos[name]
             try:
                 undo()
-            except Exception:
+            except BaseException as problem:
+                if endings.must_pass(problem):
+                    raise
                 log.warning("mla-patch: the edit %s of %s could not be undone", name, target.module, exc_info=True)
         for place in reversed(run.places):
             with _going_on(place.attribute, place.holder):
@@ -408,20 +487,6 @@ def _live_params(value: Any) -> tuple[str, ...]:
     marks: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
     return tuple(marks.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values())
-
-
-def _initializing(module: types.ModuleType | None) -> bool:
-    """Whether the import system is still at work on ``module``, so that nobody can have kept a thing of it."""
-    return bool(_own(_own(module, "__spec__"), "_initializing"))
-
-
-def _wait_for(module: str) -> None:
-    """Let another thread finish its import of ``module``: half of one looks as if the rest had drifted."""
-    if _initializing(sys.modules.get(module)):
-        try:
-            import_module(module)
-        except Exception:  # the host's own, told where the host imports it
-            log.debug("mla-patch: %s cannot be imported", module, exc_info=True)
 
 
 def _is(value: Any, *kinds: type) -> bool:

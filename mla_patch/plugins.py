@@ -7,7 +7,7 @@ from importlib import import_module, metadata
 
 import pluggy
 
-from mla_patch import hookspecs
+from mla_patch import endings, hookspecs
 from mla_patch.compat.types import Arm, MlaKernel
 from mla_patch.features import Feature
 from mla_patch.flags import known
@@ -44,7 +44,9 @@ def load() -> Plugins:
             loaded = import_module(module)
             manager.register(getattr(loaded, attribute) if attribute else loaded, name)
             manager.check_pending()
-        except Exception as problem:
+        except BaseException as problem:
+            if endings.must_pass(problem):
+                raise
             if manager.has_plugin(name):
                 manager.unregister(name=name)
             found.problems.append(f"plugin {name} ({value}) was left out: {problem!r}")
@@ -62,7 +64,9 @@ def load() -> Plugins:
             clash = sorted({label for label in labels if labels.count(label) > 1})
             if clash:
                 raise ValueError(f"feature {', '.join(clash)} is declared already")
-        except Exception as problem:
+        except BaseException as problem:
+            if endings.must_pass(problem):
+                raise
             found.problems.append(f"plugin {name} was left out: {problem!r}")
             continue
         found.features += features

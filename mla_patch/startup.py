@@ -1,15 +1,19 @@
-"""Wakes the plugin when a host appears. Imported at interpreter start: nothing heavy at module level."""
+"""Wakes the plugin when a host appears. Imported at interpreter start: nothing heavy at module level.
+
+Nothing here takes a lock. Plugins, hosts and hooks import, and a thread that imports may wait for any other: a lock
+around that would hang the process. Threads that come at once do the same work twice where they must, and all go on
+with what the first of them has published.
+"""
 
 import os
 import sys
-from _thread import RLock  # what threading wraps, without its cost at every start
 
 from mla_patch.compat import HOST_PACKAGES
+from mla_patch.imports import HostFinder, before, is_namespace
 
 TYPE_CHECKING = False  # typing itself would cost a millisecond in every interpreter
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from importlib.machinery import ModuleSpec
     from typing import Any
 
     from mla_patch.experiment.live import Live, Trial
@@ -20,32 +24,22 @@ if TYPE_CHECKING:
     from mla_patch.reports import Writer
 
 
-class HostFinder:
-    """Finds nothing; it is asked first, and so learns that a host is about to be imported."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
-        if name in HOST_PACKAGES:
-            wake(name)
-        return None
-
-
-_finder: "HostFinder | None" = None
-_session: "Session | None" = None
+_published: "dict[str, Session]" = {}
+_started: "dict[str, object]" = {}
 _directory: "str | None" = None  # in which this process started, as far as can be told
-_lock = RLock()
 
 
 def start() -> None:
     """Watch for the hosts; at once if one is here already. Idempotent, and cheap: no host, no work."""
-    global _finder
-    with _lock:
-        if _finder is not None:
-            return
-        _finder = HostFinder()
-        _note_directory()
-        sys.meta_path.insert(0, _finder)
+    own = object()
+    if _started.setdefault("by", own) is not own:  # atomic, as every single operation of a dict
+        return
+    _note_directory()
     for name in HOST_PACKAGES:
-        if name in sys.modules:
+        before(name, wake)
+    for name in HOST_PACKAGES:
+        module = sys.modules.get(name)
+        if module is not None and not is_namespace(getattr(module, "__spec__", None)):
             wake(name)
 
 
@@ -58,24 +52,31 @@ def _note_directory() -> None:
 
 
 def started() -> bool:
-    return _finder is not None
+    return bool(_started)
 
 
 def wake(package: str) -> None:
     """A host is being imported: load plugins, judge features, wait for its modules.
 
     Raises:
-        SystemExit: ``MLA_PATCH_STRICT=1``, and an asked-for feature cannot be had or a flag is bad.
+        StrictExit: ``MLA_PATCH_STRICT=1``, and an asked-for feature cannot be had or a flag is bad.
     """
     try:
-        from mla_patch import sources
-
-        if sources.find_package(package, (HostFinder,)) is None:
-            return  # somebody only asks whether it is there
-        _get_session().wake(package)
+        from mla_patch import endings
     except Exception as problem:
-        if sys.stderr is not None:  # a daemon may have closed it
-            sys.stderr.write(f"mla-patch: {package} runs unpatched: {problem!r}\n")
+        _unpatched(package, problem)
+        return
+    try:
+        _get_session().wake(package)
+    except BaseException as problem:
+        if endings.must_pass(problem):
+            raise
+        _unpatched(package, problem)
+
+
+def _unpatched(package: str, problem: BaseException) -> None:
+    if sys.stderr is not None:  # a daemon may have closed it
+        sys.stderr.write(f"mla-patch: {package} runs unpatched: {problem!r}\n")
 
 
 def apply(*features: str) -> None:
@@ -101,7 +102,7 @@ def restore(*features: str) -> None:
     """
     session = _get_session()
     session.check(features)
-    for label, run in list(session.patcher.runs.items()):
+    for label, run in session.patcher.runs.copy().items():
         if not features or any(map(run.feature.matches, features)):
             session.patcher.restore(label)
 
@@ -116,34 +117,53 @@ class Session:
 
     def __init__(self, plugins: "Plugins", environ: "Mapping[str, str]") -> None:
         from mla_patch import flags
-        from mla_patch.compat import sglang_tokenspeed
-        from mla_patch.compat.compiles import COMPILES
         from mla_patch.patcher import Patcher
         from mla_patch.reports import ProcessReport
 
         self.plugins = plugins
         self.environ = environ
-        sglang_tokenspeed.KERNELS.update((kernel.name, kernel) for kernel in plugins.kernels)
         _note_directory()
         self.flags: Flags = flags.read(environ, plugins.features, start=_directory)
         self.report: ProcessReport = ProcessReport(problems=[*plugins.problems, *self.flags.problems])
-        COMPILES.has_served = self.report.has_served
         self.writer: Writer | None = None
         self.patcher: Patcher = Patcher(plugins.arms, self.flags.on("MLA_PATCH_STRICT"), self._changed)
         self.live: Live | None = None  # experiments, if any
-        self.awake: set[str] = set()
-        self.told = False
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forked)
+        self.once: dict[str, Any] = {}  # what is done once, by whoever comes first
+        self.ended = ""  # strict's reason
+
+    def publish(self) -> "Session":
+        """This process's session: this one, or the one of a thread that was faster."""
+        first = _published.setdefault("session", self)
+        if first is self:
+            from mla_patch.compat import sglang_tokenspeed
+            from mla_patch.compat.compiles import COMPILES
+
+            sglang_tokenspeed.KERNELS.update((kernel.name, kernel) for kernel in self.plugins.kernels)
+            COMPILES.has_served = self.report.has_served
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=self._forked)
+        return first
+
+    def first(self, what: str) -> bool:
+        """Whether nobody has asked this before."""
+        own = object()
+        return self.once.setdefault(what, own) is own
 
     def wake(self, package: str) -> None:
         """The features of one host, at the moment of its import."""
-        if package in self.awake:
+        from mla_patch import endings
+
+        if self.ended:  # somebody has swallowed it, and imports the host once more
+            endings.end(self.ended)
+        if not self.first(package):
             return
-        self.awake.add(package)
         self.report.engine = self.report.engine or package
         self._start_writer()
-        self.activate({}, "", lambda feature: _package(feature.host_name) == package)
+        try:
+            self.activate({}, "", lambda feature: _package(feature.host_name) == package)
+        except endings.StrictExit as end:
+            self.ended = str(end)
+            raise
 
     def check(self, names: "tuple[str, ...]") -> None:
         from mla_patch.flags import nearest
@@ -157,7 +177,7 @@ class Session:
 
     def activate(self, chosen: "Mapping[str, str]", chosen_by: str, wanted: "Any") -> None:
         """Judge the wanted features and hand them to the patcher."""
-        from mla_patch import flags
+        from mla_patch import endings, flags
         from mla_patch.features import State
         from mla_patch.judge import Judgement, judge
 
@@ -175,7 +195,9 @@ class Session:
                 self.report.host_version = found.version
             try:
                 judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
-            except Exception as problem:  # a plugin's declaration; the other features are not to suffer
+            except BaseException as problem:  # a plugin's declaration; the other features are not to suffer
+                if endings.must_pass(problem):
+                    raise
                 judgement = Judgement(State.FAILED, repr(problem))
             trial = None
             if setting.value in flags.EXPERIMENTS and judgement.state is State.ARMED:
@@ -186,7 +208,7 @@ class Session:
             try:
                 self.patcher.apply(feature, setting, judgement, trial)
             finally:
-                self.report.features = [run.status for run in self.patcher.runs.values()]
+                self.report.features = [run.status for run in self.patcher.runs.copy().values()]
                 self._start_writer()
                 self._changed()
 
@@ -195,26 +217,27 @@ class Session:
         from mla_patch.experiment.live import Live
 
         values = experiment(feature, setting, settings, judgement, self.plugins)
-        if self.live is None:
-            self.live = Live(settings.text("MLA_PATCH_REPORT"), lambda: self.report.stem)
-        return self.live.add(*values)
+        live: Live = Live(settings.text("MLA_PATCH_REPORT"), lambda: self.report.stem)
+        self.live = live = self.once.setdefault("live", live)
+        return live.add(*values)
 
     def _tell_problems(self) -> None:
         import logging
 
-        if self.told:
+        from mla_patch import endings
+
+        if not self.first("problems"):
             return
-        self.told = True
         for problem in self.report.problems:
             if self.flags.on("MLA_PATCH_STRICT"):
-                raise SystemExit(f"mla-patch: {problem}")
+                endings.end(f"mla-patch: {problem}")
             logging.getLogger("mla_patch").warning("mla-patch: %s", problem)
 
     def _start_writer(self) -> None:
         from mla_patch.reports import Writer
 
         directory = self.flags.text("MLA_PATCH_REPORT")
-        if directory and self.writer is None and self.report.engine:
+        if directory and self.report.engine and self.first("writer"):
             self.writer = Writer(directory, self.report)
 
     def _changed(self) -> None:
@@ -222,9 +245,7 @@ class Session:
             self.writer.changed()
 
     def _forked(self) -> None:
-        import threading
-
-        self.patcher.lock = threading.RLock()  # another thread of the parent's may have held it
+        self.patcher.forked()
         self.report.renew()
         if self.writer is not None:
             self.writer.restart()
@@ -270,10 +291,9 @@ def _package(host_name: str) -> str:
 
 
 def _get_session() -> Session:
-    global _session
-    with _lock:
-        if _session is None:
-            from mla_patch import plugins
+    session = _published.get("session")
+    if session is None:
+        from mla_patch import plugins
 
-            _session = Session(plugins.load(), os.environ)
-        return _session
+        session = Session(plugins.load(), os.environ).publish()
+    return session

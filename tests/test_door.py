@@ -65,6 +65,7 @@ def test_on_imports_the_door_and_the_start(scratch: Scratch, bare: Scratch) -> N
     assert {name for name in more if name.startswith("mla_patch")} == {
         "mla_patch",
         "mla_patch._door",
+        "mla_patch.imports",
         "mla_patch.compat",  # the hosts' names and nothing else
         "mla_patch.startup",
     }
@@ -219,7 +220,7 @@ def test_the_start_file_names_the_same_door(scratch: Scratch) -> None:
     assert scratch.run("-S", "-c", code, env=path).stdout == "['mla_patch', 'mla_patch._door'] 0\n"
     on = scratch.run("-S", "-c", code, env=path | {"MLA_PATCH": "1"})
     assert (on.stdout, on.stderr) == (
-        "['mla_patch', 'mla_patch._door', 'mla_patch.compat', 'mla_patch.startup'] 1\n",
+        "['mla_patch', 'mla_patch._door', 'mla_patch.compat', 'mla_patch.imports', 'mla_patch.startup'] 1\n",
         "",
     )
 
