@@ -233,8 +233,9 @@ def _beside(directory: int, name: str, data: bytes) -> Iterator[str]:
     """The data under a temporary name, which is gone afterwards, whatever happens."""
     temporary = temporary_name(name)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)  # from here on it is ours to remove
     try:
-        with open(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:
+        with open(descriptor, "wb") as file:
             file.write(data)
         yield temporary
     finally:

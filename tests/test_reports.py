@@ -5,12 +5,15 @@ import os
 import re
 import socket
 import stat
+import time
 from pathlib import Path
 
 import pytest
 from fake_host import FakeHost, fake_host
 
+import mla_patch
 from mla_patch import files, reports, survey
+from mla_patch.compat import processes
 from mla_patch.features import State
 
 __all__ = ["fake_host"]  # a fixture
@@ -59,6 +62,10 @@ def test_the_file(fake_host: FakeHost, tmp_path: Path) -> None:
     assert (report["engine"], report["pid"]) == ("fakehost", int(pid))
     assert report["started"] == int(name[3]) / 1e9
     assert report["argv"][1] == "-c"
+    assert (report["format"], report["version"], report["host_version"]) == (2, mla_patch.__version__, "1.5")
+    assert report["hostname"] == socket.gethostname() and report["start_ticks"] > 0
+    assert report["pid_space"] == processes.pid_space() != ""
+    assert report["started"] < report["ended"] < time.time()
     assert report["problems"] == []
     assert report["features"] == [
         {
@@ -183,33 +190,168 @@ def test_two_processes_share_a_directory(fake_host: FakeHost, tmp_path: Path) ->
     assert (len({report["pid"] for report in found}), broken) == (2, [])
 
 
-@pytest.mark.parametrize(
-    "content, reason",
-    [
-        (b"", "not a report: "),
-        (b'{"engine": ', "not a report: "),
-        (b"[]", "not a report: it is [], expected an object"),
-        (b"3", "not a report: "),
-        (b"null", "not a report: "),
-        (b"\xff\xfe\x00", "not a report: "),
-        (b'{"engine": "sglang", "pid": 1}', "not a report: it lacks argv, features, started"),
-    ],
-)
-def test_a_corrupt_file_is_named_and_the_others_are_read(content: bytes, reason: str, tmp_path: Path) -> None:
-    good = reports.ProcessReport(engine="sglang")
-    files.replace(tmp_path / "sglang-a-1-1.json", json.dumps(good.as_dict()))
-    (tmp_path / "sglang-b-2-2.json").write_bytes(content)
-    (tmp_path / "sglang-c-3-3.tmp").write_bytes(b"{")  # being written
-    (tmp_path / "sglang-d-4-4.json").mkdir()
-    found, broken = survey.read_directory(tmp_path)
-    assert [report["engine"] for report in found] == ["sglang"]
-    assert [row["file"] for row in broken] == ["sglang-b-2-2.json", "sglang-d-4-4.json"]
-    assert broken[0]["reason"].startswith(reason)
+def only(folder: Path) -> dict:
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
 
 
-def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(OSError):
-        survey.read_directory(tmp_path / "none")
+def test_a_normal_exit_loses_nothing(fake_host: FakeHost, tmp_path: Path) -> None:
+    """The last calls come within a quarter of a second of the end."""
+    code = """
+    import mla_patch
+    mla_patch.apply("ops")
+    import fakehost.caller as c
+    for _ in range(1000): c.run()
+    """
+    run(fake_host, code, tmp_path)
+    report = only(tmp_path)
+    assert report["features"][0]["served"] == 1000
+    assert report["started"] < report["ended"]
+
+
+WORK = """
+import mla_patch, os
+mla_patch.apply("ops")
+import fakehost.caller
+
+def work(count):
+    for _ in range(count): fakehost.caller.run()
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_nor_does_that_of_a_child_of_multiprocessing(method: str, fake_host: FakeHost, tmp_path: Path) -> None:
+    fake_host.write("work.py", WORK)
+    code = f"""
+    import work
+    work.work(7)
+    import multiprocessing
+    child = multiprocessing.get_context({method!r}).Process(target=work.work, args=(500,))
+    child.start()
+    child.join()
+    print(child.pid, child.exitcode)
+    work.work(7)
+    """
+    folder = tmp_path / "reports"
+    pid, status = run(fake_host, code, folder).split()
+    found, broken = survey.read_directory(folder)
+    served = {report["pid"]: report["features"][0]["served"] for report in found if report["features"][0]["served"]}
+    assert (status, broken, served.pop(int(pid)), [*served.values()]) == ("0", [], 500, [14])
+    assert {report["life"] for report in found} == {"ended"}
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)"])
+def test_a_forked_child_ends_for_itself(end: str, fake_host: FakeHost, tmp_path: Path) -> None:
+    code = f"""
+    mla_patch.apply("ops")
+    import fakehost.caller as c
+    c.run()
+    until(lambda: files() and ops(files()[0]).get("served") == 1)
+    child = os.fork()
+    if child == 0:
+        until(lambda: len(files()) == 2)
+        c.run(), c.run()
+        {end}
+    os.waitpid(child, 0)
+    print(child)
+    """
+    child = int(run(fake_host, code, tmp_path / "reports"))
+    found = {report["pid"] == child: report for report in survey.read_directory(tmp_path / "reports")[0]}
+    assert (found[False]["life"], found[False]["features"][0]["served"]) == ("ended", 1)
+    if "_exit" in end:
+        assert (found[True]["life"], found[True]["ended"]) == ("gone", None)
+    else:
+        assert (found[True]["life"], found[True]["features"][0]["served"]) == ("ended", 2)
+
+
+def test_an_exit_does_not_wait_for_a_dead_file_system(fake_host: FakeHost, tmp_path: Path) -> None:
+    code = """
+    from mla_patch import files as ours
+    mla_patch.apply("ops")
+    import fakehost.caller as c
+    until(files)
+    ours.replace = lambda *_: time.sleep(3600)
+    c.run()
+    time.sleep(0.2)  # the thread hangs
+    """
+    start = time.monotonic()
+    run(fake_host, code, tmp_path)
+    assert time.monotonic() - start < 30  # an exit that waits takes an hour
+
+
+def test_the_file_shows_that_the_process_lives(fake_host: FakeHost, tmp_path: Path) -> None:
+    code = """
+    reports.HEARTBEAT = 0.1
+    mla_patch.apply("ops")
+    until(lambda: files() and mla_patch.report() == told(files()[0]))
+    inode = os.stat(files()[0]).st_ino
+    for _ in range(2):
+        os.utime(files()[0], (0, 0))
+        until(lambda: os.stat(files()[0]).st_mtime > time.time() - 60)
+    print(os.stat(files()[0]).st_ino == inode, len(files()))
+    """
+    assert run(fake_host, code, tmp_path / "reports") == "True 1"
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o770, 0o777], ids=["private", "its group's", "everybody's"])
+def test_nobody_else_chooses_what_is_written_over(mode: int, fake_host: FakeHost, tmp_path: Path) -> None:
+    """The other user's move: links under each name that a writer could take, while the engine runs."""
+    folder, victim = tmp_path / "shared", tmp_path / "victim.txt"
+    folder.mkdir()
+    folder.chmod(mode)
+    victim.write_text("precious")
+    code = f"""
+    stems = []
+    def stem(self, real=reports.ProcessReport.stem.fget):
+        for end in (".tmp", ".json", ".json.tmp"):
+            try: os.symlink({str(victim)!r}, os.path.join(os.environ["MLA_PATCH_REPORT"], real(self) + end))
+            except FileExistsError: pass
+        stems.append(real(self))
+        return real(self)
+    reports.ProcessReport.stem = property(stem)
+    mla_patch.apply("ops")
+    import fakehost.caller as c
+    print(c.run(), state())
+    until(lambda: len(stems) > 5)
+    mla_patch.restore(), mla_patch.apply()
+    until(lambda: len(stems) > 10)
+    """
+    done = fake_host.run(WAIT + code.replace("\n    ", "\n"), {"MLA_PATCH_REPORT": str(folder)})
+    assert (done.returncode, done.stdout) == (0, "ours applied\n")
+    assert victim.read_text() == "precious"
+    plain = [path.name for path in folder.iterdir() if not path.is_symlink()]
+    if mode == 0o700:
+        assert done.stderr == "" and len(plain) == 1 and plain[0].endswith(".json")
+    else:
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"mla-patch: no report in MLA_PATCH_REPORT={folder}: mode 0{mode:o} lets ")
+        assert plain == []
+
+
+def test_a_path_is_the_one_that_the_start_has_seen(fake_host: FakeHost, tmp_path: Path) -> None:
+    fake_host.write("sglang/__init__.py", "")
+    fake_host.install("sglang", "0.5.11")
+    (tmp_path / "elsewhere").mkdir()
+    code = """
+    os.chdir("elsewhere")
+    import sglang
+    os.chdir("/")
+    """
+    for told in ("reports", "~/reports"):
+        env = {"MLA_PATCH_REPORT": told, "HOME": str(tmp_path / "home")}
+        fake_host.says("import os\n" + code.replace("\n    ", "\n"), env, door=True)
+    assert not (tmp_path / "elsewhere" / "reports").exists()
+    assert [only(path)["engine"] for path in (tmp_path / "reports", tmp_path / "home" / "reports")] == ["sglang"] * 2
+
+
+def test_secrets_stay_out(fake_host: FakeHost, tmp_path: Path) -> None:
+    code = """
+    sys.orig_argv = ["python", "-m", "sglang.launch_server", "--api-key", "hunter2", "--model", "m"]
+    mla_patch.apply("ops")
+    print(mla_patch.report()["argv"][3:])
+    """
+    assert run(fake_host, code, tmp_path) == "['--api-key', '<redacted>', '--model', 'm']"
+    assert "hunter2" not in (next(tmp_path.glob("*.json"))).read_text()
 
 
 def test_an_old_file_is_replaced_and_closed_to_others(tmp_path: Path) -> None:
