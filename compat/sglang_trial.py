@@ -501,8 +501,9 @@ def _bytes(pool: Any) -> torch.Tensor:
 
 
 def builder(name: str, version: str | None) -> Any:
-    """The host's index builder of that name, from where ``version`` has it."""
-    homes = [target.module for target in sglang.kv_indices_targets(version) if target.name == name]
+    """The host's index builder of that name, from where ``version`` has it, or else from wherever it is."""
+    targets = (*sglang.kv_indices_targets(version), *sglang.kv_indices_targets(None))
+    homes = [target.module for target in targets if target.name == name]
     home = next((home for home in dict.fromkeys(homes) if importlib.util.find_spec(home) is not None), homes[0])
     return getattr(importlib.import_module(home), name)
 

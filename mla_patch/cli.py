@@ -31,7 +31,7 @@ from mla_patch.compat import gpu, hosts, sglang_fetch
 from mla_patch.compat.types import Gpu
 from mla_patch.features import MEANING, Feature, State
 from mla_patch.imports import HostFinder
-from mla_patch.judge import Judgement, code_of, judge, nothing_active
+from mla_patch.judge import Judgement, code_of, judge, nothing_active, release_here
 from mla_patch.show import Line, Table
 from mla_patch.startup import experiment, find_host
 from mla_patch.status import unsatisfied
@@ -328,7 +328,7 @@ def _elsewhere(
     device = Gpu(f"sm_{args.sm[0]}{args.sm[1]}", args.sm) if args.sm else gpu.for_engines()[0]
     for feature in features:
         found = find_host(feature.host_name)
-        release: str | None = args.release or (found.version if found else None)
+        release: str | None = args.release or (release_here(feature, found, (HostFinder,)) if found else None)
         if args.release and not explain_.in_range(args.release, feature):
             raise Misuse(f"--release {args.release}: expected a version that is {feature.requirement()[1]}")
         if release is None:

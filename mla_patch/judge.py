@@ -48,11 +48,7 @@ def judge(
         )
     if host is None:
         return Judgement(State.ABSENT, f"{feature.host_name} is not installed")
-    source = release.Source(
-        lambda module: sources.find_module(module, skip_finders) is not None,
-        lambda target: _source_problem(target, skip_finders),
-    )
-    found = release.find(feature, host, source, skip_version_check)
+    found = release.find(feature, host, _source(skip_finders), skip_version_check)
     if found.outside:
         return Judgement(State.ABSENT, found.outside)
     notes, version = found.notes, found.version
@@ -96,12 +92,25 @@ def judge(
             present = [home.module for home in homes if sources.find_module(home.module, skip_finders)]
             return Judgement(State.DRIFTED, "; ".join(dict.fromkeys(problems)), watch=present)
     if not taken:
-        return Judgement(State.NATIVE, "; ".join(natives))
+        return Judgement(State.NATIVE, "; ".join([*notes, *natives]))
     if refusal:
         return Judgement(State.REFUSED, refusal, watch=[target.module for target in taken])
     if asks and device is None:
         natives.append(f"{gpu.why_unknown() or 'the GPU is not known'}: {UNKNOWN_GPU}")
     return Judgement(State.ARMED, "; ".join([*notes, *natives]), taken, asks=list(dict.fromkeys(asks)))
+
+
+def release_here(feature: Feature, host: Installed, skip_finders: tuple[type, ...] = ()) -> str | None:
+    """The release that ``feature`` meets in an installed host, by its version or its source; None: it is outside."""
+    found = release.find(feature, host, _source(skip_finders))
+    return found.version or found.nearest
+
+
+def _source(skip_finders: tuple[type, ...]) -> release.Source:
+    return release.Source(
+        lambda module: sources.find_module(module, skip_finders) is not None,
+        lambda target: _source_problem(target, skip_finders),
+    )
 
 
 def nothing_active(hosts: Sequence[Installed], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import hosts
 import pytest
 
-from mla_patch import plugins, release, sources
+from mla_patch import cli, plugins, release, sources
 from mla_patch.compat import gpu, sglang
 from mla_patch.compat.sglang_fetch import fetch_package
 from mla_patch.features import Feature, State
@@ -173,3 +174,15 @@ def test_a_release_under_a_candidates_name(here: Any, tmp_path: Path) -> None:
     for name in ("decode", "sparse_prefill", "tokenspeed"):
         judgement = seen[f"{name}=default"]
         assert judgement.state is State.ARMED and "taken for 0.5.11 by its source" in judgement.reason, name
+
+
+def test_explain_of_a_build_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`explain` tells of the release that the source is: this one has no DeepSeek V4, whatever it is called."""
+    folder = site(tmp_path / "site", fetch_package("sglang", "0.5.11"), "0.5.14.dev7+gabc")
+    monkeypatch.syspath_prepend(str(folder))
+    assert cli.main(["explain", "sparse_prefill", "--sm", "90", "--json"]) == 0
+    serves = json.loads(capsys.readouterr().out)["serves"]
+    assert {row["release"] for row in serves} == {"0.5.11"}
+    assert "the release has no DeepSeek V4" in {row["who"] for row in serves}
