@@ -10,6 +10,8 @@ from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
+from mla_patch.imports import is_namespace
+
 
 @dataclass
 class Module:
@@ -32,7 +34,7 @@ def find_package(name: str, skip: tuple[type, ...] = ()) -> ModuleSpec | None:
             continue
         spec = finder.find_spec(name, None)
         if spec is not None:
-            return None if spec.loader is None else spec
+            return None if is_namespace(spec) else spec
     return None
 
 

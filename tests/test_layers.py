@@ -20,7 +20,7 @@ MAY = {
     "files": set(),
     "exits": set(),
     "redact": set(),
-    "sources": set(),
+    "sources": {"imports"},
     "hookspecs": {"features", "compat"},
     "flags": {"experiment", "features"},
     "plugins": {"endings", "features", "flags", "hookspecs", "compat"},
