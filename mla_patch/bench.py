@@ -21,6 +21,8 @@ import triton
 from mla_patch.compat import sglang_trial as trial
 from mla_patch.compat.triton import interpreted
 from mla_patch.dispatch import is_ours
+from mla_patch.explain import in_range
+from mla_patch.hooks import sglang_decode, sglang_kv_indices
 from mla_patch.kernels import decode as decode_
 from mla_patch.kernels import kv_indices
 
@@ -111,7 +113,21 @@ def run(
     yield {"result": {
         "kernel": kernel, "device": told, "host": engine, "floor_us": floor, "copy_gbps": copy, "cases": rows,
         "right": bool(rows) and all(row["right"] for row in rows), "notes": notes,
+        "findings": _findings(kernel, installed.version, rows) if installed is not None else [],
     }}  # fmt: skip
+
+
+def _findings(kernel: str, version: str | None, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Where the engine that is installed has not been measured, or is none that ours was reviewed for."""
+    feature = sglang_decode.FEATURE if kernel == "decode" else sglang_kv_indices.FEATURE
+    found = []
+    if version is not None and not in_range(version, feature):
+        found.append(f"SGLang {version} is outside {feature.requirement()[1]}, for which {feature.name} was reviewed")
+    unmeasured = [row["case"] for row in rows if row["us"]["host"] is None]
+    if unmeasured:
+        which = "every case" if len(unmeasured) == len(rows) else ", ".join(unmeasured)
+        found.append(f"nothing to compare with in {which}: the engine's own kernel did not run, as the notes say")
+    return found
 
 
 def _host_kernel(kernel: str, version: str | None) -> tuple[Any, list[str]]:

@@ -328,13 +328,14 @@ def _elsewhere(
     device = Gpu(f"sm_{args.sm[0]}{args.sm[1]}", args.sm) if args.sm else gpu.for_engines()[0]
     for feature in features:
         found = find_host(feature.host_name)
-        release: str | None = args.release or (release_here(feature, found, (HostFinder,)) if found else None)
-        if args.release and not explain_.in_range(args.release, feature):
+        here = release_here(feature, found, (HostFinder,)) if found else None
+        release: str | None = here if args.release is None else args.release
+        if args.release is not None and not explain_.in_range(args.release, feature):
             raise Misuse(f"--release {args.release}: expected a version that is {feature.requirement()[1]}")
         if release is None:
             continue
         setting = flags.feature(feature)
-        if args.release or args.sm:
+        if args.release is not None or args.sm:
             verdicts.append(explain_.verdict(feature, setting, release, device))
         if device is not None and explain_.in_range(release, feature):
             serves += explain_.serves(feature, setting, release, device, args.heads)
@@ -536,7 +537,7 @@ def bench(args: argparse.Namespace) -> int:
         show.as_json(result)
     else:
         _show_bench(result)
-    return OK if result["right"] else FINDING
+    return OK if result["right"] and not result["findings"] else FINDING
 
 
 # ab
@@ -648,6 +649,8 @@ def ab_report(args: argparse.Namespace) -> int:
 def demo(args: argparse.Namespace) -> int:
     """Run the demonstration in a fresh interpreter, as an engine's process would start."""
     _need_triton("demo")
+    if args.fetch is not None:
+        _demo_takes(args.fetch)
     result = _child("demo", [], dict(os.environ) | {"MLA_PATCH": "1"}, args)
     if result is None:
         return FINDING
@@ -670,29 +673,49 @@ def _fetched(name: str, release: str) -> list[str]:
         raise Misuse(f"{name}: --fetch {release}: {' '.join(dict.fromkeys([said[0], said[-1]]))}") from None
 
 
+def _demo_takes(release: str) -> None:
+    """Refuse a release that no feature of the demonstration is applied to."""
+    from mla_patch.demo import DECODE, FEATURE
+
+    plugins, flags = _read([])
+    for feature in plugins.features:
+        shown = feature.label in (DECODE, FEATURE)
+        if shown and not flags.on("MLA_PATCH_SKIP_VERSION_CHECK") and not explain_.in_range(release, feature):
+            range_ = feature.requirement()[1]
+            raise Misuse(f"demo: --fetch {release:.80}: {feature.name} is for SGLang {range_}, such as 0.5.23")
+
+
 def _child(name: str, argv: Sequence[str], environ: dict[str, str], args: argparse.Namespace) -> dict[str, Any] | None:
     """Run ``mla_patch.<name>`` in an interpreter of its own, and give back its result; None where it failed."""
     if _torch_gpu() is None:
         environ["TRITON_INTERPRET"] = "1"
-    if args.fetch:
+    if args.fetch is not None:
         folders = _fetched(name, args.fetch)
         environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", f"mla_patch.{name}", *argv]
     result: dict[str, Any] | None = None
-    with _progress(args.json) as tell, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True)
+    with _progress(args.json) as tell, tempfile.TemporaryFile("w+", errors="replace") as errors:
+        child = subprocess.Popen(
+            command, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+        )
         assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith(f"{name} "):
-                message = json.loads(line.partition(" ")[2])
-                result = message.get("result", result)
-                tell(message)
-        child.wait()
+        try:
+            for line in child.stdout:
+                if line.startswith(f"{name} "):
+                    message = json.loads(line.partition(" ")[2])
+                    result = message.get("result", result)
+                    tell(message)
+            child.wait()
+        finally:
+            child.kill()
+            child.wait()
         errors.seek(0)
-        said = errors.read()
+        said = errors.read().strip().splitlines()
     if child.returncode or result is None:
-        print(said[-4000:], file=sys.stderr)
-        print(f"mla-patch: {name} ended with status {child.returncode}", file=sys.stderr)
+        for line in said[-100:] if args.traceback else said[-1:]:
+            show.complain(line)
+        more = "" if args.traceback or len(said) < 2 else f"; `mla-patch --traceback {name} ...` shows all that it said"
+        show.complain(f"{name}: its interpreter ended with status {child.returncode}{more}")
         return None
     return result
 
@@ -750,6 +773,7 @@ def _show_bench(result: Mapping[str, Any]) -> None:
     copy = f", a copy reaches {result['copy_gbps']} GB/s" if result["copy_gbps"] else ""
     show.lines([f"ours is {right}; an empty launch takes {result['floor_us']} us{copy}"], style)
     show.lines(result["notes"])
+    show.lines([f"finding: {text}" for text in result["findings"]], "yellow")
 
 
 class _progress:

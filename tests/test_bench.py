@@ -19,7 +19,7 @@ from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import KernelStandIn
 
 in_the_interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
-KEYS = {"kernel", "device", "host", "floor_us", "copy_gbps", "cases", "right", "notes"}
+KEYS = {"kernel", "device", "host", "floor_us", "copy_gbps", "cases", "right", "notes", "findings"}
 
 
 def result(**options: Any) -> dict[str, Any]:
@@ -144,6 +144,9 @@ def test_too_little_memory_leaves_a_case_out(monkeypatch: pytest.MonkeyPatch) ->
 # the host's side; tests/hosts has real releases
 
 
+UNMEASURED = "nothing to compare with in every case: the engine's own kernel did not run, as the notes say"
+
+
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "find_host", lambda name: SimpleNamespace(version="0.5.11"))
@@ -156,6 +159,7 @@ def test_an_engine_that_cannot_be_imported_leaves_ours(engine: None) -> None:
     assert (told["host"], told["right"], told["cases"][0]["us"]["host"]) == ("SGLang 0.5.11", True, None)
     assert told["notes"][0] == "stand-ins for packages that this machine lacks: sgl_kernel"
     assert told["notes"][1].startswith("the engine's own kernel cannot be imported here: ModuleNotFoundError")
+    assert told["findings"] == [UNMEASURED]
 
 
 @in_the_interpreter
@@ -178,9 +182,20 @@ def test_the_hosts_own_beside_ours(fault: str | None, engine: None, monkeypatch:
     if fault == "fails":
         assert case["error"]["host"] is case["us"]["host"] is None
         assert "1 x 40, 2 heads, e4m3: host failed: AssertionError('no such split')" in told["notes"]
+        assert told["findings"] == [UNMEASURED]
     else:
+        assert told["findings"] == []
         assert case["us"]["host"] > 0
         assert case["error"]["host"] == pytest.approx(0.5 if fault else 0, abs=1e-3)
+
+
+@in_the_interpreter
+def test_a_release_that_was_not_reviewed_is_a_finding(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "find_host", lambda name: SimpleNamespace(version="0.4.6"))
+    told = result(kernel="page-table")
+    assert told["findings"] == [
+        "SGLang 0.4.6 is outside >=0.5.1,<0.5.24, for which kv_indices was reviewed", UNMEASURED,
+    ]  # fmt: skip
 
 
 def test_a_patched_host_is_asked_for_its_own(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,16 +248,55 @@ def test_the_child_gets_what_was_asked_and_no_plugin(monkeypatch: pytest.MonkeyP
 def test_a_child_that_dies_is_a_finding(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert cli.main(["bench", "decode"]) == 1
-    assert "bench ended with status 1" in capfd.readouterr().err
+    assert capfd.readouterr().err == "mla-patch: bench: its interpreter ended with status 1\n"
+
+
+def test_of_a_childs_traceback_the_last_line_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = tmp_path / "python"
+    child.write_text("#!/bin/sh\nprintf 'Traceback\\n  in it\\nOSError: \\033[2J it broke\\n' >&2\nexit 3\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    assert cli.main(["bench", "decode"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "mla-patch: OSError: \\x1b[2J it broke" and len(lines) == 2
+    assert "bench: its interpreter ended with status 3; `mla-patch --traceback bench ...` shows all" in lines[1]
+    assert cli.main(["--traceback", "bench", "decode"]) == 1
+    assert capsys.readouterr().err.splitlines()[:2] == ["mla-patch: Traceback", "mla-patch:   in it"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["demo", "--fetch", "latest"], "demo: --fetch latest: "),
+        (["demo", "--fetch", "0.4.6"], "demo: --fetch 0.4.6: decode is for SGLang >=0.5.1,<0.5.24"),
+        (["bench", "decode", "--fetch", "latest"], "--fetch latest: expected a release of SGLang, such as 0.5.23"),
+        (["bench", "decode", "--fetch", "0.5.99"], "--fetch 0.5.99: pip could not fetch it: ERROR: No matching"),
+    ],
+)
+def test_a_release_that_cannot_be_fetched_is_misuse(
+    argv: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(version: str) -> list[Path]:
+        raise RuntimeError("pip could not fetch it:\nERROR: Could not find\nERROR: No matching distribution")
+
+    monkeypatch.setattr(cli.sglang_fetch, "fetch", fetch)
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert says in err and len(err.splitlines()) == 1
 
 
 def test_what_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     case = {"case": "1 x 8192, 16 heads, e4m3", "bytes": 5_000_000, "us": {"host": 60.0, "ours": 20.0},
             "error": {"host": 0.037, "ours": 0.0016}, "gbps": 250.0, "of_copy": 0.0625, "right": True}  # fmt: skip
     told = {"kernel": "decode", "device": "NVIDIA H200", "host": "SGLang 0.5.23", "floor_us": 2.1, "copy_gbps": 4000.0,
-            "cases": [case], "right": True, "notes": ["a note"]}  # fmt: skip
+            "cases": [case], "right": True, "notes": ["a note"], "findings": []}  # fmt: skip
     monkeypatch.setattr(cli, "_child", lambda *args: told)
     assert cli.main(["bench", "decode"]) == 0
     shown = capsys.readouterr().out
     for text in ("SGLang 0.5.23", "3.00x", "6%", "0.037", "0.0016", "250.0", "2.1 us", "4000.0 GB/s", "a note"):
         assert text in shown, text
+    told["findings"] = ["it is old"]
+    assert cli.main(["bench", "decode"]) == 1
+    assert "finding: it is old" in capsys.readouterr().out
