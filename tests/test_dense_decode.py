@@ -18,8 +18,7 @@ from mla_patch.kernels.dense_decode import dense_decode, dense_decode_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 E4M3 = torch.float8_e4m3fn
-# the interpreter's tl.dot is wrong on bfloat16
-HALF = torch.float16 if interpreted() else torch.bfloat16
+HALF = torch.bfloat16
 
 
 class Case:

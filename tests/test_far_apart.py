@@ -1,8 +1,8 @@
 """Addresses are 64-bit: every tensor that a launcher takes may have its rows so far apart that 32 bits do not reach.
 
-Each case runs twice, with its tensors as torch makes them and with one of them spread out: its last row lies more than
-2**31 elements, as the kernel counts them, behind its first, while one step is less, so that only a 64-bit product finds
-it. Nobody touches the memory in between, nor as much before the first row, where an address would land that was
+Each case runs with its tensors as torch makes them and with one of them spread out: from the third row on they lie more
+than 2**31 elements, as the kernel counts them, behind the first, while one step is less, so that only a 64-bit product
+finds them. Nobody touches the memory in between, nor as much before the first row, where an address would land that was
 computed in 32 bits; it holds zeros. The results must be equal bit for bit.
 """
 
@@ -11,11 +11,13 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from mla_patch.compat.triton import interpreted
+from mla_patch.kernels import sparse_decode as module
 from mla_patch.kernels.decode import mla_decode, mla_decode_paged
 from mla_patch.kernels.decode_splits import mla_decode_splits
 from mla_patch.kernels.dense_decode import dense_decode
@@ -29,7 +31,7 @@ from mla_patch.kernels.sparse_decode import sparse_decode as sparse
 from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_paged
 
 DEVICE = "cpu" if interpreted() else "cuda"
-HALF = torch.float16 if interpreted() else torch.bfloat16  # the interpreter's tl.dot is wrong on bfloat16
+HALF = torch.bfloat16
 E4M3 = torch.float8_e4m3fn
 WIDE = 20  # heads that the Gluon kernels take on sm_90
 
@@ -49,8 +51,7 @@ def far(tensor: torch.Tensor, dim: int, unit: int) -> torch.Tensor:
     last = tensor.shape[dim] - 1
     assert last >= 2, "with two rows the step itself would need 64 bits"
     inner = tensor.untyped_storage().nbytes() // tensor.element_size()
-    step = -(-(2**31) // last) * unit + -(-inner // 576) * 576
-    assert step // unit < 2**31 <= last * step // unit
+    step = 2**30 * unit + -(-inner // 576) * 576
     before = 2**31 * unit
     stride = list(tensor.stride())
     stride[dim] = step
@@ -67,21 +68,23 @@ def some(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
 
 
 def decoding(cache: torch.dtype, heads: int) -> tuple[Args, Callable[[Args], Any]]:
-    args = {"q": some(3, heads, 576), "kv": some(3, 576, dtype=torch.float32).to(cache)}
-    args |= {"out": some(3, heads, 512)}
+    """Of the requests that lie far, one program has the first, several share the next, which the merge writes, and the
+    last is without a key: three branches of their own."""
+    args = {"q": some(5, heads, 576), "kv": some(3, 576, dtype=torch.float32).to(cache)}
+    args |= {"out": some(5, heads, 512)}
+    shared = 72 if interpreted() else 12000
+    ids = ints(*[2, 0, 1] * (shared // 3 + 2))
 
     def call(a: Args) -> Any:
-        whole = mla_decode(a["q"], a["kv"], a["out"], ints(0, 3, 3, 5), ints(2, 0, 1, 1, 2), sm_scale=0.04).clone()
-        # the last request is one that several programs share, for the merge to write; then one without a key
-        many = ints(*[2, 0, 1] * (24 if interpreted() else 4000))
-        shared = mla_decode(a["q"], a["kv"], a["out"], ints(0, 0, 0, len(many)), many, sm_scale=0.04).clone()
-        return whole, shared, mla_decode(a["q"], a["kv"], a["out"], ints(0, 3, 3, 3), many, sm_scale=0.04)
+        indptr = ints(0, 3, 3, 6, 6 + shared, 6 + shared)
+        return mla_decode(a["q"], a["kv"], a["out"], indptr, ids, sm_scale=0.04)
 
     return args, call
 
 
 def splitting(cache: torch.dtype, heads: int) -> tuple[Args, Callable[[Args], Any]]:
-    args, _ = decoding(cache, heads)
+    args = {"q": some(3, heads, 576), "kv": some(3, 576, dtype=torch.float32).to(cache)}
+    args |= {"out": some(3, heads, 512)}
 
     def call(a: Args) -> Any:
         logits = torch.zeros(3, heads, 2, 512, device=DEVICE)
@@ -227,7 +230,8 @@ def combining() -> tuple[Args, Callable[[Args], Any]]:
 
 
 def naming() -> tuple[Args, Callable[[Args], Any]]:
-    args = {"indices": slots(3, 1, 9, end=12), "out": torch.zeros(3, 1, 9, dtype=torch.int32, device=DEVICE)}
+    # each query names pages that no other does
+    args = {"indices": slots(3, 1, 2, end=12), "out": torch.zeros(3, 1, 2, dtype=torch.int32, device=DEVICE)}
 
     def call(a: Args) -> Any:
         return name_pages(a["indices"], 6, 2, 6, out=a["out"])
@@ -309,3 +313,48 @@ def test_a_tensor_may_reach_past_31_bits(name):
                 raise AssertionError(f"{name}, {key} spread in dimension {dim}") from problem
             for one, other in zip(got, want, strict=True):
                 assert torch.equal(one, other), f"{key} spread in dimension {dim}"
+
+
+class LastPrograms:
+    """A kernel of whose grid only the last ``count`` programs run."""
+
+    def __init__(self, kernel: Any, count: int) -> None:
+        self.kernel, self.count = kernel, count
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        from triton.runtime.interpreter import interpreter_builder
+
+        (programs,) = grid
+
+        def launch(*args: Any, **numbers: Any) -> None:
+            dims, place = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+            shifts = {
+                "set_grid_dim": lambda x, y, z: dims(programs, y, z),
+                "set_grid_idx": lambda x, y, z: place(x + programs - self.count, y, z),
+            }
+            with mock.patch.multiple(interpreter_builder, **shifts):
+                self.kernel[(self.count,)](*args, **numbers)
+
+        return launch
+
+
+@pytest.mark.skipif(not interpreted(), reason="on a GPU, test_sparse_prefill runs all programs")
+@pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
+def test_so_many_queries_that_their_results_reach_past_31_bits(prefill, monkeypatch):
+    """Results are contiguous, so that only their number takes the last one there."""
+    heads, queries = 128, 2**31 // (128 * 512) + 2
+    for name, each in (("_sparse_kernel", heads // 16), ("_query_kernel", heads // 4)):
+        monkeypatch.setattr(module, name, LastPrograms(getattr(module, name), each))
+    cache, ids = pages(V4, 3, 2), slots(1, 1, 9, end=6)
+    q = some(1, 1, heads, 512, dtype=torch.bfloat16)
+
+    def call(count: int) -> list[torch.Tensor]:
+        if prefill:
+            lists = ids[0].expand(count, 1, 9)
+            return [one[-1] for one in mla_sparse_prefill_paged(q[0].expand(count, -1, -1), cache, lists, 0.04)]
+        out, lse = sparse(q.expand(1, count, -1, -1), cache, ids.expand(1, count, 9), sm_scale=0.04)
+        return [out[0, -1], lse[0, :, -1]]
+
+    assert queries * heads * 512 > 2**31
+    for one, other in zip(call(queries), call(1), strict=True):
+        assert torch.equal(one, other) and one.any()

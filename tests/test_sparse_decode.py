@@ -460,10 +460,11 @@ def test_the_conversion_without_the_instruction(layout, monkeypatch):
 @gpu
 @needs_gpu
 @LAYOUTS
-def test_a_pool_beyond_31_bits(layout):
-    """The last pages of 3 GB."""
-    pages = 3 * 2**30 // layout.page_bytes(64)
-    case = Case(layout, 2, 1, 16, 64, 64)
+@pytest.mark.parametrize("heads", [16, 64])
+def test_a_pool_beyond_31_bits(layout, heads):
+    """The last pages of 9 GB, which are counted in 16 bits, and above 16 heads, on sm_90, in 32."""
+    pages = 9 * 2**30 // layout.page_bytes(64)
+    case = Case(layout, 2, 1, heads, 64, 64)
     cache = new_pages(layout, pages, 64, DEVICE)
     slots = torch.arange(pages * 64 - 90, pages * 64, device=DEVICE)
     quantize(torch.randn(90, layout.width, device=DEVICE), cache, slots)

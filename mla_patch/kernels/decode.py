@@ -51,6 +51,8 @@ from mla_patch.compat.triton import (
     interpreted,
     watch_compiles,
 )
+from mla_patch.kernels.dequantize import operand, rounded
+from mla_patch.kernels.layouts import told
 
 NARROW = 16  # up to so many heads the portable kernel is the faster one on sm_90
 
@@ -163,7 +165,7 @@ def _split(x, unit, kind):
     """A float32 in units of ``unit``, as the sum of two 16-bit numbers."""
     x = x / unit[:, None]
     high = x.to(kind)
-    return high, (x - high.to(tl.float32)).to(kind)
+    return operand(high), operand((x - high.to(tl.float32)).to(kind))
 
 
 @triton.jit
@@ -200,10 +202,10 @@ def _store_chunk(pointer, one, other, mask, KIND: tl.constexpr):
     kind = pointer.dtype.element_ty
     if KIND == 0:
         c = tl.arange(0, 64)
-        tl.store(pointer + c[None, :], one.to(kind), mask=mask)
-        tl.store(pointer + 64 + c[None, :], other.to(kind), mask=mask)
+        tl.store(pointer + c[None, :], rounded(one, kind), mask=mask)
+        tl.store(pointer + 64 + c[None, :], rounded(other, kind), mask=mask)
     else:
-        tl.store(pointer + tl.arange(0, 128)[None, :], tl.interleave(one, other).to(kind), mask=mask)
+        tl.store(pointer + tl.arange(0, 128)[None, :], rounded(tl.interleave(one, other), kind), mask=mask)
 
 
 @triton.jit
@@ -211,7 +213,7 @@ def _load_chunk(row, c, KIND: tl.constexpr):
     """128 values of every key as two operands: even and odd values of an 8-bit cache, else one half and the other."""
     one = tl.load(row + c[None, :])
     if KIND == 0:
-        other = tl.load(row + c.shape[0] + c[None, :])
+        one, other = operand(one), operand(tl.load(row + c.shape[0] + c[None, :]))
     else:
         one, other = _halves(one, KIND)
     return one, other
@@ -287,7 +289,8 @@ def _attend(
     scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
     TWICE: tl.constexpr = KIND == 0 and q0.dtype == tl.float32
     if KIND == 0 and not TWICE:
-        p0, p1, p2, p3, pr = -p0, -p1, -p2, -p3, -pr
+        q0, q1, q2, q3, qr = operand(q0), operand(q1), operand(q2), operand(q3), operand(qr)
+        p0, p1, p2, p3, pr = -operand(p0), -operand(p1), -operand(p2), -operand(p3), -operand(pr)
     else:
         # a power of two takes every head's q into float16's range, and loses nothing
         largest = tl.maximum(_largest(q0, q1, q2, q3, qr), _largest(p0, p1, p2, p3, pr))
@@ -566,15 +569,15 @@ def _merge_kernel(
         if SLICES > 0:
             d = mine * (512 // SLICES) + tl.arange(0, 512 // SLICES)
             acc = _merge_columns(partial, partial_lse, first, last, h, H, m, d, BLOCK_S)
-            tl.store(to + d, (acc * factor).to(kind))
+            tl.store(to + d, rounded(acc * factor, kind))
         elif last - first < 16:
             d = tl.arange(0, 512)
             acc = _merge_columns(partial, partial_lse, first, last, h, H, m, d, 4)
-            tl.store(to + d, (acc * factor).to(kind))
+            tl.store(to + d, rounded(acc * factor, kind))
         else:
             few = mine * 32 + tl.arange(0, 32)
             part = _merge_columns(partial, partial_lse, first, last, h, H, m, few, BLOCK_S)
-            tl.store(to + few, (part * factor).to(kind))
+            tl.store(to + few, rounded(part * factor, kind))
 
 
 def merge_config(batch: int, wide: bool = False) -> dict[str, int]:
@@ -920,9 +923,8 @@ def _check(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, sinks: torch.Te
     if out.dtype not in _FLOATS:
         raise ValueError(f"out: {out.dtype}, expected torch.bfloat16, torch.float16 or torch.float32")
     if sinks is not None:
-        if sinks.shape != (heads,) or not sinks.is_floating_point():
-            found = f"{sinks.dtype}, shape {tuple(sinks.shape)}"
-            raise ValueError(f"sinks: {found}, expected a float for each of {heads} heads")
+        if sinks.shape != (heads,) or not sinks.is_floating_point() or not sinks.is_contiguous():
+            raise ValueError(f"sinks: {told(sinks)}, expected a float for each of {heads} heads, contiguous")
         _check_device("sinks", sinks, q)
     _check_device("kv", kv, q)
     _check_device("out", out, q)

@@ -38,6 +38,7 @@ from mla_patch.kernels.decode import (
     _numbers,
     _store_chunk,
 )
+from mla_patch.kernels.dequantize import rounded
 
 _MERGE = {"BLOCK_S": 8, "num_warps": 4}
 
@@ -142,7 +143,7 @@ def _merge_splits_kernel(
         if sinks is not None:
             total += tl.exp(tl.load(sinks + h).to(tl.float32) - top)
         acc = acc * (v_scale / total)
-    tl.store(out + b * out_stride_b + h * out_stride_h + d, acc.to(out.dtype.element_ty))
+    tl.store(out + b * out_stride_b + h * out_stride_h + d, rounded(acc, out.dtype.element_ty))
 
 
 def mla_decode_splits(

@@ -64,8 +64,8 @@ def rounded(x, kind: tl.constexpr):
 
 @triton.jit
 def operand(x):
-    """What an interpreter can multiply: its bfloat16 products are wrong."""
-    if _PLAIN:
+    """What an interpreter can multiply: it takes bfloat16's bits for integers."""
+    if _PLAIN and x.dtype == tl.bfloat16:
         return x.to(tl.float32)
     return x
 

@@ -186,9 +186,9 @@ def _attend(
         # masked, not clamped: an unknown slot has no row, and 0 times a stranger's NaN is NaN
         mask = known[:, None]
         if KIND == 0:
-            k = tl.load(values + row[:, None] + c, mask=mask, other=0.0)
+            k = operand(tl.load(values + row[:, None] + c, mask=mask, other=0.0))
             if ROPE:
-                kr = tl.load(values + row[:, None] + (512 + r), mask=mask, other=0.0)
+                kr = operand(tl.load(values + row[:, None] + (512 + r), mask=mask, other=0.0))
         elif KIND == 1:
             one = tl.full([BLOCK_N, 256], 1.0, tl.float16)
             k = _halves(tl.load(values + row[:, None] + tl.arange(0, 256)[None, :], mask=mask, other=0), one, BITS)
@@ -367,13 +367,12 @@ def _sparse_kernel(
     else:
         unit = tl.full([BLOCK_H], 1.0, tl.float32)
         nope = source
-    query = tl.load(nope + d, mask=mask, other=0.0)
+    query = operand(tl.load(nope + d, mask=mask, other=0.0))
     if ROPE:
         qr = tl.load(source + NOPE + tl.arange(0, 64)[None, :], mask=mask, other=0.0)
     else:
         qr = query
-    if KIND >= 2:
-        qr = operand(qr)
+    qr = operand(qr)
     if max_logits is not None:
         tl.debug_barrier()  # no warp writes out before all have read their halves
     m = tl.full([BLOCK_H], -float("inf"), tl.float32)
