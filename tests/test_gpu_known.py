@@ -310,3 +310,43 @@ def test_one_process_may_choose_after_the_start(tmp_path: Path) -> None:
             text=True,
         )
         assert done.stdout.startswith(told), done.stderr
+
+
+REAL = """
+import json, os
+import pynvml
+from mla_patch.compat import gpu
+told = {}
+for name, chosen in json.loads(os.environ["CHOICES"]).items():
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if chosen is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = chosen
+    found = gpu.from_nvml()
+    told[name] = gpu.why_unknown() if found is None else list(found.capability)
+os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+import torch
+told["cuda after"] = torch.cuda.is_initialized()
+told["torch"] = list(torch.cuda.get_device_capability())
+told["nvidia"] = gpu.on_nvidia(torch.empty(0, device="cuda"))
+told["names"] = [gpu.known().name, torch.cuda.get_device_name()]
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_nvml(tmp_path: Path) -> None:
+    pynvml = pytest.importorskip("pynvml", reason="needs pynvml, as SGLang's own requirements have it")
+    pynvml.nvmlInit()
+    uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(0))
+    uuid = uuid.decode() if isinstance(uuid, bytes) else uuid
+    pynvml.nvmlShutdown()
+    choices = {"all": None, "number": "0", "uuid": uuid, "beginning": uuid[:12], "none": "", "no such": "GPU-zzzz"}
+    env = {"CHOICES": json.dumps(choices), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": None}
+    command = [sys.executable, "-c", REAL]
+    done = subprocess.run(command, env=clean_env(env), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [told[name] for name in ("all", "number", "uuid", "beginning")] == [told["torch"]] * 4
+    assert told["none"] == told["no such"] == LEAVES_NONE
+    assert (told["cuda after"], told["nvidia"]) == (False, True) and len(set(told["names"])) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from mla_patch import judge, release
 from mla_patch.compat import gpu, hosts, sglang
@@ -146,6 +147,15 @@ def test_versions_that_tell_nothing(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.5.11", "0.1.dev1+gabc", "0.5.10.post1.dev40+gabc", "0.0.1", "banana"])
 def test_versions_that_tell_something(version: str) -> None:
     assert hosts._tells(version)
+
+
+def test_each_reviewed_release_has_its_marks() -> None:
+    """A post release has its release's; what came before the range shares the last row."""
+    marked = [version for version, modules in sglang.HOST.marks if len(modules) == 2]
+    reviewed = [one for one in sglang.HOST.reviewed if Version(one) >= Version("0.4.10") and "post" not in one]
+    assert marked == reviewed[::-1]
+    modules = [module for _, both in sglang.HOST.marks for module in both]
+    assert len(modules) == len(set(modules))
 
 
 # what else a source tells
