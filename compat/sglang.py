@@ -65,7 +65,7 @@ from typing import Any
 from packaging.version import Version
 
 from mla_patch.compat import gpu
-from mla_patch.compat.methods import set_methods
+from mla_patch.compat.methods import Undoing, set_methods
 from mla_patch.compat.types import Held, Host, Target, Undo
 
 log = logging.getLogger("mla_patch")
@@ -622,7 +622,7 @@ def warm_once_built(owner: type, path: str, find: Callable[[Any, Any], Any]) -> 
         if not shared.asked:
             shared.put_back()
 
-    return undo
+    return Undoing(undo, shared.put_back.places)
 
 
 def warm_up(path: str, backend: Any, runner: Any, find: Callable[[Any, Any], Any] = decode_capacity) -> None:

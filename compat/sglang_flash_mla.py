@@ -47,6 +47,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from mla_patch.compat import gpu
+from mla_patch.compat.methods import Undoing
 from mla_patch.compat.sglang import warm_once_built
 from mla_patch.compat.types import Target, Undo
 
@@ -394,7 +395,7 @@ def add_sched_meta(module: ModuleType) -> Undo:
         if vars(module).get("FlashMLASchedMeta") is ours:
             del module.FlashMLASchedMeta
 
-    return undo
+    return Undoing(undo, lambda: [(module, "FlashMLASchedMeta", ours)])
 
 
 def be_the_package(module: ModuleType, counts: Any) -> Undo:
@@ -439,7 +440,7 @@ def be_the_package(module: ModuleType, counts: Any) -> Undo:
             if sys.modules.get(name) is one:
                 del sys.modules[name]
 
-    return undo
+    return Undoing(undo, lambda: [(sys.modules, name, one) for name, one in ours.items()])
 
 
 def warm_dense(home: str, module: ModuleType) -> Undo:

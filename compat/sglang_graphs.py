@@ -36,7 +36,7 @@ from typing import Any
 from packaging.version import Version
 
 from mla_patch.compat import gpu, processes, steps
-from mla_patch.compat.methods import set_methods
+from mla_patch.compat.methods import Undoing, set_methods
 from mla_patch.compat.types import Target, Undo
 
 log = logging.getLogger("mla_patch")
@@ -56,7 +56,7 @@ def step_targets(version: str | None) -> tuple[Target, ...]:
     return steps_, by_key if Version(version) >= Version("0.5.14") else by_size
 
 
-_edited: dict[type, tuple[int, Undo]] = {}  # features under test at the same time share the edits
+_edited: dict[type, tuple[int, Undoing]] = {}  # features under test at the same time share the edits
 _drafts: dict[type, Undo] = {}  # draft models' graph runners that have been edited, too
 
 
@@ -80,7 +80,7 @@ def _shared(edit: Callable[[ModuleType], tuple[type, dict[str, Any]]]) -> Callab
             while _drafts:
                 _drafts.popitem()[1]()
 
-        return give_back
+        return Undoing(give_back, undo.places)
 
     return edit_once
 

@@ -39,7 +39,7 @@ from typing import Any
 from packaging.version import Version
 
 from mla_patch.compat import gpu
-from mla_patch.compat.methods import set_methods
+from mla_patch.compat.methods import Undoing, set_methods
 from mla_patch.compat.types import Gpu, Mark, MlaDecode, MlaKernel, MlaPrefill, Seam, Target, Undo
 
 log = logging.getLogger("mla_patch")
@@ -110,16 +110,7 @@ def _take_names(module: ModuleType, names: tuple[str, ...]) -> Undo:
                 # the list may be the host's own, which it extends and tests elsewhere
                 action.choices = [*action.choices, *(name for name in names if name not in action.choices)]
 
-    setattr(owner, reader, read_ours)
-    owner.add_cli_args = staticmethod(add_ours)
-
-    def undo() -> None:
-        for name, ours, before in ((reader, read_ours, read), ("add_cli_args", add_ours, add)):
-            bound = vars(owner).get(name)
-            if getattr(bound, "__func__", bound) is ours:
-                setattr(owner, name, before)
-
-    return undo
+    return set_methods(owner, {reader: read_ours, "add_cli_args": staticmethod(add_ours)})
 
 
 def _choose(args: Any, names: tuple[str, ...]) -> None:
@@ -178,7 +169,7 @@ def seam(module: ModuleType, counts: Any) -> Undo:
     if tuple(inspect.signature(original).parameters)[:2] != ("self", "model_runner"):
         raise TypeError(f"{owner.__qualname__}.__init__ does not take (model_runner, ...)")
     points = [name for name in ("_run_decode_kernel", "_run_prefill_kernel") if name in vars(owner)]
-    undo_calls: Undo = _nothing
+    undo_calls = Undoing(_nothing, list)
     if not points:
         undo_calls = _redirect(module, owner)
     elif len(points) == 1:
@@ -200,7 +191,7 @@ def seam(module: ModuleType, counts: Any) -> Undo:
         undo_init()
         undo_calls()
 
-    return undo
+    return Undoing(undo, lambda: [*undo_init.places(), *undo_calls.places()])
 
 
 def _nothing() -> None:
@@ -393,7 +384,7 @@ _CALLS = {
 }
 
 
-def _redirect(module: ModuleType, owner: type) -> Undo:
+def _redirect(module: ModuleType, owner: type) -> Undoing:
     """To 0.5.11: the backend's module sees a flashinfer whose two calls reach the instance that makes them."""
     for method, names in _CALLS.items():
         code = getattr(vars(owner).get(method), "__code__", None)
@@ -437,7 +428,7 @@ def _redirect(module: ModuleType, owner: type) -> Undo:
             else:
                 module.flashinfer = real  # type: ignore[attr-defined]
 
-    return undo
+    return Undoing(undo, lambda: [(module, "flashinfer", ours)])
 
 
 class _Lazy(_Part):

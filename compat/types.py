@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+# Takes an edit back. It may have `places`, see `methods.Undoing`: then a report says where something else stands by now
 Undo = Callable[[], None]
 
 

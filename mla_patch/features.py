@@ -24,6 +24,7 @@ class State(str, Enum):
     DRIFTED = "drifted"
     REFUSED = "refused"
     APPLIED = "applied"
+    DISPLACED = "displaced"
     FAILED = "failed"
 
     __str__ = str.__str__
@@ -39,6 +40,7 @@ MEANING = {
     State.DRIFTED: "the host's entry point is missing or its parameters changed; the host keeps its own code",
     State.REFUSED: "this GPU, configuration, flag or moment does not allow it",
     State.APPLIED: "ours has taken the place of the host's",
+    State.DISPLACED: "something else stands where ours was put, and takes its calls; apply() puts ours back",
     State.FAILED: "an error of ours; the host keeps its own code",
 }
 

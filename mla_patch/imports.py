@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _before: "dict[str, Callable[[str], None]]" = {}  # module -> what is called before it is executed
 _after: "dict[str, list[Callable[[ModuleType], None]]]" = {}  # module -> what is called once, when it has been executed
 _executing: "dict[str, ModuleType]" = {}
+_executed: "dict[str, ModuleType]" = {}  # its code has run, and what waits for that is being called
 _installed: "dict[str, HostFinder]" = {}
 PATIENCE = 1.0  # seconds
 
@@ -74,7 +75,11 @@ class _Loader:
             self._own.exec_module(module)
         finally:
             _executing.pop(name, None)
-        _call(name, module)
+        _executed[name] = module
+        try:
+            _call(name, module)
+        finally:
+            _executed.pop(name, None)
 
 
 def before(name: str, act: "Callable[[str], None]") -> None:
@@ -100,13 +105,27 @@ def when_imported(name: str, act: "Callable[[ModuleType], None]") -> None:
     if name in _executing:
         return
     if is_initializing(module):
-        _call_later(name)
+        _call_later(name, act)
     else:
-        _call(name, module)
+        _call_one(name, act, module)
+
+
+def when_executed_again(name: str, act: "Callable[[ModuleType], None]") -> None:
+    """Have ``act(module)`` called once, when the module is executed next: reloaded, or dropped and imported again."""
+    calls = _after.setdefault(name, [])
+    if act not in calls:
+        calls.append(act)
+
+
+def is_executed_now(name: str) -> bool:
+    """Whether a module that somebody here waits for is being executed, the first time or again."""
+    return name in _executing or name in _executed
 
 
 def is_initializing(module: "Any") -> bool:
     """Whether the import system is still at work on ``module``, so that nobody can have kept a thing of it."""
+    if any(one is module for one in list(_executed.values())):
+        return True  # importlib.reload() does not say so of its modules
     return bool(getattr(_spec(module), "_initializing", False))
 
 
@@ -131,7 +150,7 @@ def _install() -> None:
 
 def _call(name: str, module: "ModuleType") -> None:
     calls = _after.get(name, [])
-    while True:
+    for _ in range(len(calls)):  # what is called may ask for the next time
         try:
             act = calls.pop(0)
         except IndexError:
@@ -143,7 +162,21 @@ def _call(name: str, module: "ModuleType") -> None:
             raise
 
 
-def _call_later(name: str) -> None:
+def _call_one(name: str, act: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
+    """Of those who wait only this one: the others are there for the module's next execution."""
+    calls = _after[name]
+    try:
+        calls.remove(act)
+    except ValueError:  # whoever executed the module has called it
+        return
+    try:
+        act(module)
+    except BaseException:  # as above
+        calls.insert(0, act)
+        raise
+
+
+def _call_later(name: str, act: "Callable[[ModuleType], None]") -> None:
     """The module was found before anybody waited for it, so that its loader is not ours: wait for its import."""
     import threading
     from importlib import import_module
@@ -153,7 +186,7 @@ def _call_later(name: str) -> None:
             import_module(name)
         except BaseException:  # the host's own, told where the host imports it
             return
-        _call(name, sys.modules[name])
+        _call_one(name, act, sys.modules[name])
 
     thread = threading.Thread(target=wait, name="mla-patch-import", daemon=True)
     thread.start()

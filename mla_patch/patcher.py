@@ -10,6 +10,7 @@ import functools
 import gc
 import inspect
 import logging
+import operator
 import sys
 import threading
 import types
@@ -18,20 +19,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 from mla_patch import endings
 from mla_patch.compat.types import Arm, Gpu, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, Arms, Site, Switch, is_ours, stand_in
 from mla_patch.features import FIRST_CALLS, Asked, Counts, Feature, State
 from mla_patch.flags import Setting
-from mla_patch.imports import is_initializing, when_imported
+from mla_patch.imports import is_executed_now, is_initializing, when_executed_again, when_imported
 from mla_patch.judge import UNKNOWN_GPU, Judgement, code_of, difference
 from mla_patch.reports import FeatureStatus, TargetStatus
+from mla_patch.standing import attribute_of, describe, find, is_a, is_found, names_of, own, reaches, text_of
 
 __all__ = ["Patcher", "is_ours"]
 
 log = logging.getLogger("mla_patch")
+
+
+# ours stands in the host, or will once its modules are imported, or has been put aside by somebody: asked, see `look`
+STANDING = frozenset({State.ARMED, State.APPLIED, State.DISPLACED})
 
 
 class Mismatch(Exception):
@@ -50,16 +56,16 @@ class Place:
     attribute: str
     before: Any
     ours: Any
-    inherited: bool = False  # the class had no such attribute of its own
+    inherited: bool = False  # the holder had no such attribute of its own
 
     def where(self) -> Any:
         """The holder itself; None where it was an instance that is gone."""
-        return self.holder() if _is(self.holder, weakref.ref) else self.holder
+        return self.holder() if is_a(self.holder, weakref.ref) else self.holder
 
     def put_back(self) -> None:
         """Undo, unless somebody has put something else there since."""
         holder = self.where()
-        if _own(holder, self.attribute) is not self.ours:
+        if own(holder, self.attribute) is not self.ours:
             return
         if self.inherited:
             delattr(holder, self.attribute)
@@ -91,6 +97,21 @@ class Found:
     attribute: str
     value: Any
     kept: list[Kept]
+    ours: Any = None  # what stood there, where something that cannot be confirmed stands there now
+
+
+@dataclass
+class Taken:
+    """A target that ours has taken, in one execution of its module."""
+
+    target: Target
+    module: types.ModuleType
+    spec: Any  # the module's: importlib.reload() gives it another
+    undo: Undo | None = None  # of an edit
+
+    def is_current(self) -> bool:
+        """Whether the module has been neither dropped nor executed again since."""
+        return sys.modules.get(self.target.module) is self.module and own(self.module, "__spec__") is self.spec
 
 
 @dataclass
@@ -107,7 +128,13 @@ class Run:
     made: dict[str, Any] = field(default_factory=dict)  # entry point -> stand-in; somebody may keep it over restore()
     places: list[Place] = field(default_factory=list)
     undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
+    taken: dict[int, Taken] = field(default_factory=dict)  # by the target's place in `targets`
+    notes: str = ""  # the reason, as long as ours stands
     warned: bool = False
+    told: bool = False  # that ours has been displaced
+    # what hid ours when that was seen first, and how many calls had come by then; by id, so that ours keeps nothing
+    hidden_by: tuple[list[int], int] = field(default_factory=lambda: ([], 0))
+    again: dict[str, Callable[[types.ModuleType], None]] = field(default_factory=dict)  # by module: what takes it
     turns: Turns = field(default_factory=lambda: Turns())
 
 
@@ -185,17 +212,21 @@ class Patcher:
 
     def _decide(self, run: Run, setting: Setting, judgement: Judgement, arms: Arms | None, modules: list[str]) -> None:
         """Take the judgement over; fills ``modules`` with those to wait for."""
-        if run.status.state in (State.APPLIED, State.ARMED) and judgement.state is State.ARMED:
+        if run.status.state in STANDING and judgement.state is State.ARMED:
             if run.asks and not judgement.asks:  # asked for by now: ours serves whatever the device
                 run.asks, run.setting = [], setting
                 run.status.value, run.status.source = setting.value, setting.source
-                run.status.reason = _without(run.status.reason, UNKNOWN_GPU)
+                self._forget_unknown_gpu(run)
+            self._look(run)
+            if run.status.state is State.DISPLACED:
+                self._cover(run)
+                modules += dict.fromkeys(one.target.module for one in run.taken.values())
             return
         self._undo(run)
         run.setting, run.arms = setting, arms
         run.warned = bool(setting.problem)  # said with the other flags
         run.status.value, run.status.source = setting.value, setting.source
-        run.status.state, run.status.reason = judgement.state, judgement.reason
+        run.status.state, run.status.reason, run.notes = judgement.state, judgement.reason, judgement.reason
         run.targets, run.asks = judgement.targets, judgement.asks
         run.status.targets = [TargetStatus(t.module, t.name, t.kind) for t in judgement.targets]
         modules += dict.fromkeys([target.module for target in run.targets] or judgement.watch)
@@ -203,7 +234,7 @@ class Patcher:
     def _watch(self, run: Run, modules: list[str]) -> None:
         self.changed()
         for module in modules:
-            when_imported(module, functools.partial(self._imported, run))
+            when_imported(module, run.again.setdefault(module, functools.partial(self._imported, run)))
         if not modules:
             self._complain(run)
 
@@ -237,12 +268,14 @@ class Patcher:
         status, setting = run.status, run.setting
         if run.warned or status.satisfied or not setting.asked_for or status.state is State.OFF:
             return
-        asked = f"{setting.name}={setting.value}, {setting.source}"
-        text = f"mla-patch: {run.feature.label} ({asked}) is {status.state}: {status.reason}"
         if self.strict:
-            endings.end(text)  # again where somebody has swallowed it and imports once more
+            endings.end(self._complaint(run))  # again where somebody has swallowed it and imports once more
         run.warned = True
-        log.warning(text)
+        log.warning(self._complaint(run))
+
+    def _complaint(self, run: Run) -> str:
+        asked = f"{run.setting.name}={run.setting.value}, {run.setting.source}"
+        return f"mla-patch: {run.feature.label} ({asked}) is {run.status.state}: {run.status.reason}"
 
     def _first_call(self, run: Run, device: Gpu) -> tuple[State, str] | None:
         """What the first call's device decides; None: ours serves."""
@@ -251,9 +284,12 @@ class Patcher:
             reason = ask(device) if ask is not None else None
             if reason is not None:
                 return state, reason
-        run.status.reason = _without(run.status.reason, UNKNOWN_GPU)
+        self._forget_unknown_gpu(run)
         self.changed()
         return None
+
+    def _forget_unknown_gpu(self, run: Run) -> None:
+        run.notes, run.status.reason = _without(run.notes, UNKNOWN_GPU), _without(run.status.reason, UNKNOWN_GPU)
 
     def _stopped(self, label: str, reason: str, state: State) -> None:
         """The breaker, or a device that cannot or need not, seen at a call: the host serves from here on."""
@@ -276,7 +312,7 @@ class Patcher:
         """A module of the host has been imported; nothing of ours may fail that import, strict apart."""
         arms: dict[str, dict[str, ArmCode]] = {}
         problem: BaseException | None = None
-        if run.status.state in (State.ARMED, State.APPLIED):
+        if run.status.state in STANDING:
             try:
                 arms = self._load_arms(run, module.__name__)
             except BaseException as raised:
@@ -286,7 +322,7 @@ class Patcher:
 
         def work() -> None:
             # meanwhile another thread may have restored it, or met a module that drifted
-            if run.status.state not in (State.ARMED, State.APPLIED):
+            if run.status.state not in STANDING:
                 return
             try:
                 if problem is not None:
@@ -301,6 +337,7 @@ class Patcher:
             self.changed()
             self._complain(run)
 
+        when_executed_again(module.__name__, run.again[module.__name__])
         run.turns.take(work, then)
 
     def _leave(self, run: Run, problem: BaseException) -> None:
@@ -331,31 +368,176 @@ class Patcher:
         return loaded
 
     def _take(self, run: Run, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool) -> None:
-        targets = [target for target in run.targets if target.module == module.__name__]
-        entries = [target for target in targets if target.kind != "edit"]
+        mine = {at: target for at, target in enumerate(run.targets) if target.module == module.__name__}
+        entries = {at: target for at, target in mine.items() if target.kind != "edit" and not self._stands(run, at)}
         # all are looked at before one is touched
         with _all_that_lives() if late and entries else nullcontext():
-            found = [self._confirm(run, target, module, late) for target in entries]
+            found = [self._find(run, at, target, module, late) for at, target in entries.items()]
         for one in found:
             self._replace(run, one, arms[one.target.name])
-        for target in targets:
-            if target.kind == "edit" and target.name not in run.undos:
-                if target.edit is None:
-                    raise TypeError(f"{target.module}.{target.name}: an edit needs a function")
-                counts = (run.status.counts,) if target.counted else ()
-                run.undos[target.name] = (target, target.edit(module, *counts))
+        for at, target in mine.items():
+            if target.kind != "edit":
+                run.taken[at] = Taken(target, module, own(module, "__spec__"))
+            elif target.name not in run.undos or (at in run.taken and self._hiders(run, run.taken[at])):
+                run.taken[at] = Taken(target, module, own(module, "__spec__"), self._edit(run, target, module))
         if run.arms is not None:
             run.switch.set(arms=run.arms)
             run.arms.attach(run.switch, run.status.counts)
         if run.feature.hardware is not None or run.asks:  # the first call may come from another GPU than was expected
             run.switch.set(check=functools.partial(self._first_call, run))
-        for status in run.status.targets:
-            if status.module == module.__name__:
-                status.replaced_by = next(code_of(target) for target in targets if target.name == status.name)
-        waiting = sorted({status.module for status in run.status.targets if status.replaced_by is None})
-        notes = [note for note in run.status.reason.split("; ") if note and not note.startswith("waiting for ")]
-        run.status.state = State.APPLIED
-        run.status.reason = "; ".join(notes + [f"waiting for {name}" for name in waiting])
+        self._look(run)
+
+    def _edit(self, run: Run, target: Target, module: types.ModuleType) -> Undo:
+        """Make one edit; where it was made before and has been displaced since, on top of what is left of that."""
+        if target.edit is None:
+            raise TypeError(f"{target.module}.{target.name}: an edit needs a function")
+        undo = target.edit(module, *((run.status.counts,) if target.counted else ()))
+        _, before = run.undos.get(target.name, (target, None))
+        run.undos[target.name] = (target, undo if before is None else functools.partial(_call_all, undo, before))
+        return undo
+
+    def _find(self, run: Run, at: int, target: Target, module: types.ModuleType, late: bool) -> Found:
+        """A target's live object, confirmed. Where somebody has put something else since, what stood there: ours."""
+        taken = run.taken.get(at)
+        holder, value = find(module, target.name)
+        ours = run.made.get(target.entry or target.name)
+        if taken is None or not taken.is_current() or not any(holder is place.where() for place in run.places):
+            return self._confirm(run, target, module, late)
+        log.warning("mla-patch: %s.%s was %s, and is ours again", target.module, target.name, self._tell(value))
+        return Found(target, holder, target.name.rpartition(".")[2], value, [], ours)
+
+    # what stands now, asked whenever somebody wants to know
+
+    def look(self) -> None:
+        """Bring all states up to date with what stands in the host; cheap, from any thread, raises nothing."""
+        for run in list(self.runs.values()):
+            if not run.turns.busy.locked():  # who is at work on it looks in the end
+                run.turns.take(functools.partial(self._look_quietly, run), functools.partial(self._tell_displaced, run))
+
+    def _look_quietly(self, run: Run) -> None:
+        if any(is_executed_now(target.module) for target in run.targets):
+            return  # halfway, what was there before is gone and ours is not there yet
+        try:
+            self._look(run)
+        except Exception:
+            log.debug("mla-patch: the state of %s cannot be asked", run.feature.label, exc_info=True)
+
+    def _tell_displaced(self, run: Run) -> None:
+        """Once each time that something takes the place of what was asked for. Strict ends no engine at work."""
+        displaced = run.status.state is State.DISPLACED
+        if displaced and not run.told and run.setting.asked_for:
+            log.warning(self._complaint(run))
+        run.told = displaced
+
+    def _look(self, run: Run) -> None:
+        status = run.status
+        if status.state not in STANDING or not run.taken:
+            return
+        hiders: list[tuple[str, Any]] = []
+        waiting = set()
+        homes = self._homes(run)
+        edits_alone = all(target.kind == "edit" for target in run.targets)
+        is_there = stands = False
+        for at, (target, told) in enumerate(zip(run.targets, status.targets, strict=True)):
+            taken = run.taken.get(at)
+            if taken is None or sys.modules.get(target.module) is None:
+                told.replaced_by = None
+                waiting.add(target.module)
+                continue
+            found = self._hiders(run, taken)
+            hiders += found
+            told.replaced_by = code_of(target) if not found else self._tell(found[0][1]) if found[0][1] else None
+            is_there = is_there or edits_alone or target.kind != "edit"
+            if target.kind != "edit":
+                value = find(sys.modules[target.module], target.name)[1]
+                stands = stands or not found
+                if not found and not self._wanted(run)(attribute_of(value, "__func__") or value):
+                    told.replaced_by = f"{self._tell(value)} over {code_of(target)}"
+        for place in run.places:
+            holder = place.where()
+            value = own(holder, place.attribute)
+            if value is None or not is_found(holder) or (id(holder), place.attribute) in homes:
+                continue
+            if value is place.ours or reaches(value, self._wanted(run)):
+                stands = True
+            else:
+                hiders.append(self._hidden(f"{_name_of(holder)}.{place.attribute}", value))
+        notes = [note for note in run.notes.split("; ") if note]
+        notes += [f"waiting for {name}" for name in sorted(waiting)]
+        notes += [text for text, _ in hiders]
+        reached = self._is_reached(run, [] if stands else [id(value) for _, value in hiders])
+        if reached:
+            notes.append("calls reach ours all the same")
+        displaced = bool(hiders) and not reached
+        status.reason = "; ".join(dict.fromkeys(notes))
+        status.state = State.DISPLACED if displaced else State.APPLIED if is_there else State.ARMED
+
+    def _homes(self, run: Run) -> set[tuple[int, str]]:
+        """What holds the entry points of a feature now, by id, and their names there."""
+        targets = [one.target for one in run.taken.values() if one.target.kind != "edit"]
+        modules = [(sys.modules.get(target.module), target.name) for target in targets]
+        return {(id(find(module, name)[0]), name.rpartition(".")[2]) for module, name in modules if module is not None}
+
+    def _is_reached(self, run: Run, hiders: list[int]) -> bool:
+        """Whether calls have come since these were first seen in all places of ours: then they hand calls on to it."""
+        counts = run.status.counts
+        calls = counts.served + sum(list(counts.declined.values()))
+        if run.hidden_by[0] != hiders:
+            run.hidden_by = hiders, calls
+        return bool(hiders) and calls > run.hidden_by[1]
+
+    def _cover(self, run: Run) -> None:
+        """Put ours back under the names that others have bound to something else since. Entry points are `_take`'s."""
+        homes = self._homes(run)
+        for place in list(run.places):
+            holder = place.where()
+            if (id(holder), place.attribute) in homes:
+                continue
+            value = own(holder, place.attribute)
+            stands = value is place.ours or reaches(value, self._wanted(run))
+            if value is not None and not stands and is_found(holder):
+                self._bind(run, Place(place.holder, place.attribute, value, place.ours))
+
+    def _wanted(self, run: Run, name: str = "") -> Callable[[Any], bool]:
+        """What is a stand-in of this feature's that serves."""
+
+        def wanted(value: Any) -> bool:
+            if not is_ours(value):
+                return False
+            site = value._self_site
+            return site.counts is run.status.counts and site.switch is run.switch and name in ("", site.name)
+
+        return wanted
+
+    def _stands(self, run: Run, at: int) -> bool:
+        """Whether a target that ours has taken is ours still, as far as can be seen."""
+        taken = run.taken.get(at)
+        return taken is not None and taken.is_current() and not self._hiders(run, taken)
+
+    def _hiders(self, run: Run, taken: Taken) -> list[tuple[str, Any]]:
+        """(words, what stands there) for each name that a target has put ours under and that is not ours any more."""
+        target = taken.target
+        if target.kind != "edit":
+            module = sys.modules.get(target.module)
+            value = find(module, target.name)[1] if module is not None else None
+            stands = reaches(value, self._wanted(run, target.name))
+            return [] if stands else [self._hidden(f"{target.module}.{target.name}", value)]
+        if not taken.is_current():
+            return [(f"{target.name} is undone, as {target.module} was executed again", None)]
+        places = getattr(taken.undo, "places", None)
+        rows = places() if places is not None else []
+        return [
+            self._hidden(f"{_name_of(holder)}.{attribute}", value)
+            for holder, attribute, ours in rows
+            for value in [holder.get(attribute) if is_a(holder, dict) else own(holder, attribute)]
+            if not reaches(value, functools.partial(operator.is_, ours))
+        ]
+
+    def _hidden(self, where: str, value: Any) -> tuple[str, Any]:
+        return f"{where} is {self._tell(value)}", value
+
+    def _tell(self, value: Any) -> str:
+        return describe(value._self_site.serve) if is_ours(value) else describe(value)
 
     def _confirm(self, run: Run, target: Target, module: types.ModuleType, late: bool) -> Found:
         """The live object and where it is bound.
@@ -367,7 +549,7 @@ class Patcher:
         *path, attribute = target.name.split(".")
         for name in path:
             holder = getattr(holder, name, None)
-        value = inspect.getattr_static(holder, attribute, None) if isinstance(holder, type) else _own(holder, attribute)
+        value = inspect.getattr_static(holder, attribute, None) if isinstance(holder, type) else own(holder, attribute)
         where = f"{target.module}.{target.name}"
         if value is None:
             raise Mismatch(f"{where} does not exist")
@@ -392,6 +574,10 @@ class Patcher:
 
     def _replace(self, run: Run, found: Found, arms: dict[str, ArmCode]) -> None:
         target = found.target
+        if found.ours is not None:
+            inherited = found.attribute not in names_of(found.holder)
+            self._bind(run, Place(found.holder, found.attribute, found.value, found.ours, inherited))
+            return
         ours = _ours_below(found.value, target.name, run.status.counts)
         if ours is not None and ours._self_site.switch is run.switch:
             return  # a second import hook of the same application
@@ -441,14 +627,14 @@ class Patcher:
                 place.put_back()
         since: dict[tuple[int, str], tuple[Any, Any]] = {}  # modules imported since have taken ours by name
         for place in run.places:
-            if is_ours(place.ours) and _is(place.holder, types.ModuleType):
-                package = _text(_own(place.holder, "__name__")).partition(".")[0]
+            if is_ours(place.ours) and is_a(place.holder, types.ModuleType):
+                package = text_of(own(place.holder, "__name__")).partition(".")[0]
                 for holder, attribute, _, after in _bindings(place.ours, place.before, package):
                     since.setdefault((id(holder), attribute), (holder, after))
         for (_, attribute), (holder, after) in since.items():
             with _going_on(attribute, holder):
                 setattr(holder, attribute, after)
-        run.places = []
+        run.places, run.taken = [], {}
         # whoever keeps one of the old stand-ins keeps its switch, which stays off
         run.switch = self._switch(run.feature)
         for status in run.status.targets:
@@ -461,8 +647,22 @@ def _going_on(attribute: str, holder: Any) -> Iterator[None]:
     try:
         yield
     except Exception:
-        what = _text(_ask(holder, "__name__")) or f"a {type(holder).__name__}"
+        what = text_of(attribute_of(holder, "__name__")) or f"a {type(holder).__name__}"
         log.warning("mla-patch: %s of %s could not be given back", attribute, what, exc_info=True)
+
+
+def _call_all(*calls: Callable[[], None]) -> None:
+    for call in calls:
+        call()
+
+
+def _name_of(holder: Any) -> str:
+    """A module's or a class's name, or what an instance is."""
+    if is_a(holder, types.ModuleType):
+        return text_of(own(holder, "__name__"))
+    if is_a(holder, type):
+        return describe(holder).replace(":", ".")
+    return "sys.modules" if holder is sys.modules else describe(holder)
 
 
 def _without(notes: str, note: str) -> str:
@@ -489,50 +689,10 @@ def _live_params(value: Any) -> tuple[str, ...]:
     return tuple(marks.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values())
 
 
-def _is(value: Any, *kinds: type) -> bool:
-    """``isinstance`` by the real type alone: what a program keeps may raise when it is asked for its ``__class__``."""
-    return issubclass(type(value), kinds)
-
-
-_names_of_a_module = vars(types.ModuleType)["__dict__"].__get__
-_names_of_a_class = vars(type)["__dict__"].__get__
-
-
-def _names_of(value: Any) -> Mapping[str, Any]:
-    """The ``__dict__`` of ``value``, or nothing; no code of its type, and no import of a lazy module, is run for it."""
-    if _is(value, types.ModuleType):
-        return _names_of_a_module(value) or {}
-    if _is(value, type):
-        return cast(Mapping[str, Any], _names_of_a_class(value))
-    try:
-        names = object.__getattribute__(value, "__dict__")
-    except Exception:  # a property of its type's may raise anything
-        return {}
-    return names if _is(names, dict, types.MappingProxyType) else {}
-
-
-def _text(value: Any) -> str:
-    """``value`` where it is text: modules and classes can be given names and homes of any kind."""
-    return value if _is(value, str) else ""
-
-
-def _ask(value: Any, attribute: str) -> Any:
-    """``getattr`` with None for whatever it raises."""
-    try:
-        return getattr(value, attribute, None)
-    except Exception:
-        return None
-
-
-def _own(holder: Any, attribute: str) -> Any:
-    """What ``holder`` itself binds to ``attribute``, descriptors untouched."""
-    return _names_of(holder).get(attribute)
-
-
 def _modules() -> Iterator[tuple[types.ModuleType, Mapping[str, Any]]]:
     for module in list(sys.modules.values()):
-        if _is(module, types.ModuleType):  # some programs keep other objects there
-            yield module, _names_of(module)
+        if is_a(module, types.ModuleType):  # some programs keep other objects there
+            yield module, names_of(module)
 
 
 def _bindings(value: Any, instead: Any, package: str) -> list[tuple[Any, str, Any, Any]]:
@@ -542,21 +702,21 @@ def _bindings(value: Any, instead: Any, package: str) -> list[tuple[Any, str, An
     """
     found: list[tuple[Any, str, Any, Any]] = []
     for module, names in _modules():
-        home = _text(names.get("__name__"))
+        home = text_of(names.get("__name__"))
         inside = home.partition(".")[0] == package
         for name, bound in list(names.items()):
             if bound is value:
                 found.append((module, name, bound, instead))
-            elif inside and _is(bound, type) and _text(_own(bound, "__module__")) == home:
+            elif inside and is_a(bound, type) and text_of(own(bound, "__module__")) == home:
                 found += _class_bindings(bound, value, instead)
     return found
 
 
 def _class_bindings(owner: type, value: Any, instead: Any) -> Iterator[tuple[Any, str, Any, Any]]:
-    for name, bound in list(_names_of(owner).items()):
+    for name, bound in list(names_of(owner).items()):
         if bound is value:
             yield owner, name, bound, instead
-        elif _is(bound, staticmethod, classmethod) and bound.__func__ is value:
+        elif is_a(bound, staticmethod, classmethod) and bound.__func__ is value:
             yield owner, name, bound, type(bound)(instead)
 
 
@@ -594,7 +754,7 @@ def _kept(target: Target, value: Any, counts: Counts) -> Iterator[Kept]:
         instances = [one for one in gc.get_objects() if id(type(one)) in kinds]
         pattern = held.within(_declines_nothing) if instances and held.within is not None else None
         for instance in instances:
-            bound = _own(instance, attribute)
+            bound = own(instance, attribute)
             if bound is None or _ours_below(bound, target.name, counts) is not None:
                 continue
             # of the same make, and around the same function: somebody's functools.wraps copies all but the code
@@ -628,63 +788,63 @@ def _keeper(value: Any, kept: list[Kept], package: str, holder: Any) -> str | No
         if one.within is not None:
             refs += gc.get_referrers(one.bound)  # one by one: a tuple of them would be found, too
     for ref in refs:
-        if id(ref) in module_dicts or id(ref) in known or is_ours(ref) or _is(ref, types.FrameType):
+        if id(ref) in module_dicts or id(ref) in known or is_ours(ref) or is_a(ref, types.FrameType):
             continue
         owner = _owner(ref)
-        if _is(owner, type):
+        if is_a(owner, type):
             # a method is found on its class, or on the one that it is inherited from
             bases = holder.__mro__ if isinstance(holder, type) else ()
             if not any(base is owner for base in bases) and not _rebindable(owner, package):
-                return f"a class {_ask(owner, '__qualname__')}"
+                return f"a class {attribute_of(owner, '__qualname__')}"
             continue
         if is_ours(owner):
             continue
-        module = _is(owner, types.ModuleType)
-        own = _own(owner, "__name__") if module else _ask(owner, "__module__") or _ask(type(owner), "__module__")
-        home = _text(own)
+        module = is_a(owner, types.ModuleType)
+        named = own(owner, "__name__") if module else attribute_of(owner, "__module__")
+        home = text_of(named or attribute_of(type(owner), "__module__"))
         if machinery != "builtins" and home.partition(".")[0] == machinery:
             continue
         names = _names_for(owner, value)
         what = f"attribute {names[0]} of " if names else ""
-        name = home if module else _text(_ask(owner, "__qualname__"))
-        return f"{what}a {_ask(type(owner), '__name__')} {name}".strip()
+        name = home if module else text_of(attribute_of(owner, "__qualname__"))
+        return f"{what}a {attribute_of(type(owner), '__name__')} {name}".strip()
     return None
 
 
 def _rebindable(owner: type, package: str) -> bool:
     """Whether ``_bindings`` comes by this class."""
-    home = _text(_own(owner, "__module__"))
-    return home.partition(".")[0] == package and _own(sys.modules.get(home), _ask(owner, "__name__")) is owner
+    home = text_of(own(owner, "__module__"))
+    return home.partition(".")[0] == package and own(sys.modules.get(home), attribute_of(owner, "__name__")) is owner
 
 
 def _owner(ref: Any) -> Any:
     """Whose a dict, a cell, a tuple or a staticmethod is: the class or instance, the function with that closure."""
-    if _is(ref, dict):
+    if is_a(ref, dict):
         # without its C extension, wrapt keeps what it wraps in a dict that is not the proxy's __dict__
-        owners = [o for o in gc.get_referrers(ref) if is_ours(o) or _is(o, type) or _names_of(o) is ref]
+        owners = [o for o in gc.get_referrers(ref) if is_ours(o) or is_a(o, type) or names_of(o) is ref]
         return owners[0] if owners else _collector(ref)
-    if _is(ref, staticmethod, classmethod):
-        holders = [_owner(names) for names in gc.get_referrers(ref) if _is(names, dict)]
-        return next((holder for holder in holders if _is(holder, type)), ref)
-    if _is(ref, types.CellType):
-        closures = [closure for closure in gc.get_referrers(ref) if _is(closure, tuple)]
+    if is_a(ref, staticmethod, classmethod):
+        holders = [_owner(names) for names in gc.get_referrers(ref) if is_a(names, dict)]
+        return next((holder for holder in holders if is_a(holder, type)), ref)
+    if is_a(ref, types.CellType):
+        closures = [closure for closure in gc.get_referrers(ref) if is_a(closure, tuple)]
         return _owner(closures[0]) if closures else ref
     if type(ref) is tuple:  # a function's closure, or its defaults
-        return next((f for f in gc.get_referrers(ref) if _is(f, types.FunctionType)), ref)
+        return next((f for f in gc.get_referrers(ref) if is_a(f, types.FunctionType)), ref)
     return ref
 
 
 def _collector(ref: Any) -> Any:
     """The module or instance that has the container ``ref`` as an attribute, else ``ref``."""
     for holder in gc.get_referrers(ref):
-        holder = next((o for o in gc.get_referrers(holder) if _names_of(o) is holder), holder)
-        if not _is(holder, dict) and any(bound is ref for bound in _names_of(holder).values()):
+        holder = next((o for o in gc.get_referrers(holder) if names_of(o) is holder), holder)
+        if not is_a(holder, dict) and any(bound is ref for bound in names_of(holder).values()):
             return holder
     return ref
 
 
 def _names_for(owner: Any, value: Any) -> list[str]:
-    return [name for name, bound in _names_of(owner).items() if bound is value]
+    return [name for name, bound in names_of(owner).items() if bound is value]
 
 
 def _ours_below(value: Any, name: str, counts: Counts) -> Any:

@@ -90,6 +90,7 @@ class ProcessReport:
     ended: float | None = None  # seconds since 1970, once the process has begun a normal exit
     problems: list[str] = field(default_factory=list)
     features: list[FeatureStatus] = field(default_factory=list)
+    look: Callable[[], None] = lambda: None  # brings the features' states up to date; cheap, called from any thread
     _fixed: dict[str, Any] = field(default_factory=dict, repr=False)  # what does not change while the process lives
 
     @property
@@ -110,6 +111,7 @@ class ProcessReport:
         return any(status.counts.served for status in self.features)
 
     def as_dict(self) -> dict[str, Any]:
+        self.look()
         if not self._fixed:
             self._fixed = {
                 "argv": redact.argv(getattr(sys, "orig_argv", sys.argv)),

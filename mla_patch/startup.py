@@ -127,6 +127,7 @@ class Session:
         self.report: ProcessReport = ProcessReport(problems=[*plugins.problems, *self.flags.problems])
         self.writer: Writer | None = None
         self.patcher: Patcher = Patcher(plugins.arms, self.flags.on("MLA_PATCH_STRICT"), self._changed)
+        self.report.look = self.patcher.look
         self.live: Live | None = None  # experiments, if any
         self.once: dict[str, Any] = {}  # what is done once, by whoever comes first
         self.ended = ""  # strict's reason

@@ -19,7 +19,7 @@ from mla_patch.show import Line, Table
 
 Row = Mapping[str, Any]
 ACTIVE = frozenset({State.APPLIED, State.ARMED})
-ALWAYS_TOLD = frozenset({State.FAILED})  # also of a feature that nobody asked for
+ALWAYS_TOLD = frozenset({State.DISPLACED, State.FAILED})  # also of a feature that nobody asked for
 _SHOWN = 8  # names of files in one line
 
 

@@ -21,6 +21,7 @@ MAY = {
     "exits": set(),
     "redact": set(),
     "sources": {"imports"},
+    "standing": set(),
     "hookspecs": {"features", "compat"},
     "flags": {"experiment", "features"},
     "plugins": {"endings", "features", "flags", "hookspecs", "compat"},
@@ -29,7 +30,7 @@ MAY = {
     "dispatch": {"features", "compat"},
     "release": {"features", "compat"},
     "judge": {"release", "sources", "flags", "features", "compat"},
-    "patcher": {"dispatch", "endings", "imports", "judge", "reports", "flags", "features", "compat"},
+    "patcher": {"standing", "dispatch", "endings", "imports", "judge", "reports", "flags", "features", "compat"},
     "startup": {"patcher", "plugins", "judge", "reports", "experiment", "flags", "sources", "features", "imports"}
     | {"endings", "compat"},
     "experiment": {"files", "exits", "dispatch", "reports", "features", "kernels", "compat"},

@@ -341,6 +341,352 @@ def test_two_features_on_one_entry_point(fake_host: FakeHost) -> None:
     ]  # fmt: skip
 
 
+# --- ours is displaced, and put back
+
+
+PLUGIN_ON_TOP = """
+    import functools, fakehost.ops as ops, fakehost.layers, fakehost.kernels
+
+    def same(q, kv, scale=1.0):
+        return "theirs"
+
+    def other(*args, **kwargs):
+        return "theirs"
+
+    inner = ops.decode  # kept as wrappers often keep it, by a global name
+
+    def by_name(*args, **kwargs):
+        return "theirs, " + inner(*args, **kwargs)
+
+    def closure(inner):
+        def by_closure(*args, **kwargs):
+            return "theirs, " + inner(*args, **kwargs)
+        return by_closure
+
+    class Caller:
+        def __init__(self, inner):
+            self.inner = inner
+        def __call__(self, *args, **kwargs):
+            return "theirs, " + self.inner(*args, **kwargs)
+
+    class Opaque:
+        def __init__(self, inner):
+            self.table = {"inner": [inner]}
+        def __call__(self, *args, **kwargs):
+            return "theirs, " + self.table["inner"][0](*args, **kwargs)
+"""
+
+
+def test_displaced_and_put_back(fake_host: FakeHost) -> None:
+    """Another plugin's setattr on the entry point: the state says so, whatever its signature, and apply() undoes it."""
+    fake_host.write("plugin.py", PLUGIN_ON_TOP)
+    code = """
+    mla_patch.apply()
+    import fakehost.caller as c, plugin
+    ops = plugin.ops
+    for theirs in (plugin.same, plugin.other, print, None):
+        ours = ops.decode
+        ops.decode = theirs
+        told = row("ops")
+        print(told["state"], told["reason"], told["targets"][0]["replaced_by"], row("kernel")["state"], sep="; ")
+        mla_patch.apply()
+        told = row("ops")
+        print(ops.decode(1, 2), c.run(), told["state"], told["reason"], told["targets"][0]["replaced_by"], sep="; ")
+    mla_patch.restore()
+    print(ops.decode, c.run(), left())
+    """
+    done = fake_host.run(code)
+    again = "ours; ours; applied; ; fakeplug:serve"
+    assert done.stdout.splitlines() == [
+        "displaced; fakehost.ops.decode is plugin:same; plugin:same; applied",
+        again,
+        "displaced; fakehost.ops.decode is plugin:other; plugin:other; applied",
+        again,
+        "displaced; fakehost.ops.decode is an instance of builtins:builtin_function_or_method; "
+        "an instance of builtins:builtin_function_or_method; applied",
+        again,
+        "displaced; fakehost.ops.decode is nothing; None; applied",
+        again,
+        # each was put where the one before it had been
+        "None host []",
+    ], done.stderr
+    asked = "mla-patch: ops@fakehost (MLA_PATCH_OPS=on, apply()) is displaced"
+    said = [line for line in done.stderr.splitlines() if line.startswith("mla-patch: ")]
+    assert [line for line in said if asked in line] == []  # a default never warns
+    assert said == [
+        "mla-patch: fakehost.ops.decode was plugin:same, and is ours again",
+        "mla-patch: fakehost.ops.decode was plugin:other, and is ours again",
+        "mla-patch: fakehost.ops.decode was an instance of builtins:builtin_function_or_method, and is ours again",
+        "mla-patch: fakehost.ops.decode was nothing, and is ours again",
+    ]
+
+
+def test_a_wrapper_that_can_be_seen_to_call_ours_displaces_nothing(fake_host: FakeHost) -> None:
+    """With functools.wraps or without; apply() leaves it where it is."""
+    fake_host.write("plugin.py", PLUGIN_ON_TOP)
+    code = """
+    mla_patch.apply("ops")
+    import plugin
+    ops, ours = plugin.ops, plugin.inner
+    @plugin.functools.wraps(ours)
+    def wraps(*args, **kwargs):
+        return "theirs, " + ours(*args, **kwargs)
+    partial = plugin.functools.partial(ours)
+    call = plugin.Caller(ours).__call__
+    for top in (plugin.by_name, plugin.closure(ours), plugin.Caller(ours), call, wraps, partial):
+        ops.decode = top
+        mla_patch.apply("ops")
+        print(ops.decode is top, ops.decode(1, 2), state("ops"), row("ops")["targets"][0]["replaced_by"], sep="; ")
+    """
+    over = "over fakeplug:serve"
+    assert fake_host.says(code).splitlines() == [
+        f"True; theirs, ours; applied; plugin:by_name {over}",
+        f"True; theirs, ours; applied; plugin:closure.<locals>.by_closure {over}",
+        f"True; theirs, ours; applied; an instance of plugin:Caller {over}",
+        f"True; theirs, ours; applied; plugin:Caller.__call__ {over}",
+        f"True; theirs, ours; applied; __main__:wraps {over}",
+        f"True; ours; applied; an instance of functools:partial {over}",
+    ]
+
+
+def test_a_wrapper_that_cannot_be_seen_through_is_believed_once_calls_arrive(fake_host: FakeHost) -> None:
+    fake_host.write("plugin.py", PLUGIN_ON_TOP)
+    code = """
+    mla_patch.apply("ops")
+    import plugin
+    ops = plugin.ops
+    del plugin.inner  # else calls may come by that name
+    ops.decode = plugin.Opaque(ops.decode)
+    print(state("ops"))
+    print(ops.decode(1, 2), state("ops"))
+    import fakehost.caller as c
+    ops.decode = c.decode = plugin.other  # another one
+    print(state("ops"))
+    c.run()
+    states("ops")
+    """
+    done = fake_host.run(code)
+    told = "fakehost.ops.decode is an instance of plugin:Opaque"
+    assert done.stdout.splitlines() == [
+        f"displaced: {told}",
+        f"theirs, ours applied: {told}; calls reach ours all the same",
+        "displaced: fakehost.ops.decode is plugin:other",
+        "displaced",
+    ], done.stderr
+    asked = "mla-patch: ops@fakehost (MLA_PATCH_OPS=on, apply()) is displaced"
+    assert done.stderr.splitlines() == [f"{asked}: {told}", f"{asked}: fakehost.ops.decode is plugin:other"]
+
+
+def test_every_place_is_asked(fake_host: FakeHost) -> None:
+    """Names of callers, class attributes, methods and kernels; what nobody can come by is no place."""
+    code = """
+    import fakehost.caller as c  # before ours, so that its names are places, too
+    mla_patch.apply()
+    import fakehost.layers as layers, fakehost.kernels as kernels
+    def theirs(*args, **kwargs): return "theirs"
+    class Theirs:
+        def __getitem__(self, grid): return theirs
+    def told(*names): print(*(state(name) for name in names), sep="; ")
+    c.decode = c.Static.decode = layers.Backend.forward = theirs
+    kernels.indices = c.indices = Theirs()
+    layers.Tools.plan = staticmethod(theirs)
+    told("ops", "method", "kernel", "tools")
+    mla_patch.apply()
+    told("ops", "method", "kernel", "tools")
+    print(serves())
+    del c.decode
+    class Backend: pass
+    layers.Backend = Backend
+    told("ops", "method")
+    mla_patch.restore()
+    print(c.Static.decode(), c.indices[(1,)](), layers.Tools.plan(1), sys.modules["fakehost.ops"].decode(1, 2))
+    """
+    done = fake_host.run(code)
+    assert done.stdout.splitlines() == [
+        "displaced: fakehost.caller.decode is __main__:theirs; fakehost.caller.Static.decode is __main__:theirs; "
+        "displaced: fakehost.layers.Backend.forward is __main__:theirs; "
+        "displaced: fakehost.kernels.indices is an instance of __main__:Theirs; "
+        "fakehost.caller.indices is an instance of __main__:Theirs; "
+        "displaced: fakehost.layers.Tools.plan is __main__:theirs",
+        "applied; applied; applied; applied",
+        "ours",
+        "applied; displaced: fakehost.layers.Backend.forward is nothing",
+        "theirs theirs theirs host",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("how", ["reloaded", "dropped and imported again"])
+def test_a_module_that_is_executed_again(how: str, fake_host: FakeHost) -> None:
+    with_edits(fake_host, "feature('ops', DECODE, LIST), feature('method', METHOD), feature('kernel', KERNEL)")
+    code = f"""
+    mla_patch.apply()
+    import fakehost.caller as old
+    print(old.run(), state("ops"))
+    names = ("fakehost.ops", "fakehost.layers", "fakehost.kernels")
+    def again():
+        for name in names:
+            if {how == "reloaded"}:
+                importlib.reload(sys.modules[name])
+            else:
+                del sys.modules[name]
+                importlib.import_module(name)
+    for ask in (False, True):  # ours comes back by itself
+        again()
+        if ask:
+            mla_patch.apply()
+        ops, layers, kernels = (sys.modules[name] for name in names)
+        dst = []
+        kernels.indices[(1,)](None, dst, 3)
+        print(ops.decode(1, 2), layers.Backend().forward(1), dst, ops.LIST, old.run(), old.Backend().forward(1))
+        states("ops", "method", "kernel")
+    importlib.reload(old)
+    print(old.run(), old.Backend().forward(1), old.launch())
+    mla_patch.restore()
+    print(old.run(), old.Backend().forward(1), old.launch(), ops.decode(1, 2), ops.LIST)
+    """
+    assert fake_host.says(code).splitlines() == [
+        "ours applied",
+        *["ours ours ['ours'] ['ours'] ours ours", "applied applied applied"] * 2,
+        "ours ours ours",
+        "host host host host []",
+    ]
+
+
+def test_a_module_that_is_gone_is_waited_for(fake_host: FakeHost) -> None:
+    code = """
+    mla_patch.apply("both")
+    import fakehost.more, fakehost.srt.layers.attend as attend
+    del sys.modules["fakehost.more"]
+    print(state("both"), row("both")["targets"][0]["replaced_by"])
+    import fakehost.more as more
+    print(more.prefill(1), attend.attend(1), state("both"))
+    del sys.modules["fakehost.more"], sys.modules["fakehost.srt.layers.attend"]
+    states("both")
+    """
+    assert fake_host.says(code).splitlines() == [
+        "applied: waiting for fakehost.more None",
+        "ours ours applied",
+        "armed",
+    ]
+
+
+def test_edits_are_asked(fake_host: FakeHost) -> None:
+    """Those that say what they have put where; of the others, whether their module was executed again."""
+    fake_host.plug("""
+    from mla_patch.compat.methods import set_methods
+
+    def watch(module):
+        owner = module.Base
+        before = owner.forward
+        def forward(self, q):
+            return "edited " + before(self, q)
+        return set_methods(owner, {"forward": forward})
+
+    WATCH = Target("fakehost.layers", "Base.watch", kind="edit", edit=watch)
+    FEATURES = [feature("edit", WATCH)]
+    """)
+    code = """
+    mla_patch.apply()
+    import fakehost.layers as layers
+    print(layers.Other().forward(1), state("edit"), row("edit")["targets"][0]["replaced_by"])
+    ours = layers.Base.forward
+    def theirs(self, q): return "theirs"
+    layers.Base.forward = theirs
+    print(state("edit"), row("edit")["targets"][0]["replaced_by"])
+    mla_patch.apply()
+    print(layers.Other().forward(1), state("edit"))
+    mla_patch.restore()
+    print(layers.Other().forward(1), state("edit"))
+    """
+    assert fake_host.says(code).splitlines() == [
+        "edited host applied fakeplug:watch",
+        "displaced: fakehost.layers.Base.forward is __main__:theirs __main__:theirs",
+        "edited theirs applied",
+        "theirs off: restored",
+    ]
+
+
+def test_asking_imports_runs_and_raises_nothing(fake_host: FakeHost) -> None:
+    """Lazy modules stay unloaded and proxies untouched, while other threads apply and restore."""
+    fake_host.write("odd.py", ODD)
+    code = """
+    import odd, time
+    import fakehost.caller as c, fakehost.ops as ops
+    mla_patch.apply()
+    class Lazy(types.ModuleType):
+        def __getattribute__(self, name):
+            raise RuntimeError(f"loaded for {name}")
+    ours, real = ops.decode, sys.modules["fakehost.kernels"]
+    ops.decode = odd.Touchy()
+    sys.modules["fakehost.kernels"] = Lazy("fakehost.kernels")
+    print(state("ops"), state("kernel"), sep="; ")
+    ops.decode, sys.modules["fakehost.kernels"] = ours, real
+    states("ops", "kernel")
+    begin = time.perf_counter()
+    for _ in range(100):
+        mla_patch.report()
+    print("cheap" if time.perf_counter() - begin < 1 else time.perf_counter() - begin)
+    stop, seen, problems = threading.Event(), set(), []
+    def watch():
+        try:
+            while not stop.is_set():
+                seen.update(one["state"] for one in mla_patch.report()["features"] if one["host"] == "fakehost")
+        except BaseException as problem:
+            problems.append(problem)
+    watchers = [threading.Thread(target=watch) for _ in range(2)]
+    [one.start() for one in watchers]
+    for _ in range(4):
+        mla_patch.restore()
+        mla_patch.apply()
+    stop.set()
+    [one.join() for one in watchers]
+    print(sorted(seen), problems)
+    """
+    assert fake_host.says(code).splitlines() == [
+        "displaced: fakehost.ops.decode is an instance of odd:Touchy; displaced: fakehost.kernels.indices is nothing",
+        "applied applied",
+        "cheap",
+        "['applied', 'armed', 'off'] []",
+    ]
+
+
+def test_strict_does_not_end_an_engine_at_work(fake_host: FakeHost) -> None:
+    as_sglang(fake_host)
+    code = """
+    import sglang, sglang.ops as ops
+    ops.decode = len
+    print(state(), state())
+    """
+    env = {"MLA_PATCH_OPS": "on", "MLA_PATCH_STRICT": "1"}
+    done = fake_host.run(code, env, door=True)
+    told = "displaced: sglang.ops.decode is an instance of builtins:builtin_function_or_method"
+    assert (done.returncode, done.stdout.splitlines()) == (0, [f"{told} {told}"]), done.stderr
+    said = [line for line in done.stderr.splitlines() if "displaced" in line]
+    assert len(said) == 1 and said[0].startswith("mla-patch: ops@sglang (MLA_PATCH_OPS=on, environment) is displaced: ")
+
+
+def test_an_edit_alone_is_not_the_feature(fake_host: FakeHost) -> None:
+    """A launcher imports the module of an experiment's edits and never the one whose function ours replaces."""
+    fake_host.plug("""
+    def none(module):
+        return lambda: None
+
+    STEPS = Target("fakehost.more", "steps", kind="edit", edit=none)
+    FEATURES = [feature("ops", DECODE, STEPS)]
+    """)
+    code = """
+    mla_patch.apply()
+    import fakehost.more
+    print(state("ops"), [one["replaced_by"] for one in row("ops")["targets"]])
+    import fakehost.ops
+    print(state("ops"))
+    """
+    assert fake_host.says(code).splitlines() == [
+        "armed: waiting for fakehost.ops [None, 'fakeplug:none']",
+        "applied",
+    ]
+
+
 # --- late: who keeps the host's, who keeps ours
 
 
