@@ -9,6 +9,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,9 @@ from mla_patch.experiment.control_file import Command, ControlError, read
 from mla_patch.experiment.html import report_html
 from mla_patch.experiment.merge import Merged
 from mla_patch.experiment.schedule import OUTSIDE
+
+# what a process that is killed may not have written: its last rows, and steps whose events it has not read
+PENDING_STEPS, PENDING_S = 64, 1.0
 
 
 class NotThere(Exception):
@@ -112,9 +116,31 @@ def report(directory: Path, run: str | None = None) -> dict[str, Any]:
         findings += [f"{one.run}: {n.feature}: {n.text}" for n in one.notes if n.what == "breaker"]
         last = {n.text.partition(":")[0]: n.text for n in one.notes if n.what == "lost"}  # of each rank
         findings += [f"{one.run}: {text}" for text in last.values()]
-        for count, what in ((one.differed, "steps on which ranks differed"), (one.lost, "rows lost")):
-            findings += [f"{one.run}: {count} {what}"] if count else []
+        lost = {"steps on which ranks differed": one.differed, "rows lost": one.lost, "damaged lines": one.damaged}
+        findings += [f"{one.run}: {count} {what}" for what, count in lost.items() if count]
+        row["missing_at_end"] = _missing_at_end(directory, one)
+        findings += [
+            f"{one.run}: rank {rank}: the last {steps} steps are not in its record, which ends at step "
+            f"{one.last[rank]}: was the disk full?"
+            for rank, steps in row["missing_at_end"].items()
+        ]
     return {"runs": rows, "findings": findings}
+
+
+def _missing_at_end(directory: Path, one: Merged) -> dict[int, int]:
+    """Steps that a rank has reached and has no row of, by rank: more than a process loses that is killed.
+
+    How far a rank came is in the control file, whose size never changes, so that a full disk does not stop it.
+    """
+    if not one.timings:
+        return {}
+    reached = {rank: max(one.last.values()) for rank in one.ranks}  # ranks step together
+    with suppress(ControlError, OSError):
+        for beat in read(directory / f"{one.run}.control")[1]:
+            if beat.rank in reached:
+                reached[beat.rank] = max(reached[beat.rank], beat.step)
+    usual = PENDING_STEPS + PENDING_S * 1e6 / median(row.us for row in one.timings)
+    return {rank: step - one.last[rank] for rank, step in reached.items() if step - one.last[rank] > usual}
 
 
 def page(directory: Path, told: dict[str, Any]) -> str:

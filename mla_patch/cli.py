@@ -613,8 +613,13 @@ def _errors(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **told}
 
 
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
 def ab_report(args: argparse.Namespace) -> int:
     from mla_patch import ab
+    from mla_patch.experiment import analysis
 
     try:
         told = ab.report(args.directory, args.run)
@@ -628,11 +633,12 @@ def ab_report(args: argparse.Namespace) -> int:
     for run in told["runs"]:
         differed = f", {run['differed']} on which ranks differed" if run["differed"] else ""
         show.show(Line(f" {run['steps']} steps, {len(run['ranks'])} rank(s){differed}", head=f"run {run['run']}"))
-        rows = [
-            {**one, "host": f"{one['host_us']:.1f}", "arm_us": f"{one['arm_us']:.1f}"} for one in run["comparisons"]
-        ]
+        enough, few = analysis.by_groups(run["comparisons"])
+        rows = [{**one, "host": _us(one["host_us"]), "arm_us": _us(one["arm_us"])} for one in enough]
         if rows:
             show.table("verdicts", ["feature", "bucket", "arm", "host", "arm_us", "text"], rows)
+        if few:
+            show.lines([analysis.in_few_groups(few)])
         if run["shadow"]:
             columns = ["feature", "comparisons", "median", "worst", "nan"]
             show.table("shadow checks", columns, [_errors(row) for row in run["shadow"]])

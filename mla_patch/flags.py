@@ -73,11 +73,19 @@ def known(features: Iterable[Feature], start: str | None = None) -> dict[str, Kn
     ]
     flags = {flag.name: flag for flag in fixed}
     for feature in features:
-        flags[feature.flag] = Known(feature.flag, feature.default, _read_mode, ", ".join(MODES), feature.why)
+        flags[feature.flag] = _mode(feature, flags.get(feature.flag))
         for one in feature.variables:
             own = _own(feature, one)
             flags[own.name] = own
     return flags
+
+
+def _mode(feature: Feature, other: Known | None) -> Known:
+    """The flag of ``feature``; ``other``: what a feature of that name on another host has made of it."""
+    modes = (
+        MODES if feature.steps is not None or (other is not None and other.values == ", ".join(MODES)) else MODES[:2]
+    )
+    return Known(feature.flag, feature.default, partial(_read_mode, modes), ", ".join(modes), feature.why)
 
 
 def _own(feature: Feature, one: Variable) -> Known:
@@ -150,9 +158,13 @@ def _one_of(values: tuple[str, ...]) -> Callable[[str], str]:
     return read_value
 
 
-def _read_mode(raw: str) -> str:
+def _read_mode(modes: tuple[str, ...], raw: str) -> str:
     text = raw.strip().lower()
-    return _SWITCH[text] if text in _SWITCH else _one_of(MODES)(text)
+    if text in _SWITCH:
+        return _SWITCH[text]
+    if text in MODES and text not in modes:
+        raise ValueError(f"no arm of the host's to compare with; expected one of {', '.join(modes)}")
+    return _one_of(modes)(text)
 
 
 def _read_switch(raw: str) -> str:
@@ -179,9 +191,12 @@ def _read_directory(start: str | None, raw: str) -> str:
 
 
 def _read_ab(raw: str) -> str:
-    from mla_patch.experiment.schedule import parse_ab  # nothing of experiments is imported where none is asked for
+    # nothing of experiments is imported where none is asked for
+    from mla_patch.experiment.schedule import MIN_STEPS, parse_ab
 
-    parse_ab(raw)
+    block = parse_ab(raw).block
+    if block < MIN_STEPS:
+        raise ValueError(f"block={block}: expected {MIN_STEPS} or more: shorter blocks are in no comparison")
     return raw.strip()
 
 

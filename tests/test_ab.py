@@ -146,7 +146,10 @@ def test_watching_goes_on_until_interrupted(running: Running, capsys: Any, monke
     assert looks == [0.5] * 3 and "ranks" in capsys.readouterr().out
 
 
-def record_run(folder: Path, name: str, started: float, factor: float, note: str = "") -> None:
+def record_run(
+    folder: Path, name: str, started: float, factor: float, note: str = "", lonely: tuple[str, ...] = ()
+) -> None:
+    """``lonely``: buckets in which the host's arm has no step."""
     recorder = record.Recorder(
         folder / name, {"run": name, "rank": 0, "started": started, "tolerance": {"decode": 0.02}}
     )
@@ -155,6 +158,9 @@ def record_run(folder: Path, name: str, started: float, factor: float, note: str
         arm, block, group = schedule.turn(step)
         us = 100.0 * (factor if arm == "patch" else 1) + step % 7
         recorder.add(record.Timing(step, "decode", arm, block, group, "graph/8/1024", us))
+    for bucket in lonely:
+        for step in range(400, 404):
+            recorder.add(record.Timing(step, "decode", "patch", 400, 400, bucket, 10.0))
     if note:
         recorder.add(record.Note(9, "decode", "breaker", note))
     recorder.close()
@@ -174,6 +180,53 @@ def test_the_report_names_the_faster_arm(tmp_path: Path, capsys: Any) -> None:
     shown = capsys.readouterr().out
     assert "patch is faster: 0.80" in shown and f"written: {page}" in shown
     assert "Kernel experiment second" in page.read_text() and stat.S_IMODE(page.stat().st_mode) == 0o600
+
+
+def test_damaged_lines_are_a_finding(tmp_path: Path, capsys: Any) -> None:
+    record_run(tmp_path, "r", 1.0, 0.8)
+    (path,) = tmp_path.glob("*.steps.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-20] + [line[:20] + "\n" for line in lines[-20:-1]] + [lines[-1][:9]]))
+    status, report = told(capsys, "report", tmp_path)
+    assert (status, report["findings"]) == (cli.FINDING, ["r: 20 damaged lines"])
+    assert cli.main(["ab", "report", str(tmp_path)]) == cli.FINDING
+    assert "finding: r: 20 damaged lines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("reached", "missing"), [(100_000, 99_601), (400, 0)], ids=["a full disk", "killed"])
+def test_rows_that_are_missing_at_the_end_are_a_finding(
+    tmp_path: Path, capsys: Any, reached: int, missing: int
+) -> None:
+    """A control file never grows, so a full disk does not stop the heartbeats in it."""
+    record_run(tmp_path, "r", 1.0, 0.8)
+    path = tmp_path / "r.control"
+    control_file.create(path, {"run": "r", "ranks": 1, "features": {"decode": ["host", "patch"]}})
+    with control_file.opened(path, os.O_RDWR) as file:
+        control_file.beat(file, control_file.Heartbeat(0, reached, time.time_ns()))
+    status, report = told(capsys, "report", tmp_path)
+    assert report["runs"][0]["missing_at_end"] == ({"0": missing} if missing else {})
+    assert status == (cli.FINDING if missing else 0)
+    assert [text.partition(",")[0] for text in report["findings"]] == (
+        [f"r: rank 0: the last {missing} steps are not in its record"] if missing else []
+    )
+
+
+def test_buckets_with_too_few_groups_are_one_line(tmp_path: Path, capsys: Any) -> None:
+    record_run(tmp_path, "r", 1.0, 0.8, lonely=("prefill/1/64", "prefill/2/64"))
+    _, report = told(capsys, "report", tmp_path)
+    few = [one for one in report["runs"][0]["comparisons"] if one["ratio"] is None]
+    assert [(one["host_us"], one["arm_us"], one["groups"]) for one in few] == [(None, 10.0, 0)] * 2
+    page = tmp_path / "page.html"
+    assert cli.main(["ab", "report", str(tmp_path), "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    line = "not enough blocks: 2 comparisons have fewer than the 8 groups that a verdict needs, 0 at most, 2 blocks and"
+    for text in (shown, page.read_text()):
+        assert (line in text and "graph/8/1024" in text) or "batch 8, context 1024" in text
+    assert "prefill" not in shown and "0.0" not in shown.split()
+
+
+def test_an_arm_without_a_block_shows_a_dash() -> None:
+    assert (cli._us(None), cli._us(1.25), cli._us(0.0)) == ("-", "1.2", "0.0")
 
 
 def test_a_breaker_is_a_finding(tmp_path: Path, capsys: Any) -> None:

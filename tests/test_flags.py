@@ -11,7 +11,10 @@ def feature(name: str, host: str = "sglang>=1", **more) -> Feature:
     return Feature(name, host, lambda version: (), why="", upstream="", drop_when="", **more)
 
 
-DECODE = feature("decode", variables=(Variable("MATH", ("exact", "fast"), "exact", ""), Variable("NOTE", (), "", "")))
+DECODE = feature(
+    "decode", variables=(Variable("MATH", ("exact", "fast"), "exact", ""), Variable("NOTE", (), "", "")),
+    steps=lambda version: (),
+)  # fmt: skip
 DECODE_VLLM = feature("decode", "vllm>=1")
 PREFILL = feature("sparse_prefill", default="off")
 ALL = [DECODE, DECODE_VLLM, PREFILL]
@@ -73,7 +76,7 @@ def test_a_default_can_be_given_as_a_value() -> None:
         ("MLA_PATCH_DECODE", "AB+shadow", "ab+shadow"),
         ("MLA_PATCH_DECODE_MATH", "Fast", "fast"),
         ("MLA_PATCH_DECODE_NOTE", "any Text", "any Text"),
-        ("MLA_PATCH_AB", "block=1", "block=1"),
+        ("MLA_PATCH_AB", "block=4", "block=4"),
         ("MLA_PATCH_AB", " block=8, ratio=0.25,seed=-3,warmup=0 ", "block=8, ratio=0.25,seed=-3,warmup=0"),
         ("MLA_PATCH_SHADOW", "tolerance=1e-3", "tolerance=1e-3"),
     ],
@@ -96,6 +99,7 @@ ARMS = "expected two or more different names joined by +, such as host+patch"
         ("MLA_PATCH_DECODE_MATH", "exat", "expected one of exact, fast; did you mean exact?"),
         ("MLA_PATCH_AB", "blok=3", "'blok' is not one of block, ratio, seed, warmup, arms, draft; did you mean block?"),
         ("MLA_PATCH_AB", "block", "block=: expected a whole number, 1 or more"),
+        ("MLA_PATCH_AB", "block=2", "block=2: expected 4 or more: shorter blocks are in no comparison"),
         ("MLA_PATCH_AB", "block=1.5", "block=1.5: expected a whole number, 1 or more"),
         ("MLA_PATCH_AB", "ratio=half", "ratio=half: expected a number between 0 and 1"),
         ("MLA_PATCH_AB", "block=0", "block=0: expected a whole number, 1 or more"),
@@ -107,6 +111,12 @@ ARMS = "expected two or more different names joined by +, such as host+patch"
         ("MLA_PATCH_SHADOW", "every=0", "every=0: expected a whole number, 1 or more"),
         ("MLA_PATCH_SHADOW", "tolerance=nan", "tolerance=nan: expected a number above 0"),
         ("MLA_PATCH_SHADOW", "ever=5", "'ever' is not one of every, tolerance; did you mean every?"),
+        (
+            "MLA_PATCH_SPARSE_PREFILL",
+            "shadow",
+            "no arm of the host's to compare with; expected one of on, off",
+        ),
+        ("MLA_PATCH_SPARSE_PREFILL", "of", "expected one of on, off; did you mean off?"),
     ],
 )
 def test_bad_values_keep_the_default_and_are_told(name: str, raw: str, problem: str) -> None:

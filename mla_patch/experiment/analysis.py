@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -29,13 +29,12 @@ from typing import Any
 from mla_patch.experiment import stats
 from mla_patch.experiment.merge import Merged
 from mla_patch.experiment.record import Error, Timing
-from mla_patch.experiment.schedule import HOST, OUTSIDE
+from mla_patch.experiment.schedule import HOST, MIN_STEPS, OUTSIDE
 from mla_patch.experiment.stats import ALPHA
 
 DRIFT_ALPHA = 0.01
 MIN_GROUPS = 8  # two-sided p can then reach 2 / 2**8
 RESOLUTION = 0.005  # of a step: a smaller difference is none
-MIN_STEPS = 4  # of a bucket in a block, for its median to count
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 FASTER, SLOWER, EVEN = "faster", "slower", "no difference found"
 TOO_FEW, DRIFTING = "not enough blocks", "drifting"
@@ -48,8 +47,8 @@ class Comparison:
     feature: str
     bucket: str
     arm: str
-    host_us: float  # median of the block medians
-    arm_us: float
+    host_us: float | None  # median of the block medians; None: no block of it counts in this bucket
+    arm_us: float | None
     groups: int  # with both arms in them
     blocks: int
     steps: int
@@ -124,7 +123,7 @@ def _compare(
             effects.append(effect(here[HOST], here[arm]))
         for name in here:
             medians[name] += here[name]
-    us = {name: median(values) if values else 0.0 for name, values in medians.items()}
+    us = {name: median(values) if values else None for name, values in medians.items()}
     one = Comparison(feature, bucket, arm, us[HOST], us[arm], len(effects), sum(map(len, medians.values())), steps)
     host = medians[HOST]
     if len(host) >= 4:
@@ -185,6 +184,25 @@ def _text(one: Comparison) -> str:
     if one.verdict == EVEN:
         return f"{EVEN}: {figures}"
     return f"{one.arm} is {one.verdict}: {figures}"
+
+
+def by_groups(comparisons: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Comparisons as a report has them: those with a ratio, and those with too few groups for one."""
+    found: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = [], []
+    for one in comparisons:
+        found[one["ratio"] is None].append(one)
+    return found
+
+
+def in_few_groups(few: Sequence[Mapping[str, Any]]) -> str:
+    """One line for all comparisons that have too few groups."""
+    blocks, steps, most = (sum(one["blocks"] for one in few), sum(one["steps"] for one in few),
+                           max(one["groups"] for one in few))  # fmt: skip
+    which = "1 comparison has" if len(few) == 1 else f"{len(few)} comparisons have"
+    return (
+        f"{TOO_FEW}: {which} fewer than the {MIN_GROUPS} groups that a verdict needs, "
+        f"{most} at most, {blocks} blocks and {steps} steps in all"
+    )
 
 
 def shadow(errors: Iterable[Error], points: int = 400) -> list[dict[str, Any]]:

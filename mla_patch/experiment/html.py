@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mla_patch.experiment import svg
+from mla_patch.experiment import analysis, svg
 from mla_patch.experiment.analysis import MIN_GROUPS, RESOLUTION
 from mla_patch.experiment.schedule import HOST, PATCH
 from mla_patch.experiment.stats import ALPHA
@@ -112,6 +112,10 @@ def _is_number(value: Any) -> bool:
 def _verdicts(comparisons: Sequence[Mapping[str, Any]]) -> str:
     if not comparisons:
         return "<h2>Verdicts</h2><p>No step of these records belongs to a comparison.</p>"
+    comparisons, few = analysis.by_groups(comparisons)
+    rest = f'<p class="note">{escape(analysis.in_few_groups(few))}</p>' if few else ""
+    if not comparisons:
+        return f"<h2>Verdicts</h2>{rest}"
     head = f"feature|bucket|arm|verdict|{HOST}, us|arm, us|ratio|95% interval|by half|p|groups".split("|")
     rows = []
     for one in comparisons:
@@ -122,7 +126,7 @@ def _verdicts(comparisons: Sequence[Mapping[str, Any]]) -> str:
             halves = f"{one['drift']['first']:.3f}\u00a0→\u00a0{one['drift']['second']:.3f}"
         rows.append([one["feature"], bucket_text(one["bucket"]), one["arm"], one["verdict"], float(one["host_us"])])
         rows[-1] += [float(one["arm_us"]), ratio, interval, halves, one["p_adjusted"], one["groups"]]
-    return "<h2>Verdicts</h2>" + _table(head, rows, {name: name for name in ("faster", "slower", "drifting")})
+    return "<h2>Verdicts</h2>" + _table(head, rows, {name: name for name in ("faster", "slower", "drifting")}) + rest
 
 
 def bucket_text(bucket: str) -> str:

@@ -36,6 +36,7 @@ class Merged:
     damaged: int = 0
     lost: int = 0
     header: dict[str, Any] = field(default_factory=dict)  # the lowest rank's
+    last: dict[int, int] = field(default_factory=dict)  # rank -> the last step of which it has a time
 
 
 def read_log(path: Path) -> Log:
@@ -111,6 +112,7 @@ def merge(run: str, logs: Iterable[Log]) -> Merged:
     arms: dict[tuple[int, str, bool], str] = {}  # step, feature, whether of a draft model -> arm
     differed: set[int] = set()
     for log in logs:
+        merged.last[log.header["rank"]] = max((row.step for row in log.rows if isinstance(row, Timing)), default=0)
         merged.damaged += log.damaged
         merged.lost += log.lost
         for row in log.rows:

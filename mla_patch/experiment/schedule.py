@@ -22,6 +22,7 @@ HOST, PATCH = "host", "patch"
 AGAIN = "host-again"  # the host's code under another name: (HOST, AGAIN) is the A/A self-check
 SHADOW = "shadow"  # the host's, with the first of the others beside it on the same inputs
 _WHOLE = 10**6
+MIN_STEPS = 4  # of a bucket in a block, for their median to count in a comparison
 OUTSIDE = -1  # the block of a step that is in no comparison
 
 

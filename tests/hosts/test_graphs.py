@@ -29,7 +29,7 @@ def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "",
         "MLA_PATCH": "1",
         "MLA_PATCH_DECODE": "ab+shadow",
-        "MLA_PATCH_AB": "block=2,warmup=0,draft=1",
+        "MLA_PATCH_AB": "block=4,warmup=0,draft=1",
         "MLA_PATCH_SHADOW": "every=8,tolerance=0.02",
         "MLA_PATCH_REPORT": str(report),
         "PYTHONPATH": os.pathsep.join(map(str, fetch(release))),
@@ -62,7 +62,7 @@ def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
     for line in (told[1], told[3]):
         assert "captured 2 graphs of the host's arm in" in line and ", 4 of other arms in" in line
 
-    schedule, sampling = Schedule(Plan(block=2, warmup=0, salt="decode")), Sampling(8)
+    schedule, sampling = Schedule(Plan(block=4, warmup=0, salt="decode")), Sampling(8)
     count = range(1, len(seen["ran"]) + 1)
     want = ["shadow" if sampling.due(step) else schedule.turn(step).arm for step in count]
     assert seen["ran"] == want and set(want) == {"host", "patch", "shadow"}
