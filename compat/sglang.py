@@ -636,7 +636,8 @@ def warm_up(path: str, backend: Any, runner: Any, find: Callable[[Any, Any], Any
             module, _, name = path.partition(":")
             start = time.perf_counter()
             compiled = getattr(importlib.import_module(module), name)(asked)
-            log.info("mla-patch: %d kernels compiled in %.1f s", compiled, time.perf_counter() - start)
+            if compiled:
+                log.info("mla-patch: %d kernels compiled in %.1f s", compiled, time.perf_counter() - start)
     except Exception as problem:
         _say_once("warmup", "no warm-up, so kernels are compiled at their first calls: %r", problem)
 

@@ -149,7 +149,10 @@ def kernels(device: Gpu | None, asked: str = OTHER_NAME) -> dict[str, MlaKernel 
             names = ", ".join(sorted([*offered, HOST_KERNEL]))
             raise ValueError(f"{variable}={name}: no plugin offers a {part} kernel of that name; there are {names}")
         kernel = found[part] = offered.get(name)
-        problem = kernel.problem(device) if kernel is not None and kernel.problem is not None else None
+        try:
+            problem = kernel.problem(device) if kernel is not None and kernel.problem is not None else None
+        except (Exception, SystemExit) as raised:  # a plugin's: it cannot run here
+            problem = repr(raised)
         if problem is not None:
             raise ValueError(f"{asked}, {part} by {name}: {problem}; {variable} chooses another")
     return found

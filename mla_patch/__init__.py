@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from mla_patch.startup import apply, report, restore
 
 __version__ = "0.1.0"
+# every word for "off"; mla_patch.pth has the same list, since a line that runs at every start cannot import
+OFF = ("", "0", "off", "false", "no", "none", "disable", "disabled", "n", "f")
 __all__ = ["__version__", "apply", "report", "restore"]
 
 

@@ -2,12 +2,12 @@
 
 import os
 
-_OFF = ("", "0", "off", "false")
+import mla_patch
 
 
 def enter() -> None:
     """Start the plugin where ``MLA_PATCH`` is on; never raises into the interpreter."""
-    if os.environ.get("MLA_PATCH", "").strip().lower() in _OFF:
+    if os.environ.get("MLA_PATCH", "").strip().lower() in mla_patch.OFF:
         return
     try:
         from mla_patch import startup

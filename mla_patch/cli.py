@@ -275,6 +275,8 @@ def list_features(args: argparse.Namespace) -> int:
     ]
     if args.json:
         show.as_json(rows)
+        for problem in plugins.problems:  # the rows have no place for it
+            show.complain(problem)
     else:
         show.table("features", ["feature", "host", "range", "default", "upstream", "drop_when"], rows)
         show.lines(plugins.problems, "yellow")

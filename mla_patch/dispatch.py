@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import wrapt
 
+from mla_patch import endings
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
 from mla_patch.features import Counts, Final, State
@@ -167,7 +168,8 @@ class Site:
         except TypeError as problem:
             self._decline(_unbound(problem))
             return host(*args, **kwargs)
-        except Exception as problem:
+        except BaseException as problem:
+            endings.pass_on(problem)
             self._malformed("bind", problem)
             return host(*args, **kwargs)
         serve, declines = self.serve, self.declines
@@ -180,7 +182,8 @@ class Site:
                     self._check_hardware(call)
                 name = switch.arms.choose(self, call) if switch.arms is not None else PATCH
                 arm = None if name in (HOST, SHADOW) or switch.stopped else self.arms[name]
-            except Exception as problem:
+            except BaseException as problem:
+                endings.pass_on(problem)
                 switch.trip(f"{self.name}: choosing an arm: {problem!r}")
                 return host(*args, **kwargs)
             if arm is None:
@@ -190,7 +193,8 @@ class Site:
             serve, declines = arm.serve, arm.declines
         try:
             reason = declines(call)
-        except Exception as problem:  # nothing has been launched: the host can still serve, under capture too
+        except BaseException as problem:  # nothing has been launched: the host can still serve, under capture too
+            endings.pass_on(problem)
             self._malformed("declines", problem, call)
             return host(*args, **kwargs)
         if reason is not None:
@@ -205,7 +209,8 @@ class Site:
         except Final as final:
             self._decline(str(final))
             raise final.refusal from None
-        except Exception as problem:
+        except BaseException as problem:
+            endings.pass_on(problem)
             self._failed(problem, call)
             failed = True
         if failed:  # out of the handler: it kept alive what ours had allocated, of which the host may have need
@@ -231,7 +236,8 @@ class Site:
                 arm.serve(ours)
         except (ValueError, Final) as problem:
             reason = str(problem)
-        except Exception as problem:
+        except BaseException as problem:
+            endings.pass_on(problem)
             self._failed(problem, call)
             failed = True
         result = host(*args, **kwargs)
@@ -245,7 +251,8 @@ class Site:
             counts.captured += 1
         try:
             arms.compare(pairs)
-        except Exception as problem:
+        except BaseException as problem:
+            endings.pass_on(problem)
             if gpu.capturing():
                 raise
             switch.trip(f"{self.name}: comparing: {problem!r}")
@@ -255,7 +262,7 @@ class Site:
         if self.counts.decline(reason):
             self.switch.on_idle(reason)
 
-    def _malformed(self, where: str, problem: Exception, call: Any = None) -> None:
+    def _malformed(self, where: str, problem: BaseException, call: Any = None) -> None:
         """`bind` or `declines` has raised: nothing was launched, and more often than not the call is an odd one."""
         reason = odd_argument(call)
         text = f"{where}: {problem!r}"
@@ -264,7 +271,7 @@ class Site:
             return
         self._decline(reason or text)
 
-    def _failed(self, problem: Exception, call: Any) -> None:
+    def _failed(self, problem: BaseException, call: Any) -> None:
         """`serve` has raised what is no refusal: decline this call, or stop.
 
         Raises:
@@ -326,11 +333,11 @@ def odd_argument(call: Any) -> str | None:
     return None
 
 
-def is_out_of_memory(problem: Exception) -> bool:
+def is_out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and "out of memory" in str(problem))
 
 
-def passes(problem: Exception) -> bool:
+def passes(problem: BaseException) -> bool:
     """Whether a failure of `serve` says nothing of the next call, and nothing on the device was touched by it.
 
     A compile that lost a race for its cache, or a compiler that was killed, and an allocation that failed. Whatever

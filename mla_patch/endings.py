@@ -45,6 +45,12 @@ def must_pass(problem: BaseException) -> bool:
     return isinstance(problem, SystemExit) and not _handlers().isdisjoint(_code_of(problem))
 
 
+def pass_on(problem: BaseException) -> None:
+    """Raise an exception again that is not the plugin's whose code has raised it: see must_pass."""
+    if must_pass(problem):
+        raise problem
+
+
 def _write(text: str) -> None:
     for stream, line in ((sys.stdout, ""), (sys.stderr, f"{text}\n")):
         try:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import mla_patch
+from mla_patch import endings
 from mla_patch.features import Feature, Variable
 
 PREFIX = "MLA_PATCH"
 EXPERIMENTS = ("ab", "shadow", "ab+shadow")
 MODES = ("on", "off", *EXPERIMENTS)
 _REPORT = "each process keeps its report there; nobody else may write to it"
-_SWITCH = {"1": "on", "on": "on", "true": "on", "0": "off", "off": "off", "false": "off", "": "off"}
+ON = ("1", "on", "true", "yes", "enable", "enabled", "y", "t")
+_SWITCH = dict.fromkeys(ON, "on") | dict.fromkeys(mla_patch.OFF, "off")
+_SWITCHED = {"NO", "NOT", "OFF", "ON", "USE", "DISABLE", "DISABLED", "ENABLE", "ENABLED"}  # in NAME_OFF, DISABLE_NAME
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,16 @@ def read(
         raw = environ.get(name)
         setting = Setting(name, flag.default, "default") if raw is None else _take(flag, raw, "environment")
         flags.settings[name] = setting
+    switches = dict.fromkeys(feature.flag for feature in features)
     for name in sorted(environ):
-        if name.startswith(PREFIX + "_") and name not in table:
+        if name in table:
+            continue
+        meant = meant_feature(name, switches, table)
+        if meant is not None:
+            # it may have been a switch-off: what it looks like is withheld
+            problem = f"{name} is not a variable of mla-patch; did you mean {meant}?"
+            flags.settings[meant] = Setting(meant, table[meant].default, "environment", problem)
+        elif name.startswith(PREFIX + "_"):
             flags.problems.append(f"{name} is not a variable of mla-patch{nearest(name, table)}")
     names = [name for feature in features for name in (feature.name, feature.label)]
     for name, raw in (chosen or {}).items():
@@ -140,6 +152,31 @@ def _take(flag: Known, raw: str, source: str) -> Setting:
         return Setting(flag.name, flag.read(raw), source)
     except ValueError as problem:
         return Setting(flag.name, flag.default, source, f"{flag.name}={raw}: {problem}")
+    except BaseException as problem:  # a plugin's own way to read it; the other variables are not to suffer
+        endings.pass_on(problem)
+        return Setting(flag.name, flag.default, source, f"{flag.name}={raw}: {problem!r}")
+
+
+def meant_feature(name: str, switches: Collection[str], names: Collection[str]) -> str | None:
+    """The one feature's flag among ``switches`` that an unknown variable looks like, or None.
+
+    It looks like a flag where little is misspelt or left out of it, or where a word such as DISABLE is added. Where
+    another of ``names`` is as close, it looks like that one.
+    """
+    text = "_".join(word for word in name.upper().split("_") if word not in _SWITCHED)
+    if not text.startswith("MLA"):
+        return None
+    prefixed = text.startswith(PREFIX + "_")
+    common = len(PREFIX) + 1 if prefixed else 0  # what all have in common tells nothing
+
+    def likeness(flag: str) -> float:
+        if prefixed and len(text) > common + 1 and flag in switches and flag.startswith(text):
+            return 1.0  # MLA_PATCH_SPARSE, for one
+        return difflib.SequenceMatcher(None, text[common:], flag[common:], autojunk=False).ratio()
+
+    first, second = sorted(((likeness(flag), flag) for flag in names), reverse=True)[:2]
+    unlike = first[0] < (0.6 if prefixed else 0.9) or first[0] == second[0]
+    return None if unlike or first[1] not in switches else first[1]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

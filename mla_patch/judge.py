@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mla_patch import release, sources
+from mla_patch import endings, release, sources
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.types import Target, key_targets
@@ -38,6 +38,20 @@ def judge(
     skip_finders: tuple[type, ...] = (),
 ) -> Judgement:
     """The state that this machine would reach, from flags, versions and source alone; imports nothing of the host."""
+    try:
+        return _judge(feature, setting, host, skip_version_check, skip_finders)
+    except BaseException as problem:  # a plugin's declaration; other features and the caller are not to suffer
+        endings.pass_on(problem)
+        return Judgement(State.FAILED, repr(problem))
+
+
+def _judge(
+    feature: Feature,
+    setting: Setting,
+    host: Installed | None,
+    skip_version_check: bool,
+    skip_finders: tuple[type, ...],
+) -> Judgement:
     if setting.problem:
         return Judgement(State.REFUSED, setting.problem)
     if setting.value == "off":

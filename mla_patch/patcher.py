@@ -264,11 +264,13 @@ class Patcher:
         log.log(level, "mla-patch: %s served none of its first %d calls: %s", label, FIRST_CALLS, reason)
 
     def _complain(self, run: Run) -> None:
-        """Warn once of an asked-for feature that cannot be had; under strict, end the process."""
+        """Warn once of an asked-for feature that cannot be had, and of one that fails; strict ends the process."""
         status, setting = run.status, run.setting
-        if run.warned or status.satisfied or not setting.asked_for or status.state is State.OFF:
+        if run.warned or status.satisfied or status.state is State.OFF:
             return
-        if self.strict:
+        if not setting.asked_for and status.state is not State.FAILED:  # an error is told whoever asked
+            return
+        if self.strict and setting.asked_for:
             endings.end(self._complaint(run))  # again where somebody has swallowed it and imports once more
         run.warned = True
         log.warning(self._complaint(run))
@@ -316,8 +318,7 @@ class Patcher:
             try:
                 arms = self._load_arms(run, module.__name__)
             except BaseException as raised:
-                if endings.must_pass(raised):
-                    raise
+                endings.pass_on(raised)
                 problem = raised
 
         def work() -> None:
@@ -329,8 +330,7 @@ class Patcher:
                     raise problem
                 self._take(run, module, arms, late=not is_initializing(module))
             except BaseException as raised:
-                if endings.must_pass(raised):
-                    raise
+                endings.pass_on(raised)
                 self._leave(run, raised)
 
         def then() -> None:
@@ -347,7 +347,7 @@ class Patcher:
             run.status.state, run.status.reason = problem.state, str(problem)
         else:
             run.status.state, run.status.reason = State.FAILED, repr(problem)
-            run.warned = not self.strict
+            run.warned = not (self.strict and run.setting.asked_for)
             log.warning("mla-patch: %s failed, the host keeps its own code", run.feature.label, exc_info=problem)
 
     def _load_arms(self, run: Run, module: str) -> dict[str, dict[str, ArmCode]]:
@@ -619,8 +619,7 @@ class Patcher:
             try:
                 undo()
             except BaseException as problem:
-                if endings.must_pass(problem):
-                    raise
+                endings.pass_on(problem)
                 log.warning("mla-patch: the edit %s of %s could not be undone", name, target.module, exc_info=True)
         for place in reversed(run.places):
             with _going_on(place.attribute, place.holder):

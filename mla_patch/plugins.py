@@ -45,8 +45,7 @@ def load() -> Plugins:
             manager.register(getattr(loaded, attribute) if attribute else loaded, name)
             manager.check_pending()
         except BaseException as problem:
-            if endings.must_pass(problem):
-                raise
+            endings.pass_on(problem)
             if manager.has_plugin(name):
                 manager.unregister(name=name)
             found.problems.append(f"plugin {name} ({value}) was left out: {problem!r}")
@@ -65,8 +64,7 @@ def load() -> Plugins:
             if clash:
                 raise ValueError(f"feature {', '.join(clash)} is declared already")
         except BaseException as problem:
-            if endings.must_pass(problem):
-                raise
+            endings.pass_on(problem)
             found.problems.append(f"plugin {name} was left out: {problem!r}")
             continue
         found.features += features

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mla_patch
-from mla_patch import files, redact
+from mla_patch import endings, files, redact
 from mla_patch.compat import processes
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.exits import AtExit
@@ -75,7 +75,10 @@ class FeatureStatus:
             c = self.counts
             row |= {"served": c.served, "declined": dict(c.declined), "captured": c.captured, "replayed": c.replayed}
             if self.memory is not None:
-                row["memory"] = self.memory()
+                try:
+                    row["memory"] = self.memory()
+                except BaseException as problem:  # a plugin's; the report goes on without it
+                    endings.pass_on(problem)
         return row
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 
 from mla_patch.compat import HOST_PACKAGES
-from mla_patch.imports import HostFinder, before, is_namespace
+from mla_patch.imports import HostFinder, before, is_namespace, when_imported
 
 TYPE_CHECKING = False  # typing itself would cost a millisecond in every interpreter
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ def wake(package: str) -> None:
     try:
         _get_session().wake(package)
     except BaseException as problem:
-        if endings.must_pass(problem):
-            raise
+        endings.pass_on(problem)
         _unpatched(package, problem)
 
 
@@ -162,9 +161,67 @@ class Session:
         self._start_writer()
         try:
             self.activate({}, "", lambda feature: _package(feature.host_name) == package)
+            self._miss(package)
         except endings.StrictExit as end:
             self.ended = str(end)
             raise
+        when_imported(package, lambda module: self._announce(package))
+
+    def _miss(self, package: str) -> None:
+        """Say what is asked for, is not for this host, and cannot be had of another host on this machine either.
+
+        Another host may still be imported by this process; the feature is its own then.
+        """
+        from mla_patch.features import SATISFIED
+        from mla_patch.judge import Judgement, judge
+
+        here = [feature.name for feature in self.plugins.features if _package(feature.host_name) == package]
+        skip = self.flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
+        lost: dict[str, list[tuple[Feature, Setting, Judgement]]] = {}
+        for feature in self.plugins.features:
+            setting = self.flags.feature(feature)
+            if setting.asked_for and setting.value != "off" and feature.name not in here:
+                found = find_host(feature.host_name)
+                judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
+                lost.setdefault(feature.name, []).append((feature, setting, judgement))
+        for rows in lost.values():
+            if not any(judgement.state in SATISFIED for _, _, judgement in rows):
+                feature, setting, judgement = rows[0]
+                # without the modules that its host would import: there is no later moment to say it
+                self._apply(feature, setting, Judgement(judgement.state, judgement.reason))
+
+    def _announce(self, package: str) -> None:
+        """One line in the log, at the end of the host's import: what is active, what is not and why, where it is told.
+
+        Engines set their logging up later. Where nobody has, the line goes to stderr as it is, and no handler stays.
+        """
+        import logging
+
+        import mla_patch
+        from mla_patch import endings
+
+        try:
+            rows = [status for status in self.report.features if _package(status.host) == package]
+            if not rows and not self.first("announced"):
+                return  # a host without features of ours, imported by one that has some
+            self.first("announced")
+            states: dict[str, list[str]] = {"applied": [], "armed": [], "native": []}  # these come first
+            for status in rows:
+                why = "" if status.satisfied and str(status.state) != "native" else f" ({_short(status.reason)})"
+                states.setdefault(str(status.state), []).append(status.name + why)
+            found = find_host(package)
+            version = (found.version if found is not None else None) or "of unknown version"
+            parts = [f"{state}: {', '.join(names)}" for state, names in states.items() if names]
+            told = f"report: {self.writer.path}" if self.writer else "no report: MLA_PATCH_REPORT is not set"
+            text = "; ".join([*(parts or ["no feature is for this engine"]), told])
+            text = f"mla-patch {mla_patch.__version__}, {package} {version}: {text}"
+            log = logging.getLogger("mla_patch")
+            if log.hasHandlers():
+                log.info("%s", text)
+            elif log.level <= logging.INFO and sys.stderr is not None:
+                sys.stderr.write(f"{text}\n")
+        except BaseException as problem:  # a closed stream, say: nothing of ours fails the host's import
+            endings.pass_on(problem)
 
     def check(self, names: "tuple[str, ...]") -> None:
         from mla_patch.flags import nearest
@@ -178,7 +235,7 @@ class Session:
 
     def activate(self, chosen: "Mapping[str, str]", chosen_by: str, wanted: "Any") -> None:
         """Judge the wanted features and hand them to the patcher."""
-        from mla_patch import endings, flags
+        from mla_patch import flags
         from mla_patch.features import State
         from mla_patch.judge import Judgement, judge
 
@@ -194,24 +251,24 @@ class Session:
             self.report.engine = self.report.engine or (found.host.package if found else "")
             if found is not None and found.host.package == self.report.engine:
                 self.report.host_version = found.version
-            try:
-                judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
-            except BaseException as problem:  # a plugin's declaration; the other features are not to suffer
-                if endings.must_pass(problem):
-                    raise
-                judgement = Judgement(State.FAILED, repr(problem))
+            judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
             trial = None
             if setting.value in flags.EXPERIMENTS and judgement.state is State.ARMED:
                 try:
                     trial = self._test(feature, setting, settings, judgement)
                 except ValueError as problem:
                     judgement = Judgement(State.REFUSED, str(problem), watch=[t.module for t in judgement.targets])
-            try:
-                self.patcher.apply(feature, setting, judgement, trial)
-            finally:
-                self.report.features = [run.status for run in self.patcher.runs.copy().values()]
-                self._start_writer()
-                self._changed()
+            self._apply(feature, setting, judgement, trial)
+
+    def _apply(
+        self, feature: "Feature", setting: "Setting", judgement: "Judgement", trial: "Trial | None" = None
+    ) -> None:
+        try:
+            self.patcher.apply(feature, setting, judgement, trial)
+        finally:
+            self.report.features = [run.status for run in self.patcher.runs.copy().values()]
+            self._start_writer()
+            self._changed()
 
     def _test(self, feature: "Feature", setting: "Setting", settings: "Flags", judgement: "Judgement") -> "Trial":
         """Put a feature under test; ValueError: it cannot be, with the reason."""
@@ -283,6 +340,12 @@ def find_host(name: str) -> "Any":
     spec = sources.find_package(known.package, (HostFinder,))
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     return hosts.installed(known, places[0] if places else None)
+
+
+def _short(reason: str) -> str:
+    """The beginning of a reason; all of it is in the report."""
+    first = " ".join(reason.partition("; ")[0].split())
+    return first if len(first) <= 80 else f"{first[:77]}..."
 
 
 def _package(host_name: str) -> str:

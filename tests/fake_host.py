@@ -7,16 +7,18 @@ through entry-point metadata. Nothing here imports torch.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 from scratch import ROOT, clean_env
 
+ANNOUNCED = re.compile(r"mla-patch \S+, \w+ ")
 HOST = {
     "fakehost/__init__.py": "",
     "fakehost/ops.py": """
@@ -259,6 +261,7 @@ class FakeHost:
     """A folder on PYTHONPATH that holds the engine, the plugin and their metadata."""
 
     root: Path
+    announced: list[str] = field(default_factory=list)  # by the process that was run last
 
     def write(self, path: str, text: str) -> None:
         file = self.root / path
@@ -288,7 +291,7 @@ class FakeHost:
         head = "import mla_patch._door; mla_patch._door.enter()\n" if door else ""
         # apart from the test's own folder, so that the tree's hooks and compat have one name each
         changes = {"PYTHONPATH": ":".join([*path, str(self.root), str(ROOT)]), "MLA_PATCH": "1" if door else None}
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", head + "from told import *\n" + dedent(code)],
             env=clean_env(changes | dict(env or {})),
             cwd=self.root.parent,
@@ -296,6 +299,10 @@ class FakeHost:
             text=True,
             timeout=60,
         )
+        # the line that every process writes when it imports an engine has tests of its own
+        self.announced = [line for line in done.stderr.splitlines() if ANNOUNCED.match(line)]
+        done.stderr = "".join(line for line in done.stderr.splitlines(keepends=True) if not ANNOUNCED.match(line))
+        return done
 
     def says(
         self, code: str, env: Mapping[str, str | None] | None = None, door: bool = False, path: tuple[str, ...] = ()

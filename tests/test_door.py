@@ -14,8 +14,8 @@ from start_cost import measure
 
 pytestmark = pytest.mark.xdist_group("scratch")  # one worker, so that the wheel is built once
 
-OFF = [None, "", "0", "off", "false", "OFF", " False "]
-ON = ["1", "on", "true", " 1 ", "anything"]
+OFF = [None, "", "0", "off", "OFF", " False ", "no", "none", "disable"]
+ON = ["1", "on", "yes", " 1 ", "anything"]
 
 # What a process knows of us before it has imported anything itself.
 SEEN = """
@@ -142,7 +142,11 @@ def test_every_process_of_a_tree_once(flag: str, scratch: Scratch, tmp_path: Pat
     script.write_text(TREE)
     out.mkdir()
     done = scratch.run(script, out, "0", env={"MLA_PATCH": flag})
-    assert (done.returncode, done.stderr) == (0, "")
+    told = done.stderr.splitlines()  # each process that imports the engine itself, in one line; a forked child has it
+    assert (done.returncode, {line.split(":")[0] for line in told}) == (
+        0,
+        {"mla-patch 0.1.0, sglang of unknown version"} if flag == "1" else set(),
+    )
     rows = {path.name.split("-")[0]: json.loads(path.read_text()) for path in out.iterdir()}
     assert set(rows) == {f"{how}{depth}" for how in ("spawn", "fork", "forkserver", "main") for depth in range(3)}
     for kind, row in rows.items():

@@ -1,10 +1,16 @@
 """Every variable: where its value came from, what it may be, and what is said of one that is misspelt."""
 
-import pytest
+import ast
+import re
 
+import pytest
+from scratch import ROOT
+
+import mla_patch
 from mla_patch import flags
 from mla_patch.compat.types import Variable
-from mla_patch.features import Feature
+from mla_patch.features import Feature, State
+from mla_patch.judge import judge
 
 
 def feature(name: str, host: str = "sglang>=1", **more) -> Feature:
@@ -139,6 +145,75 @@ def test_bad_values_keep_the_default_and_are_told(name: str, raw: str, problem: 
 def test_misspelt_names(name: str, meant: str) -> None:
     found = flags.read({name: "1"}, ALL)
     assert found.problems == [f"{name} is not a variable of mla-patch; did you mean {meant}?"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MLA_PATCH_DECDE", "MLA_PATCH_DECODES", "MLA_PATCH_DEOCDE", "MLA_PATCH_DEC", "MLA_PATCH_decode",
+        "mla_patch_decode", "MLA_PATH_DECODE", "MLAPATCH_DECODE", "MLA_PATCH_NO_DECODE", "MLA_PATCH_DISABLE_DECODE",
+        "MLA_PATCH_DECODE_OFF", "MLA_PATCH_ENABLE_DECOD",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["off", "on"])
+def test_a_misspelt_switch_withholds_what_it_looks_like(name: str, value: str) -> None:
+    """It may have been a switch-off. The feature is refused, on every host, by the name that was set."""
+    problem = f"{name} is not a variable of mla-patch; did you mean MLA_PATCH_DECODE?"
+    for environ in ({name: value}, {name: value, "MLA_PATCH_DECODE": "on"}):
+        found = flags.read(environ, ALL)
+        assert found.problems == [problem]
+        for one in (DECODE, DECODE_VLLM):
+            verdict = judge(one, found.feature(one), None)
+            assert (verdict.state, verdict.reason) == (State.REFUSED, problem)
+        assert not found.feature(PREFILL).problem
+    # whoever says it in the program, or to a command, has spelt it right
+    assert not flags.read({name: value}, ALL, {"decode": "on"}).feature(DECODE).problem
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MLA_PATCH_DECODE_MTH", "MLA_PATCH_REPRT", "MLA_PATCH_STRIC", "MLA_PATCH_DEBUG", "MLA_PATCH_D", "MLA_PATCHED"],
+)
+def test_what_looks_like_no_switch_withholds_nothing(name: str) -> None:
+    found = flags.read({name: "off"}, ALL)
+    assert len(found.problems) == (name != "MLA_PATCHED")
+    assert not any(setting.problem for setting in found.settings.values())
+
+
+def test_a_name_that_looks_like_two_switches_withholds_neither() -> None:
+    found = flags.read({"MLA_PATCH_ROW": "off"}, [feature("row_a"), feature("row_b")])
+    assert len(found.problems) == 1
+    assert not any(setting.problem for setting in found.settings.values())
+
+
+@pytest.mark.parametrize("value", ["of", "offf", "nope", "0ff", "disabel"])
+def test_a_switch_off_that_cannot_be_read_refuses_the_feature(value: str) -> None:
+    found = flags.read({"MLA_PATCH_DECODE": value}, ALL)
+    assert judge(DECODE, found.feature(DECODE), None).state is State.REFUSED
+
+
+def test_a_reader_of_a_plugins_that_raises_anything_costs_its_own_variable() -> None:
+    def read(raw: str) -> str:
+        raise SystemExit(3)
+
+    mine = feature("mine", variables=(Variable("SIZE", (), "1", "", read),))
+    found = flags.read({"MLA_PATCH_MINE_SIZE": "2", "MLA_PATCH_DECODE": "off"}, [mine, DECODE])
+    assert found.problems == ["MLA_PATCH_MINE_SIZE=2: SystemExit(3)"]
+    assert (found.feature(mine).value, found.feature(DECODE).value) == ("on", "off")
+
+
+@pytest.mark.parametrize("word", [*mla_patch.OFF, *(f" {word.upper()} " for word in mla_patch.OFF)], ids=repr)
+def test_every_word_for_off_is_off_everywhere(word: str) -> None:
+    environ = {"MLA_PATCH": word, "MLA_PATCH_DECODE": word, "MLA_PATCH_STRICT": word}
+    assert [setting(name, {name: word}) for name in environ] == [("off", "environment")] * 3
+
+
+def test_the_start_file_knows_the_same_words() -> None:
+    """Its line runs at every start of Python, and so can import the list from nowhere."""
+    words = re.search(r"not in (\(.*?\))", (ROOT / "mla_patch.pth").read_text())
+    assert words and ast.literal_eval(words[1]) == mla_patch.OFF
+    assert {"0", "off", "false", "no", "none", "disable", "disabled", "n", "f", ""} <= set(mla_patch.OFF)
+    assert not set(mla_patch.OFF) & set(flags.ON)
 
 
 def test_a_flag_of_a_plugin_that_is_not_there() -> None:

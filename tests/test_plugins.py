@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from fake_host import PLUGIN, FakeHost, fake_host
 from scratch import ROOT
+from test_patcher import NVML
 
 __all__ = ["fake_host"]  # a fixture
 
@@ -25,6 +26,12 @@ def add(fake_host: FakeHost, text: str, name: str = "other", value: str = "other
         ("import no_such_module", "ModuleNotFoundError"),
         ("raise RuntimeError('boom')", "RuntimeError('boom')"),
         ("def broken(:", "SyntaxError"),
+        ("import sys\nsys.exit(3)", "SystemExit(3)"),
+        ("raise GeneratorExit", "GeneratorExit()"),
+        ("@hookimpl\ndef mla_patch_features():\n    exit(3)", "SystemExit(3)"),
+        ("FEATURES = []\n@hookimpl\ndef mla_patch_arms():\n    exit(3)", "SystemExit(3)"),
+        ("FEATURES = []\n@hookimpl\ndef mla_patch_mla_kernels():\n    exit(3)", "SystemExit(3)"),
+        ("class FEATURES:\n    def __iter__(self): exit(3)\nFEATURES = FEATURES()", "SystemExit(3)"),
         ("FEATURES = [3]", "TypeError('mla_patch_features offered 3, expected a Feature')"),
         ("FEATURES = 3", "TypeError"),
         ("", "NameError"),
@@ -67,6 +74,74 @@ def test_a_plugin_that_is_no_good(text: str, reason: str, fake_host: FakeHost) -
     names_now = ["both", "decode", "kernel", "kv_indices", "method", "ops", "sched_meta", "sparse_prefill"]
     names_now += ["tokenspeed", "tools"]
     assert names.stdout.split() == names_now
+
+
+EXITS = """
+def leave(*args, **more):
+    import sys
+    sys.exit(3)
+
+"""
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        "Feature('bad', 'fakehost>=1,<2', leave, '', '', '')",
+        "feature('bad', PREFILL, native=leave)",
+        "feature('bad', PREFILL, hardware=leave)",
+        "feature('bad', PREFILL, native=lambda target, version: leave)",
+        "feature('bad', PREFILL, Target('fakehost.more', 'an edit', kind='edit', edit=leave))",
+        "feature('bad', Target('fakehost.more', 'prefill', ('q',), bind=one_call, serve='gone:serve'))",
+        "feature('bad', target('fakehost.more', 'prefill', ('q',), one_call, declines='gone:declines'))",
+    ],
+    ids=["targets", "native", "hardware", "native on a GPU", "edit", "import of serve", "import of declines"],
+)
+def test_a_declaration_that_exits_costs_its_feature(features: str, fake_host: FakeHost) -> None:
+    """The engine goes on, with the other features, and the line says which one and why."""
+    fake_host.write("gone.py", "import sys\nsys.exit(3)\n")
+    fake_host.write("pynvml.py", NVML.format(init="pass"))
+    fake_host.plug(f"{EXITS}FEATURES = [feature('ops', DECODE), {features}]")
+    done = fake_host.run(
+        "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), c.fill(1), state('ops'), state('bad'))"
+    )
+    assert (done.stdout, done.returncode) == ("ours host applied failed: SystemExit(3)\n", 0), done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("mla-patch: ")]
+    assert len(told) == 1 and "bad@fakehost" in told[0] and "failed" in told[0]
+
+
+@pytest.mark.parametrize("where", ["bind", "declines", "serve"])
+def test_a_call_that_exits_costs_its_feature(where: str, fake_host: FakeHost) -> None:
+    options = {"bind": "one_call, ", "declines": "one_call, ", "serve": "one_call, 'leave'"}
+    options |= {"bind": "leave, ", "declines": "one_call, declines='fakeplug:leave', "}
+    fake_host.plug(f"{EXITS}FEATURES = [feature('bad', target('fakehost.more', 'prefill', ('q',), {options[where]}))]")
+    code = "mla_patch.apply()\nfrom fakehost.more import prefill\n"
+    code += "print({prefill(1) for _ in range(99)}, row('bad')['served'])"
+    done = fake_host.run(code)
+    assert (done.stdout, done.returncode) == ("{'host'} 0\n", 0), done.stderr
+    assert "bad@fakehost" in done.stderr and "SystemExit(3)" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor", "list"])
+def test_commands_outlive_a_plugin_that_exits(command: str, fake_host: FakeHost) -> None:
+    add(fake_host, "import sys\nsys.exit(3)")
+    fake_host.plug(f"{EXITS}FEATURES = [feature('ops', DECODE), Feature('bad', 'fakehost>=1,<2', leave, '', '', '')]")
+    done = fake_host.run(f"from mla_patch.cli import main\nsys.exit(main(['{command}', '--json']))")
+    assert done.returncode == 1, done.stderr  # a finding
+    assert "plugin other (other) was left out: SystemExit(3)" in done.stdout + done.stderr
+    assert '"ops"' in done.stdout
+    if command == "doctor":
+        assert '"reason": "SystemExit(3)"' in done.stdout
+
+
+def test_what_is_not_a_plugins_exit_passes(fake_host: FakeHost) -> None:
+    """A person's Ctrl-C, and the exit of a handler that a signal has started while a plugin was being imported."""
+    add(fake_host, "raise KeyboardInterrupt")
+    done = fake_host.run(SERVED)
+    assert done.returncode != 0 and done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+    add(fake_host, "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(5)")
+    handler = "import signal\ndef handler(number, frame): sys.exit(7)\nsignal.signal(signal.SIGTERM, handler)\n"
+    assert fake_host.run(handler + SERVED).returncode == 7
 
 
 @pytest.mark.parametrize("value", ["no_such_module", "other:no_such", "other.deeper"])
