@@ -6,6 +6,7 @@ What it reads and writes are the files in the engine's MLA_PATCH_REPORT; no engi
 from __future__ import annotations
 
 import os
+import pwd
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,14 +26,21 @@ from mla_patch.experiment.schedule import OUTSIDE
 
 # what a process that is killed may not have written: its last rows, and steps whose events it has not read
 PENDING_STEPS, PENDING_S = 64, 1.0
+SILENT = 5.0  # seconds without a heartbeat, of which an engine gives 20 a second, idle or not
+IDLE = 1.0  # seconds without a step
 
 
 class NotThere(Exception):
     """There is no such run, feature or file; the text says what there is."""
 
 
-def command(directory: Path, run: str | None, kind: str, features: Sequence[str], value: Any = None) -> dict[str, Any]:
-    """Send one command for each feature, all that are under test if none is named.
+def command(
+    directory: Path, run: str | None, kind: str, features: Sequence[str], value: Any = None, wait: float | None = None
+) -> dict[str, Any]:
+    """Send one command for each feature, all that are under test if none is named, and see who has read it.
+
+    ``wait``: seconds within which every rank is to have reached the step from which the command holds; None: it is
+    enough that all have read it. ``findings`` of the answer says what did not happen.
 
     Raises:
         NotThere: no experiment lives here.
@@ -45,7 +53,45 @@ def command(directory: Path, run: str | None, kind: str, features: Sequence[str]
     with Controller(path) as control:
         for feature in features or about.get("features", {}):
             sent.append(control.send(feature, kind, value))
-    return {"run": about.get("run", path.stem), "commands": [asdict(one) for one in sent]}
+    ranks, findings = _follow(path, sent, int(about.get("ranks", 1)), wait)
+    told = {"run": about.get("run", path.stem), "commands": [asdict(one) for one in sent]}
+    return told | {"ranks": ranks, "findings": findings}
+
+
+def _follow(
+    path: Path, sent: Sequence[Command], ranks: int, wait: float | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Until the ranks have done what was asked, or the time is over: where each stands, and what is not so."""
+    newest, at = max((one.seq for one in sent), default=0), max((one.at for one in sent), default=0)
+    start = time.monotonic()
+    first: dict[int, int] = {}
+    while True:
+        beats = read(path)[1]
+        now = time.time_ns()
+        rows = []
+        for beat in sorted(beats, key=lambda one: one.rank):
+            idle = first.setdefault(beat.rank, beat.step) == beat.step
+            row = {"rank": beat.rank, "step": beat.step, "heard_s": round((now - beat.ns) / 1e9, 1)}
+            rows.append(row | {"read": beat.seen >= newest, "reached": beat.step >= at, "idle": idle})
+        taken = time.monotonic() - start
+        have_read = len(rows) >= ranks and all(row["read"] for row in rows)
+        # nothing steps in an idle engine, and what steps next obeys
+        held = all(row["reached"] for row in rows) or (taken > IDLE and all(row["idle"] for row in rows))
+        if have_read and (wait is None or held):
+            return rows, []
+        if taken > (SILENT if wait is None or not have_read else wait):
+            break
+        time.sleep(0.02)
+    return rows, [text for row in rows for text in [_behind(row, at)] if text]
+
+
+def _behind(row: dict[str, Any], at: int) -> str:
+    if not row["read"]:
+        heard = f"heard {row['heard_s']} s ago" + ("; has the engine ended?" if row["heard_s"] > 1 else "")
+        return f"rank {row['rank']} has not read the command: {heard}"
+    return (
+        "" if row["reached"] else f"rank {row['rank']} has read the command and is at step {row['step']}, before {at}"
+    )
 
 
 def _control(directory: Path, run: str | None) -> Path:
@@ -55,12 +101,34 @@ def _control(directory: Path, run: str | None) -> Path:
     found = sorted(directory.glob("*.control"), key=_changed)
     if run is not None:
         found = [path for path in found if path.stem == run]
+    if found:
+        _need_owner(found[-1])
     if not found:
         which = f"no run {run}" if run else "no experiment"
         raise NotThere(
             f"{directory}: {which} has a control file here; is MLA_PATCH_<FEATURE>=ab set, and has it stepped?"
         )
     return found[-1]
+
+
+def _need_owner(path: Path) -> None:
+    """The engine takes commands of its own user alone, and root is another."""
+    with suppress(OSError):
+        owner, mine = path.lstat().st_uid, os.geteuid()
+        if owner != mine:
+            name = _user(owner)
+            raise NotThere(
+                f"{path}: the engine runs as user {name}, this is user {_user(mine)}: run it as that user, as in "
+                f"`sudo -u {name.partition(' ')[0]} mla-patch ab ...` or `docker exec --user {owner} ...`"
+            )
+
+
+def _user(number: int) -> str:
+    """A user's name with its number, or the number that sudo takes where there is no name."""
+    try:
+        return f"{pwd.getpwuid(number).pw_name} ({number})"
+    except KeyError:
+        return f"#{number}"
 
 
 def _changed(path: Path) -> float:
@@ -80,8 +148,9 @@ def _all_ranks(path: Path) -> dict[str, Any]:
             f"{path}: {len(beats)} of {ranks} ranks are heard here; ranks on several nodes need a shared directory"
         )
     newest = max((beat.ns for beat in beats), default=0)
-    if time.time_ns() - newest > 60e9:
-        raise ControlError(f"{path}: no rank has been heard for a minute; has the engine ended?")
+    silence = (time.time_ns() - newest) / 1e9
+    if silence > SILENT:
+        raise ControlError(f"{path}: no rank has been heard for {survey.age(silence)}; has the engine ended?")
     return content.about
 
 

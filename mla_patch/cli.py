@@ -169,17 +169,34 @@ def _add_ab(commands: Any) -> None:
         sub.add_argument("--json", action="store_true", help="machine-readable output")
         return sub
 
+    def wait(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--wait", nargs="?", type=_seconds, const=30.0, metavar="SECONDS",
+            help="until every rank has reached the step from which it holds; default: 30 seconds at most",
+        )  # fmt: skip
+
     for name, what in (("start", "run the schedule, from its warmup on"), ("stop", "run the host's arm")):
-        sub = add(name, ab_send, f"{what}, from a step that all ranks will reach")
+        sub = add(name, ab_send, f"{what}, from a step that no rank has reached yet")
+        wait(sub)
         sub.add_argument("features", nargs="*", metavar="FEATURE", help="default: all that are under test")
     sub = add("set", ab_send, "choose an arm, outside of any comparison, or the share of the schedule")
     sub.add_argument("feature")
     sub.add_argument("setting", type=_setting, metavar="arm=NAME | ratio=SHARE")
+    wait(sub)
     sub = add("watch", ab_watch, "where it stands, again and again; no verdict, which is for one look at the end")
-    sub.add_argument("--every", type=float, default=2.0, metavar="SECONDS")
+    sub.add_argument("--every", type=_seconds, default=2.0, metavar="SECONDS")
     sub.add_argument("--once", action="store_true", help="one look")
     sub = add("report", ab_report, "the verdict of each bucket, shadow errors, what happened")
     sub.add_argument("--html", type=Path, metavar="FILE", help="write the run's page, which fetches nothing")
+
+
+def _seconds(text: str) -> float:
+    try:
+        if 0 < float(text) < 1e6:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}, expected seconds, a number above 0")
 
 
 def _setting(text: str) -> tuple[str, str | float]:
@@ -553,16 +570,20 @@ def ab_send(args: argparse.Namespace) -> int:
     kind, value = args.setting if args.kind == "set" else (args.kind, None)
     features = [args.feature] if args.kind == "set" else args.features
     try:
-        told = ab.command(args.directory, args.run, kind, features, value)
+        told = ab.command(args.directory, args.run, kind, features, value, args.wait)
     except (ab.NotThere, ControlError, ValueError, OSError) as problem:
         raise Misuse(f"ab {args.kind}: {problem}") from None
     if args.json:
         show.as_json(told)
-        return OK
+        return FINDING if told["findings"] else OK
     for one in told["commands"]:
         what = f"{kind} {value}" if value is not None else kind
         show.lines([f"{one['feature']}: {what}, from step {one['at']} of run {told['run']} on"])
-    return OK
+    if not told["findings"]:
+        reached = all(row["reached"] for row in told["ranks"])
+        show.lines([f"{len(told['ranks'])} rank(s) have {'reached that step' if reached else 'read it'}"])
+    show.lines([f"finding: {text}" for text in told["findings"]], "yellow")
+    return FINDING if told["findings"] else OK
 
 
 def ab_watch(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from fake_engine import tapes
 from test_experiment_live import Running
 
-from mla_patch import cli, show
+from mla_patch import ab, cli, show
 from mla_patch.experiment import control, control_file, record
 from mla_patch.experiment.schedule import Plan, Schedule
 
@@ -112,7 +113,94 @@ def test_an_engine_that_has_ended_gets_no_command(tmp_path: Path, capsys: Any) -
     with control_file.opened(path, os.O_RDWR) as file:
         control_file.beat(file, control_file.Heartbeat(0, 7, time.time_ns() - 90 * 10**9))
     assert cli.main(["ab", "stop", str(tmp_path)]) == cli.MISUSE
-    assert "no rank has been heard for a minute" in capsys.readouterr().err
+    assert "no rank has been heard for 90 s; has the engine ended?" in capsys.readouterr().err
+
+
+def quiet(tmp_path: Path, ranks: int = 1) -> Path:
+    """An engine that was killed a second ago."""
+    path = tmp_path / "r.control"
+    control_file.create(path, {"run": "r", "ranks": ranks, "features": {"decode": ["host", "patch"]}})
+    with control_file.opened(path, os.O_RDWR) as file:
+        for rank in range(ranks):
+            control_file.beat(file, control_file.Heartbeat(rank, 7, time.time_ns() - 1_200_000_000))
+    return path
+
+
+def test_an_engine_that_was_killed_a_second_ago_is_a_finding(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ab, "SILENT", 2.0)
+    quiet(tmp_path)
+    start = time.monotonic()
+    status, answer = told(capsys, "stop", tmp_path)
+    assert status == cli.FINDING and time.monotonic() - start < 4
+    (finding,) = answer["findings"]
+    assert finding.startswith("rank 0 has not read the command: heard 3") and "has the engine ended?" in finding
+    assert answer["ranks"][0]["read"] is False
+
+
+def test_waiting(running: Running, capsys: Any) -> None:
+    """Until every rank has passed the step; a rank that steps on, one that is idle, one that hangs."""
+    heard(running)
+    going = threading.Event()
+
+    def steps() -> None:
+        while not going.wait(0.01):
+            running.run(1)
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    try:
+        status, answer = told(capsys, "set", running.folder, "decode", "arm=patch", "--wait", "20")
+    finally:
+        going.set()
+        thread.join()
+    assert (status, answer["findings"]) == (0, [])
+    assert answer["ranks"][0]["reached"] and answer["ranks"][0]["step"] >= answer["commands"][0]["at"]
+    heard(running)
+    assert cli.main(["ab", "stop", str(running.folder), "--wait"]) == 0  # nothing steps: the next step obeys
+    assert "1 rank(s) have read it" in capsys.readouterr().out
+    assert set(running.run(1)) == {"host"}
+
+
+def test_a_rank_that_does_not_get_there_is_a_finding(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It steps, so that it is not idle, and has not come to the step when the time is over."""
+    quiet(tmp_path, 2)
+    ranks = [control.Control(tmp_path / "r.control", rank, thread=False) for rank in (0, 1)]
+    monkeypatch.setattr(control.Controller, "_measure", lambda self: 1000.0)
+    stop = threading.Event()
+
+    def polls() -> None:
+        while not stop.wait(0.02):
+            for one in ranks:
+                one.step += 1
+                one.poll()
+
+    thread = threading.Thread(target=polls)
+    for one in ranks:
+        one.step = 7
+        one.poll()
+    thread.start()
+    try:
+        status, answer = told(capsys, "stop", tmp_path, "--wait", "0.5")
+    finally:
+        stop.set()
+        thread.join()
+    assert status == cli.FINDING and len(answer["findings"]) == 2
+    assert answer["findings"][0].startswith("rank 0 has read the command and is at step ")
+
+
+def test_another_users_engine_says_as_whom_to_run(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(tmp_path)
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 12345)
+    for what in (["stop"], ["watch", "--once"]):
+        assert cli.main(["ab", what[0], str(tmp_path), *what[1:]]) == cli.MISUSE
+        err = capsys.readouterr().err
+        name = ab._user(owner)
+        assert f"the engine runs as user {name}, this is user #{owner + 12345}: run it as that user" in err
 
 
 def test_a_look_gives_no_verdict(running: Running, capsys: Any) -> None:

@@ -25,7 +25,7 @@ from mla_patch.experiment.record import Error
 from mla_patch.experiment.schedule import OUTSIDE, PATCH, Plan, Schedule
 from mla_patch.features import Counts
 
-ABOUT = {"run": "r", "features": {"decode": ["host", "patch"], "kv_indices": ["host", "patch", "mine"]}}
+ABOUT = {"run": "r", "ranks": 4, "features": {"decode": ["host", "patch"], "kv_indices": ["host", "patch", "mine"]}}
 
 
 @pytest.fixture
@@ -60,7 +60,8 @@ def test_the_file_is_made_once_and_for_its_owner(path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == ["r.control", "r.control.lock"]
 
 
-def test_all_ranks_change_at_the_stated_step(path: Path) -> None:
+def test_all_ranks_change_at_the_stated_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Controller, "_measure", lambda self: 177.0)  # steps a second
     plan = Plan(seed=1)
     ranks = [rank(path, number) for number in range(4)]
     assigners = [Assigner("decode", plan, one) for one in ranks]
@@ -68,7 +69,7 @@ def test_all_ranks_change_at_the_stated_step(path: Path) -> None:
         if step == 130:
             for one in ranks:
                 one.poll()
-            assert send(path, "decode", "arm", "patch", at=None).at == 129 + control.MARGIN
+            assert send(path, "decode", "arm", "patch", at=None).at == 193
         if step % 7 == 0:
             for one in ranks[:2]:
                 one.poll()  # these read early, the others at the last moment
@@ -80,6 +81,82 @@ def test_all_ranks_change_at_the_stated_step(path: Path) -> None:
         arm = turns.pop()
         assert arm == (("patch", OUTSIDE, OUTSIDE) if step >= 193 else Schedule(plan).turn(step))
     assert [assigner.late for assigner in assigners] == [0] * 4
+
+
+def sends(path: Path, monkeypatch: pytest.MonkeyPatch, ranks: list[Control], pace: int) -> int:
+    """The step of a command that is sent while the ranks take ``pace`` steps in the quarter second that it measures."""
+    clock = [time.time_ns()]
+    monkeypatch.setattr(time, "time_ns", lambda: clock[0])
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 250_000_000
+        for one in ranks:
+            one.step += pace
+            one.poll()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    for one in ranks:
+        one.poll()
+    return send(path, "decode", "stop", at=None).at
+
+
+@pytest.mark.parametrize(
+    ("number", "pace", "at"),
+    [(1, 0, 1001), (1, 250, 1001), (2, 0, 1001), (2, 1, 1001 + 4), (2, 5, 1005 + 9), (2, 250, 1250 + 352)],
+    ids=["one, idle", "one, busy", "two, idle", "two, long prompts", "two, prompts", "two, decoding"],
+)
+def test_the_lead_is_bounded_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, pace: int, at: int
+) -> None:
+    """0.35 seconds of steps and two; none where there is nobody to part from, or nothing runs."""
+    path = tmp_path / "r.control"
+    control_file.create(path, ABOUT | {"ranks": number})
+    ranks = [rank(path, one) for one in range(number)]
+    for one in ranks:
+        one.step = 1000
+    assert sends(path, monkeypatch, ranks, pace) == at
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_next_step_of_an_idle_engine_obeys(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "r.control"
+    control_file.create(path, ABOUT | {"ranks": number})
+    ranks = [rank(path, one) for one in range(number)]
+    assigners = [Assigner("decode", Plan(warmup=0, arms=("patch", "host")), one) for one in ranks]
+    for step in range(16):
+        assert {assigner.turn(step).arm for assigner in assigners} <= {"patch", "host"}
+    for one in ranks:
+        one.poll()
+    send(path, "decode", "arm", "host", at=None)
+    for one in ranks:  # their threads go on while nothing steps
+        one.poll()
+    turns = [[assigner.turn(step) for assigner in assigners] for step in range(16, 40)]
+    assert all(turn == ("host", OUTSIDE, OUTSIDE) for step in turns for turn in step)
+    assert [assigner.late for assigner in assigners] == [0] * number
+
+
+def test_one_rank_is_never_late(tmp_path: Path) -> None:
+    path = tmp_path / "r.control"
+    control_file.create(path, ABOUT | {"ranks": 1})
+    one = rank(path)
+    assigner = Assigner("decode", Plan(), one)
+    assigner.turn(150)
+    one.poll()
+    assert send(path, "decode", "arm", "patch", at=None).at == 151
+    for step in range(151, 160):  # before the file has been read
+        assigner.turn(step)
+    one.poll()
+    assert (assigner.turn(160).arm, assigner.late) == ("patch", 0)
+
+
+def test_a_rank_says_what_it_has_read(path: Path) -> None:
+    one = rank(path, 2)
+    one.poll()
+    assert [(beat.rank, beat.seen) for beat in control_file.read(path)[1]] == [(2, 0)]
+    command = send(path, "decode", "stop")
+    assert control_file.read(path)[1][0].seen == 0
+    one.poll()
+    assert control_file.read(path)[1][0].seen == command.seq == 1
 
 
 def test_every_command(path: Path) -> None:
@@ -138,7 +215,7 @@ def test_a_command_takes_effect_through_the_thread(path: Path) -> None:
             time.sleep(0.01)
         with Controller(path) as controller:
             command = controller.send("decode", "arm", "patch")
-        assert command.at == 5000 + control.MARGIN
+        assert command.at == 5001  # it is idle
         while assigner._inbox.next_at != command.at:
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -160,7 +237,7 @@ def test_the_faster_the_engine_the_more_steps_it_is_given(path: Path, monkeypatc
     monkeypatch.setattr(time, "time_ns", lambda: next(now))
     one.poll()
     monkeypatch.setattr(time, "sleep", pause)
-    assert send(path, "decode", "stop", at=None).at == 1010 + 1000
+    assert send(path, "decode", "stop", at=None).at == 1010 + control.MARGIN + 350  # what comes in 0.35 s
 
 
 @pytest.mark.parametrize(
@@ -253,8 +330,8 @@ SPOILT = {
     "longer": (lambda path, patch: os.truncate(path, SIZE + 1), f"{SIZE + 1} bytes, expected"),
     "foreign": (as_other, "owned by user"),
     "open to others": (lambda path, patch: path.chmod(0o620), "mode 0620, expected 0600"),
-    "magic": (lambda path, patch: spoil(path, 0, b"X"), "not a control file of version 1"),
-    "version": (lambda path, patch: spoil(path, 8, b"\x02"), "not a control file of version 1"),
+    "magic": (lambda path, patch: spoil(path, 0, b"X"), "not a control file of version 2"),
+    "version": (lambda path, patch: spoil(path, 8, b"\x03"), "not a control file of version 2"),
     "zeros": (lambda path, patch: spoil(path, SLOTS_AT, bytes(2 * SLOT_BYTES)), "corrupt, both slots"),
     "length": (
         lambda path, patch: [spoil(path, SLOTS_AT + i * SLOT_BYTES + 8, b"\xff\xff\xff\xff") for i in (0, 1)],
@@ -353,7 +430,7 @@ def test_a_spoilt_heartbeat_is_nobody(path: Path) -> None:
     assert [(beat.rank, beat.step) for beat in control_file.read(path)[1]] == [(5, 1000)]
     spoil(path, control_file.CELLS_AT + 5 * control_file.CELL_BYTES + 4, struct.pack("<Q", 1 << 60))
     assert control_file.read(path)[1] == []
-    assert send(path, "decode", "stop", at=None).at == control.MARGIN
+    assert send(path, "decode", "stop", at=None).at == 1
 
 
 def test_a_rank_that_has_gone_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +442,7 @@ def test_a_rank_that_has_gone_is_not_waited_for(path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     two.poll()
     assert [beat.rank for beat in control_file.read(path)[1]] == [1]
-    assert send(path, "decode", "stop", at=None).at == 500 + control.MARGIN
+    assert send(path, "decode", "stop", at=None).at == 501
 
 
 def test_old_commands_make_room_and_the_breakers_stay(path: Path) -> None:
@@ -392,6 +469,7 @@ def test_the_breaker_stops_this_rank_at_once_and_the_others_at_a_step(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control, "LEAD", 0.0)  # these steps take no time
+    monkeypatch.setattr(control, "INTERVAL", 0.0)
     said: list[str] = []
     (one, mine), (two, other) = tripping(path, 0, said), tripping(path, 1, said)
     tripped_at = 500

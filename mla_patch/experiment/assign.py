@@ -46,7 +46,8 @@ class Assigner:
 
     def _obey(self, step: int) -> None:
         for command in self._inbox.take(step):
-            self.late += command.at <= self._last
+            # one rank alone obeys when it has read a command, and cannot part from others
+            self.late += command.at <= self._last and self._control is not None and self._control.ranks > 1
             self.taken.append(command)
             plan = self.plan
             if command.kind == "trip":

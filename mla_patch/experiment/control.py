@@ -1,7 +1,17 @@
 """Live control: commands from a person, or from another rank's breaker, that hold from a stated step on all ranks.
 
-A thread of each rank looks at the control file 20 times a second; a step compares two numbers. What cannot be trusted
-is ignored and reported, and the engine goes on with what it had.
+A thread of each rank looks at the control file 20 times a second, also while the engine is idle; a step compares two
+numbers. What cannot be trusted is ignored and reported, and the engine goes on with what it had.
+
+From which step a command holds:
+
+    one rank         the next one after it has read the command
+    several, idle    the next one of all
+    several          as many steps later as they take in LEAD seconds, and two: all must have read of it before
+
+Where a step begins in the very moment of a command to an idle engine, or steps come five times faster all at once, one
+rank may read the command up to INTERVAL after another has obeyed. Such steps are in no comparison, as ranks differ in
+them, and the rank says that the command came late.
 """
 
 from __future__ import annotations
@@ -13,6 +23,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 from mla_patch import files
@@ -32,8 +43,9 @@ from mla_patch.experiment.control_file import (
 
 log = logging.getLogger("mla_patch")
 INTERVAL = 0.05  # seconds between two looks
-LEAD = 1.0  # seconds that a command is given to reach every rank
-MARGIN = 64  # steps, where that is more
+LEAD = 0.3  # seconds that a command is given to reach every rank, whose heartbeats are INTERVAL old, too
+MARGIN = 2  # steps beside: ranks are a step apart, and one has begun
+PACE = 0.5  # seconds over which a rank counts its steps
 
 
 class Inbox:
@@ -78,8 +90,7 @@ class Control:
         self._inboxes: dict[str, Inbox] = {}
         self._trips: list[tuple[str, str]] = []  # (feature, reason), to be published
         self._content: Content | None = None
-        self._seen: Heartbeat | None = None
-        self._rate = 0.0
+        self._beats: deque[Heartbeat] = deque()  # of the last PACE seconds
         self._stop = threading.Event()
         self._wake = threading.Event()
         if thread:
@@ -89,6 +100,11 @@ class Control:
         inbox = self._inboxes.setdefault(feature, Inbox())
         self._deliver()
         return inbox
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks obey this file."""
+        return int(self._content.about.get("ranks", 1)) if self._content else 1
 
     def trip(self, feature: str, reason: str) -> None:
         """Ask for the other ranks to go back to the host too; returns at once."""
@@ -114,10 +130,10 @@ class Control:
                     raise ControlError(
                         f"{self.path}: generation {content.generation} after {self._content.generation}: replaced"
                     )
-                self._beat(file)
-            if self._content is None or content.generation > self._content.generation:
-                self._content = content
-                self._deliver()
+                if self._content is None or content.generation > self._content.generation:
+                    self._content = content
+                    self._deliver()
+                self._beat(file, next_seq(self._content) - 1)
             while self._trips:
                 publish(self.path, lambda content, beats: self._make_trip(content, beats, *self._trips[0]))
                 self._trips.pop(0)
@@ -134,21 +150,28 @@ class Control:
             if self._content:
                 inbox.put([command for command in self._content.commands if command.feature == feature])
 
-    def _beat(self, file: int) -> None:
-        now = Heartbeat(self.rank, self.step, time.time_ns())
-        if self._seen and now.ns > self._seen.ns:
-            self._rate = max(now.step - self._seen.step, 0) / (now.ns - self._seen.ns) * 1e9
-        self._seen = now
+    def _beat(self, file: int, seen: int) -> None:
+        now = Heartbeat(self.rank, self.step, time.time_ns(), seen)
+        while self._beats and now.ns - self._beats[0].ns > PACE * 1e9:
+            self._beats.popleft()
+        self._beats.append(now)
         beat(file, now)
 
     def _make_trip(self, content: Content, beats: list[Heartbeat], feature: str, reason: str) -> Command:
-        at = _later(beats, self._rate, self.step)
+        mine = [one for one in beats if one.rank != self.rank] + list(self._beats)[-1:]
+        at = _later(mine, _pace(self._beats[0], self._beats[-1]), self.ranks, self.step)
         return Command(feature, "trip", at, next_seq(content), None, reason[:500], f"rank {self.rank}")
 
 
-def _later(beats: list[Heartbeat], rate: float, step: int = 0) -> int:
-    """A step that no rank has reached, and that leaves each of them time to read of it."""
-    return max([step, *(beat.step for beat in beats)]) + max(MARGIN, math.ceil(rate * LEAD))
+def _pace(first: Heartbeat, last: Heartbeat) -> float:
+    """Steps per second of one rank between two of its heartbeats."""
+    return max(last.step - first.step, 0) / (last.ns - first.ns) * 1e9 if last.ns > first.ns else 0.0
+
+
+def _later(beats: list[Heartbeat], rate: float, ranks: int, step: int = 0) -> int:
+    """A step that no rank has reached, and that leaves each of several time to read of it."""
+    reached = max([step, *(beat.step for beat in beats)])
+    return reached + (MARGIN + math.ceil(rate * (LEAD + INTERVAL)) if ranks > 1 and rate else 1)
 
 
 class Controller:
@@ -190,7 +213,8 @@ class Controller:
             ControlError: no such feature or arm, a step that a rank has reached, or the file cannot be trusted.
             ValueError: a kind or value that no command has.
         """
-        rate = 0.0 if at is not None else self._measure()
+        several = int(read(self.path)[0].about.get("ranks", 1)) > 1
+        rate = self._measure() if several and at is None else 0.0
 
         def make(content: Content, beats: list[Heartbeat]) -> Command:
             arms = content.about.get("features", {}).get(feature)
@@ -202,7 +226,7 @@ class Controller:
             reached = max((beat.step for beat in beats), default=-NEVER)
             if at is not None and at <= reached:
                 raise ControlError(f"at={at}: a rank is at step {reached} already")
-            step = _later(beats, rate) if at is None else at
+            step = _later(beats, rate, int(content.about.get("ranks", 1))) if at is None else at
             return Command(feature, kind, step, next_seq(content), value, "", f"process {os.getpid()}")
 
         return publish(self.path, make)
@@ -211,9 +235,5 @@ class Controller:
         """Steps per second of the fastest rank, over a quarter of a second."""
         before = {beat.rank: beat for beat in read(self.path)[1]}
         time.sleep(0.25)
-        rates = [
-            (beat.step - before[beat.rank].step) / (beat.ns - before[beat.rank].ns) * 1e9
-            for beat in read(self.path)[1]
-            if beat.rank in before and beat.ns > before[beat.rank].ns
-        ]
+        rates = [_pace(before[beat.rank], beat) for beat in read(self.path)[1] if beat.rank in before]
         return max(rates, default=0.0)

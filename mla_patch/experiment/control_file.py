@@ -1,7 +1,8 @@
 """The control file: commands to a running engine, in a form that no torn write and no stranger can bend.
 
     0      magic, version
-    64     128 cells of 32 bytes: rank, step, time, crc      where each rank is, so that "later" can be said
+    64     128 cells of 32 bytes: rank, step, time, seen,    where each rank is, so that "later" can be said, and the
+           crc                                               newest command that it has read
     8192   slot 0: generation, length, crc, JSON             written in turn: a torn write spoils the slot that
     24576  slot 1: the same                                  is not in force, and the other still holds
 
@@ -27,9 +28,9 @@ from typing import Any
 
 from mla_patch import files
 
-MAGIC, VERSION = b"MLAPCTRL", 1
+MAGIC, VERSION = b"MLAPCTRL", 2
 HEADER = struct.Struct("<8sI")
-CELL, CELLS_AT, CELLS, CELL_BYTES = struct.Struct("<IQQ"), 64, 128, 32
+CELL, CELLS_AT, CELLS, CELL_BYTES = struct.Struct("<IQQQ"), 64, 128, 32
 SLOT, SLOTS_AT, SLOT_BYTES = struct.Struct("<QI"), 8192, 16384
 CRC = struct.Struct("<I")
 SIZE = SLOTS_AT + 2 * SLOT_BYTES
@@ -87,6 +88,7 @@ class Heartbeat:
     rank: int
     step: int
     ns: int
+    seen: int = 0  # the ``seq`` of the newest command that the rank has read and will obey
 
 
 def create(path: Path, about: dict[str, Any]) -> None:
@@ -198,7 +200,7 @@ def heartbeats_of(file: int) -> list[Heartbeat]:
 
 def beat(file: int, mine: Heartbeat) -> None:
     """Say where this rank is, in its own cell."""
-    cell = CELL.pack(mine.rank, mine.step, mine.ns)
+    cell = CELL.pack(mine.rank, mine.step, mine.ns, mine.seen)
     os.pwrite(file, cell + CRC.pack(zlib.crc32(cell)), CELLS_AT + mine.rank % CELLS * CELL_BYTES)
 
 
