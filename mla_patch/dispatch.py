@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from typing import Any, Protocol
 
 import wrapt
 
-from mla_patch import endings
-from mla_patch.compat import gpu
+from mla_patch import endings, imports
+from mla_patch.compat import dynamo, gpu
 from mla_patch.compat.types import Gpu
 from mla_patch.features import Counts, Final, State
 
@@ -36,6 +37,13 @@ IN_A_ROW = 3  # failures of `serve` that can pass, such as an out-of-memory
 AN_HOUR = 16  # of these, whatever was served between them
 PAUSE = 1.0  # seconds in which the host serves after an out-of-memory: one step's layers would fail one after the other
 PAUSED = "left to the host for a second, after an out-of-memory"
+
+
+MADE_UP = "a tensor without memory, as tracers have"
+
+_compiled: Callable[[], Any] = type(None)  # whether this thread runs what torch.compile has made
+_outside: Callable[..., Any] | None = None  # `Site.dispatch`, with nothing of it compiled
+_waits: list[Any] = []  # what Dynamo is to leave alone once it is imported
 
 
 class Arms(Protocol):
@@ -160,6 +168,9 @@ class Site:
         ``first`` goes before ``args`` when the call is bound: the instance of a method, the grid of
         a kernel, None for a function. ``host`` has it already.
         """
+        if _compiled():
+            # no function of ours between the two: its frame would be compiled
+            return (_outside or _leave_dynamo())(self, host, first, args, kwargs)
         switch, counts = self.switch, self.counts
         if switch.off or switch.stopped:
             return host(*args, **kwargs)
@@ -280,7 +291,7 @@ class Site:
         if gpu.capturing():
             # part of ours may be in the graph already: the host must not record over it
             raise problem
-        reason = odd_argument(call) if isinstance(problem, (TypeError, AttributeError)) else None
+        reason = odd_argument(call) if isinstance(problem, (TypeError, AttributeError)) else made_up(call)
         if reason is not None:
             self._decline(reason)
         elif not passes(problem):
@@ -308,6 +319,12 @@ class Site:
                 return
 
 
+def _leave_dynamo() -> Callable[..., Any]:
+    global _outside
+    _outside = dynamo.outside(Site.dispatch)
+    return _outside
+
+
 def _unbound(problem: TypeError) -> str:
     """What is wrong with the arguments, in words that do not change from call to call."""
     _, found, rest = str(problem).partition("unexpected keyword argument ")
@@ -333,6 +350,18 @@ def odd_argument(call: Any) -> str | None:
     return None
 
 
+def made_up(call: Any) -> str | None:
+    """Whether a call has tensors that only stand for tensors, whose data nobody may touch: a decline, in words."""
+    for name in getattr(type(call), "__slots__", None) or vars(call):
+        value: Any = getattr(call, name, None)
+        if hasattr(value, "data_ptr"):
+            try:
+                value.data_ptr()
+            except Exception:
+                return MADE_UP
+    return None
+
+
 def is_out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and "out of memory" in str(problem))
 
@@ -344,6 +373,10 @@ def passes(problem: BaseException) -> bool:
     else the device reports may have left it in a state in which nobody's next call can be trusted.
     """
     return isinstance(problem, (OSError, subprocess.CalledProcessError)) or is_out_of_memory(problem)
+
+
+def _is_method(function: Any) -> bool:
+    return "." in getattr(function, "__qualname__", "").rpartition("<locals>.")[2]
 
 
 class _Named:
@@ -362,15 +395,46 @@ class _Named:
         return getattr(original, "__qualname__", original.__name__)
 
 
-class FunctionStandIn(_Named, wrapt.FunctionWrapper):
+class _Opaque:
+    """To Dynamo what it is, which nobody can trace, and to all others what it stands for; see `compat.dynamo`."""
+
+    __slots__ = ()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        tracer = dynamo.asks(sys._getframe(1))
+        original = self.__wrapped__  # type: ignore[attr-defined]
+        if tracer is None:
+            return original.__class__
+        if not tracer.may_break:
+            self._self_site.counts.trace(tracer.graph)  # type: ignore[attr-defined]
+            return original.__class__
+        if type(self) is FunctionStandIn and _is_method(original):
+            raise dynamo.unsupported(f"mla-patch serves {original.__qualname__}")  # Dynamo would call it unbound
+        return type(self)
+
+
+class _BoundStandIn(_Opaque, wrapt.BoundFunctionWrapper):
+    """A `FunctionStandIn` that was got from an instance or a class."""
+
+    __slots__ = ()
+
+    @property
+    def _self_site(self) -> Site:
+        return self._self_parent._self_site
+
+
+class FunctionStandIn(_Opaque, _Named, wrapt.FunctionWrapper):
     """Takes the place of a host's function or method; looks like it in every other respect."""
+
+    __bound_function_wrapper__ = _BoundStandIn
 
     def __init__(self, original: Any, site: Site) -> None:
         super().__init__(original, site.dispatch)
         self._self_site = site
 
 
-class KernelStandIn(_Named, wrapt.CallableObjectProxy):
+class KernelStandIn(_Opaque, _Named, wrapt.CallableObjectProxy):
     """Takes the place of a host's kernel object, launched as ``kernel[grid](...)``.
 
     ``run``, ``warmup``, ``fn`` and the rest stay the host's.
@@ -394,4 +458,9 @@ def is_ours(value: Any) -> bool:
 
 def stand_in(original: Any, kind: str, site: Site) -> FunctionStandIn | KernelStandIn:
     """What is put in ``original``'s place."""
+    global _compiled
+    _compiled = dynamo.callback()
+    if not _waits:
+        _waits.append(Site.dispatch)
+        imports.when_imported("torch._dynamo", lambda module: dynamo.leave_alone(module, Site.dispatch))
     return KernelStandIn(original, site) if kind == "kernel" else FunctionStandIn(original, site)

@@ -6,9 +6,11 @@ Declarations are data: importing this file, or a hook's, imports no engine and n
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from mla_patch.compat.types import Gpu, Mark, Target
 from mla_patch.compat.types import Variable as Variable
@@ -122,8 +124,10 @@ class Counts:
     served: int = 0
     captured: int = 0
     replayed: int | None = None
+    traced: int = 0  # graphs of torch.compile that hold the host's code, because they may not be broken
     declined: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _tracer: Any = field(default=None, repr=False, compare=False)
 
     def decline(self, reason: str) -> bool:
         """Count a call that ours did not serve; reasons beyond the first 64 share one line.
@@ -136,9 +140,15 @@ class Counts:
             count = self.declined[reason] = self.declined.get(reason, 0) + 1
             return count == FIRST_CALLS and not self.served and len(self.declined) == 1
 
+    def trace(self, tracer: Any) -> None:
+        """Count a graph of torch.compile that takes the host's code; one tracer asks many times."""
+        if self._tracer is None or self._tracer() is not tracer:
+            self._tracer = weakref.ref(tracer)
+            self.traced += 1
+
     def reset(self) -> None:
         """Start from nothing, as a forked child does."""
         self._lock = threading.Lock()
-        self.served = self.captured = 0
+        self.served = self.captured = self.traced = 0
         self.replayed = None
         self.declined = {}

@@ -41,6 +41,12 @@ class TargetStatus:
     replaced_by: str | None = None
 
 
+def traced_text(graphs: int) -> str:
+    """That torch.compile has taken the engine's own code, in words."""
+    one = f"{graphs} graphs that may" if graphs > 1 else "a graph that may"
+    return f"the engine's own code is in {one} not be broken (torch.compile(fullgraph=True), torch.export)"
+
+
 @dataclass
 class FeatureStatus:
     """One feature on one host, in this process."""
@@ -74,6 +80,9 @@ class FeatureStatus:
         if counts:
             c = self.counts
             row |= {"served": c.served, "declined": dict(c.declined), "captured": c.captured, "replayed": c.replayed}
+            if c.traced:
+                row["traced"] = c.traced
+                row["reason"] = "; ".join(filter(None, (self.reason, traced_text(c.traced))))
             if self.memory is not None:
                 try:
                     row["memory"] = self.memory()

@@ -14,7 +14,7 @@ from typing import Any
 import mla_patch
 from mla_patch import survey
 from mla_patch.features import SATISFIED, State
-from mla_patch.reports import INTERVAL
+from mla_patch.reports import INTERVAL, traced_text
 from mla_patch.show import Line, Table
 
 Row = Mapping[str, Any]
@@ -36,7 +36,8 @@ def look(directory: Path) -> dict[str, Any]:
     if not processes:
         findings.append(f"no process reports in {directory}: {_contents(directory)}")
     for report in current:
-        findings += [f"pid {report['pid']}: {text}" for text in [*unsatisfied(report["features"]), *_odd(report)]]
+        told = [*unsatisfied(report["features"]), *_traced(report["features"]), *_odd(report)]
+        findings += [f"pid {report['pid']}: {text}" for text in told]
     for engine, run in by_engine(current).items():
         inactive, wanted = _inactive(engine, run)
         (notes if wanted else findings).extend(inactive)
@@ -80,6 +81,11 @@ def unsatisfied(rows: Sequence[Row]) -> list[str]:
     return found
 
 
+def _traced(rows: Sequence[Row]) -> list[str]:
+    """Features that torch.compile goes past."""
+    return [f"{_label(row)}: {traced_text(row['traced'])}" for row in rows if row.get("traced")]
+
+
 def uncalled(run: Sequence[Row]) -> list[tuple[str, bool]]:
     """Features that are applied and that no process of the engine has called, each with whether it was asked for."""
     found = []
@@ -117,7 +123,7 @@ def _label(row: Row) -> str:
 
 
 def _called(row: Row) -> bool:
-    return bool(row["served"] or row["declined"] or row["captured"] or row.get("replayed"))
+    return bool(row["served"] or row["declined"] or row["captured"] or row.get("replayed") or row.get("traced"))
 
 
 def _odd(report: Row) -> list[str]:

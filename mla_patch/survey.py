@@ -222,6 +222,7 @@ _FEATURE: Parts = (
     ("name", str, _REQUIRED), ("host", str, _REQUIRED), ("state", str, _REQUIRED), ("flag", str, ""),
     ("value", str, ""), ("source", str, "default"), ("reason", str, ""), ("targets", list, ()), ("served", int, 0),
     ("declined", dict, {}), ("captured", int, 0), ("replayed", (int, None), None),
+    ("traced", int, 0),
 )  # fmt: skip
 _TARGET: Parts = (("module", str, ""), ("name", str, ""), ("kind", str, ""), ("replaced_by", (str, None), None))
 _REPORT: Parts = (

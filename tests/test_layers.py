@@ -27,7 +27,7 @@ MAY = {
     "plugins": {"endings", "features", "flags", "hookspecs", "compat"},
     "reports": {"endings", "files", "exits", "redact", "features", "compat"},
     "survey": {"files", "redact", "reports", "compat"},
-    "dispatch": {"endings", "features", "compat"},
+    "dispatch": {"endings", "imports", "features", "compat"},
     "release": {"features", "compat"},
     "judge": {"endings", "release", "sources", "flags", "features", "compat"},
     "patcher": {"standing", "dispatch", "endings", "imports", "judge", "reports", "flags", "features", "compat"},
