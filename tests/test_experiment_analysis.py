@@ -316,3 +316,9 @@ def test_errors_over_time_keep_the_worst() -> None:
     assert len(one["over_time"]) <= 400
     assert one["over_time"][0] == (0, 0.002)
     assert max(error for _, error in one["over_time"]) == 0.7
+
+
+def test_a_bucket_of_a_damaged_row_can_be_sorted() -> None:
+    """Python reads no number of 5000 digits, and a superscript is a digit that int() does not take."""
+    names = ["graph/1/131072", "graph/1/" + "9" * 5000, "graph/²/1", "graph/1/8192", ""]
+    assert sorted(names, key=analysis.by_size)[1:3] == ["graph/1/8192", "graph/1/131072"]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from deadline import within
 
 from mla_patch.experiment import record
 from mla_patch.experiment.merge import Log, merge, read_log, read_runs
@@ -122,6 +123,8 @@ def test_what_is_no_row_is_counted_and_the_others_are_read(recorder: Recorder, l
         b'{"format": 1}\n',
         b'{"format": 1, "rank": 0, "started": "then"}\n',
         b'{"format": 1, "rank": 0, "tolerance": 0.02}\n',
+        b'{"format": 1, "rank": 0, "tolerance": {"decode": "x"}}\n',
+        b'{"format": 1, "rank": 0, "tolerance": {"decode": Infinity}}\n',
     ],
 )
 def test_a_file_without_our_header_is_named(content: bytes, tmp_path: Path) -> None:
@@ -218,6 +221,28 @@ def test_a_link_is_not_followed(recorder: Recorder, tmp_path: Path) -> None:
     recorder.add(timing(1))
     recorder.flush()
     assert (victim.read_text(), recorder.lost) == ("theirs", 1)
+
+
+def test_a_directory_that_others_may_write_to_gets_no_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tmp_path.chmod(0o770)
+    recorder = Recorder(tmp_path / "a", {"rank": 0})
+    recorder.add(timing(1))
+    recorder.close()
+    assert (recorder.lost, os.listdir(tmp_path)) == (1, [])
+    assert len(caplog.records) == 1 and "mode 0770 lets its group write to it" in caplog.text
+
+
+@pytest.mark.parametrize("half", [record.SUFFIX, record.OLD])
+@pytest.mark.parametrize("kind", ["FIFO", "link", "directory"])
+def test_what_is_no_plain_file_is_not_read(recorder: Recorder, half: str, kind: str) -> None:
+    recorder.add(timing(1))
+    recorder.close()
+    path = recorder.path.with_name(f"engine-1{half}")
+    path.unlink(missing_ok=True)
+    {"FIFO": os.mkfifo, "link": lambda at: at.symlink_to("/dev/zero"), "directory": os.mkdir}[kind](path)
+    with within(20):
+        runs, problems = read_runs(recorder.path.parent)
+    assert (runs, problems) == ([], [f"{path}: found a {kind}, expected a plain file"])
 
 
 def test_size_is_bounded_and_the_newest_rows_stay(recorder: Recorder) -> None:

@@ -142,6 +142,34 @@ def test_refused_with_the_reason(engine: FakeHost, tmp_path: Path, mode: str, en
     assert len(said.splitlines()) == 1 and reason in said
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o777], ids=["its group writes", "everybody writes"])
+def test_refused_where_others_may_write(engine: FakeHost, tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    steps, row, said = told(engine, folder, count=4)
+    assert set(steps) == {"host"} and row["state"] == "refused"
+    assert row["reason"].startswith(f"MLA_PATCH_REPORT={folder}: mode 0{mode:o} lets ")
+    assert len(said.splitlines()) == 2 and row["reason"] in said and "no report in MLA_PATCH_REPORT" in said
+    assert list(folder.iterdir()) == []
+
+
+def test_a_normal_exit_writes_the_last_rows(engine: FakeHost, tmp_path: Path) -> None:
+    code = """
+    from mla_patch.experiment import record
+    record.INTERVAL = 3600
+    mla_patch.apply()
+    from fakehost import engine
+    engine.steps(40)
+    import os
+    if os.fork(): os.wait()  # the child has the parent's rows, and is not to write them
+    """
+    env = {"MLA_PATCH_OPS": "ab", "MLA_PATCH_AB": AB, "MLA_PATCH_REPORT": str(tmp_path)}
+    engine.says(code, env)
+    (log,) = (merge.read_log(path) for path in tmp_path.glob("*.steps.jsonl"))
+    assert [row.step for row in log.rows] == list(range(1, 41))
+
+
 def test_a_host_whose_steps_have_changed_keeps_its_code(engine: FakeHost, tmp_path: Path) -> None:
     engine.change("fakehost/engine.py", "def forward(self, forward_batch)", "def forward(self, batch)")
     steps, row, said = told(engine, tmp_path, count=4, AB="")

@@ -104,7 +104,8 @@ def compare(timings: Iterable[Timing]) -> list[Comparison]:
 def by_size(*name: str) -> list[tuple[str, int]]:
     """A key that puts graph/16/8192 before graph/16/131072."""
     parts = "/".join(name).split("/")
-    return [("", int(part)) if part.isdecimal() else (part, 0) for part in parts]
+    # a longer number is nobody's batch or context, and Python refuses to read it
+    return [("", int(part)) if part.isdecimal() and len(part) < 20 else (part, 0) for part in parts]
 
 
 def _compare(
