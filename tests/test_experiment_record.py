@@ -125,6 +125,7 @@ def test_what_is_no_row_is_counted_and_the_others_are_read(recorder: Recorder, l
         b'{"format": 1, "rank": 0, "tolerance": 0.02}\n',
         b'{"format": 1, "rank": 0, "tolerance": {"decode": "x"}}\n',
         b'{"format": 1, "rank": 0, "tolerance": {"decode": Infinity}}\n',
+        b'{"format": 1, "rank": 0, "tolerance": {"decode": 0}}\n',
     ],
 )
 def test_a_file_without_our_header_is_named(content: bytes, tmp_path: Path) -> None:

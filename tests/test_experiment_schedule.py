@@ -234,6 +234,7 @@ def test_bad_ab(text: str, problem: str) -> None:
     [
         ("every=0", "every=0: expected a whole number, 1 or more"),
         ("tolerance=nan", "tolerance=nan: expected a number above 0"),
+        ("tolerance=inf", "tolerance=inf: expected a number above 0"),
         ("tolerance=-1", "tolerance=-1: expected a number above 0"),
         ("evry=5", "'evry' is not one of every, tolerance; did you mean every?"),
     ],

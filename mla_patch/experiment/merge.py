@@ -84,8 +84,8 @@ def _is_header(value: dict[str, Any]) -> bool:
     """What is read of it later is there in its type, or not there."""
     types: dict[str, Any] = {"run": str, "started": (int, float), "tolerance": dict}
     fits = all(isinstance(value[name], kind) for name, kind in types.items() if name in value)
-    numbers = [value.get("started", 0), *value.get("tolerance", {}).values()] if fits else []
-    fits = fits and all(isinstance(one, (int, float)) and math.isfinite(one) for one in numbers)
+    numbers = [value.get("started", 1), *value.get("tolerance", {}).values()] if fits else []
+    fits = fits and all(isinstance(one, (int, float)) and 0 < one < math.inf for one in numbers)
     return value.get("format") == FORMAT and isinstance(value.get("rank"), int) and fits
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ _AB: dict[str, _Key] = {
 }
 _SHADOW: dict[str, _Key] = {
     "every": (int, lambda v: v >= 1, "a whole number, 1 or more"),
-    "tolerance": (float, lambda v: v > 0, "a number above 0"),
+    "tolerance": (float, lambda v: 0 < v < math.inf, "a number above 0"),
 }
 
 
