@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scratch import clean_env
+from scratch import Scratch, clean_env
 
 from mla_patch import cli, plugins
 from mla_patch.compat import gpu
@@ -448,6 +448,71 @@ def test_run_opens_the_door(tmp_path, installed):
     env = clean_env({"PYTHONPATH": str(tmp_path)})
     done = subprocess.run([sys.executable, "-c", start], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
+TRAMPOLINE = "#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''\nprint('ran')\n"
+SCRIPTS = {
+    "interpreter": None,
+    "first line": "#!{python}\nprint('ran')\n",
+    "env": "#!/usr/bin/env -S python3 -u\nprint('ran')\n",
+    "long path": TRAMPOLINE,
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("where", ["another environment", "this environment"])
+def test_run_asks_the_python_that_it_starts(kind, where, tmp_path, capfd, monkeypatch):
+    """An environment without mla-patch would run the command unpatched without a word."""
+    other = Scratch.make(tmp_path / "other")
+    python = other.python if where == "another environment" else sys.executable
+    script = tmp_path / "serve"
+    if SCRIPTS[kind]:
+        script.write_text(SCRIPTS[kind].format(python=python))
+        script.chmod(0o700)
+        monkeypatch.setenv("PATH", os.path.dirname(python), prepend=os.pathsep)
+    command = [str(script)] if SCRIPTS[kind] else [python, "-c", "print('ran')"]
+    status = cli.main(["run", "--json", "--", *command])
+    out, err = capfd.readouterr()
+    if where == "this environment":
+        assert (status, err) == (0, "") and json.loads(out)["command"] == command
+        return
+    assert (status, out) == (2, "")
+    assert err.startswith(f"mla-patch: run: {other.root}/bin/python")
+    assert "would run without the plugin (" in err and "install mla-patch there" in err
+    assert "No module named 'mla_patch'" in err
+
+
+@pytest.mark.parametrize(
+    "argv, options",
+    [
+        ([], []),
+        (["-c", "-I"], []),
+        (["-", "-I"], []),
+        (["serve.py", "-I"], []),
+        (["-I", "-m", "sglang.launch_server", "-S"], ["-I"]),
+        (["-u", "-X", "dev", "serve.py"], ["-u", "-X", "dev"]),
+        (["-Im", "sglang.launch_server"], ["-I"]),
+    ],
+    ids=" ".join,
+)
+def test_run_asks_with_pythons_own_options(argv, options):
+    assert cli._interpreter([sys.executable, *argv], os.environ) == [sys.executable, *options]
+
+
+def test_run_asks_with_options_that_keep_the_plugin_out(capfd):
+    assert cli.main(["run", "--json", "--", sys.executable, "-S", "-c", "pass"]) == 2
+    assert "would run without the plugin (" in capfd.readouterr().err
+
+
+def test_run_goes_on_where_a_python_cannot_be_asked(capfd, monkeypatch, tmp_path):
+    slow = tmp_path / "python3"
+    slow.write_text("#!/bin/sh\nsleep 5\n")
+    slow.chmod(0o700)
+    monkeypatch.setattr(cli, "_ASKED", 0.1)
+    assert cli.main(["run", "--json", "--", str(slow), "x.py"]) == 0
+    assert "cannot be asked whether it has the plugin" in capfd.readouterr().err
+    for command in ("true", "no_such_command", str(tmp_path)):
+        assert cli._interpreter([command], os.environ) is None
 
 
 def test_run_says_what_it_would_set(capsys):
