@@ -17,7 +17,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def mla_patch_features() -> list[Feature]:  # type: ignore[empty-body]
-    """Features that this plugin brings. Called once per process; must import neither a host nor torch."""
+    """Features that this plugin brings. Called once per process or more often; must import neither a host nor torch."""
 
 
 @hookspec
