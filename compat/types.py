@@ -192,6 +192,8 @@ class Host:
     plugin_filter: str = ""  # environment variable that narrows the host's own plugins
     # (reviewed release, modules that no earlier one has), newest first: what tells of source whose version does not
     marks: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    # environment variables with which its processes promise something about results, and what that is
+    promises: tuple[tuple[str, str], ...] = ()
 
 
 def key_targets(targets: Iterable[Target]) -> dict[str, tuple[Target, ...]]:

@@ -6,6 +6,9 @@ splits. From 0.5.12 the host has an MLA kernel of its own; there the table below
 A caller who does not say `has_mla` may read the split scratch, as decode context parallelism does from 0.5.15 on: then
 ours fills it as the host would.
 
+Our kernel cuts the keys of all requests into equal pieces, so that the order in which it adds up one request's values
+depends on the others. Where the engine promises that no result depends on the batch, the host's kernel serves.
+
 Scales of an fp8 cache. What is stored is never ours to change: MHA prefill, other processes and the host's own arm
 read the same bytes. So ours reads what the release stores:
 
@@ -21,8 +24,9 @@ from __future__ import annotations
 
 from math import inf
 
-from mla_patch.compat import gpu, sglang, sglang_graphs
+from mla_patch.compat import gpu, sglang, sglang_deterministic, sglang_graphs
 from mla_patch.compat.sglang import Capacity, DecodeCall
+from mla_patch.compat.sglang_deterministic import decoding
 from mla_patch.compat.types import Gpu, Target
 from mla_patch.features import Asked, Feature
 from mla_patch.hookspecs import hookimpl
@@ -53,7 +57,10 @@ FEATURE = Feature(
     drop_when="the host reads the latent cache once per request, at least as fast",
     native=native,
     hardware=gpu.not_nvidia,
+    environment=sglang_deterministic.inherited,
     steps=sglang_graphs.step_targets,
+    promises="deterministic inference: the engine's own kernel decodes, since our kernel adds up a request's values in "
+    "an order that depends on the other requests. The state is `refused` in its processes, and no experiment starts",
 )
 
 
@@ -64,8 +71,9 @@ def mla_patch_features() -> list[Feature]:
 
 def declines(call: DecodeCall) -> str | None:
     """Why this call goes to the host, or None. What is left of shapes and dtypes is the launcher's to refuse."""
-    if call.extra is not None:
-        return call.extra
+    reason = call.extra or decoding.promise
+    if reason is not None:
+        return reason
     try:
         _, heads, width = call.k.shape
     except ValueError:
@@ -135,6 +143,8 @@ def warm(capacity: Capacity) -> int:
         return 0  # its calls are declined
     c = capacity
     ids = kv_indices.warmup(c.device, ())
+    if c.deterministic:
+        return ids  # its calls are declined
     if c.splits:
         return ids + decode_splits.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.splits)
     return ids + decode.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch)

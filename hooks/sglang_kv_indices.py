@@ -20,6 +20,8 @@ FEATURE = Feature(
     upstream="https://github.com/sgl-project/sglang/pull/27320",
     drop_when="the host's builders are parallel over context and batch for every caller",
     steps=sglang_graphs.step_targets,
+    promises="deterministic inference: kept, since indices are whole numbers, and our kernel writes those that the "
+    "engine's kernel writes; an experiment keeps it as well",
 )
 
 

@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from mla_patch.compat import gpu, sglang_flash_mla
+from mla_patch.compat import gpu, sglang_deterministic, sglang_flash_mla
 from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_flash_mla import KvCacheCall, MetadataCall, PrefillCall
 from mla_patch.compat.types import Provider
@@ -159,6 +159,9 @@ FEATURE = Feature(
     drop_when="FlashMLA serves every GPU, head count and page size that the engine runs with",
     hardware=gpu.not_nvidia,
     providers=tuple((row.provider, row.when) for row in (*PROVIDERS, *PREFILL_PROVIDERS)),
+    promises="deterministic inference: kept by what our kernels serve. Decode then splits no query's keys, which is "
+    "slower for few requests of long contexts; sparse prefill never splits them. The engine's own FlashMLA decode does "
+    "not keep it, and the engine refuses it as --attention-backend in this mode",
 )
 
 
@@ -197,6 +200,7 @@ def serve_kvcache(call: KvCacheCall) -> Any:
         call.q, call.k_cache, call.block_table, call.cache_seqlens, call.head_dim_v, call.metadata, call.num_splits,
         call.softmax_scale, call.causal, call.descale_q, call.descale_k, call.is_fp8_kvcache, call.indices,
         call.attn_sink, call.extra_k_cache, call.extra_indices, call.topk_length, call.extra_topk_length,
+        enable_batch_invariant=sglang_deterministic.is_on(),
     )  # fmt: skip
 
 

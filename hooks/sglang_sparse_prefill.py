@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mla_patch.compat import gpu, sglang_flash_mla
+from mla_patch.compat import gpu, sglang_deterministic, sglang_flash_mla
 from mla_patch.compat import sglang_sparse_prefill as compat
 from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang_sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
@@ -48,8 +48,8 @@ def _flash_mla(call: ChunkCall) -> Callable[..., Any] | None:
 
 V4_PROVIDERS = (
     *(Provider(HOST, reason, _says(reason)) for reason in (
-        compat.NOT_A_PROMPT, TOO_LARGE, FEW, compat.CAPTURED, compat.HISPARSE, compat.PARALLEL, compat.AHEAD,
-        compat.NO_POSITIONS, compat.OTHER_PAGES,
+        compat.DETERMINISTIC, compat.NOT_A_PROMPT, TOO_LARGE, FEW, compat.CAPTURED, compat.HISPARSE, compat.PARALLEL,
+        compat.AHEAD, compat.NO_POSITIONS, compat.OTHER_PAGES,
     )),
     Provider(BOTH, "64 or 128 heads on sm_90, sm_100 and sm_103, with a FlashMLA that takes sinks and lengths",
         lambda call: _flash_mla(call) is not None),
@@ -128,6 +128,8 @@ FEATURE = Feature(
         *((row.provider, f"V3.2: {row.when}") for row in V32_PROVIDERS),
     ),
     serves=serves,
+    promises="deterministic inference: the release serves V4's prompts, since our choice of a route depends on all "
+    "prompts of a step; no release takes V4 in this mode. V3.2's attention and all keys that are read back keep it",
     memory=memory,
 )  # fmt: skip
 
@@ -165,6 +167,8 @@ def _few(backend: Any, batch: Any, heads: int, ratio: int, topk: int | None) -> 
 
 def declines_route(backend: Any, batch: Any, queries: int) -> str | None:
     """Why a prompt attends over pages where the route is all ours, or None. What pages cannot serve is always ours."""
+    if sglang_deterministic.is_on():
+        return compat.DETERMINISTIC
     if not pages_can(queries, backend.req_to_token.device):
         return None
     if variable(FEATURE, "ROUTE") == "large":

@@ -61,6 +61,8 @@ FEATURE = Feature(
     drop_when="the host lets a plugin choose the kernels of its TRT-LLM MLA backend",
     native=native,
     marks=(sglang_tokenspeed.OWN_BACKEND,),
+    promises="deterministic inference: refused when the engine reads its arguments, since nobody has shown that such "
+    "kernels' results do not depend on the batch. The engine refuses trtllm_mla and tokenspeed_mla in this mode, too",
     variables=(
         Variable("DECODE", (), PACKAGE, "whose decode kernel the backend runs; `host`: TRT-LLM's"),
         Variable("PREFILL", (), PACKAGE, "whose prefill kernel the backend runs; `host`: TRT-LLM's"),

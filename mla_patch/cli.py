@@ -31,7 +31,7 @@ from mla_patch import files, reports, show
 from mla_patch import flags as flags_
 from mla_patch import plugins as plugins_
 from mla_patch.compat import gpu, hosts, sglang_fetch
-from mla_patch.compat.types import Gpu
+from mla_patch.compat.types import Gpu, Host
 from mla_patch.features import MEANING, Feature, State
 from mla_patch.imports import HostFinder
 from mla_patch.judge import Judgement, code_of, judge, nothing_active, release_here
@@ -271,6 +271,7 @@ def doctor(args: argparse.Namespace) -> int:
         "gpu_unknown": unknown,
         "hosts": [{"name": h.host.name, "version": h.version, "reviewed": h.version in h.host.reviewed} for h in found],
         "findings": [*plugins.problems, *flags.problems, *_findings(found, flags, rows), *_unsatisfied(rows)],
+        "notes": [note for one in found for note in _promised(one.host, plugins.features)],
         "features": rows,
     }
     if args.json:
@@ -278,6 +279,13 @@ def doctor(args: argparse.Namespace) -> int:
     else:
         _show_doctor(report)
     return FINDING if report["findings"] else OK
+
+
+def _promised(host: Host, features: Sequence[Feature]) -> list[str]:
+    """What this environment makes the host promise about results, and where it is told what becomes of it."""
+    names = [feature.name for feature in features if feature.host_name == host.name]
+    asks = f"; `mla-patch explain FEATURE` says what becomes of it with {', '.join(names)}" if names else ""
+    return [f"{host.name}: {text}{asks}" for text in hosts.promised(host)]
 
 
 def list_features(args: argparse.Namespace) -> int:
@@ -319,14 +327,15 @@ def explain(args: argparse.Namespace) -> int:
         for provider, when in feature.providers
     ]
     verdicts, serves = _elsewhere(features, flags, args)
+    promises = [{"feature": feature.label, "text": feature.promises} for feature in features if feature.promises]
     if args.json:
         told: dict[str, Any] = {"feature": args.feature, "routes": routes, "states": states}
-        more = {"providers": providers, "verdicts": verdicts, "serves": serves}
+        more = {"providers": providers, "verdicts": verdicts, "serves": serves, "promises": promises}
         show.as_json(told | {name: rows for name, rows in more.items() if rows})
         return OK
     for feature in features:
         show.show(Line(f" {feature.why}", head=feature.label))
-        show.lines([f"from {feature.upstream}", f"until {feature.drop_when}"])
+        show.lines([f"from {feature.upstream}", f"until {feature.drop_when}", *filter(None, [feature.promises])])
     show.table("routes", ["host", "releases", "module", "name", "kind", "replaced_by"], routes)
     if providers:
         show.table("who serves a call, by the first row that applies", ["provider", "when"], providers)
@@ -836,6 +845,7 @@ def _show_doctor(report: Mapping[str, Any]) -> None:
     targets = [{"feature": f["name"], **target} for f in report["features"] for target in f["targets"]]
     if targets:
         show.table("entry points", ["feature", "module", "name", "kind", "replaced_by"], targets)
+    show.lines([f"note: {text}" for text in report["notes"]])
     show.lines([f"finding: {text}" for text in report["findings"]], "yellow")
 
 

@@ -40,7 +40,7 @@ def _decide(feature: Feature, setting: Setting, release: str, device: Gpu | None
         return State.REFUSED, f"{setting.name}={setting.value}: no arm of the host's to compare with; set on or off"
     if not in_range(release, feature):
         return State.ABSENT, f"{feature.host_name} {release} is outside {feature.requirement()[1]}"
-    refusal = feature.hardware(device) if feature.hardware is not None and device is not None else None
+    refusal = feature.refusal(device)
     ours, natives, open_ = False, [], False
     for entry, homes in key_targets(feature.targets(release)).items():
         own = feature.native(homes[0], release) if feature.native is not None and not setting.asked_for else None

@@ -64,6 +64,8 @@ class Feature:
     # GPU, a function of it: asked, as hardware is, at import where NVML tells, else at the first call for all targets
     native: Callable[[Target, str | None], str | Asked | None] | None = None
     hardware: Asked | None = None  # (gpu) -> why this device cannot, or None
+    # () -> why ours would break what the host promises in a process with this environment, or None
+    environment: Callable[[], str | None] | None = None
     variables: tuple[Variable, ...] = ()
     default: str = "on"
     # version -> edits that tell an experiment of the host's steps and graphs; None: no host arm, so no experiment
@@ -75,6 +77,8 @@ class Feature:
     # (version, compute capability, heads, whether the flag is an explicit on) -> (kind of call, who serves it), by
     # default settings. For `explain`
     serves: Callable[[str, tuple[int, int], int, bool], list[tuple[str, str]]] | None = None
+    # what becomes of the host's promises about results, such as batch invariance. For `explain` and the docs
+    promises: str = ""
     memory: Callable[[], int] | None = None  # bytes that ours holds between calls in this process, for the report
 
     @property
@@ -94,6 +98,13 @@ class Feature:
         """The host's name and its version specifier, as text."""
         end = next((i for i, c in enumerate(self.host) if c in "<>=!~ ["), len(self.host))
         return self.host[:end].strip(), self.host[end:].strip()
+
+    def refusal(self, device: Gpu | None) -> str | None:
+        """Why ours cannot serve here, as the environment and ``device`` (None: it is not known) say, or None."""
+        promised = self.environment() if self.environment is not None else None
+        if promised is not None or self.hardware is None or device is None:
+            return promised
+        return self.hardware(device)
 
     def matches(self, name: str) -> bool:
         """Whether ``name`` ("decode" or "decode@sglang") means this feature."""

@@ -123,13 +123,15 @@ def flash_mla_with_kvcache(
     kv_format: str | None = None,
     *,
     use_legacy: bool = True,
+    enable_batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode over a paged latent cache: ``out`` [B, Sq, H, 512] and its natural ``lse`` [B, H, Sq].
 
     With ``indices`` sparse, over fp8 tokens of 656 or 584 bytes (`mla_patch.kernels.sparse_decode`), else dense, over
     bfloat16, float16 or e4m3 rows (`mla_patch.kernels.dense_decode`). 1 to 128 heads, any page size, any topk, any
     batch, 0 among them. A query without a key gets out 0 and lse +inf. ``descale_q`` and ``descale_k`` are e4m3's, and
-    ignored beside 16-bit queries, as sgl_kernel ignores them.
+    ignored beside 16-bit queries, as sgl_kernel ignores them. With ``enable_batch_invariant`` a query's results are the
+    same, bit for bit, whatever other queries there are. Metadata do not record it, since they hold no schedule of ours.
 
     Raises:
         ValueError: an argument that neither takes, by its name.
@@ -178,7 +180,7 @@ def flash_mla_with_kvcache(
             result = sparse_decode(
                 q, k_cache, indices, sm_scale=scale, attn_sink=attn_sink, topk_length=topk_length,
                 extra_k_cache=extra_k_cache, extra_indices=extra_indices_in_kvcache,
-                extra_topk_length=extra_topk_length,
+                extra_topk_length=extra_topk_length, batch_invariant=enable_batch_invariant,
             )  # fmt: skip
         except ValueError as refusal:
             # the kernel's name of it is shorter
@@ -198,7 +200,7 @@ def flash_mla_with_kvcache(
             descale_q = descale_k = None
         result = dense_decode(
             q, k_cache, block_table, cache_seqlens, sm_scale=scale, causal=causal, descale_q=descale_q,
-            descale_k=descale_k,
+            descale_k=descale_k, batch_invariant=enable_batch_invariant,
         )  # fmt: skip
     if meta:
         _record(tile_scheduler_metadata, q, k_cache, causal, is_fp8_kvcache, indices, extra_k_cache,

@@ -70,7 +70,7 @@ def _judge(
     natives: list[str] = []
     asks: list[Asked] = []
     device = gpu.known()
-    refusal = feature.hardware(device) if feature.hardware is not None and device is not None else None
+    refusal = feature.refusal(device)
     entries = feature.targets(version)
     if setting.value in EXPERIMENTS and feature.steps is not None:
         entries += feature.steps(version)

@@ -20,12 +20,25 @@ def flag_table() -> str:
     return "\n".join(rows)
 
 
+def promise_table() -> str:
+    """README's table of what becomes of an engine's promises about results."""
+    rows = ["| feature | what becomes of it |", "| --- | --- |"]
+    for feature in plugins.load().features:
+        what, _, how = feature.promises.partition(": ")
+        assert what == "deterministic inference", f"{feature.label}: {feature.promises}"
+        rows.append(f"| `{feature.name}` | {how} |")
+    return "\n".join(rows)
+
+
 def readme() -> str:
     """README.md as it should be."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    head, rest = text.split("<!-- flags:", 1)
-    mark, rest = rest.split("\n", 1)
-    return f"{head}<!-- flags:{mark}\n{flag_table()}\n<!-- /flags -->{rest.split('<!-- /flags -->', 1)[1]}"
+    for name, table in (("flags", flag_table()), ("promises", promise_table())):
+        head, rest = text.split(f"<!-- {name}:", 1)
+        mark, rest = rest.split("\n", 1)
+        end = f"<!-- /{name} -->"
+        text = f"{head}<!-- {name}:{mark}\n{table}\n{end}{rest.split(end, 1)[1]}"
+    return text
 
 
 if __name__ == "__main__":

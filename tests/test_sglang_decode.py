@@ -14,7 +14,7 @@ import torch
 import wrapt
 
 from mla_patch import judge
-from mla_patch.compat import gpu, sglang
+from mla_patch.compat import gpu, sglang, sglang_deterministic
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.types import Gpu, Target
 from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
@@ -307,6 +307,8 @@ def test_each_release_has_the_edit_for_its_scales(version: str) -> None:
     *edits, last = [(one.edit, one.lasting) for one in sglang.decode_targets(version) if one.kind == "edit"]
     assert last == (sglang.warm_decode, False)
     release = tuple(map(int, version.split(".")))
+    if release >= (0, 5, 3):
+        assert edits.pop() == (sglang_deterministic.watch_decodes, False)
     if release < (0, 5, 10):
         assert edits == []
     elif release < (0, 5, 12):

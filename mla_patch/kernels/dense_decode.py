@@ -36,12 +36,13 @@ def dense_decode(
     causal: bool = False,
     descale_q: torch.Tensor | None = None,
     descale_k: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     config: dict[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from every query to its request's cached rows; see the module. Returns ``out, lse``.
 
     Splits are cut on the device from the lengths, so one captured graph is right for all of them. No sync; no queries
-    launch nothing.
+    launch nothing. ``batch_invariant``: as in `mla_patch.kernels.sparse_decode.sparse_decode`.
 
     Raises:
         ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
@@ -90,7 +91,7 @@ def dense_decode(
     most = block_table.shape[1] * size
     return launch(
         kind, q, keys, block_table, cache_seqlens.contiguous(), most, sm_scale=sm_scale,
-        descale=descale, causal=causal and queries > 1, dtype=dtype, config=config,
+        descale=descale, causal=causal and queries > 1, dtype=dtype, batch_invariant=batch_invariant, config=config,
     )  # fmt: skip
 
 

@@ -498,18 +498,20 @@ def launch(
     out: torch.Tensor | None = None,
     max_logits: torch.Tensor | None = None,
     log_unit: float | None = None,
+    batch_invariant: bool = False,
     config: dict[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch over tensors that are checked. ``keys``: values, rope, scales, page size, page and row stride, places.
 
     ``max_logits`` [B, Sq, H] float32 and ``log_unit`` go together, over a sparse cache: prefill, which is not split.
+    Nor is what is to be ``batch_invariant``: how many splits there are depends on how many queries there are.
     """
     if gpu.elsewhere(q):
         with torch.cuda.device(q.device):
             return launch(
                 kind, q, keys, ids, lens, most, sm_scale=sm_scale, extra=extra, extra_ids=extra_ids,
                 extra_lens=extra_lens, sinks=sinks, descale=descale, causal=causal, dtype=dtype, out=out,
-                max_logits=max_logits, log_unit=log_unit, config=config,
+                max_logits=max_logits, log_unit=log_unit, batch_invariant=batch_invariant, config=config,
             )  # fmt: skip
     batch, queries, heads, width = q.shape
     if out is None:
@@ -530,7 +532,7 @@ def launch(
     extra_most = extra_ids.shape[-1] if extra_ids is not None else 0
     lines = batch * queries
     splits = 1
-    if max_logits is None:
+    if max_logits is None and not batch_invariant:
         splits = split_count(lines * tiles, -(-most // size) + -(-extra_most // size), places)
     partial, partial_lse = out, lse  # not read
     if splits > 1:
@@ -637,19 +639,22 @@ def sparse_decode(
     extra_k_cache: torch.Tensor | None = None,
     extra_indices: torch.Tensor | None = None,
     extra_topk_length: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     config: dict[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from every query to the tokens that its indices name; see the module. Returns ``out, lse``.
 
     No queries launch nothing. Without sync; results and scratch come from torch's allocator at every call, so a
-    captured graph has them in its pool. Equal inputs give equal outputs. ``config`` replaces `sparse_config`'s numbers.
+    captured graph has them in its pool. Equal inputs give equal outputs. With ``batch_invariant`` a query's results are
+    the same bit for bit whatever other queries there are: one program takes all keys of a query and a tile of heads,
+    which is slower for few queries with many keys. ``config`` replaces `sparse_config`'s numbers.
 
     Raises:
         ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
     """
     return attend_pages(
         q, k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length,
-        sm_scale=sm_scale, sinks=attn_sink, config=config,
+        sm_scale=sm_scale, sinks=attn_sink, batch_invariant=batch_invariant, config=config,
     )  # fmt: skip
 
 

@@ -100,6 +100,28 @@ class Decodes:
         return seen
 
 
+def company() -> dict[str, dict]:
+    """One request's decode and token ids alone and beside three others, as a rule and under deterministic inference."""
+    from mla_patch.compat import sglang_trial
+
+    seen, length = {}, 130
+    for deterministic in (False, True):
+        trial = sglang_trial.DecodeTrial("float16", lens=(length, 33, 200, 64), deterministic=deterministic)
+        before, indices = feature("decode"), feature()["served"]
+        beside, ids = trial.decode()[0], trial.backend.forward_metadata.kv_indices[:length].clone()
+        alone, own_ids = trial.alone(0), trial.backend.forward_metadata.kv_indices[:length]
+        after, had = feature("decode"), before["declined"]
+        seen["deterministic" if deterministic else "as a rule"] = {
+            "decode": {
+                "differs": int((beside != alone).sum()), "served": after["served"] - before["served"],
+                "declined": {why: n - had.get(why, 0) for why, n in after["declined"].items() if n > had.get(why, 0)},
+                "error": sglang_trial.relative_error(alone, trial.expected()[0]),
+            },
+            "kv_indices": {"differs": int((ids != own_ids).sum()), "served": feature()["served"] - indices},
+        }  # fmt: skip
+    return seen
+
+
 def late() -> dict[str, Any]:
     """Backends that were built while the host was as it is, then activation, twice."""
     from mla_patch.compat import sglang_trial
@@ -198,6 +220,7 @@ def main(release: str, out: str) -> None:
         "ranks": {"ours": decodes.ranks()},
     }  # fmt: skip
     seen["features"] = mla_patch.report()["features"]
+    decoded["company"] = company()
 
     mla_patch.restore(FEATURE)
     seen["holders restored"] = holders(builders)

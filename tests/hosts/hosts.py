@@ -35,6 +35,8 @@ PYTHON_OPTIONS = {"0.5.4": ["-O"]}
 UNSCALED = tuple(release for release in KNOWN if release in OLD or Version(release) < Version("0.5.10"))
 MISREAD = ("0.5.10", "0.5.11")
 
+DETERMINISTIC = Version("0.5.3")  # the first with --enable-deterministic-inference
+
 # (release, route): what is wrong in the release itself, so that its own result is no measure
 FAULTS = {
     ("0.4.6", "flashmla_backend decode"): "one entry too many in a row: its masks say <= for <",

@@ -12,6 +12,7 @@ import matrix
 import pytest
 from packaging.version import Version
 
+from mla_patch.compat import sglang_deterministic
 from mla_patch.compat.sglang_fetch import fetch
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
@@ -55,13 +56,14 @@ def test_decode_applied(release: str, seen: dict) -> None:
     assert all(target["replaced_by"] for target in row["targets"])
     edits = [target["replaced_by"].rpartition(":")[2] for target in row["targets"] if target["kind"] == "edit"]
     own = "leave_scales_out" if release in hosts.MISREAD else "watch_scales"
-    assert edits == [*([] if release in hosts.UNSCALED else [own]), "warm_decode"]
+    mode = [] if Version(release) < hosts.DETERMINISTIC else ["watch_decodes"]
+    assert edits == [*([] if release in hosts.UNSCALED else [own]), *mode, "warm_decode"]
     assert seen["decode"]["holders"] == ["ours", "host's", "ours"]
 
 
 def test_the_backend_tells_a_warm_up_what_it_will_decode(release: str, seen: dict) -> None:
     told = {"device": "cpu", "heads": "16", "dtype": "torch.float16", "cache_dtype": "torch.float8_e5m2"}
-    assert seen["decode"]["warm"] == told | {"max_batch": "5", "splits": "0"}
+    assert seen["decode"]["warm"] == told | {"max_batch": "5", "splits": "0", "deterministic": "False"}
     assert seen["compiled"] == {"before": 0, "serving": 0}  # the interpreter compiles nothing
     # built before anything is captured, and nowhere else
     source = (fetch(release)[0] / "sglang/srt/layers/attention/triton_backend.py").read_text()
@@ -104,6 +106,38 @@ def test_decodes_what_was_stored(release: str, seen: dict) -> None:
         assert max(ours["error"], again["error"]) < 4e-3, cache
         # the host rounds probabilities to fp8, from 0.5.12 the query too, and the interpreter rounds toward zero
         assert host["error"] < {"float16": 1e-3, "e5m2": 0.1}.get(cache, 0.06), cache
+
+
+def test_deterministic_inference(release: str, seen: dict) -> None:
+    """The same request alone and beside others, bit for bit, through the host's own forward_decode."""
+    for mode, row in seen["decode"]["company"].items():
+        promised = mode == "deterministic" and Version(release) >= hosts.DETERMINISTIC
+        decode = row["decode"]
+        # as a rule ours serves, and its results depend on the others: a trial that could not show a broken promise
+        assert (decode["differs"] > 0, decode["served"]) == (not promised, 0 if promised else 2), mode
+        assert decode["declined"] == ({sglang_deterministic.REASON: 2} if promised else {}), mode
+        assert decode["error"] < 1e-3, mode
+        assert row["kv_indices"] == {"differs": 0, "served": 2}, mode
+
+
+def test_the_release_says_which_decode_is_deterministic(release: str) -> None:
+    """What the edit looks at, and what the processes of an engine inherit."""
+    srt = fetch(release)[0] / "sglang/srt"
+    backend = srt.joinpath("layers/attention/triton_backend.py").read_text()
+    readers = [srt / "server_args.py", srt / "arg_groups/serving_hook.py"]
+    arguments = "".join(path.read_text() for path in readers if path.exists())
+    runner = srt.joinpath("model_executor/model_runner.py").read_text()
+    has = Version(release) >= hosts.DETERMINISTIC
+    assert ("self.enable_deterministic = (" in backend) == has
+    # only forward_decode, which the edit watches, asks for a decode
+    assert backend.count("self.decode_attention_fwd(") == backend.partition("def forward_decode(")[2].count(
+        "self.decode_attention_fwd("
+    )
+    assert (sglang_deterministic.VARIABLE in arguments) == has
+    assert ("enable_batch_invariant_mode()" in runner) == has
+    if has:
+        ops = srt / "batch_invariant_ops/batch_invariant_ops.py"
+        assert "def is_batch_invariant_mode_enabled():\n    return _batch_invariant_MODE\n" in ops.read_text()
 
 
 def test_decode_late(release: str, seen: dict) -> None:

@@ -1,0 +1,142 @@
+"""SGLang's promise of batch-invariant results: who can tell of it, and what each feature makes of it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mla_patch import judge
+from mla_patch.compat import sglang, sglang_deterministic
+from mla_patch.compat.hosts import Installed
+from mla_patch.compat.sglang_deterministic import REASON, VARIABLE, decoding
+from mla_patch.features import State
+from mla_patch.flags import Setting
+from mla_patch.hooks import sglang_decode
+
+
+class Backend:
+    """What a release's TritonAttnBackend is to the edit."""
+
+    def __init__(self, inner: Backend | None = None, **attributes: Any) -> None:
+        self.inner = inner
+        vars(self).update(attributes)
+
+    def forward_decode(self, q: Any, fails: bool = False) -> list[str | None]:
+        if fails:
+            raise RuntimeError("the host's own")
+        seen = [decoding.promise]
+        return [*seen, *self.inner.forward_decode(q), decoding.promise] if self.inner else seen
+
+
+@pytest.fixture
+def module() -> ModuleType:
+    module = ModuleType("triton_backend")
+    vars(module)["TritonAttnBackend"] = type("TritonAttnBackend", (Backend,), dict(vars(Backend)))
+    return module
+
+
+def test_a_decode_knows_what_its_backend_promises(module: ModuleType) -> None:
+    before = vars(module.TritonAttnBackend)["forward_decode"]
+    undo = sglang_deterministic.watch_decodes(module)
+    make = module.TritonAttnBackend
+    assert make().forward_decode(1) == make(enable_deterministic=False).forward_decode(1) == [None]
+    promised = make(enable_deterministic=True)
+    assert promised.forward_decode(1) == [REASON] and decoding.promise is None
+    # one backend within another, whatever the two promise
+    assert make(promised).forward_decode(1) == [None, REASON, None]
+    assert make(promised, enable_deterministic=True).forward_decode(1) == [REASON, REASON, REASON]
+    with pytest.raises(RuntimeError, match="own"):
+        promised.forward_decode(1, fails=True)
+    assert decoding.promise is None
+    undo()
+    assert vars(make)["forward_decode"] is before
+
+
+def test_another_threads_backend_promises_nothing_here(module: ModuleType) -> None:
+    sglang_deterministic.watch_decodes(module)
+    seen: list[Any] = []
+
+    class Waiting(Backend):
+        def forward_decode(self, q: Any, fails: bool = False) -> list[str | None]:
+            thread = threading.Thread(target=lambda: seen.append(decoding.promise))
+            thread.start(), thread.join()
+            return [decoding.promise]
+
+    outer = module.TritonAttnBackend(Waiting(), enable_deterministic=True)
+    assert outer.forward_decode(1) == [REASON] * 3 and seen == [None]
+
+
+def test_a_compiled_step_declines_too(run_python: Any) -> None:
+    """torch.compile traces the host's method; what the thread is told must be there when the decode runs."""
+    code = """
+import torch
+from types import SimpleNamespace
+from mla_patch.compat import sglang_deterministic
+from mla_patch.compat.sglang_deterministic import decoding
+
+seen = []
+
+@torch.compiler.disable
+def decode(x):
+    seen.append(decoding.promise)
+    return x + 1
+
+class TritonAttnBackend:
+    enable_deterministic = True
+    def forward_decode(self, q):
+        return decode(q * 2)
+
+sglang_deterministic.watch_decodes(SimpleNamespace(TritonAttnBackend=TritonAttnBackend))
+backend = TritonAttnBackend()
+step = torch.compile(lambda x: backend.forward_decode(x) + 1, backend="eager")
+step(torch.zeros(2)), step(torch.zeros(2))
+backend.enable_deterministic = False
+step(torch.zeros(2))
+print([promise is not None for promise in seen], decoding.promise)
+"""
+    assert run_python(code, check=True).stdout == "[True, True, False] None\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "on"), [("1", True), ("True", True), ("yes", True), ("0", False), ("false", False), ("", False)]
+)
+def test_a_process_of_a_deterministic_engine_knows_from_its_start(
+    value: str, on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, value)
+    monkeypatch.setattr(judge, "_source_problem", lambda target, skip: None)
+    where = Installed(sglang.HOST, "0.5.11", "")
+    for mode in ("on", "ab"):  # ours serves in neither, whoever asks
+        told = judge.judge(sglang_decode.FEATURE, Setting("MLA_PATCH_DECODE", mode, "environment"), where)
+        assert (told.state is State.REFUSED) == on, mode
+        assert told.reason == (f"{REASON} ({VARIABLE}={value})" if on else "")
+
+
+def test_the_modes_own_switch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, sglang_deterministic._OPS, raising=False)
+    assert not sglang_deterministic.is_on()
+    ops = SimpleNamespace(is_batch_invariant_mode_enabled=lambda: mode)
+    monkeypatch.setitem(sys.modules, sglang_deterministic._OPS, ops)  # type: ignore[arg-type]
+    for mode in (False, True):
+        assert sglang_deterministic.is_on() is mode
+
+
+def test_a_deterministic_backend_compiles_no_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_patch.kernels import decode, decode_splits, kv_indices
+
+    asked: list[str] = []
+    for one in (decode, decode_splits, kv_indices):
+        monkeypatch.setattr(one, "warmup", lambda *args, name=one.__name__: asked.append(name) or 1)
+    monkeypatch.setattr("mla_patch.compat.gpu.on_nvidia", lambda tensor: True)
+    runner = SimpleNamespace(device="cpu", dtype=None)
+    for deterministic in (False, True):
+        numel = SimpleNamespace(numel=lambda: 9)
+        backend = SimpleNamespace(
+            num_head=16, kv_indptr=numel, dcp_size=2, max_kv_splits=8, enable_deterministic=deterministic
+        )
+        sglang_decode.warm(sglang.Capacity(backend, runner, None))
+    assert [name.rpartition(".")[2] for name in asked] == ["kv_indices", "decode_splits", "kv_indices"]
