@@ -282,10 +282,10 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def _promised(host: Host, features: Sequence[Feature]) -> list[str]:
-    """What this environment makes the host promise about results, and where it is told what becomes of it."""
+    """What this environment makes the host promise about results, and who says what becomes of it."""
     names = [feature.name for feature in features if feature.host_name == host.name]
-    asks = f"; `mla-patch explain FEATURE` says what becomes of it with {', '.join(names)}" if names else ""
-    return [f"{host.name}: {text}{asks}" for text in hosts.promised(host)]
+    asks = f"; `mla-patch explain` says what becomes of it with {', '.join(names)}" if names else ""
+    return [f"{host.name}, {text}{asks}" for text in hosts.promised(host)]
 
 
 def list_features(args: argparse.Namespace) -> int:

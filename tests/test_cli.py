@@ -199,6 +199,28 @@ def test_doctor_judges_an_experiment(capsys, tmp_path, monkeypatch, environ, sta
     assert ("ModelRunner.step" in targets and "graphs" in targets) == (state == "armed")
 
 
+def test_promises_of_the_engine_are_told(capsys, tmp_path, monkeypatch):
+    """Where the environment turns deterministic inference on, and what becomes of it with each feature."""
+    monkeypatch.syspath_prepend(str(fake_sglang(tmp_path)))
+    assert run(capsys, "doctor")[1]["notes"] == []
+    monkeypatch.setenv("SGLANG_ENABLE_DETERMINISTIC_INFERENCE", "1")
+    status, report = run(capsys, "doctor")
+    assert status == 0 and len(report["notes"]) == 1
+    note = (
+        "sglang, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=1: deterministic inference: the engine promises batch-invariant"
+    )
+    assert report["notes"][0].startswith(note) and "`mla-patch explain` says" in report["notes"][0]
+    assert cli.main(["doctor"]) == 0
+    assert "note: sglang, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=1" in capsys.readouterr().out
+    for feature, what in (
+        ("kv_indices", "deterministic inference: kept"),
+        ("decode", "the engine's own kernel decodes"),
+    ):
+        told = run(capsys, "explain", feature)[1]["promises"]
+        assert [row["feature"] for row in told] == [f"{feature}@sglang"] and what in told[0]["text"]
+        assert cli.main(["explain", feature]) == 0 and what in capsys.readouterr().out
+
+
 def test_the_printed_doctor_says_what_is_missing(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
@@ -231,7 +253,7 @@ def test_explain_says_which_route_a_prompt_takes(capsys):
     assert status == 0
     rows = [(row["provider"], row["when"].partition(":")[0]) for row in told["providers"]]
     assert rows == [
-        *[("host", "V4")] * 9, ("ours + FlashMLA", "V4"), ("triton", "V4"), ("host", "V3.2"), ("triton", "V3.2"),
+        *[("host", "V4")] * 10, ("ours + FlashMLA", "V4"), ("triton", "V4"), ("host", "V3.2"), ("triton", "V3.2"),
     ]  # fmt: skip
     backport = [
         row for row in told["routes"] if row["name"] == "DeepseekV4AttnBackend.forward" and row["kind"] == "call"
@@ -333,7 +355,7 @@ def test_explain_refuses(capsys, feature, given, problem):
 
 def test_explain_names_every_home(capsys):
     status, told = run(capsys, "explain", "kv_indices")
-    assert status == 0 and set(told) == {"feature", "routes", "states"}
+    assert status == 0 and set(told) == {"feature", "routes", "states", "promises"}
     tables = [r for r in told["routes"] if r["name"] == "create_flashmla_kv_indices_triton"]
     assert [(r["releases"], r["module"].rpartition(".")[0], r["params"][7:]) for r in tables] == [
         ("0.5.1 - 0.5.3", "sglang.srt.layers.attention", ["NUM_PAGE_PER_BLOCK", "PAGED_SIZE"]),

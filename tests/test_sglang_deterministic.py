@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mla_patch import judge
+from mla_patch import judge, plugins
 from mla_patch.compat import sglang, sglang_deterministic
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.sglang_deterministic import REASON, VARIABLE, decoding
@@ -140,3 +140,57 @@ def test_a_deterministic_backend_compiles_no_decode(monkeypatch: pytest.MonkeyPa
         )
         sglang_decode.warm(sglang.Capacity(backend, runner, None))
     assert [name.rpartition(".")[2] for name in asked] == ["kv_indices", "decode_splits", "kv_indices"]
+
+
+@pytest.fixture
+def mode(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A process whose engine has its batch-invariant operators on."""
+    on = [True]
+    ops = SimpleNamespace(is_batch_invariant_mode_enabled=lambda: on[0])
+    monkeypatch.setitem(sys.modules, sglang_deterministic._OPS, ops)  # type: ignore[arg-type]
+    return on
+
+
+def test_flash_mla_decode_splits_nothing(mode: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That this keeps the promise is shown of the kernels in test_batch_invariance."""
+    from mla_patch import flash_mla
+    from mla_patch.compat.sglang_flash_mla import SGL_KERNEL, Build, KvCacheCall
+    from mla_patch.hooks import sglang_sched_meta
+
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        flash_mla, "flash_mla_with_kvcache", lambda *args, **options: asked.append(options["enable_batch_invariant"])
+    )
+    for mode[0] in (True, False):
+        sglang_sched_meta.serve_kvcache(KvCacheCall(Build(SGL_KERNEL, True), *[None] * 6))
+    assert asked == [True, False]
+
+
+def test_v4s_route_is_the_releases(mode: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours chooses it by the lengths of all prompts of a step."""
+    from test_sglang_sparse_prefill import Batch, backend, forward, prompt
+
+    from mla_patch.hooks import sglang_sparse_prefill
+
+    monkeypatch.setenv("MLA_PATCH_SPARSE_PREFILL_ROUTE", "all")
+    monkeypatch.setattr("mla_patch.compat.sglang_sparse_prefill.most_queries", lambda device: 5)  # fewer than there are
+    for mode[0], reason in ((True, REASON), (False, None)):
+        assert sglang_sparse_prefill.declines_route(backend(), Batch(), 6) == reason
+        assert [sglang_sparse_prefill.declines_chunk(call) for call in (forward(), prompt(4))] == [reason] * 2
+        row = next(row for row in sglang_sparse_prefill.V4_PROVIDERS if row.applies(prompt(4)))
+        assert (row.provider, row.when == REASON) == (("host", True) if reason else ("triton", False))
+
+
+@pytest.mark.parametrize("given", [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}])
+def test_kernels_of_which_nothing_is_known_are_refused(given: dict[str, Any]) -> None:
+    from mla_patch.compat import sglang_tokenspeed
+
+    args = SimpleNamespace(attention_backend="tokenspeed_mla", kv_cache_dtype="fp8_e4m3", page_size=64, **given)
+    with pytest.raises(ValueError, match=f"tokenspeed_mla beside {REASON}"):
+        sglang_tokenspeed._choose(args, ("tokenspeed_mla",))
+    assert args.attention_backend == "tokenspeed_mla"
+
+
+def test_every_feature_says_what_it_makes_of_the_promise() -> None:
+    told = {feature.label: feature.promises for feature in plugins.load().features if feature.host_name == "sglang"}
+    assert told and all(text.startswith("deterministic inference: ") for text in told.values()), told

@@ -269,7 +269,7 @@ def test_a_layer_of_few_queries_attends_over_pages(device, monkeypatch) -> None:
     for extend, ratio, reason in ((128, 4, hook.FEW), (128, 128, None), (16, 128, hook.FEW), (1024, 4, None)):
         call = forward(ratio=ratio, batch=long(extend))
         assert hook.declines_chunk(call) == reason, (extend, ratio)
-        assert hook.V4_PROVIDERS[2].applies(call) == (reason == hook.FEW)
+        assert hook.V4_PROVIDERS[3].applies(call) == (reason == hook.FEW)
     few = forward(ratio=4, batch=long(64))
     monkeypatch.setenv(ROUTE, "all")
     assert hook.declines_chunk(forward(ratio=4, batch=long(64))) is None
