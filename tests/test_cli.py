@@ -66,7 +66,7 @@ def test_no_engine_is_no_finding(capsys):
     status, report = run(capsys, "doctor")
     assert (status, report["hosts"], report["findings"], report["gpu"]) == (0, [], [], None)
     assert report["gpu_unknown"] == ""
-    keys = {"version", "python", "torch", "triton", "gpu", "gpu_unknown", "hosts", "findings", "features"}
+    keys = {"version", "python", "torch", "triton", "gpu", "gpu_unknown", "hosts", "findings", "notes", "features"}
     assert set(report) == keys
     feature = row_of(report)
     assert {row["state"] for row in report["features"]} == {"absent"}
