@@ -553,14 +553,13 @@ class Patcher:
         where = f"{target.module}.{target.name}"
         if value is None:
             raise Mismatch(f"{where} does not exist")
-        if target.kind == "kernel" and not hasattr(type(value), "__getitem__"):
-            raise Mismatch(f"{where} is not a kernel that is launched as kernel[grid](...)")
-        try:
-            params = _live_params(value)
-        except (TypeError, ValueError) as problem:
-            raise Mismatch(f"{where} has no signature: {problem}") from None
-        change = difference(target, params)
+        change = _live_difference(target, value)
         if change is not None:
+            somebody = self._tell(value)
+            home = somebody.rpartition(" ")[2].partition(":")[0]
+            # the source has been read, and was right; of a number or the like nobody can say where it is from
+            if home.partition(".")[0] not in (target.module.partition(".")[0], "builtins"):
+                raise Mismatch(f"{where} was wrapped or replaced by {somebody} before ours came", State.REFUSED)
             raise Mismatch(change)
         ours = _ours_below(value, target.name, run.status.counts)
         if not late or (ours is not None and ours._self_site.switch is run.switch):
@@ -677,6 +676,17 @@ def _named(path: str) -> Any:
     """The object that "module:function" names."""
     module, _, name = path.partition(":")
     return functools.reduce(getattr, name.split("."), import_module(module))
+
+
+def _live_difference(target: Target, value: Any) -> str | None:
+    """How the live object differs from what was reviewed, or None."""
+    where = f"{target.module}.{target.name}"
+    if target.kind == "kernel" and not hasattr(type(value), "__getitem__"):
+        return f"{where} is not a kernel that is launched as kernel[grid](...)"
+    try:
+        return difference(target, _live_params(value))
+    except (TypeError, ValueError) as problem:
+        return f"{where} has no signature: {problem}"
 
 
 def _live_params(value: Any) -> tuple[str, ...]:

@@ -130,6 +130,7 @@ class ProcessReport:
                 "hostname": socket.gethostname(),
                 "pid_space": processes.pid_space(),
                 "start_ticks": processes.start_ticks(self.pid),
+                "parent": _parent(),  # the ranks of one engine have one
             }
         return {
             "format": FORMAT,
@@ -144,6 +145,12 @@ class ProcessReport:
             "compiled": COMPILES.as_dict(),
             "features": [status.as_dict() for status in list(self.features)],
         }
+
+
+def _parent() -> str:
+    """The parent process, by its number and its beginning."""
+    parent = os.getppid()
+    return f"{parent}-{processes.start_ticks(parent)}"
 
 
 class Writer:

@@ -38,6 +38,7 @@ def look(directory: Path) -> dict[str, Any]:
     for report in current:
         told = [*unsatisfied(report["features"]), *_traced(report["features"]), *_odd(report)]
         findings += [f"pid {report['pid']}: {text}" for text in told]
+    findings += parted(current)
     for engine, run in by_engine(current).items():
         inactive, wanted = _inactive(engine, run)
         (notes if wanted else findings).extend(inactive)
@@ -84,6 +85,25 @@ def unsatisfied(rows: Sequence[Row]) -> list[str]:
 def _traced(rows: Sequence[Row]) -> list[str]:
     """Features that torch.compile goes past."""
     return [f"{_label(row)}: {traced_text(row['traced'])}" for row in rows if row.get("traced")]
+
+
+def parted(reports: list[dict[str, Any]]) -> list[str]:
+    """Features that ranks of one engine have in different states.
+
+    A process that has not imported the feature's module, as a detokenizer never does, is armed, and no rank of it.
+    """
+    found = []
+    for group in survey.siblings(reports):
+        for label in sorted({_label(row) for report in group for row in report["features"]}):
+            pids: dict[str, list[str]] = {}
+            for report in sorted(group, key=lambda report: int(report["pid"])):
+                for row in report["features"]:
+                    if _label(row) == label and row["state"] != State.ARMED:
+                        pids.setdefault(row["state"], []).append(str(report["pid"]))
+            if len(pids) > 1:
+                told = "; ".join(f"{state} in pid {', '.join(some)}" for state, some in pids.items())
+                found.append(f"{label} differs between processes of one engine: {told}")
+    return found
 
 
 def uncalled(run: Sequence[Row]) -> list[tuple[str, bool]]:

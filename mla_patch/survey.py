@@ -155,6 +155,20 @@ def current(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [report for report in reports if report["life"] in (RUNNING, UNKNOWN)] or reports
 
 
+def siblings(reports: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Processes that one engine has started in the same way on one machine, such as its ranks, in groups of several.
+
+    Their parent tells. Of two commands that a person has started from one shell, argv does, but for its numbers.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for report in reports:
+        if report["parent"]:
+            argv = re.sub(r"\d+", "#", " ".join(map(str, report["argv"])))
+            key = report["engine"], report["hostname"], report["pid_space"], report["parent"], argv
+            groups.setdefault(key, []).append(report)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def age(seconds: float) -> str:
     """A length of time for people: "12 s", "3 min", "5 h", "8 days"."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
@@ -229,7 +243,7 @@ _REPORT: Parts = (
     ("engine", str, _REQUIRED), ("pid", int, _REQUIRED), ("argv", list, _REQUIRED), ("started", float, _REQUIRED),
     ("features", list, _REQUIRED), ("format", int, 1), ("version", (str, None), None),
     ("host_version", (str, None), None), ("hostname", str, ""), ("pid_space", str, ""),
-    ("start_ticks", (int, None), None), ("ended", (float, None), None), ("problems", list, ()),
+    ("start_ticks", (int, None), None), ("parent", str, ""), ("ended", (float, None), None), ("problems", list, ()),
     ("compiled", (dict, None), {}),
 )  # fmt: skip
 _COMPILED: Parts = (("before", int, 0), ("serving", int, 0))

@@ -341,6 +341,30 @@ def test_two_features_on_one_entry_point(fake_host: FakeHost) -> None:
     ]  # fmt: skip
 
 
+def test_a_wrapper_from_before_is_named_and_is_no_drift(fake_host: FakeHost) -> None:
+    """The source is what was reviewed; what stands there is a plugin's, with other parameters or none."""
+    fake_host.write("plugin.py", PLUGIN_ON_TOP)
+    code = """
+    import plugin
+    ops, kernels = plugin.ops, plugin.fakehost.kernels
+    for top in (plugin.closure(ops.decode), plugin.Caller(ops.decode), plugin.Caller(ops.decode).__call__):
+        ops.decode = top
+        mla_patch.apply("ops")
+        print(state("ops"), ops.decode is top)
+        mla_patch.restore("ops")
+    kernels.indices = plugin.same
+    mla_patch.apply("kernel")
+    print(state("kernel"))
+    """
+    done = fake_host.run(code)
+    told = "refused: fakehost.ops.decode was wrapped or replaced by {} before ours came True"
+    names = ["plugin:closure.<locals>.by_closure", "an instance of plugin:Caller", "plugin:Caller.__call__"]
+    assert done.stdout.splitlines() == [
+        *map(told.format, names),
+        "refused: fakehost.kernels.indices was wrapped or replaced by plugin:same before ours came",
+    ], done.stderr
+
+
 # --- ours is displaced, and put back
 
 

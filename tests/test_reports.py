@@ -64,6 +64,7 @@ def test_the_file(fake_host: FakeHost, tmp_path: Path) -> None:
     assert report["argv"][1] == "-c"
     assert (report["format"], report["version"], report["host_version"]) == (2, mla_patch.__version__, "1.5")
     assert report["hostname"] == socket.gethostname() and report["start_ticks"] > 0
+    assert report["parent"] == f"{os.getpid()}-{processes.start_ticks(os.getpid())}"
     assert report["pid_space"] == processes.pid_space() != ""
     assert report["started"] < report["ended"] < time.time()
     assert report["problems"] == []

@@ -145,3 +145,31 @@ def test_nothing_active_by_somebodys_wish_is_a_note(tmp_path: Path, capsys: pyte
     exit_status, answer, shown = told(tmp_path, capsys)
     assert (exit_status, answer["findings"]) == (0, [])
     assert "note: nothing is active in sglang (pid 10): native: kv_indices; off: decode" in shown
+
+
+def test_ranks_that_part_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Same parent, same command but for its numbers; a detokenizer is armed, and another engine's ranks are others."""
+    served, failed = feature(served=9), feature(state="failed", reason="it broke", served=3)
+    rank = {"parent": "9-1234", "pid_space": "here"}
+    fork = ["python", "-c", "from multiprocessing.spawn import spawn_main; spawn_main(pipe_handle=41)"]
+    process(tmp_path, 9, feature(state="armed"), argv=["python", "-m", "sglang.launch_server"], parent="1-1")
+    for pid, row in ((11, served), (12, served), (13, feature(state="armed"))):
+        process(tmp_path, pid, row, argv=[*fork[:2], fork[2].replace("41", str(pid))], **rank)
+    for pid, other in ((20, {"parent": "8-1"}), (21, {"pid_space": "there"}), (22, {"argv": ["python", "bench.py"]})):
+        process(tmp_path, pid, feature(state="off"), **({"argv": fork} | rank | other))
+    exit_status, answer, _ = told(tmp_path, capsys)
+    assert (exit_status, answer["findings"]) == (0, [])
+    process(tmp_path, 14, failed, argv=fork, **rank)
+    exit_status, answer, shown = told(tmp_path, capsys)
+    text = "decode@sglang differs between processes of one engine: applied in pid 11, 12; failed in pid 14"
+    assert exit_status == 1 and text in answer["findings"]
+    assert "differs between processes of one engine" in shown
+
+
+def test_displaced_is_a_finding_whoever_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = feature(state="displaced", reason="sglang.ops.decode is plugin:mine", served=3)
+    process(tmp_path, 11, row, feature("kv_indices", served=3))
+    exit_status, answer, shown = told(tmp_path, capsys)
+    finding = "pid 11: decode@sglang (MLA_PATCH_DECODE=on): displaced, sglang.ops.decode is plugin:mine"
+    assert (exit_status, answer["findings"]) == (1, [finding])
+    assert "displaced" in shown
