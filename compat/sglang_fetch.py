@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # SGLang's wheels name one Python and one platform, though what is used here is Python source
 _ANY_MACHINE = (
@@ -186,6 +187,49 @@ def _lock(cache: Path) -> Iterator[None]:
     with open(cache / ".lock", "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+# how the folders are called that are made here, whole or by half
+_OURS = re.compile(
+    r"\.?(wheel|sglang|sglang-kernel|sgl-kernel|sgl-flash-mla|tokenspeed-mla|common|transformers)-[\w.+-]+|\.lock"
+)
+
+
+def clean(cache: Path | None = None) -> dict[str, Any]:
+    """Remove what `fetch` has put into the cache, and the cache if it is then empty.
+
+    Links are neither followed nor removed.
+
+    Raises:
+        RuntimeError: the cache is a link, or a release is being fetched into it.
+        OSError: something cannot be removed.
+    """
+    cache = cache or cache_dir()
+    told: dict[str, Any] = {"directory": str(cache), "removed": [], "bytes": 0, "left": []}
+    if cache.is_symlink():
+        raise RuntimeError(f"{cache} is a link: remove it, and what it leads to, yourself")
+    if not cache.is_dir():
+        return told
+    with open(cache / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"{cache}: a release is being fetched into it") from None
+        for path in sorted(cache.iterdir()):
+            if path.is_symlink() or not path.is_dir() or not _OURS.fullmatch(path.name):
+                told["left"] += [path.name] if path.name != ".lock" else []
+                continue
+            told["bytes"] += _size(path)
+            shutil.rmtree(path)
+            told["removed"].append(path.name)
+        if not told["left"]:
+            (cache / ".lock").unlink()
+            cache.rmdir()
+    return told
+
+
+def _size(folder: Path) -> int:
+    return sum(os.lstat(os.path.join(where, name)).st_size for where, _, names in os.walk(folder) for name in names)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ab(commands)
     sub = add("demo", demo, "patch the installed engine in a fresh interpreter and compare its kernels with ours")
     _fetch_option(sub)
+    add("clean", clean, "remove the releases that --fetch has put into a cache, and nothing else")
     return parser
 
 
@@ -763,6 +764,25 @@ def demo(args: argparse.Namespace) -> int:
     else:
         _show_demo(result)
     return OK if result["equal"] else FINDING
+
+
+def clean(args: argparse.Namespace) -> int:
+    """Remove the cache of fetched releases, which an uninstall leaves."""
+    try:
+        told = sglang_fetch.clean()
+    except RuntimeError as problem:
+        raise Misuse(f"clean: {problem}") from None
+    if args.json:
+        show.as_json(told)
+        return OK
+    if not told["removed"]:
+        show.lines([f"nothing to remove in {told['directory']}"])
+    else:
+        many = f"{len(told['removed'])} folders" if len(told["removed"]) > 1 else "1 folder"
+        show.lines([f"removed {many}, {told['bytes'] / 1e6:.0f} MB, from {told['directory']}"])
+    if told["left"]:
+        show.lines([f"left, as it is not of mla-patch: {', '.join(told['left'])}"])
+    return OK
 
 
 def _fetched(name: str, release: str) -> list[str]:

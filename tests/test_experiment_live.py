@@ -111,6 +111,19 @@ def test_outside_of_steps_the_hosts_serves(start: Start) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
+def test_what_one_more_graph_takes_is_measured_on_one(
+    start: Start, runner: type, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first graph of all takes what the host compiles and allocates; a second of the same size tells."""
+    free = iter([2**40, 2**40 - 1878 * 2**20, 2**39, 2**39 - 56 * 2**20])
+    monkeypatch.setattr(sglang_graphs.gpu, "free_memory", lambda: next(free, 0))
+    caplog.set_level(logging.WARNING)
+    start(runner=runner)
+    (line,) = (message for message in caplog.messages if "every CUDA graph" in message)
+    assert "; the first of these, of the largest size, took " in line and line.endswith(" s and 56 MiB")
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 def test_graphs_are_captured_once_per_arm_and_chosen_at_replay(start: Start, runner: type, caplog: Any) -> None:
     caplog.set_level(logging.WARNING)
     one = start(runner=runner)
