@@ -190,8 +190,8 @@ def _requests(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.co
 @triton.jit
 def _tables(partial, programs, H):
     """What lies behind the partials in the scratch (`_scratch`): their log-sum-exps, and who shares which request."""
-    # 32 bits hold it, since programs are a few for each multiprocessor. In 64 bits ptxas chose a schedule of the bfloat16
-    # kernel that was 3 - 7% slower (Triton 3.6, sm_90, 16 heads, up to 16 requests).
+    # 32 bits hold it, since programs are a few for each multiprocessor. In 64 bits ptxas chose a schedule of the
+    # bfloat16 kernel that was 3 - 7% slower (Triton 3.6, sm_90, 16 heads, up to 16 requests).
     places = 2 * programs * H
     lse = (partial + places * 512).to(tl.pointer_type(tl.float32), bitcast=True)
     spans = (lse + places).to(tl.pointer_type(tl.int32), bitcast=True)
