@@ -12,12 +12,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test hosts compile-all lint start-cost clean
+.PHONY: help setup demo test hosts reviewed compile-all lint start-cost clean
 
 help:
 	@echo "make demo         fetch SGLang 0.5.11, patch it, run its kernel and ours side by side"
 	@echo "make test         lint, types, and every test that needs no GPU"
 	@echo "make hosts        every reviewed SGLang release (downloads each once)"
+	@echo "make reviewed     read every reviewed release anew into tests/hosts/reviewed.json (downloads each once)"
 	@echo "make compile-all  every kernel for every chip, all options"
 	@echo "make lint         ruff and mypy"
 	@echo "make start-cost   what the start-up file costs an interpreter, over 200 starts"
@@ -64,6 +65,9 @@ test: lint
 
 hosts: setup
 	HOSTS=$${HOSTS:-all} $(PY) -m pytest -n $(WORKERS) tests/hosts
+
+reviewed: setup
+	$(PY) tests/hosts/reviewed.py --write
 
 compile-all: setup
 	$(PY) tests/compile_matrix.py --every

@@ -8,6 +8,8 @@ from fake_host import PLUGIN, FakeHost, fake_host
 from scratch import ROOT
 from test_patcher import NVML
 
+from mla_patch import plugins
+
 __all__ = ["fake_host"]  # a fixture
 
 SAMPLE = ROOT / "tests" / "sample_plugin"
@@ -142,6 +144,16 @@ def test_what_is_not_a_plugins_exit_passes(fake_host: FakeHost) -> None:
     add(fake_host, "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(5)")
     handler = "import signal\ndef handler(number, frame): sys.exit(7)\nsignal.signal(signal.SIGTERM, handler)\n"
     assert fake_host.run(handler + SERVED).returncode == 7
+
+
+def test_our_hooks_are_those_that_the_package_registers() -> None:
+    """``OWN_HOOKS`` stands in where no metadata is: a source tree on PYTHONPATH."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    _, _, section = text.partition("\n[project.entry-points.mla_patch]\n")
+    section, _, _ = section.partition("\n[")
+    assert dict(re.findall(r'^(\w+) = "([\w.:]+)"$', section, re.MULTILINE)) == plugins.OWN_HOOKS
+    found = {f"mla_patch.hooks.{path.stem}" for path in (ROOT / "hooks").glob("*_*.py") if path.stem != "__init__"}
+    assert set(plugins.OWN_HOOKS.values()) == found
 
 
 @pytest.mark.parametrize("value", ["no_such_module", "other:no_such", "other.deeper"])

@@ -28,6 +28,16 @@ REVIEWED = tuple(release for release in KNOWN if release not in OLD)
 SPREAD = ("0.5.1", "0.5.3", "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.15", "0.5.16", "0.5.18", "0.5.20")
 SPREAD += ("0.5.22", "0.5.23")
 
+# kernel packages whose wrappers of FlashMLA are read and driven, and a release over each; a wheel of sglang-kernel is
+# 320 to 380 MB, of which 20 KB are kept
+WHEELS = {
+    "sglang-kernel 0.4.3": "0.5.13",
+    "sglang-kernel 0.4.5": "0.5.16",
+    "sglang-kernel 0.4.10": "0.5.22",
+    "sgl-flash-mla 1.0.0": "0.5.23",
+}
+WHEEL_FILES = r"^(sgl_kernel/flash_mla\.py|flash_mla/(\w+\.py|VERSION)|[^/]+\.dist-info/METADATA)$"
+
 # At import it asserts that its kernels are compiled ones, which under the interpreter none is.
 PYTHON_OPTIONS = {"0.5.4": ["-O"]}
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hosts
 import pytest
 
 from mla_patch.compat.sglang_fetch import fetch, fetch_files
@@ -17,22 +18,16 @@ from mla_patch.compat.sglang_fetch import fetch, fetch_files
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 HERE = Path(__file__).parent
-# the release that pins each, and the package; a wheel of sglang-kernel is 320 to 380 MB, of which 20 KB are kept
-WHEELS = {
-    "sglang-kernel 0.4.3": "0.5.13",
-    "sglang-kernel 0.4.5": "0.5.16",
-    "sglang-kernel 0.4.10": "0.5.22",
-    "sgl-flash-mla 1.0.0": "0.5.23",
-}
 SPREAD = ("sglang-kernel 0.4.5", "sgl-flash-mla 1.0.0")
-FILES = r"^(sgl_kernel/flash_mla\.py|flash_mla/(\w+\.py|VERSION)|[^/]+\.dist-info/METADATA)$"
 
 
 def chosen() -> list[str]:
     asked = os.environ.get("HOSTS") or "spread"
     if asked == "spread":
         return list(SPREAD)
-    return [wheel for wheel, release in WHEELS.items() if asked == "all" or release in asked.replace(",", " ").split()]
+    return [
+        wheel for wheel, release in hosts.WHEELS.items() if asked == "all" or release in asked.replace(",", " ").split()
+    ]
 
 
 @pytest.fixture(params=chosen())
@@ -44,7 +39,7 @@ def seen(wheel: str, loaded: bool, scratch: Path) -> dict[str, Any]:
     """What a process of its own saw over the wrapper; ``loaded``: its operators are there."""
     name, version = wheel.split()
     folder = scratch / "wheel"
-    shutil.copytree(fetch_files(name, version, FILES), folder)
+    shutil.copytree(fetch_files(name, version, hosts.WHEEL_FILES), folder)
     given = [] if not loaded else ["newest"] if version == "0.4.10" else ["operators"]
     (folder / "given.json").write_text(json.dumps(given))
     if name == "sgl-flash-mla":
@@ -53,10 +48,10 @@ def seen(wheel: str, loaded: bool, scratch: Path) -> dict[str, Any]:
     else:
         (folder / "sgl_kernel" / "__init__.py").touch()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
-    paths = [str(folder), *map(str, fetch(WHEELS[wheel]))]
+    paths = [str(folder), *map(str, fetch(hosts.WHEELS[wheel]))]
     env |= {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
     out = scratch / "seen.json"
-    command = [sys.executable, str(HERE / "flash_mla_wheels_child.py"), WHEELS[wheel], str(out)]
+    command = [sys.executable, str(HERE / "flash_mla_wheels_child.py"), hosts.WHEELS[wheel], str(out)]
     done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, timeout=300)
     assert out.exists(), done.stdout + done.stderr
     return json.loads(out.read_text())
