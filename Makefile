@@ -12,12 +12,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test hosts reviewed compile-all lint start-cost clean
+.PHONY: help setup demo test hosts gpu reviewed compile-all lint start-cost clean
 
 help:
 	@echo "make demo         fetch SGLang 0.5.11, patch it, run its kernel and ours side by side"
 	@echo "make test         lint, types, and every test that needs no GPU"
 	@echo "make hosts        every reviewed SGLang release (downloads each once)"
+	@echo "make gpu          every test that a GPU can run, with that machine's own python3 and torch (PYTHON=..., ARGS=...)"
 	@echo "make reviewed     read every reviewed release anew into tests/hosts/reviewed.json (downloads each once)"
 	@echo "make compile-all  every kernel for every chip, all options"
 	@echo "make lint         ruff and mypy"
@@ -65,6 +66,10 @@ test: lint
 
 hosts: setup
 	HOSTS=$${HOSTS:-all} $(PY) -m pytest -n $(WORKERS) tests/hosts
+
+# The GPU's own torch and Triton, which nothing here may touch: no set-up, no .venv.
+gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) tests/gpu.py $(ARGS)
 
 reviewed: setup
 	$(PY) tests/hosts/reviewed.py --write

@@ -19,10 +19,21 @@ ROOT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = ("packaging", "pluggy", "rich", "wrapt")  # all of ours but torch, which no start-up path may need
 
 
+def is_installed() -> bool:
+    """Whether this tree is installed here; else, as `make gpu` runs it, children are given it by PYTHONPATH."""
+    try:
+        importlib.metadata.distribution("mla-patch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def clean_env(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """This process's environment without our flags or Python's; a change to None removes the name."""
     # PYTHONDONTWRITEBYTECODE, for one, would have every start compile what an installed package has compiled
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "PYTHON"))}
+    if not is_installed():
+        env["PYTHONPATH"] = str(ROOT)
     for name, value in (changes or {}).items():
         if value is None:
             env.pop(name, None)
