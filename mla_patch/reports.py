@@ -166,11 +166,18 @@ class Writer:
         self._written = ""
         self._touched = 0.0  # when the file was last written or touched, by the monotonic clock
         self._complained = False
+        self._problem = ""
+        self._looked = threading.Event()
         self._start()
 
     @property
     def path(self) -> Path:
         return self.directory / f"{self.report.stem}.json"
+
+    def problem(self, wait: float = 0.5) -> str:
+        """Why the report could not be written, or nothing; the first write is given ``wait`` seconds."""
+        self._looked.wait(wait)
+        return self._problem
 
     def changed(self) -> None:
         """Ask for a write soon; called where a state changes, never per call."""
@@ -187,10 +194,13 @@ class Writer:
                 elif time.monotonic() - self._touched >= HEARTBEAT:
                     files.touch(self.path)
                     self._touched = time.monotonic()
+                self._problem = ""
             except Exception as problem:
+                self._problem = str(problem)
                 if not self._complained:
                     self._complained = True
                     log.warning("mla-patch: no report in MLA_PATCH_REPORT=%s: %s", self.directory, problem)
+            self._looked.set()
 
     def farewell(self) -> None:
         """The process ends: have all of it written. Waits for the thread, which may hang in a dead file system."""

@@ -212,7 +212,10 @@ class Session:
             found = find_host(package)
             version = (found.version if found is not None else None) or "of unknown version"
             parts = [f"{state}: {', '.join(names)}" for state, names in states.items() if names]
-            told = f"report: {self.writer.path}" if self.writer else "no report: MLA_PATCH_REPORT is not set"
+            told = "no report: MLA_PATCH_REPORT is not set"
+            if self.writer:
+                problem = self.writer.problem()
+                told = f"no report: {problem}" if problem else f"report: {self.writer.path}"
             text = "; ".join([*(parts or ["no feature is for this engine"]), told])
             text = f"mla-patch {mla_patch.__version__}, {package} {version}: {text}"
             log = logging.getLogger("mla_patch")

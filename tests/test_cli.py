@@ -121,6 +121,31 @@ def test_what_doctor_finds(capsys, tmp_path, monkeypatch, version, environ, tabl
     assert bool(report["findings"]) == bool(exit_status)
 
 
+@pytest.mark.parametrize(
+    "place, says",
+    [
+        ("reports", ""),
+        ("~/reports", ""),
+        ("shared", "{tmp}/shared: mode 0777 lets everybody write to it: `chmod go-w {tmp}/shared`"),
+        ("file", "{tmp}/file: found a file, expected a directory"),
+        ("file/deep", "{tmp}/file/deep: Not a directory"),
+    ],
+    ids=["to be made", "below home", "shared", "a file", "below a file"],
+)
+def test_doctor_looks_at_the_report_directory(capsys, tmp_path, monkeypatch, place, says):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MLA_PATCH_REPORT", place)
+    status, report = run(capsys, "doctor")
+    found = [text for text in report["findings"] if text.startswith("MLA_PATCH_REPORT=")]
+    assert (status, len(found)) == ((1, 1) if says else (0, 0))
+    assert not says or found[0].startswith(f"MLA_PATCH_REPORT={says.format(tmp=tmp_path)}")
+    assert sorted(os.listdir(tmp_path)) == ["file", "shared"]  # it makes nothing
+
+
 def namespace(where: Path, name: str) -> None:
     """A folder of an engine's name that is no package, as lies beside somebody's notes."""
     (where / name).mkdir()

@@ -49,6 +49,16 @@ def test_the_line_says_that_there_is_no_report_and_no_feature(fake_host: FakeHos
     assert fake_host.says("import mla_patch", door=True) == "" and fake_host.announced == []
 
 
+def test_the_line_promises_no_report_that_is_refused(fake_host: FakeHost, tmp_path: Path) -> None:
+    with_features(fake_host)
+    tmp_path.chmod(0o777)
+    done = fake_host.run("import sglang", {"MLA_PATCH_REPORT": str(tmp_path)}, door=True)
+    (line,) = fake_host.announced
+    assert "; no report: mode 0777 lets everybody write to it" in line
+    assert done.stderr.startswith(f"mla-patch: no report in MLA_PATCH_REPORT={tmp_path}: mode 0777 lets everybody")
+    assert len(done.stderr.splitlines()) == 1
+
+
 LOGGING = """
 import io, logging
 kept = io.StringIO()
