@@ -713,40 +713,68 @@ def _decode(
         table_stride, page_stride, row_stride = token_ids.stride(0), kv.stride(0), kv.stride(1)
     capability, sms = (0, 0), 1
     if not _INTERPRETED:
-        capability, sms = gpu.capability(q.device.index), gpu.sm_count(q.device.index)
+        index = q.device.index
+        capability, sms = gpu.capability(index), gpu.sm_count(index)
     if kind == E4M3:
         kind = _kinds(capability)[1]
+    kernel, key = _decode_kernel, None
     wide = config is None and capability == (9, 0) and heads > NARROW and sm_scale > 0
-    wide = wide and _is_wide(q, kv, row_stride, page_stride)
-    if wide:
+    if wide and _is_wide(q, kv, row_stride, page_stride):
         kernel, key = _wide()
-        numbers, tiles, per_sm = {"E5M2": kind == E5M2, "KEY": key, "num_warps": 4}, -(-heads // 64), 1
         if kind != DIRECT:
             kv, row_stride, page_stride = kv.view(torch.int32), row_stride // 2, page_stride and page_stride // 2
-    else:
-        numbers = dict(config or _numbers(heads, kind, capability, q.dtype is torch.float32))
-        tiles = -(-heads // numbers["BLOCK_H"])  # triton.cdiv and its like take 2 us a call
-        rows = next((rows for rows in (16, 64, 256, 1024, 4096) if rows >= batch), 1 << (batch - 1).bit_length())
-        kernel, per_sm = _decode_kernel, numbers.pop("PER_SM")
-        # measured: with few requests the merge's early programs only stand in the way
-        numbers |= {"KIND": kind, "ROWS": rows, "PDL": capability >= (9, 0) and HAS_PDL and batch >= 64}
-    programs = max(1, per_sm * sms // tiles)
+    work = (heads, batch, kind, q.dtype is torch.float32, capability, sms, key)
+    variant = (logit_cap > 0, xai_temperature_len > 0, page_size)
+    programs, grid, numbers, merge_grid, merge = (
+        _plan(work, variant) if config is None else _plan.__wrapped__(work, variant, config)
+    )
     partial = _scratch(q.device, programs, heads, batch, kind)
-    kernel[(programs, tiles)](
+    q_stride_b, q_stride_h, _ = q.stride()
+    out_stride_b, out_stride_h, _ = out.stride()
+    v_scale = float(v_scale)
+    kernel[grid](
         q, kv, out, indptr, token_ids, sinks, partial, batch, heads,
-        float(sm_scale * k_scale), float(v_scale), float(logit_cap), int(xai_temperature_len),
-        q.stride(0), q.stride(1), row_stride, out.stride(0), out.stride(1), table_stride, page_stride,
-        CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0, PAGE_SIZE=page_size, **numbers,
+        float(sm_scale * k_scale), v_scale, float(logit_cap), int(xai_temperature_len),
+        q_stride_b, q_stride_h, row_stride, out_stride_b, out_stride_h, table_stride, page_stride, **numbers,
     )  # fmt: skip
-    merge = merge_config(batch, wide)
-    pdl = numbers.get("PDL", False)
-    if pdl:
-        merge["launch_pdl"] = True
-    _merge_kernel[(batch * merge["SLICES"] or programs, heads)](
-        out, sinks, partial, programs, heads, float(v_scale), out.stride(0), out.stride(1),
-        PARTIALS=max(1 << (programs - 1).bit_length(), 2), PDL=pdl, **merge,
+    _merge_kernel[merge_grid](
+        out, sinks, partial, programs, heads, v_scale, out_stride_b, out_stride_h, **merge,
     )  # fmt: skip
     return out
+
+
+_Plan = tuple[int, tuple[int, int], dict[str, Any], tuple[int, int], dict[str, Any]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    work: tuple[int, int, int, bool, tuple[int, int], int, int | None],
+    variant: tuple[bool, bool, int],
+    config: dict[str, int] | None = None,
+) -> _Plan:
+    """How many programs, and both launches' grids and numbers, which the caller leaves as they are: every layer of
+    every step asks for the same.
+
+    ``work``: heads, requests, how the cache is read, whether q is float32, the chip and its multiprocessors, and the
+    key of decode_sm90 where that kernel serves.
+    """
+    heads, batch, kind, float32, capability, sms, key = work
+    capped, xai, page_size = variant
+    numbers: dict[str, Any]
+    if key is not None:
+        numbers, tiles, per_sm = {"E5M2": kind == E5M2, "KEY": key, "num_warps": 4}, -(-heads // 64), 1
+    else:
+        numbers = dict(config or _numbers(heads, kind, capability, float32))
+        tiles, per_sm = -(-heads // numbers["BLOCK_H"]), numbers.pop("PER_SM")
+        rows = next((rows for rows in (16, 64, 256, 1024, 4096) if rows >= batch), 1 << (batch - 1).bit_length())
+        # measured: with few requests the merge's early programs only stand in the way
+        numbers |= {"KIND": kind, "ROWS": rows, "PDL": capability >= (9, 0) and HAS_PDL and batch >= 64}
+    numbers |= {"CAPPED": capped, "XAI": xai, "PAGE_SIZE": page_size}
+    programs = max(1, per_sm * sms // tiles)
+    merge: dict[str, Any] = merge_config(batch, key is not None)
+    pdl = numbers.get("PDL", False)
+    merge |= {"PARTIALS": max(1 << (programs - 1).bit_length(), 2), "PDL": pdl} | ({"launch_pdl": True} if pdl else {})
+    return programs, (programs, tiles), numbers, (batch * merge["SLICES"] or programs, heads), merge
 
 
 def mla_decode_ref(
@@ -953,7 +981,7 @@ def _check_device(name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
 
 
 def _check_scale(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:  # false of NaN, too
         raise ValueError(f"{name}: {value}, expected a finite number above 0")
 
 

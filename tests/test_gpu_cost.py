@@ -1,0 +1,105 @@
+"""What an eager call of decode costs the engine's thread: a step of few requests waits for it, and not for the GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from mla_patch.compat.sglang import DecodeCall
+from mla_patch.compat.triton import interpreted
+from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
+from mla_patch.features import Counts
+from mla_patch.hooks import sglang_decode
+from mla_patch.kernels import decode
+
+BATCH, TOKENS = 4, 8192
+
+
+class NoLaunch:
+    """A kernel that is launched for nothing: what is left is the Python around it."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def host(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("the host was called")
+
+
+def arguments(device: str, heads: int, cache: torch.dtype) -> tuple[Any, ...]:
+    """As SGLang 0.5.23 calls, but for its scratch, which ours does not touch."""
+    q = torch.zeros(BATCH, heads, 576, dtype=torch.bfloat16, device=device)
+    kv = torch.zeros(BATCH * TOKENS, 1, 576, dtype=torch.bfloat16, device=device).to(cache)
+    out = torch.zeros(BATCH, heads, 512, dtype=torch.bfloat16, device=device)
+    starts = torch.arange(BATCH + 1, dtype=torch.int32, device=device) * TOKENS
+    ids = torch.arange(BATCH * TOKENS, device=device)
+    return q, kv, kv[..., :512], out, starts, ids, None, None, None, 8, 0.04, 1.0, 1.0
+
+
+def took(call: Any, calls: int = 50, repeats: int = 30) -> float:
+    """Median microseconds a call, of the calling thread alone."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - begin) / calls * 1e6)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # between measures: a full queue would have the GPU measured
+    return statistics.median(times)
+
+
+@pytest.mark.gpu
+@pytest.mark.cost
+@pytest.mark.skipif(interpreted() or not torch.cuda.is_available(), reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("heads", [16, 128])
+def test_host_time_of_an_eager_call(
+    heads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dispatcher, checks and numbers together take no longer than Triton's two launches."""
+    given, counts = arguments("cuda", heads, torch.float8_e4m3fn), Counts()
+    code = ArmCode(sglang_decode.serve, sglang_decode.declines)
+    served = stand_in(host, "call", Site("decode", DecodeCall, {"patch": code}, counts, Switch(lambda *stop: None)))
+
+    def entry() -> None:
+        served(*given, logit_cap=0.0, has_mla=True)
+
+    for _ in range(3):
+        entry()
+    torch.cuda.synchronize()
+    whole = took(entry)
+    monkeypatch.setattr(decode, "_decode_kernel", NoLaunch())
+    monkeypatch.setattr(decode, "_merge_kernel", NoLaunch())
+    monkeypatch.setattr(decode, "_wide", lambda: (NoLaunch(), 0))
+    around = took(entry)
+    with capsys.disabled():
+        print(f"\n  {heads} heads: {whole:.1f} us of host time a call, {around:.1f} of it around the two launches")
+    assert counts.declined == {} and around <= whole / 2
+
+
+def test_launch_numbers_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer of every step asks for the same; nothing that a launch is given may change what the next one gets."""
+    asked: list[int] = []
+    own = decode.decode_config
+
+    def watched(heads: int, *more: Any) -> dict[str, int]:
+        asked.append(heads)
+        return own(heads, *more)
+
+    monkeypatch.setattr(decode, "decode_config", watched)
+    decode._plan.cache_clear()
+    try:
+        work, variant = (16, 4, decode.E4M3, False, (9, 0), 132, None), (False, False, 0)
+        first = decode._plan(work, variant)
+        for _ in range(3):
+            assert decode._plan(work, variant) is first
+        assert asked == [16]
+        others = [(16, 64, *work[2:]), (32, *work[1:]), (*work[:4], (8, 0), 108, None), (*work[:6], 7)]
+        assert len({repr(decode._plan(other, variant)) for other in [work, *others]}) == 5
+        assert decode._plan(work, (True, True, 64))[2] | {"CAPPED": False, "XAI": False, "PAGE_SIZE": 0} == first[2]
+    finally:
+        decode._plan.cache_clear()
