@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 RECORD = TESTS / "gpu-last-run.json"
@@ -96,6 +95,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, default=RECORD)
     args, more = parser.parse_known_args()
     number, parts = map(int, args.part.split("/"))
+    os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
     sys.path[:0] = [str(ROOT)]
     # children find the package as this process does
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
