@@ -1428,9 +1428,12 @@ def test_first_calls_that_are_all_declined(fake_host: FakeHost) -> None:
 def test_a_declaration_that_breaks_costs_only_itself(declared: str, fake_host: FakeHost) -> None:
     fake_host.plug(f"FEATURES = [{declared}, feature('both', PREFILL), feature('ops', DECODE)]")
     code = "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), c.fill(1))\nprint(state('bad'))"
-    served, told = fake_host.says(code).splitlines()
+    done = fake_host.run(code)
+    served, told = done.stdout.splitlines()
     assert served == "ours ours"
     assert told.startswith("failed: ")
+    (line,) = done.stderr.splitlines()  # an error is told whoever asked
+    assert line.startswith("mla-patch: bad@fakehost (MLA_PATCH_BAD=on, default) is failed: ")
 
 
 # --- which host, which release
@@ -1834,7 +1837,7 @@ def test_strict_is_content_with_what_it_asked_for(value: str | None, fake_host: 
     "name, value, told",
     [
         ("MLA_PATCH_OSP", "on", "MLA_PATCH_OSP is not a variable of mla-patch; did you mean MLA_PATCH_OPS?"),
-        ("MLA_PATCH_OPS", "onn", "MLA_PATCH_OPS=onn: expected one of on, off, ab, shadow, ab+shadow; did you mean on?"),
+        ("MLA_PATCH_OPS", "onn", "MLA_PATCH_OPS=onn: expected one of on, off; did you mean on?"),
         ("MLA_PATCH_AB", "blocks=2", "MLA_PATCH_AB=blocks=2: 'blocks' is not one of block, ratio, seed,"),
     ],
 )
