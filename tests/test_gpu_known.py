@@ -210,6 +210,7 @@ MAKERS = {
     "Z100SM": (None, "5.7", "hip", False),
     "MetaX C500": ("11.6", None, "maca", False),  # its torch says that it is CUDA
     "a GPU of no Triton": ("12.8", None, None, True),
+    "another of no Triton": (None, "7.1", None, False),
     "AMD's name on NVIDIA's": ("12.8", None, "cuda", True),
 }
 

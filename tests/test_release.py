@@ -200,6 +200,7 @@ def test_another_makers_gpu_is_refused_and_not_unmeasured(monkeypatch: pytest.Mo
     for device, state, reason in (
         (Gpu("NVIDIA A100", (8, 0)), State.NATIVE, "not measured on sm_80"),
         (Gpu("Z100SM", (9, 0), cuda=False), State.REFUSED, "not an NVIDIA GPU"),
+        (Gpu("Radeon 8060S Graphics", (11, 5), cuda=False), State.REFUSED, "not an NVIDIA GPU"),
     ):
         monkeypatch.setattr(gpu, "_told", [device])
         where = Installed(sglang.HOST, "0.5.23", "")
