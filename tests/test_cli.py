@@ -93,7 +93,7 @@ def test_doctor_judges_an_installed_engine_without_importing_it(capsys, tmp_path
         ("0.5.11", {"MLA_PATCH_KV_INDICES": "off"}, TABLE, "off", 1, "MLA_PATCH_KV_INDICES unset"),
         ("0.5.11", {"MLA_PATCH_KV_INDICES": "onn"}, TABLE, "refused", 1, "did you mean on?"),
         ("0.5.11", {"MLA_PATCH_KV_INDICES": "ab"}, TABLE, "drifted", 1, "model_runner does not exist"),
-        ("0.5.11", {"MLA_PATCH_KV_INDICE": "on"}, TABLE, "armed", 1, "did you mean MLA_PATCH_KV_INDICES?"),
+        ("0.5.11", {"MLA_PATCH_KV_INDICE": "on"}, TABLE, "refused", 1, "did you mean MLA_PATCH_KV_INDICES?"),
         ("0.5.11", {"MLA_PATCH_STRICT": "1"}, TABLE, "armed", 1, "nothing is active"),
         ("0.5.11", {"SGLANG_PLUGINS": "other"}, TABLE, "armed", 1, "SGLANG_PLUGINS=other"),
         ("0.5.11", {"SGLANG_PLUGINS": "other, mla_patch"}, TABLE, "armed", 0, ""),
