@@ -38,7 +38,11 @@ def trial():
             failed.append(problem)
 
     def one():
-        import sglang
+        try:
+            import sglang
+        except ModuleNotFoundError as problem:  # a real release needs more than what is installed here
+            if problem.name == "sglang":
+                raise
 
     def other():
         OTHER
@@ -101,9 +105,14 @@ def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def run_trials(python: str, other: str, count: int, *path: Path) -> subprocess.CompletedProcess[str]:
+def run_trials(
+    python: str, other: str, count: int, *path: Path, cache: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``count`` processes in which one thread imports the engine while the other runs ``other``."""
     code = TRIALS.replace("OTHER", other).replace("COUNT", str(count))
-    env = clean_env({"MLA_PATCH": "1", "PYTHONPATH": ":".join(map(str, path)), "PYTHONPYCACHEPREFIX": str(path[0])})
+    env = clean_env({"MLA_PATCH": "1", "PYTHONPATH": ":".join(map(str, path))})
+    if cache is not None:
+        env["PYTHONPYCACHEPREFIX"] = str(cache)
     return subprocess.run([python, "-c", code], env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -113,7 +122,7 @@ def test_a_thread_imports_while_another_imports_the_engine(
 ) -> None:
     as_sglang(fake_host)
     other = "import importlib.metadata, inspect, json, logging, pluggy, packaging.version, wrapt"
-    done = run_trials(pythons()[version], other, 50, dependencies, fake_host.root, ROOT)
+    done = run_trials(pythons()[version], other, 50, dependencies, fake_host.root, ROOT, cache=dependencies)
     assert (done.stdout, done.returncode) == ("0 of 50\n", 0), done.stderr
 
 
