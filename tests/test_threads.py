@@ -61,7 +61,7 @@ def children(count, at_once):
             count -= 1
             pid = os.fork()
             if not pid:
-                faulthandler.dump_traceback_later(30, exit=True)
+                faulthandler.dump_traceback_later(PATIENCE, exit=True)
                 sys.setswitchinterval(1e-4)
                 failed = trial()
                 if failed:
@@ -74,7 +74,7 @@ def children(count, at_once):
         bad += status != 0
     return bad
 
-print(children(COUNT, 4), "of COUNT")
+print(children(COUNT, AT_ONCE), "of COUNT")
 """
 
 
@@ -106,10 +106,11 @@ def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_trials(
-    python: str, other: str, count: int, *path: Path, cache: Path | None = None
+    python: str, other: str, count: int, *path: Path, at_once: int = 4, patience: int = 30, cache: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """``count`` processes in which one thread imports the engine while the other runs ``other``."""
     code = TRIALS.replace("OTHER", other).replace("COUNT", str(count))
+    code = code.replace("AT_ONCE", str(at_once)).replace("PATIENCE", str(patience))
     env = clean_env({"MLA_PATCH": "1", "PYTHONPATH": ":".join(map(str, path))})
     if cache is not None:
         env["PYTHONPYCACHEPREFIX"] = str(cache)
