@@ -127,21 +127,54 @@ def test_a_thread_imports_while_another_imports_the_engine(
     assert (done.stdout, done.returncode) == ("0 of 50\n", 0), done.stderr
 
 
+HALF = """
+import threading
+entered, go_on = threading.Event(), threading.Event()
+"""
+
+# a plugin that is slow where no import lock is held: the first thread that asks it waits until the others are through
+SLOW = """
+import gate
+from mla_patch.hookspecs import hookimpl
+
+asked = []
+
+@hookimpl
+def mla_patch_features():
+    asked.append(True)
+    if len(asked) == 1:
+        gate.entered.set()
+        assert gate.go_on.wait(10)
+    return []
+"""
+
+
 def test_many_threads_import_the_engine_at_once(fake_host: FakeHost) -> None:
-    """With a plugin that is slow to import; it is loaded once, and all threads get an engine that is patched."""
+    """Meanwhile a plugin is slow to import, until other threads have imported what they want."""
     as_sglang(fake_host)
-    fake_host.write("slow.py", "import time\ntime.sleep(0.3)\nprint('loaded')\n")
+    fake_host.write("gate.py", HALF)
+    fake_host.write("slow.py", "import gate\ngate.entered.set()\nassert gate.go_on.wait(10)\nprint('loaded')\n")
     fake_host.install("slow", "1.0", "slow = slow")
+    for at in range(16):
+        fake_host.write(f"elsewhere{at}.py", "import colorsys, elsewhere\n")
+    fake_host.write("elsewhere.py", "import sched\n")
     code = (
         PATIENT
         + """
-gate = threading.Barrier(16)
+import gate
+both, others = threading.Barrier(32), threading.Barrier(16, action=gate.go_on.set)
 seen = []
-def go():
-    gate.wait()
+def engine():
+    both.wait()
     from sglang.ops import decode
     seen.append(decode(1, 2))
-threads = [threading.Thread(target=go) for _ in range(16)]
+def other(at):
+    both.wait()
+    assert gate.entered.wait(10)
+    importlib.import_module(f"elsewhere{at}")
+    others.wait(10)
+threads = [threading.Thread(target=engine) for _ in range(16)]
+threads += [threading.Thread(target=other, args=(at,)) for at in range(16)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(set(seen), len(seen), state())
@@ -219,13 +252,6 @@ def test_the_engine_in_a_zip_file(fake_host: FakeHost) -> None:
     assert fake_host.says(code, door=True, path=(str(fake_host.root / "engine.zip"),)) == "zipimporter True"
 
 
-# the engine's import stops within its own code, and goes on when the other thread is through
-HALF = """
-import threading
-entered, go_on = threading.Event(), threading.Event()
-"""
-
-
 @pytest.mark.parametrize("where", ["sglang/__init__.py", "sglang/ops.py"], ids=["package", "target"])
 def test_apply_restore_and_report_in_the_midst_of_the_import(where: str, fake_host: FakeHost) -> None:
     """From a thread that the engine's own code starts and waits for, which no import lock knows of."""
@@ -245,10 +271,10 @@ def test_apply_restore_and_report_in_the_midst_of_the_import(where: str, fake_ho
 
 
 def test_apply_restore_and_report_while_plugins_load(fake_host: FakeHost) -> None:
-    """The main thread wakes the plugin, and a plugin of it takes its time; another thread asks for all three."""
+    """The main thread imports the engine, and a plugin of ours goes on when another thread has asked for all three."""
     as_sglang(fake_host)
     fake_host.write("gate.py", HALF)
-    fake_host.write("slow.py", "import gate\ngate.entered.set()\nassert gate.go_on.wait(10)\n")
+    fake_host.write("slow.py", SLOW)
     fake_host.install("slow", "1.0", "slow = slow")
     code = (
         PATIENT
@@ -256,8 +282,8 @@ def test_apply_restore_and_report_while_plugins_load(fake_host: FakeHost) -> Non
 import gate
 def work():
     assert gate.entered.wait(10)
-    threading.Timer(0.3, gate.go_on.set).start()
     mla_patch.report(); mla_patch.apply(); mla_patch.restore(); mla_patch.apply(); mla_patch.report()
+    gate.go_on.set()
 thread = threading.Thread(target=work)
 thread.start()
 from sglang.ops import decode
@@ -378,21 +404,28 @@ print(sglang.ops.decode(1, 2), state())
     assert all("_DeadlockError" in line or "partially initialized" in line for line in left_out), done.stderr
 
 
-def test_a_fork_while_a_thread_wakes(fake_host: FakeHost) -> None:
+@pytest.mark.parametrize("kind", ["plugin", "edit"])
+def test_a_fork_while_a_thread_wakes(kind: str, fake_host: FakeHost) -> None:
     """What the parent's thread had in hand is not there in the child, and the child waits for none of it."""
     as_sglang(fake_host)
+    if kind == "plugin":
+        fake_host.write("slow.py", SLOW)
+        fake_host.install("slow", "1.0", "slow = slow")
     fake_host.write("gate.py", HALF)
     fake_host.write("fakehost/slow.py", "import gate\ngate.entered.set()\nassert gate.go_on.wait(10)\n")
-    fake_host.plug("""
+    fake_host.plug(
+        """
     OPS = target("sglang.ops", "decode", ("q", "kv", "scale"), decode_call)
     def edit(module):
-        import fakehost.slow
+        if KIND == "edit":
+            import fakehost.slow
         return lambda: None
     FEATURES = [
         feature("ops", OPS, Target("sglang.ops", "edit", kind="edit", edit=edit), host="sglang>=0.5.1,<0.5.24"),
         feature("fill", PREFILL),
     ]
-    """)
+    """.replace("KIND", repr(kind))
+    )
     code = (
         PATIENT
         + """
@@ -405,7 +438,8 @@ if not child:
     signal.alarm(10)  # faulthandler's watchdog does not outlive a fork
     mla_patch.report(); mla_patch.restore(); mla_patch.apply("fill")
     import fakehost.more
-    print(fakehost.more.prefill(1), state("ops"), flush=True)
+    states = [row["state"] for row in mla_patch.report()["features"] if row["name"] == "ops"]
+    print(fakehost.more.prefill(1), states, flush=True)
     os._exit(0)
 print(os.waitpid(child, 0)[1], flush=True)
 gate.go_on.set()
@@ -413,7 +447,8 @@ thread.join()
 print(sys.modules["sglang.ops"].decode(1, 2), state())
 """
     )
-    assert fake_host.says(code, door=True).splitlines() == ["ours off: restored", "0", "ours applied"]
+    child = "ours ['off']" if kind == "edit" else "ours []"  # the engine's features are the thread's to apply
+    assert fake_host.says(code, door=True).splitlines() == [child, "0", "ours applied"]
 
 
 # --- strict
