@@ -211,7 +211,6 @@ class Site:
         if reason is not None:
             self._decline(reason)
             return host(*args, **kwargs)
-        failed = False
         try:
             result = serve(call)
         except ValueError as problem:  # a launcher's refusal, before its launch
@@ -223,13 +222,13 @@ class Site:
         except BaseException as problem:
             endings.pass_on(problem)
             self._failed(problem, call)
-            failed = True
-        if failed:  # out of the handler: it kept alive what ours had allocated, of which the host may have need
-            return host(*args, **kwargs)
-        counts.served += 1
-        if gpu.capturing():
-            counts.captured += 1
-        return result
+        else:
+            counts.served += 1
+            if gpu.capturing():
+                counts.captured += 1
+            return result
+        # out of the handler: it kept alive what ours had allocated, of which the host may have need
+        return host(*args, **kwargs)
 
     def _shadow(self, host: Callable[..., Any], call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the candidate beside the host's on the same inputs; what the model gets is the host's."""
