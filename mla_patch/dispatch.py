@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -306,8 +306,8 @@ class Site:
                 self.switch.set(pause=time.monotonic() + PAUSE)
 
     def _check_hardware(self, call: Any) -> None:
-        for name in getattr(type(call), "__slots__", None) or vars(call):
-            value = getattr(call, name)
+        for name in _fields(call):
+            value = getattr(call, name, None)
             if getattr(value, "is_cuda", False):
                 device = gpu.from_tensor(value)
                 switch, check = self.switch, self.switch.check
@@ -349,9 +349,14 @@ def odd_argument(call: Any) -> str | None:
     return None
 
 
+def _fields(call: Any) -> Iterable[str]:
+    """The names of what a call holds; a plugin's call may be a tuple, which has none."""
+    return getattr(type(call), "__slots__", ()) or getattr(call, "__dict__", ())
+
+
 def made_up(call: Any) -> str | None:
     """Whether a call has tensors that only stand for tensors, whose data nobody may touch: a decline, in words."""
-    for name in getattr(type(call), "__slots__", None) or vars(call):
+    for name in _fields(call):
         value: Any = getattr(call, name, None)
         if hasattr(value, "data_ptr"):
             try:

@@ -51,7 +51,7 @@ def rank(number, folder, barrier, stop):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    control_file.create(folder / "r.control", {"run": "r", "features": {"decode": ["host", "patch"]}})
+    control_file.create(folder / "r.control", {"run": "r", "ranks": 2, "features": {"decode": ["host", "patch"]}})
     fork = multiprocessing.get_context("fork")
     barrier, stop = fork.Barrier(2), fork.Value("q", 0)
     ranks = [fork.Process(target=rank, args=(n, folder, barrier, stop)) for n in range(2)]

@@ -35,6 +35,7 @@ from mla_patch.experiment.control_file import (
     Heartbeat,
     beat,
     content_of,
+    heartbeats_of,
     next_seq,
     opened,
     publish,
@@ -87,6 +88,7 @@ class Control:
         self.rank = rank
         self.step = 0  # written by the step path
         self.problem = ""
+        self.ranks = 1  # that obey this file
         self._inboxes: dict[str, Inbox] = {}
         self._trips: list[tuple[str, str]] = []  # (feature, reason), to be published
         self._content: Content | None = None
@@ -100,11 +102,6 @@ class Control:
         inbox = self._inboxes.setdefault(feature, Inbox())
         self._deliver()
         return inbox
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks obey this file."""
-        return int(self._content.about.get("ranks", 1)) if self._content else 1
 
     def trip(self, feature: str, reason: str) -> None:
         """Ask for the other ranks to go back to the host too; returns at once."""
@@ -132,6 +129,7 @@ class Control:
                     )
                 if self._content is None or content.generation > self._content.generation:
                     self._content = content
+                    self.ranks = _ranks(content, heartbeats_of(file))
                     self._deliver()
                 self._beat(file, next_seq(self._content) - 1)
             while self._trips:
@@ -159,8 +157,13 @@ class Control:
 
     def _make_trip(self, content: Content, beats: list[Heartbeat], feature: str, reason: str) -> Command:
         mine = [one for one in beats if one.rank != self.rank] + list(self._beats)[-1:]
-        at = _later(mine, _pace(self._beats[0], self._beats[-1]), self.ranks, self.step)
+        at = _later(mine, _pace(self._beats[0], self._beats[-1]), _ranks(content, beats), self.step)
         return Command(feature, "trip", at, next_seq(content), None, reason[:500], f"rank {self.rank}")
+
+
+def _ranks(content: Content, beats: list[Heartbeat]) -> int:
+    """How many ranks obey: as many as the engine says, and no fewer than are heard."""
+    return max(int(content.about.get("ranks", 1)), len(beats))
 
 
 def _pace(first: Heartbeat, last: Heartbeat) -> float:
@@ -213,8 +216,7 @@ class Controller:
             ControlError: no such feature or arm, a step that a rank has reached, or the file cannot be trusted.
             ValueError: a kind or value that no command has.
         """
-        several = int(read(self.path)[0].about.get("ranks", 1)) > 1
-        rate = self._measure() if several and at is None else 0.0
+        rate = self._measure() if at is None and _ranks(*read(self.path)) > 1 else 0.0
 
         def make(content: Content, beats: list[Heartbeat]) -> Command:
             arms = content.about.get("features", {}).get(feature)
@@ -226,7 +228,7 @@ class Controller:
             reached = max((beat.step for beat in beats), default=-NEVER)
             if at is not None and at <= reached:
                 raise ControlError(f"at={at}: a rank is at step {reached} already")
-            step = _later(beats, rate, int(content.about.get("ranks", 1))) if at is None else at
+            step = _later(beats, rate, _ranks(content, beats)) if at is None else at
             return Command(feature, kind, step, next_seq(content), value, "", f"process {os.getpid()}")
 
         return publish(self.path, make)
