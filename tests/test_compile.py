@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,19 +16,112 @@ from mla_patch.compat.triton import TARGETS, gpu_compile, interpreted
 TESTS = Path(__file__).resolve().parent
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+# how many compiles each kernel module's launch tables come to: one that silently had none would pass
+COMPILES = {
+    "decode": 122,
+    "sparse_decode": 84,
+    "kv_indices": 72,
+    "decode_splits": 50,
+    "dequantize": 36,
+    "named_pages": 36,
+    "prefill_indices": 36,
+    "sparse_prefill": 36,
+    "quantize": 12,
+    "sparse_sm90": 8,
+    "decode_sm90": 4,
+}
+
+
+def run(*command: str, limit: float = 600) -> subprocess.CompletedProcess[str]:
+    """A process without the interpreter, and none of its own left behind; one that is too slow tells its last line."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=TESTS, env=env, capture_output=True, text=True, timeout=600, check=False
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *command], cwd=TESTS, env=env, start_new_session=True, **streams) as process:
+        try:
+            out, err = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            where = out.splitlines()[-1] if out else "no line"
+            pytest.fail(
+                f"{' '.join(command)[:200]}: killed after {limit:.0f} s, at: {where}\n{err[-2000:]}", pytrace=False
+            )
+        except BaseException:  # Ctrl-C, or a plugin's own limit
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def test_every_launch_table_entry_compiles_within_the_chip():
-    done = run("compile_matrix.py")
+@pytest.mark.parametrize("family", COMPILES)
+def test_every_launch_table_entry_compiles_within_the_chip(family):
+    # one job: other test workers have the other cores
+    done = run("compile_matrix.py", "--jobs", "1", "--family", family)
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAILED" in line) + done.stderr
-    for sm in TARGETS:
-        for builder in ("token_indices", "page_table 64"):
-            assert f"kv_indices: sm_{sm}  {builder} " in done.stdout
+    assert done.stdout.splitlines()[-1] == f"{COMPILES[family]} compiled, 0 failed"
+    if family == "kv_indices":
+        for sm in TARGETS:
+            for builder in ("token_indices", "page_table 64"):
+                assert f"kv_indices: sm_{sm}  {builder} " in done.stdout
+
+
+def test_every_kernel_module_is_compiled():
+    code = "import compile_matrix as m; print(*sorted({family for family, _ in m.collect(False)}))"
+    assert run("-c", code).stdout.split() == sorted(COMPILES)
+
+
+def test_a_run_that_is_too_slow_names_its_case_and_leaves_nobody():
+    """Its children are killed with it."""
+    code = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("compiling decode: sm_90  a case of", child.pid, flush=True)
+child.wait()
+"""
+    with pytest.raises(pytest.fail.Exception, match="at: compiling decode: sm_90  a case of") as failed:
+        run("-c", code, limit=3)
+    pid = int(str(failed.value).split("a case of ")[1].split()[0])
+    for _ in range(100):
+        if not _command(pid):
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail(f"process {pid} is alive")
+
+
+def test_a_run_ends_with_its_parent():
+    """Killed without a chance to clean up, as a test worker is: a pool's workers die of it, too."""
+    code = """
+import os, compile_matrix as m
+if __name__ == "__main__":
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    m.die_with_parent()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=m.die_with_parent) as pool:
+        print(os.getpid(), pool.submit(os.getpid).result(), flush=True)
+        pool.submit(__import__("time").sleep, 600).result()
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=TESTS, env=env, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        pids = worker.stdout.readline().split()
+        worker.kill()
+    assert len(pids) == 2
+    for _ in range(200):
+        alive = [pid for pid in pids if _command(pid)]
+        if not alive:
+            break
+        time.sleep(0.05)
+    assert not alive
+
+
+def _command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()  # empty where nobody has waited for its end
+    except OSError:
+        return b""
 
 
 @pytest.mark.parametrize(
