@@ -51,12 +51,12 @@ def served(call: Any) -> dict[str, Any]:
     return row | ({"with": sorted(result)} if host else {"result": result})
 
 
-def sparse(heads: int, layout: Any = V32, topk: int = 64) -> dict[str, Any]:
+def sparse(heads: int, layout: Any = V32, topk: int = 64, batch: int = 2) -> dict[str, Any]:
     cache = new_pages(layout, 2, 64)
     quantize(torch.randn(128, layout.width), cache, torch.arange(128))
     return {
-        "q": (torch.randn(2, 1, heads, layout.width) / 4).bfloat16(), "k_cache": cache,
-        "indices": torch.randint(-1, 128, (2, 1, topk)).int(), "head_dim_v": 512, "is_fp8_kvcache": True,
+        "q": (torch.randn(batch, 1, heads, layout.width) / 4).bfloat16(), "k_cache": cache,
+        "indices": torch.randint(-1, 128, (batch, 1, topk)).int(), "head_dim_v": 512, "is_fp8_kvcache": True,
         "softmax_scale": 0.05,
     }  # fmt: skip
 
@@ -86,22 +86,22 @@ def wrappers(release: str) -> Any:
     return importlib.import_module(homes.get(release, sglang_flash_mla.SGL_KERNEL))
 
 
-def through_the_backend(release: str, heads: int) -> dict[str, Any]:
-    """The release's own sparse decode, of the backend class's method, on a made-up batch."""
+def through_the_backend(release: str, args: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """The release's own sparse decode, of the backend class's method, on a made-up batch; how often ours served."""
     new = (Path(importlib.import_module("sglang").__file__).parent / "srt/layers/attention/dsa_backend.py").exists()
     name = "dsa" if new else "nsa"
     module = importlib.import_module(f"sglang.srt.layers.attention.{name}_backend")
     owner = module.DeepseekSparseAttnBackend if new else module.NativeSparseAttnBackend
-    args = sparse(heads)
-    lens = torch.full((2,), 64, dtype=torch.int32)
+    (batch, _, heads, _), topk = args["q"].shape, args["indices"].shape[-1]
+    lens = torch.full((batch,), 64, dtype=torch.int32)
     made, splits = wrappers(release).get_mla_metadata(
         cache_seqlens=lens, num_q_tokens_per_head_k=heads, num_heads_k=1, num_heads_q=heads, is_fp8_kvcache=True,
-        topk=64,
+        topk=topk,
     )  # fmt: skip
     kept = SimpleNamespace(flashmla_metadata=made, num_splits=splits)
     backend = SimpleNamespace(
         real_page_size=64, physical_page_size=64, kv_cache_dim=656, nsa_kv_cache_store_fp8=True,
-        dsa_kv_cache_store_fp8=True, nsa_index_topk=64, dsa_index_topk=64, flashmla_kv_num_q_heads=heads,
+        dsa_kv_cache_store_fp8=True, nsa_index_topk=topk, dsa_index_topk=topk, flashmla_kv_num_q_heads=heads,
         flashmla_kv_format="V32",
     )  # fmt: skip
     metadata = SimpleNamespace(nsa_cache_seqlens_int32=lens, dsa_cache_seqlens_int32=lens, flashmla_metadata=kept)
@@ -111,7 +111,31 @@ def through_the_backend(release: str, heads: int) -> dict[str, Any]:
         backend, args["q"][:, 0], args["k_cache"], 512, 0.05, SimpleNamespace(tp_q_head_num=heads, head_dim=576),
         metadata, args["indices"][:, 0],
     )  # fmt: skip
-    return {"served": feature()["served"] - before, "error": error((out,), args)}
+    return out, feature()["served"] - before
+
+
+def through(release: str) -> dict[str, Any]:
+    """Who serves the release's own sparse decode, and how well."""
+    args = sparse(16)
+    out, ours = through_the_backend(release, args)
+    return {"served": ours, "error": error((out,), args)}
+
+
+def company(release: str) -> dict[str, Any]:
+    """One query of it alone and beside two others, with the release's batch-invariant operators off and on."""
+    operators = importlib.import_module("sglang.srt.batch_invariant_ops.batch_invariant_ops")
+    args, seen = sparse(16, topk=192, batch=3), {}
+    for mode in (False, True):
+        operators._batch_invariant_MODE = mode
+        (alone, first), (beside, second) = (
+            through_the_backend(release, args | {name: args[name][:count] for name in ("q", "indices")})
+            for count in (1, 3)
+        )
+        seen["on" if mode else "off"] = {
+            "differs": int((alone.view(-1) != beside.view(3, -1)[0]).sum()), "served": first + second,
+        }  # fmt: skip
+    operators._batch_invariant_MODE = False
+    return seen
 
 
 def through_dense(heads: int) -> dict[str, Any]:
@@ -282,7 +306,8 @@ def main(release: str, out: str) -> None:
         more = {"attn_sink": torch.randn(64), "topk_length": torch.tensor([128, 9]).int()}
         seen["prefill"][f"{chip} sink, lengths"] = prefill(module, 64, **more)
     seen["calls"] = calls
-    seen["through"] = through_the_backend(release, 16)
+    seen["through"] = through(release)
+    seen["company"] = company(release)
     if release in PACKAGED:
         hook.capability_of = lambda tensor: (9, 0)
         seen["through dense"] = through_dense(16)

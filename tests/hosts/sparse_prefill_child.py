@@ -394,6 +394,12 @@ def over_pages(
 PAGED = ("sgl_kernel.flash_mla", "flash_mla")
 
 
+def deterministic() -> Any:
+    """The release's batch-invariant operators are on, as far as anybody can ask."""
+    operators = importlib.import_module("sglang.srt.batch_invariant_ops.batch_invariant_ops")
+    return mock.patch.object(operators, "_batch_invariant_MODE", True)
+
+
 def other_routes(trial: Trial) -> dict[str, Any]:
     """0.5.19 and 0.5.20: few queries by a route of the release's that ours has nothing to do with; the mode it saw."""
     seq, ext = LENS, FEW
@@ -521,6 +527,9 @@ def v32(release: str) -> dict[str, Any]:
     rows = torch.randint(-1, 90, (2, 128), **random).int()
     backend = SimpleNamespace(device_sm_major=9, _sink_pad_cache={})
     out = counted(lambda: owner._forward_flashmla_sparse(backend, q, kv, 512, rows, 0.05))
+    with deterministic():
+        alone = owner._forward_flashmla_sparse(backend, q[:1], kv, 512, rows[:1], 0.05)
+        differs = int((alone != owner._forward_flashmla_sparse(backend, q, kv, 512, rows, 0.05)[:1]).sum())
     want = mla_sparse_prefill_ref(q, kv, rows[:, None], 0.05)[0]
     cache = new_pages(V32, 2, 8, DEVICE)
     quantize(torch.randn(16, 576, **random), cache, ints(range(16)))
@@ -529,7 +538,8 @@ def v32(release: str) -> dict[str, Any]:
     rows_ = counted(lambda: read(cache.view(torch.float8_e4m3fn).view(2, 8, 1, 656), slots))
     got = rows_.pop("result")
     exact = torch.equal(got.cpu(), dequantize.dequantize_k_cache_paged_ref(cache.view(-1, 656), slots))
-    return {"error": error(out.pop("result"), want), "heads": out, "exact": exact, "read": rows_}
+    told = {"error": error(out.pop("result"), want), "heads": out, "exact": exact, "read": rows_}
+    return told | {"alone differs": differs}
 
 
 def served(release: str) -> bool:
@@ -582,6 +592,8 @@ def main(release: str, out: Path) -> None:
             seen["strided"] = over_pages(trial, release, every_other)
             seen["too large"] = over_pages(trial, release, WORKSPACE="0")
             seen["few"] = over_pages(trial, release, chunk=(LENS, FEW), ROUTE="auto")
+            with deterministic():
+                seen["deterministic"] = over_pages(trial, release)
             seen["other routes"] = other_routes(trial)
             seen["many"] = many_queries(trial, release)
         if release == "0.5.12":

@@ -233,6 +233,13 @@ def test_through_the_releases_own_backend(seen: dict[str, Any]) -> None:
         assert seen["through dense"]["served"] == 1 and seen["through dense"]["error"] < 4e-3
 
 
+def test_deterministic_inference(seen: dict[str, Any]) -> None:
+    """The same query alone and beside others, bit for bit, through the release's own sparse decode."""
+    assert seen["company"]["on"] == {"differs": 0, "served": 2}
+    # as a rule ours splits keys by how many queries there are: a trial that could not show a broken promise
+    assert seen["company"]["off"]["differs"] > 0 and seen["company"]["off"]["served"] == 2
+
+
 def test_the_package(seen: dict[str, Any]) -> None:
     """Releases to 0.5.4 call the flash_mla package, of 0.5.12 DeepSeek V4; all else is sgl_kernel's."""
     if seen["release"] in PACKAGED or (seen["release"] == "0.5.12" and not seen["alone"]):

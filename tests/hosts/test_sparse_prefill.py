@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from mla_patch.compat.sglang_fetch import fetch
-from mla_patch.compat.sglang_sparse_prefill import PARALLEL
+from mla_patch.compat.sglang_sparse_prefill import DETERMINISTIC, PARALLEL
 from mla_patch.compat.triton import interpreted
 from mla_patch.hooks.sglang_sparse_prefill import FEW, TOO_LARGE
 
@@ -106,6 +106,18 @@ def test_what_goes_over_pages(seen: dict[str, Any]) -> None:
         assert (row["calls"], row["served"], row["result"]) == ([row["queries"]], 0, 0), row
         # where the release has a route of its own, it is told not to take it
         assert row["declined"] == ({reason: 1} if seen["release"] == "0.5.12" else {})
+
+
+def test_deterministic_inference(seen: dict[str, Any]) -> None:
+    """V4's prompt takes the release's route, whatever is beside it; V3.2's queries are alone what they are together."""
+    assert seen["v32"]["alone differs"] == 0
+    row = seen.get("deterministic")
+    if row is None:
+        assert seen["release"] in ("0.5.21", "0.5.23")
+        return
+    assert row["declined"] == {DETERMINISTIC: 1}
+    backport = seen["release"] == "0.5.12"
+    assert (row["calls"], row["result"] == 0) == (([row["queries"]], True) if backport else ([], False)), row
 
 
 def test_other_routes_of_the_releases_are_left(seen: dict[str, Any]) -> None:
