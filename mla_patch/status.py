@@ -188,8 +188,9 @@ def _contents(directory: Path) -> str:
 def blocks(directory: Path, told: Mapping[str, Any], everything: bool = False) -> Iterable[Line | Table]:
     """What a person is shown; ``everything``: the idle processes and earlier ones, too."""
     if "pruned" in told:
-        others = f"; {told['not_pruned']} are another user's, or could not be removed" if told["not_pruned"] else ""
-        yield Line(f"removed {len(told['pruned'])} reports of processes that have ended{others}")
+        count, left = len(told["pruned"]), told["not_pruned"]
+        others = f"; left: {left} that another user owns or that could not be removed" if left else ""
+        yield Line(f"removed {count} report{'s' * (count != 1)} of processes that have ended{others}")
     current = survey.current(told["processes"])
     earlier = [report for report in told["processes"] if report not in current and not everything]
     left_out = [report for report in current if report.get("idle") and not everything]

@@ -315,8 +315,9 @@ def test_prune_removes_the_reports_of_processes_that_have_ended(
     told = json.loads(capsys.readouterr().out)
     assert (sorted(told["pruned"]), told["not_pruned"]) == (sorted([gone.name, half.name, ended.name]), 0)
     assert set(os.listdir(tmp_path)) == stays
+    report(tmp_path, pid=dead)
     cli.main(["status", str(tmp_path), "--prune"])
-    assert "removed 0 reports of processes that have ended\n" in capsys.readouterr().out
+    assert "removed 1 report of processes that have ended\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
@@ -325,7 +326,7 @@ def test_prune_removes_nothing_of_another_user(dead: int, tmp_path: Path, capsys
     os.chown(path, OTHER, OTHER)
     assert survey.prune(tmp_path) == ([], 1)
     cli.main(["status", str(tmp_path), "--prune"])
-    assert "removed 0 reports of processes that have ended; 1 are another user's" in capsys.readouterr().out
+    assert "removed 0 reports of processes that have ended; left: 1 that another user owns" in capsys.readouterr().out
     assert path.exists()
 
 
