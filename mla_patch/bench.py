@@ -71,7 +71,7 @@ def run(
     dtype: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Measure one kernel; messages of progress, then the result. What is left empty gets defaults for this device."""
-    from mla_patch.startup import find_host
+    from mla_patch.session import find_host
 
     device = "cpu" if interpreted() else "cuda"
     torch.manual_seed(0)

@@ -35,8 +35,8 @@ from mla_patch.compat.types import Gpu, Host
 from mla_patch.features import MEANING, Feature, State
 from mla_patch.imports import HostFinder
 from mla_patch.judge import Judgement, code_of, judge, nothing_active, release_here
+from mla_patch.session import experiment, find_host
 from mla_patch.show import Line, Table
-from mla_patch.startup import experiment, find_host
 from mla_patch.status import unsatisfied
 
 OK, FINDING, MISUSE, ERROR, INTERRUPTED = 0, 1, 2, 3, 130

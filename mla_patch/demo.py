@@ -21,7 +21,8 @@ HEADS = 16
 
 
 def main() -> int:
-    from mla_patch.startup import find_host, start
+    from mla_patch.session import find_host
+    from mla_patch.startup import start
 
     start()  # does nothing where the start-up file has done it
     host = find_host("sglang")

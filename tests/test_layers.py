@@ -31,8 +31,9 @@ MAY = {
     "release": {"features", "compat"},
     "judge": {"endings", "release", "sources", "flags", "features", "compat"},
     "patcher": {"standing", "dispatch", "endings", "imports", "judge", "reports", "flags", "features", "compat"},
-    "startup": {"patcher", "plugins", "judge", "reports", "experiment", "flags", "sources", "features", "imports"}
+    "session": {"patcher", "judge", "reports", "experiment", "flags", "sources", "features", "plugins", "imports"}
     | {"endings", "compat"},
+    "startup": {"session", "plugins", "imports", "endings", "compat"},
     "experiment": {"files", "exits", "dispatch", "reports", "features", "kernels", "compat"},
     "flash_mla": {"kernels", "compat"},
     "sparse_prefill": {"kernels", "compat"},
@@ -127,7 +128,7 @@ def test_nobody_imports_a_second_copy(path: Path) -> None:
 
 
 DECLARING = ["features", "sources", "hookspecs", "flags", "plugins", "reports", "judge", "startup", "hooks", "_door"]
-DECLARING += ["experiment", "files", "exits", "redact", "survey", "release"]
+DECLARING += ["session", "experiment", "files", "exits", "redact", "survey", "release"]
 
 
 @pytest.mark.parametrize("path", [path for path in files() if part(path) in DECLARING], ids=ids)

@@ -16,7 +16,7 @@ from mla_patch.compat.types import Gpu, Host, Mark, Target
 from mla_patch.features import Feature, State
 from mla_patch.flags import Setting
 from mla_patch.hooks import sglang_decode, sglang_sched_meta
-from mla_patch.startup import find_host
+from mla_patch.session import find_host
 
 # an engine of four releases: its entry point moves in the second, takes more in the third, and stays so
 HOST = Host(

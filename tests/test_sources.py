@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_patch import sources, startup
+from mla_patch import session, sources
 
 
 def parsed(folder: Path, text: str) -> sources.Module:
@@ -127,7 +127,7 @@ def test_a_folder_without_init_is_no_package(tree: Path) -> None:
     """Python takes any folder beside the program for one."""
     assert importlib.util.find_spec("empty") is not None
     assert sources.find_package("empty") is None and sources.find_package("treehost") is not None
-    assert startup.find_host("empty") is None and startup.find_host("treehost") is not None
+    assert session.find_host("empty") is None and session.find_host("treehost") is not None
 
 
 def test_own_finders_are_skipped(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

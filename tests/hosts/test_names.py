@@ -17,7 +17,7 @@ from mla_patch.compat.sglang_fetch import fetch_package
 from mla_patch.features import Feature, State
 from mla_patch.flags import Setting
 from mla_patch.judge import Judgement, code_of, judge
-from mla_patch.startup import find_host
+from mla_patch.session import find_host
 
 FEATURES = plugins.load().features
 GPUS = [(8, 0), (9, 0), (12, 0)]
