@@ -218,6 +218,18 @@ def test_a_backend_is_warmed_when_it_has_been_built(
     assert len(warmed) == 4
 
 
+def test_a_warm_up_with_nothing_to_compile_says_nothing(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A backend of speculation is built for kernels that the target's has had compiled."""
+    caplog.set_level(logging.INFO)
+    asked = []
+    monkeypatch.setattr(sglang_decode, "warm", lambda capacity: asked.append(capacity) or 0)
+    sglang.warm_decode(backend)
+    backend.TritonAttnBackend(runner())
+    assert len(asked) == 1 and not caplog.records
+
+
 @pytest.mark.parametrize(
     "pool", [SimpleNamespace(dtype=torch.float16), SimpleNamespace(kv_lora_rank=256, qk_rope_head_dim=32)]
 )
@@ -375,7 +387,7 @@ def test_status_prints_the_count(capsys: pytest.CaptureFixture[str], tmp_path: P
     for pid, compiled in ((10, {"before": 3, "serving": 2}), (11, {"before": 0, "serving": 0}), (12, None)):
         path = tmp_path / f"sglang-host-{pid}-1.json"
         path.write_text(json.dumps(report | {"pid": pid, "compiled": compiled}))
-    assert cli.main(["status", str(tmp_path)]) == 0
+    assert cli.main(["status", str(tmp_path)]) == 1  # a finding: the reports hold no feature
     shown = capsys.readouterr().out
     assert "pid 10: 3 kernels of ours compiled before it served, 2 since" in shown
     assert "pid 11" not in shown and "pid 12: compiles are not counted with this Triton" in shown
