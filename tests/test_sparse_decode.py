@@ -413,6 +413,48 @@ def test_which_kernel_has_a_call(layout, heads, change, name, grid, monkeypatch)
         assert args[25] * 16 == (656 if layout is V32 else layout.page_bytes(16))
 
 
+def tokens_of_two_scales(layout, apart):
+    """Two tokens whose first tile's scale is 2**apart of the others', with every finite e4m3 code in each tile."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = torch.where(codes & 0x7F == 0x7F, 0x30, codes)
+    values = torch.stack([codes.repeat(2), codes.flip(0).repeat(2)])[:, : layout.nope]
+    cache = new_pages(layout, 1, 2, DEVICE)
+    raw = cache.as_strided((2 * layout.bytes,), (1,))
+    for token in range(2):
+        if layout is V32:
+            scales = torch.tensor([1.0, *[2.0**-apart * (1 + token / 3)] * 3])
+            row = torch.cat([values[token], scales.view(torch.uint8)])
+            raw[token * 656 : token * 656 + 528] = row.to(DEVICE)
+        else:
+            raw[token * 576 : token * 576 + 448] = values[token].to(DEVICE)
+            at = 2 * 576 + token * 8
+            raw[at : at + 7] = torch.tensor([127, *[127 - apart] * 6], dtype=torch.uint8, device=DEVICE)
+    return cache
+
+
+@LAYOUTS
+@pytest.mark.parametrize("apart", [0, 15, 16, 22, 26, 40])
+def test_scales_that_lie_far_apart_in_a_token(layout, apart):
+    """What the module says of them: of a query with one key, the result is that key's value."""
+    cache = tokens_of_two_scales(layout, apart)
+    q = torch.zeros(1, 2, 3, layout.width, dtype=torch.bfloat16, device=DEVICE)
+    ids = torch.tensor([[[0], [1]]], dtype=torch.int32, device=DEVICE)
+    out, _ = sparse_decode(q, cache, ids, sm_scale=1.0)
+    want = dequantize_ref(cache, ids.flatten().long())[:, None, :512].expand(2, 3, 512)
+    got = out[0].double()
+    exact = want.bfloat16().double()
+    powers = slice(None) if layout is V4 else slice(0, 1)  # V3.2's second token has other scales
+    if apart <= 15:
+        assert torch.equal(got[powers], exact[powers])
+    elif apart == 16:
+        assert not torch.equal(got[powers], exact[powers])  # where the bound begins
+    # the token's largest scale is 1; the rest is bfloat16's rounding of the result
+    bound = 448 * 2.0**-25 + (2.0**-12 + 2.0**-8) * want.abs()
+    assert ((got - want).abs() <= bound).all()
+    if apart == 40:
+        assert (got[..., layout.tile : layout.nope] == 0).all()  # all of the small tiles
+
+
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
 

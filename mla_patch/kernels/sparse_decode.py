@@ -15,9 +15,11 @@
     lse = log sum_j exp(s_j), which leaves the sink out; a query without a key has out 0 and lse +inf
 
 A token's nope values become float16 in units of its largest scale, so that one product of scores and one of values
-serves all its tiles: exact where scales are powers of two, else to 2**-12. That unit goes into the scores as a factor
-and into the weights as a logarithm, beneath the softmax's maximum, so that weights times values stay in float16's
-range.
+serves all its tiles: exact where scales are powers of two that lie within 2**15 of each other in a token, else to
+2**-12 of a value and 448 * 2**-25 of the token's largest scale. The latter is at most 2**-24 of the token's largest
+value, as writers choose scales, but much of a tile whose scale is 2**-22 of the largest, and all of one below 2**-25.
+That unit goes into the scores as a factor and into the weights as a logarithm, beneath the softmax's maximum, so that
+weights times values stay in float16's range.
 
 One program per query, tile of heads and split; splits are cut from the lengths that it finds on the device, so one
 captured graph is right for all of them. A second kernel merges where there is more than one split.

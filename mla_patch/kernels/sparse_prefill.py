@@ -220,9 +220,9 @@ def mla_sparse_prefill_paged(
         extra_*         a second cache with its own page size, indices and lengths, of the same layout: one softmax
         out             [Sq, H, 512]    bfloat16, contiguous, elsewhere than q
 
-    V3.2's values are rounded as `mla_patch.kernels.sparse_decode` says; V4's are exact. No queries
-    launch nothing. Without sync; results come from torch's allocator at every call, and of scratch only a float for
-    each query and head, so a captured graph has them in its pool. ``config`` replaces
+    Values are rounded as `mla_patch.kernels.sparse_decode` says, V4's only where a token's scales lie far apart. No
+    queries launch nothing. Without sync; results come from torch's allocator at every call, and of scratch only a float
+    for each query and head, so a captured graph has them in its pool. ``config`` replaces
     `mla_patch.kernels.sparse_decode.sparse_config`'s numbers.
 
     Raises:
