@@ -270,7 +270,7 @@ def test_every_parameter_reaches_ours(version, machine, monkeypatch):
     machine(SM120)
     seen: dict[str, Any] = {}
 
-    def record(*args: Any) -> None:
+    def record(*args: Any, enable_batch_invariant: bool) -> None:
         names = ("q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
                  "softmax_scale", "causal", "descale_q", "descale_k", "is_fp8_kvcache", "indices", "attn_sink",
                  "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length")  # fmt: skip
@@ -451,8 +451,9 @@ def test_who_serves_sparse_prefill(machine):
 
 
 def test_the_wrappers_own_order():
-    """The newest release's, but for what is asked for by name."""
-    assert tuple(inspect.signature(flash_mla.flash_mla_with_kvcache).parameters) == compat._INTERFACE[0][0]
+    """The newest release's, but for what is asked for by name, among it what only FlashMLA itself has."""
+    wanted = (*compat._INTERFACE[0][0], "enable_batch_invariant")
+    assert tuple(inspect.signature(flash_mla.flash_mla_with_kvcache).parameters) == wanted
     assert tuple(inspect.signature(flash_mla.get_mla_metadata).parameters) == compat._META
     assert tuple(inspect.signature(flash_mla.flash_mla_sparse_fwd).parameters)[:7] == compat._PREFILL_NEWER
 
