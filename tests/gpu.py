@@ -1,10 +1,11 @@
 """Run every test that a GPU can run, and keep who ran what in tests/gpu-last-run.json.
 
-    python tests/gpu.py [--part 1/3] [--record FILE] [pytest's own arguments]
+    python tests/gpu.py [--part 1/3] [--workers N] [--record FILE] [pytest's own arguments]
 
 `make gpu` calls it with the Python that has the GPU's torch; nothing is installed. Kernel tests that run on whatever
 device there is run as a whole, of the other files what is marked ``gpu``. A run in parts is one run if all parts are of
-one commit: each adds its counts. Only a part without a failure is kept. The exit status is pytest's.
+one commit: each adds its counts. Only a part without a failure is kept. With several workers (pytest-xdist) a file's
+tests share one, and what measures time runs by itself afterwards. The exit status is pytest's.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def keep(path: Path, where: dict[str, str], part: str, counts: dict[str, int]) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="1/1", help="one of so many, for machines that are lent for minutes")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the GPU; needs pytest-xdist")
     parser.add_argument("--record", type=Path, default=RECORD)
     args, more = parser.parse_known_args()
     number, parts = map(int, args.part.split("/"))
@@ -108,9 +110,11 @@ def main() -> int:
         return 2
     whole, marked = (some[number - 1 :: parts] for some in files())
     counter, statuses = Counter(), []
-    for some, marks in ((whole, "not cost"), (marked, "gpu")):
+    shared = ["-n", str(args.workers), "--dist", "loadfile"] if args.workers > 1 else []
+    runs = ((whole, "not cost", shared), (marked, "gpu and not cost", shared), (marked, "gpu and cost", []))
+    for some, marks, how in runs:
         if some:
-            statuses.append(int(pytest.main(["-m", marks, *more, *map(str, some)], plugins=[counter])))
+            statuses.append(int(pytest.main(["-m", marks, *how, *more, *map(str, some)], plugins=[counter])))
     green = not counter.counts["failed"] and counter.counts["passed"] and set(statuses) <= {0, 5}  # 5: none is marked
     print("make gpu:", dict(counter.counts))
     if green and not more:  # what was chosen by hand is not the run

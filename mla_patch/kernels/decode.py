@@ -705,8 +705,6 @@ def _decode(
                 xai_temperature_len, config,
             )
         )  # fmt: skip
-    if kind != DIRECT:
-        kv = kv.view(torch.int16)
     # without pages these two are no parameters at all
     table_stride, page_stride, row_stride = None, None, kv.stride(0)
     if page_size:
@@ -715,14 +713,15 @@ def _decode(
     if not _INTERPRETED:
         index = q.device.index
         capability, sms = gpu.capability(index), gpu.sm_count(index)
-    if kind == E4M3:
-        kind = _kinds(capability)[1]
     kernel, key = _decode_kernel, None
     wide = config is None and capability == (9, 0) and heads > NARROW and sm_scale > 0
     if wide and _is_wide(q, kv, row_stride, page_stride):
         kernel, key = _wide()
-        if kind != DIRECT:
-            kv, row_stride, page_stride = kv.view(torch.int32), row_stride // 2, page_stride and page_stride // 2
+    if kind != DIRECT:  # seen as wider integers, and strides with it
+        if kind == E4M3:
+            kind = _kinds(capability)[1]
+        width, seen_as = (2, torch.int16) if key is None else (4, torch.int32)
+        kv, row_stride, page_stride = kv.view(seen_as), row_stride // width, page_stride and page_stride // width
     work = (heads, batch, kind, q.dtype is torch.float32, capability, sms, key)
     variant = (logit_cap > 0, xai_temperature_len > 0, page_size)
     programs, grid, numbers, merge_grid, merge = (
@@ -910,7 +909,7 @@ def _scratch(device: torch.device, programs: int, heads: int, batch: int, kind: 
 
 def _is_wide(q: torch.Tensor, kv: torch.Tensor, row_stride: int, page_stride: int | None) -> bool:
     """Whether decode_sm90 takes these: rows that can be copied 16 bytes at a time."""
-    unit = 32 if kv.dtype is torch.int16 else 16  # Triton wants to know of 16 elements, in int32 where it is 8-bit
+    unit = 64 if kv.element_size() == 1 else 16  # Triton wants to know of 16 elements, in int32 where they are 8-bit
     aligned = not (row_stride % unit or (page_stride or 0) % unit or kv.data_ptr() % 16)
     return aligned and HAS_GLUON and q.dtype is not torch.float32
 
