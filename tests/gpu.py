@@ -4,8 +4,9 @@
 
 `make gpu` calls it with the Python that has the GPU's torch; nothing is installed. Kernel tests that run on whatever
 device there is run as a whole, of the other files what is marked ``gpu``. A run in parts is one run if all parts are of
-one commit: each adds its counts. Only a part without a failure is kept. With several workers (pytest-xdist) a file's
-tests share one, and what measures time runs by itself afterwards. The exit status is pytest's.
+one commit: each adds its counts. Only a part without a failure is kept. With several workers (pytest-xdist)
+what needs much of the GPU's memory runs in one of them, and what measures time by itself afterwards. The exit status
+is pytest's.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def main() -> int:
         return 2
     whole, marked = (some[number - 1 :: parts] for some in files())
     counter, statuses = Counter(), []
-    shared = ["-n", str(args.workers), "--dist", "loadfile"] if args.workers > 1 else []
+    shared = ["-n", str(args.workers), "--dist", "loadgroup"] if args.workers > 1 else []
     runs = ((whole, "not cost", shared), (marked, "gpu and not cost", shared), (marked, "gpu and cost", []))
     for some, marks, how in runs:
         if some:

@@ -57,6 +57,7 @@ def test_without_an_engine_and_a_gpu(kernel: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.cost
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kernel", ["decode", "page-table", "token-indices"])
 def test_on_a_gpu(kernel: str, tmp_path: Path) -> None:
