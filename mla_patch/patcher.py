@@ -26,7 +26,7 @@ from mla_patch.compat.types import Arm, Gpu, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, Arms, Site, Switch, is_ours, stand_in
 from mla_patch.features import FIRST_CALLS, Asked, Counts, Feature, State
 from mla_patch.flags import Setting
-from mla_patch.imports import is_executed_now, is_initializing, when_executed_again, when_imported
+from mla_patch.imports import PATIENCE, is_executed_now, is_initializing, when_executed_again, when_imported
 from mla_patch.judge import UNKNOWN_GPU, Judgement, code_of, difference
 from mla_patch.reports import FeatureStatus, TargetStatus
 from mla_patch.standing import attribute_of, describe, find, is_a, is_found, names_of, own, reaches, text_of
@@ -139,10 +139,11 @@ class Run:
 
 
 class Turns:
-    """Work on one feature, one piece at a time and in order, without anybody waiting.
+    """Work on one feature, one piece at a time and in order, without anybody waiting for the work of another.
 
     An edit of the host may import, and so wait for a thread that is importing something else and wants its own turn
-    here. So whoever comes while another thread is at work leaves the work to that thread and goes on.
+    here. So whoever comes while another thread is at work leaves the work to that thread and goes on. A look imports
+    nothing and is short: whoever comes meanwhile waits for its end, or the host's import would go on without ours.
     """
 
     def __init__(self) -> None:
@@ -151,8 +152,8 @@ class Turns:
 
     def renew(self) -> None:
         """In a forked child: the thread that was at work is not there."""
-        self.busy = threading.Lock()  # tried, never waited for
-        self.owner = 0
+        self.busy = threading.Lock()  # somebody is at work, or looks
+        self.owner = 0  # the thread that is at work; 0 while somebody looks
 
     def take(self, work: Callable[[], None], then: Callable[[], None]) -> None:
         """Have ``work`` done in turn, and ``then`` called after it and outside of any turn."""
@@ -161,8 +162,22 @@ class Turns:
             then()
             return
         self.todo.append((work, then))
+        self._work()
+
+    def look(self, look: Callable[[], None], then: Callable[[], None]) -> None:
+        """Have ``look`` done, and ``then`` called after it, where nobody is at work: who is looks in the end."""
+        if not self.busy.acquire(blocking=False):
+            return
+        try:
+            look()
+        finally:
+            self.busy.release()
+        self._work()  # of those who did not wait so long
+        then()
+
+    def _work(self) -> None:
         # looked at again after each turn: who has come meanwhile has found the turn taken and is gone
-        while self.todo and self.busy.acquire(blocking=False):
+        while self.todo and self.busy.acquire(timeout=0 if self.owner else PATIENCE):
             done: list[Callable[[], None]] = []
             self.owner = threading.get_ident()
             try:
@@ -411,8 +426,7 @@ class Patcher:
     def look(self) -> None:
         """Bring all states up to date with what stands in the host; cheap, from any thread, raises nothing."""
         for run in list(self.runs.values()):
-            if not run.turns.busy.locked():  # who is at work on it looks in the end
-                run.turns.take(functools.partial(self._look_quietly, run), functools.partial(self._tell_displaced, run))
+            run.turns.look(functools.partial(self._look_quietly, run), functools.partial(self._tell_displaced, run))
 
     def _look_quietly(self, run: Run) -> None:
         if any(is_executed_now(target.module) for target in run.targets):

@@ -348,6 +348,42 @@ print(fakehost.more.prefill(1), state("both"))
     assert fake_host.says(code) == "ours applied"
 
 
+def test_an_import_in_the_midst_of_a_look(fake_host: FakeHost) -> None:
+    """Where another thread asks for the state, as the report does, the host's import ends with ours in place."""
+    fake_host.write("gate.py", HALF)
+    fake_host.plug("""
+    def edit(module):
+        def undo(): pass
+        def places():
+            import gate, time
+            if gate.go_on.is_set():  # a look that takes its time
+                gate.entered.set()
+                time.sleep(0.3)
+            return []
+        undo.places = places
+        return undo
+    FEATURES = [feature("both", PREFILL, Target("fakehost.ops", "edit", kind="edit", edit=edit))]
+    """)
+    code = (
+        PATIENT
+        + """
+import gate
+mla_patch.apply()
+import fakehost.ops
+gate.go_on.set()
+thread = threading.Thread(target=mla_patch.report)
+thread.start()
+assert gate.entered.wait(10)
+gate.go_on.clear()
+from fakehost.more import prefill
+print(prefill(1), state("both"))
+thread.join()
+print(prefill(1), state("both"))
+"""
+    )
+    assert fake_host.says(code).splitlines() == ["ours applied", "ours applied"]
+
+
 def test_restore_while_an_edit_is_at_work(fake_host: FakeHost) -> None:
     """It returns at once, and the thread with the edit does it next."""
     fake_host.write("gate.py", HALF)
