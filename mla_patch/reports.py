@@ -167,7 +167,6 @@ class Writer:
         self._touched = 0.0  # when the file was last written or touched, by the monotonic clock
         self._complained = False
         self._problem = ""
-        self._looked = threading.Event()
         self._start()
 
     @property
@@ -213,7 +212,8 @@ class Writer:
             self.flush()
 
     def _start(self) -> None:
-        self._wake, self._left, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._wake, self._looked, self._left = threading.Event(), threading.Event(), threading.Event()
+        self._lock = threading.Lock()
         self._leaving = False
         self._exit = AtExit(self.farewell)
         self._thread: threading.Thread = threading.Thread(target=self._run, name="mla-patch-report", daemon=True)
@@ -234,5 +234,5 @@ class Writer:
     def restart(self) -> None:
         """In a forked child: threads do not survive a fork, and locks may be held forever."""
         self._exit.cancel()
-        self._written, self._complained = "", False
+        self._written, self._complained, self._problem = "", False, ""
         self._start()

@@ -178,6 +178,34 @@ def test_a_forked_child_tells_of_itself(fake_host: FakeHost, tmp_path: Path) -> 
     assert run(fake_host, code, tmp_path / "reports") == "2 1"
 
 
+def test_a_fork_in_the_midst_of_a_write(fake_host: FakeHost, tmp_path: Path) -> None:
+    """Whatever lock of the writer's the parent's thread has, the child waits for none of them."""
+    code = """
+    import signal
+    report = reports.ProcessReport(engine="sglang")
+    writer = reports.Writer(os.environ["MLA_PATCH_REPORT"], report)
+    until(files)
+    for event in (writer._wake, writer._looked, writer._left):
+        event._cond.acquire()
+    writer._lock.acquire()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        report.renew()
+        writer.restart()
+        print(repr(writer.problem(10)), flush=True)
+        report.problems.append("new")
+        writer.changed()
+        until(lambda: writer.path.exists() and told(str(writer.path))["problems"] == ["new"])
+        writer.farewell()
+        print(told(str(writer.path))["ended"] is not None, flush=True)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+    os._exit(0)
+    """
+    assert run(fake_host, code + "\n", tmp_path / "reports").splitlines() == ["''", "True", "0"]
+
+
 def test_two_processes_share_a_directory(fake_host: FakeHost, tmp_path: Path) -> None:
     code = """
     mla_patch.apply("ops")
