@@ -311,17 +311,23 @@ class Patcher:
     def _stopped(self, label: str, reason: str, state: State) -> None:
         """The breaker, or a device that cannot or need not, seen at a call: the host serves from here on."""
         run = self.runs[label]
-        if state is not State.FAILED:
-            run.turns.take(functools.partial(self._undo, run), self.changed)
-        run.status.state, run.status.reason = state, reason
+
+        def work() -> None:
+            if state is not State.FAILED:
+                self._undo(run)
+            run.status.state, run.status.reason = state, reason
+
+        def then() -> None:
+            self.changed()
+            if state is State.FAILED:
+                run.warned = True
+                log.warning("mla-patch: %s stopped, the host serves from here on: %s", label, reason)
+            else:
+                self._complain(run)
+
         if run.arms is not None:
             run.arms.stopped(reason)
-        self.changed()
-        if state is State.FAILED:
-            run.warned = True
-            log.warning("mla-patch: %s stopped, the host serves from here on: %s", label, reason)
-        else:
-            self._complain(run)
+        run.turns.take(work, then)  # in turn: a look that has begun would say that ours still serves
 
     # what follows runs inside the host's import
 

@@ -348,25 +348,22 @@ print(fakehost.more.prefill(1), state("both"))
     assert fake_host.says(code) == "ours applied"
 
 
-def test_an_import_in_the_midst_of_a_look(fake_host: FakeHost) -> None:
-    """Where another thread asks for the state, as the report does, the host's import ends with ours in place."""
-    fake_host.write("gate.py", HALF)
-    fake_host.plug("""
-    def edit(module):
-        def undo(): pass
-        def places():
-            import gate, time
-            if gate.go_on.is_set():  # a look that takes its time
-                gate.entered.set()
-                time.sleep(0.3)
-            return []
-        undo.places = places
-        return undo
-    FEATURES = [feature("both", PREFILL, Target("fakehost.ops", "edit", kind="edit", edit=edit))]
-    """)
-    code = (
-        PATIENT
-        + """
+SLOW_LOOK = """
+def edit(module):
+    def undo(): pass
+    def places():
+        import gate, time
+        if gate.go_on.is_set():  # a look that takes its time
+            gate.entered.set()
+            time.sleep(0.3)
+        return []
+    undo.places = places
+    return undo
+EDIT = Target("fakehost.ops", "edit", kind="edit", edit=edit)
+"""
+LOOKS = (
+    PATIENT
+    + """
 import gate
 mla_patch.apply()
 import fakehost.ops
@@ -375,13 +372,39 @@ thread = threading.Thread(target=mla_patch.report)
 thread.start()
 assert gate.entered.wait(10)
 gate.go_on.clear()
+"""
+)
+
+
+def test_an_import_in_the_midst_of_a_look(fake_host: FakeHost) -> None:
+    """Where another thread asks for the state, as the report does, the host's import ends with ours in place."""
+    fake_host.write("gate.py", HALF)
+    fake_host.plug(SLOW_LOOK + 'FEATURES = [feature("both", PREFILL, EDIT)]')
+    code = """
 from fakehost.more import prefill
 print(prefill(1), state("both"))
 thread.join()
 print(prefill(1), state("both"))
 """
+    assert fake_host.says(LOOKS + code).splitlines() == ["ours applied", "ours applied"]
+
+
+def test_the_breaker_in_the_midst_of_a_look(fake_host: FakeHost) -> None:
+    fake_host.write("gate.py", HALF)
+    fake_host.plug(
+        SLOW_LOOK
+        + """
+BROKEN = target("fakehost.ops", "decode", ("q", "kv", "scale"), decode_call, "broken")
+FEATURES = [feature("both", BROKEN, EDIT)]
+"""
     )
-    assert fake_host.says(code).splitlines() == ["ours applied", "ours applied"]
+    code = """
+print(fakehost.ops.decode(1, 2))
+thread.join()
+print(state("both"))
+"""
+    done = fake_host.run(LOOKS + code)
+    assert done.stdout.splitlines() == ["host", "failed: decode: RuntimeError('boom')"], done.stderr
 
 
 def test_restore_while_an_edit_is_at_work(fake_host: FakeHost) -> None:
