@@ -19,9 +19,9 @@ from typing import Any
 
 import mla_patch
 from mla_patch import endings, files, redact
+from mla_patch.at_exit import AtExit
 from mla_patch.compat import processes
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.exits import AtExit
 from mla_patch.features import SATISFIED, Counts, State
 
 log = logging.getLogger("mla_patch")

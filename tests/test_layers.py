@@ -18,14 +18,14 @@ MAY = {
     "bootstrap": {"_door"},
     "features": {"compat"},
     "files": set(),
-    "exits": set(),
+    "at_exit": set(),
     "redact": set(),
     "sources": {"imports"},
     "standing": set(),
     "hookspecs": {"features", "compat"},
     "flags": {"endings", "experiment", "features"},
     "plugins": {"endings", "features", "flags", "hookspecs", "compat"},
-    "reports": {"endings", "files", "exits", "redact", "features", "compat"},
+    "reports": {"endings", "files", "at_exit", "redact", "features", "compat"},
     "survey": {"files", "redact", "reports", "compat"},
     "dispatch": {"endings", "imports", "features", "compat"},
     "release": {"features", "compat"},
@@ -34,7 +34,7 @@ MAY = {
     "session": {"patcher", "judge", "reports", "experiment", "flags", "sources", "features", "plugins", "imports"}
     | {"endings", "compat"},
     "startup": {"session", "plugins", "imports", "endings", "compat"},
-    "experiment": {"files", "exits", "dispatch", "reports", "features", "kernels", "compat"},
+    "experiment": {"files", "at_exit", "dispatch", "reports", "features", "kernels", "compat"},
     "flash_mla": {"kernels", "compat"},
     "sparse_prefill": {"kernels", "compat"},
     "kernels": {"kernels", "compat"},
@@ -128,7 +128,7 @@ def test_nobody_imports_a_second_copy(path: Path) -> None:
 
 
 DECLARING = ["features", "sources", "hookspecs", "flags", "plugins", "reports", "judge", "startup", "hooks", "_door"]
-DECLARING += ["session", "experiment", "files", "exits", "redact", "survey", "release"]
+DECLARING += ["session", "experiment", "files", "at_exit", "redact", "survey", "release"]
 
 
 @pytest.mark.parametrize("path", [path for path in files() if part(path) in DECLARING], ids=ids)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from mla_patch import files
-from mla_patch.exits import AtExit
+from mla_patch.at_exit import AtExit
 
 log = logging.getLogger("mla_patch")
 FORMAT = 1

@@ -5,7 +5,7 @@ from conftest import RunPython
 
 START = """
 import multiprocessing, os, sys, threading, time
-from mla_patch.exits import AtExit
+from mla_patch.at_exit import AtExit
 
 def last():
     os.write(1, f"{os.getpid() == main} {name}\\n".encode())
