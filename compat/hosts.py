@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from mla_patch.compat import HOST_PACKAGES, sglang
-from mla_patch.compat.types import Host
+from mla_patch.compat.types import SWITCHED_ON, Host
 
 VLLM = Host(
     "vllm",
@@ -20,7 +20,6 @@ VLLM = Host(
 )
 HOSTS = {host.package: host for host in (sglang.HOST, VLLM)}
 assert tuple(HOSTS) == HOST_PACKAGES
-_TRUE = ("true", "1", "yes", "y")  # as the hosts read their switches
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def host(name: str) -> Host:
 def promised(known: Host) -> list[str]:
     """What this environment makes a host's processes promise about results, as sentences."""
     found = [(name, what, os.environ.get(name, "")) for name, what in known.promises]
-    return [f"{name}={value}: {what}" for name, what, value in found if value.lower() in _TRUE]
+    return [f"{name}={value}: {what}" for name, what, value in found if value.lower() in SWITCHED_ON]
 
 
 def installed(known: Host, where: str | None) -> Installed | None:

@@ -34,18 +34,17 @@ from types import ModuleType
 from typing import Any
 
 from mla_patch.compat.methods import set_methods
-from mla_patch.compat.types import Undo
+from mla_patch.compat.types import SWITCHED_ON, Undo
 
 VARIABLE = "SGLANG_ENABLE_DETERMINISTIC_INFERENCE"
 REASON = "deterministic inference: the engine promises batch-invariant results"
 _OPS = "sglang.srt.batch_invariant_ops"
-_TRUE = ("true", "1", "yes", "y")  # as SGLang reads its switches
 
 
 def inherited() -> str | None:
     """What the environment says of why no kernel may serve whose results depend on the batch; None: nothing."""
     value = os.environ.get(VARIABLE, "")
-    return f"{REASON} ({VARIABLE}={value})" if value.lower() in _TRUE else None
+    return f"{REASON} ({VARIABLE}={value})" if value.lower() in SWITCHED_ON else None
 
 
 def is_on() -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+SWITCHED_ON = ("true", "1", "yes", "y")  # how hosts read their switches in the environment, in lower case
+
 # Takes an edit back. It may have `places`, see `methods.Undoing`: then a report says where something else stands by now
 Undo = Callable[[], None]
 

@@ -10,8 +10,8 @@ from packaging.specifiers import SpecifierSet
 from mla_patch.compat import hosts
 from mla_patch.compat.types import Gpu, key_targets
 from mla_patch.features import Feature, State
-from mla_patch.flags import EXPERIMENTS, Setting
-from mla_patch.judge import UNKNOWN_GPU, code_of
+from mla_patch.flags import Setting
+from mla_patch.judge import UNKNOWN_GPU, by_flag, code_of
 
 
 def in_range(version: str, feature: Feature) -> bool:
@@ -32,12 +32,9 @@ def verdict(feature: Feature, setting: Setting, release: str, device: Gpu | None
 
 
 def _decide(feature: Feature, setting: Setting, release: str, device: Gpu | None) -> tuple[State, str]:
-    if setting.problem:
-        return State.REFUSED, setting.problem
-    if setting.value == "off":
-        return State.OFF, f"{setting.name}=off ({setting.source})"
-    if setting.value in EXPERIMENTS and feature.steps is None:
-        return State.REFUSED, f"{setting.name}={setting.value}: no arm of the host's to compare with; set on or off"
+    decided = by_flag(feature, setting)
+    if decided is not None:
+        return decided.state, decided.reason
     if not in_range(release, feature):
         return State.ABSENT, f"{feature.host_name} {release} is outside {feature.requirement()[1]}"
     refusal = feature.refusal(device)

@@ -45,13 +45,8 @@ def judge(
         return Judgement(State.FAILED, repr(problem))
 
 
-def _judge(
-    feature: Feature,
-    setting: Setting,
-    host: Installed | None,
-    skip_version_check: bool,
-    skip_finders: tuple[type, ...],
-) -> Judgement:
+def by_flag(feature: Feature, setting: Setting) -> Judgement | None:
+    """What the flag alone decides, whatever the host; None: nothing."""
     if setting.problem:
         return Judgement(State.REFUSED, setting.problem)
     if setting.value == "off":
@@ -60,6 +55,19 @@ def _judge(
         return Judgement(
             State.REFUSED, f"{setting.name}={setting.value}: no arm of the host's to compare with; set on or off"
         )
+    return None
+
+
+def _judge(
+    feature: Feature,
+    setting: Setting,
+    host: Installed | None,
+    skip_version_check: bool,
+    skip_finders: tuple[type, ...],
+) -> Judgement:
+    decided = by_flag(feature, setting)
+    if decided is not None:
+        return decided
     if host is None:
         return Judgement(State.ABSENT, f"{feature.host_name} is not installed")
     found = release.find(feature, host, _source(skip_finders), skip_version_check)

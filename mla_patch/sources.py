@@ -49,7 +49,7 @@ def find_module(name: str, skip: tuple[type, ...] = ()) -> str | None:
         dotted = ".".join([head, *rest[: i + 1]])
         try:
             spec = PathFinder.find_spec(dotted, places)
-            namespace = spec is not None and spec.origin is None
+            namespace = is_namespace(spec)
         except KeyError:  # a namespace package's own path asks sys.modules for its parent, which is not imported
             namespace = True
         if namespace:
