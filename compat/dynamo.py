@@ -45,7 +45,7 @@ def outside(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def leave_alone(module: Any, function: Any) -> None:
     """Keep ``function``'s own frame from being compiled by ``module``, which is torch._dynamo."""
-    skip = getattr(module.eval_frame, "skip_code", None)
+    skip = getattr(getattr(module, "eval_frame", None), "skip_code", None)
     if skip is not None:
         skip(function.__code__)
     function._torchdynamo_disable = True  # where a caller's frame is traced into it
@@ -64,7 +64,7 @@ def asks(frame: FrameType | None) -> Tracer | None:
     for _ in range(_NEAR):
         if frame is None:
             return None
-        if frame.f_globals.get("__name__", "").startswith("torch._dynamo."):
+        if str(frame.f_globals.get("__name__")).startswith("torch._dynamo."):
             break
         frame = frame.f_back
     else:

@@ -296,6 +296,14 @@ def test_what_is_used_of_torch_is_there() -> None:
     assert issubclass(type(dynamo.unsupported("why")), torch._dynamo.exc.Unsupported)
 
 
+def test_a_torch_that_is_made_otherwise_fails_nothing() -> None:
+    """Nor does code that gives itself a name of another kind: whoever asks is the engine, or imports torch."""
+    dynamo.leave_alone(types.ModuleType("torch._dynamo"), lambda: None)
+    asking: dict[str, Any] = {"__name__": None, "it": Host().function}
+    exec("answer = isinstance(it, type(lambda: None))", asking)
+    assert asking["answer"] is True
+
+
 def test_another_thread_is_not_taken_for_a_compiled_function() -> None:
     it, both, seen = Host(), threading.Barrier(2), []
 
