@@ -37,7 +37,7 @@ class Session:
         self.report: ProcessReport = ProcessReport(problems=[*plugins.problems, *self.flags.problems])
         self.writer: Writer | None = None
         self.patcher: Patcher = Patcher(plugins.arms, self.flags.on("MLA_PATCH_STRICT"), self._changed)
-        self.report.look = self.patcher.look
+        self.report.look = self._look
         self.live: Live | None = None  # experiments, if any
         self.once: dict[str, Any] = {}  # what is done once, by whoever comes first
         self.ended = ""  # strict's reason
@@ -175,9 +175,16 @@ class Session:
         try:
             self.patcher.apply(feature, setting, judgement, trial)
         finally:
-            self.report.features = [run.status for run in self.patcher.runs.copy().values()]
+            self._list_features()
             self._start_writer()
             self._changed()
+
+    def _look(self) -> None:
+        self.patcher.look()
+        self._list_features()  # of two threads that apply features at once the slower one may have listed fewer
+
+    def _list_features(self) -> None:
+        self.report.features = [run.status for run in self.patcher.runs.copy().values()]
 
     def _test(self, feature: Feature, setting: Setting, settings: Flags, judgement: Judgement) -> Trial:
         """Put a feature under test; ValueError: it cannot be, with the reason."""

@@ -407,6 +407,20 @@ print(state("both"))
     assert done.stdout.splitlines() == ["host", "failed: decode: RuntimeError('boom')"], done.stderr
 
 
+def test_a_thread_that_lists_the_features_late(fake_host: FakeHost) -> None:
+    """Two threads apply features; the list of the one that began first comes last and lacks the other's."""
+    code = """
+from mla_patch import startup
+mla_patch.apply("ops")
+session = startup._published["session"]
+early = session.report.features
+mla_patch.apply("kernel")
+session.report.features = early
+states("ops", "kernel")
+"""
+    assert fake_host.says(code) == "armed armed"
+
+
 def test_restore_while_an_edit_is_at_work(fake_host: FakeHost) -> None:
     """It returns at once, and the thread with the edit does it next."""
     fake_host.write("gate.py", HALF)
