@@ -622,7 +622,10 @@ def bench(args: argparse.Namespace) -> int:
         if args.kernel != "decode" and getattr(args, name):
             raise Misuse(f"bench {args.kernel}: --{name} is for decode")
     if _torch_gpu() is None and "bf16" in args.dtype:
-        raise Misuse("bench: --dtype bf16 without a GPU: Triton's interpreter multiplies bf16 wrongly; expected fp16")
+        raise Misuse(
+            "bench: --dtype bf16 without a GPU: in Triton's interpreter the engine's kernel multiplies bf16 wrongly; "
+            "expected fp16"
+        )
     options = {name: getattr(args, name) for name in ("kernel", "heads", "batch", "length", "dtype")}
     environ = {name: value for name, value in os.environ.items() if name != "MLA_PATCH"}
     result = _child("bench", [json.dumps(options)], environ, args)
@@ -858,8 +861,10 @@ def _show_doctor(report: Mapping[str, Any]) -> None:
         show.lines([f"{host['name']} {host['version'] or 'of an unknown version'}{note}"])
     if not report["hosts"]:
         show.lines(["no engine is installed here"])
-    if os.environ.get("MLA_PATCH") is None:
-        show.lines(["MLA_PATCH is not set: an engine started from here runs untouched. With MLA_PATCH=1:"], "dim")
+    value = os.environ.get("MLA_PATCH")
+    if value is None or value.strip().lower() in mla_patch.OFF:
+        off = "is not set" if value is None else f"is {value!r}, which means off"
+        show.lines([f"MLA_PATCH {off}: an engine started from here runs untouched. With MLA_PATCH=1:"], "dim")
     columns = ["name", "host", "flag", "value", "source", "state", "reason"]
     show.table("features", columns, report["features"])
     targets = [{"feature": f["name"], **target} for f in report["features"] for target in f["targets"]]

@@ -11,7 +11,7 @@ from mla_patch.compat import hosts
 from mla_patch.compat.types import Gpu, key_targets
 from mla_patch.features import Feature, State
 from mla_patch.flags import Setting
-from mla_patch.judge import UNKNOWN_GPU, by_flag, code_of
+from mla_patch.judge import UNKNOWN_GPU, by_flag, code_of, kept
 
 
 def in_range(version: str, feature: Feature) -> bool:
@@ -38,7 +38,8 @@ def _decide(feature: Feature, setting: Setting, release: str, device: Gpu | None
     if not in_range(release, feature):
         return State.ABSENT, f"{feature.host_name} {release} is outside {feature.requirement()[1]}"
     refusal = feature.refusal(device)
-    ours, natives, open_ = False, [], False
+    ours, open_ = False, False
+    natives: dict[str, list[str]] = {}
     for entry, homes in key_targets(feature.targets(release)).items():
         own = feature.native(homes[0], release) if feature.native is not None and not setting.asked_for else None
         if callable(own):
@@ -47,12 +48,12 @@ def _decide(feature: Feature, setting: Setting, release: str, device: Gpu | None
         if own is None:
             ours = True
         else:
-            natives.append(f"{entry}: {own}")
+            natives.setdefault(own, []).append(entry)
     if not ours:
-        return State.NATIVE, "; ".join(natives)
+        return State.NATIVE, "; ".join(kept(natives))
     if refusal:
         return State.REFUSED, refusal
-    return State.APPLIED, "; ".join([*natives, *([UNKNOWN_GPU] if open_ else [])])
+    return State.APPLIED, "; ".join([*kept(natives), *([UNKNOWN_GPU] if open_ else [])])
 
 
 def serves(feature: Feature, setting: Setting, release: str, device: Gpu, heads: Sequence[int]) -> list[dict[str, Any]]:

@@ -123,10 +123,15 @@ def _open_directory(path: Path) -> int:
 
 def _check_directory(found: os.stat_result, path: Path) -> None:
     mode, me = stat.S_IMODE(found.st_mode), os.geteuid()
+    if mode & stat.S_ISVTX and mode & 0o002:  # as /tmp: everybody's on purpose, so nobody is told to change it
+        raise Refused(
+            f"mode {mode:04o} lets everybody write to it: name a directory below it, such as {path / 'mla-patch'}"
+        )
     if found.st_uid != me:
+        chown = f", or `chown {me} {path}`" if found.st_uid != 0 else ""  # root's directories are the system's
         raise Refused(
             f"it belongs to user {found.st_uid} (mode {mode:04o}) and this process runs as user {me}: "
-            f"name a directory of user {me}'s own, or `chown {me} {path}`"
+            f"name a directory of user {me}'s own{chown}"
         )
     if mode & 0o022:
         who = "everybody" if mode & 0o002 else "its group"

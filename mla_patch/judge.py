@@ -75,7 +75,7 @@ def _judge(
         return Judgement(State.ABSENT, found.outside)
     notes, version = found.notes, found.version
     taken: list[Target] = []
-    natives: list[str] = []
+    natives: dict[str, list[str]] = {}  # why the host keeps its own: which entry points
     asks: list[Asked] = []
     device = gpu.known()
     refusal = feature.refusal(device)
@@ -95,7 +95,7 @@ def _judge(
             if own is None:
                 asks.append(ask)
         if own is not None:
-            natives.append(f"{entry}: {own}")
+            natives.setdefault(own, []).append(entry)
             continue
         problems, missing = [], []
         for target in homes:
@@ -114,12 +114,19 @@ def _judge(
             present = [home.module for home in homes if sources.find_module(home.module, skip_finders)]
             return Judgement(State.DRIFTED, "; ".join(dict.fromkeys(problems)), watch=present)
     if not taken:
-        return Judgement(State.NATIVE, "; ".join([*notes, *natives]))
+        return Judgement(State.NATIVE, "; ".join([*notes, *kept(natives)]))
     if refusal:
         return Judgement(State.REFUSED, refusal, watch=[target.module for target in taken])
+    told = [*notes, *kept(natives)]
     if asks and device is None:
-        natives.append(f"{gpu.why_unknown() or 'the GPU is not known'}: {UNKNOWN_GPU}")
-    return Judgement(State.ARMED, "; ".join([*notes, *natives]), taken, asks=list(dict.fromkeys(asks)))
+        told.append(f"{gpu.why_unknown() or 'the GPU is not known'}: {UNKNOWN_GPU}")
+    return Judgement(State.ARMED, "; ".join(told), taken, asks=list(dict.fromkeys(asks)))
+
+
+def kept(natives: Mapping[str, Sequence[str]]) -> list[str]:
+    """Why the host keeps its own entry points, each reason once."""
+    more = {reason: f" and {len(entries) - 1} more" if len(entries) > 1 else "" for reason, entries in natives.items()}
+    return [f"{entries[0]}{more[reason]}: {reason}" for reason, entries in natives.items()]
 
 
 def release_here(feature: Feature, host: Installed, skip_finders: tuple[type, ...] = ()) -> str | None:

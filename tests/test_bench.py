@@ -216,7 +216,7 @@ def test_a_patched_host_is_asked_for_its_own(engine: None, monkeypatch: pytest.M
     [
         (["page-table", "--heads", "16"], "--heads is for decode"),
         (["token-indices", "--dtype", "e4m3"], "--dtype is for decode"),
-        (["decode", "--dtype", "bf16"], "multiplies bf16 wrongly; expected fp16"),
+        (["decode", "--dtype", "bf16"], "the engine's kernel multiplies bf16 wrongly; expected fp16"),
         (["decode", "--heads", "129"], "'129', expected a number from 1 to 128"),
         (["decode", "--length", "-3"], "expected"),
         (["decode", "--dtype", "fp8"], "invalid choice: 'fp8'"),
