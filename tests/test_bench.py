@@ -11,7 +11,7 @@ import pytest
 import torch
 from scratch import clean_env
 
-from mla_patch import bench, cli, startup
+from mla_patch import bench, cli, session
 from mla_patch.compat import gpu
 from mla_patch.compat import sglang_trial as trial
 from mla_patch.compat.triton import interpreted
@@ -150,7 +150,7 @@ UNMEASURED = "nothing to compare with in every case: the engine's own kernel did
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "find_host", lambda name: SimpleNamespace(version="0.5.11"))
+    monkeypatch.setattr(session, "find_host", lambda name: SimpleNamespace(version="0.5.11"))
     monkeypatch.setattr(trial, "prepare", lambda: ["sgl_kernel"])
 
 
@@ -192,7 +192,7 @@ def test_the_hosts_own_beside_ours(fault: str | None, engine: None, monkeypatch:
 
 @in_the_interpreter
 def test_a_release_that_was_not_reviewed_is_a_finding(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "find_host", lambda name: SimpleNamespace(version="0.4.6"))
+    monkeypatch.setattr(session, "find_host", lambda name: SimpleNamespace(version="0.4.6"))
     told = result(kernel="page-table")
     assert told["findings"] == [
         "SGLang 0.4.6 is outside >=0.5.1,<0.5.24, for which kv_indices was reviewed", UNMEASURED,
