@@ -33,7 +33,6 @@ from mla_patch import plugins as plugins_
 from mla_patch.compat import gpu, hosts, sglang_fetch
 from mla_patch.compat.types import Gpu, Host
 from mla_patch.features import MEANING, Feature, State
-from mla_patch.imports import HostFinder
 from mla_patch.judge import Judgement, code_of, judge, nothing_active, release_here
 from mla_patch.session import experiment, find_host
 from mla_patch.show import Line, Table
@@ -360,7 +359,7 @@ def _elsewhere(
     device = Gpu(f"sm_{args.sm[0]}{args.sm[1]}", args.sm) if args.sm else gpu.for_engines()[0]
     for feature in features:
         found = find_host(feature.host_name)
-        here = release_here(feature, found, (HostFinder,)) if found else None
+        here = release_here(feature, found) if found else None
         release: str | None = here if args.release is None else args.release
         if args.release is not None and not explain_.in_range(args.release, feature):
             raise Misuse(f"--release {args.release}: expected a version that is {feature.requirement()[1]}")
@@ -390,7 +389,7 @@ def _would_be(feature: Feature, flags: flags_.Flags, plugins: plugins_.Plugins) 
     setting = flags.feature(feature)
     skip = flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
     host = find_host(feature.host_name)
-    verdict = judge(feature, setting, host, skip_version_check=skip, skip_finders=(HostFinder,))
+    verdict = judge(feature, setting, host, skip_version_check=skip)
     if setting.value in flags_.EXPERIMENTS and verdict.state is State.ARMED:
         try:
             experiment(feature, setting, flags, verdict, plugins)

@@ -35,11 +35,10 @@ def judge(
     host: Installed | None,
     *,
     skip_version_check: bool = False,
-    skip_finders: tuple[type, ...] = (),
 ) -> Judgement:
     """The state that this machine would reach, from flags, versions and source alone; imports nothing of the host."""
     try:
-        return _judge(feature, setting, host, skip_version_check, skip_finders)
+        return _judge(feature, setting, host, skip_version_check)
     except BaseException as problem:  # a plugin's declaration; other features and the caller are not to suffer
         endings.pass_on(problem)
         return Judgement(State.FAILED, repr(problem))
@@ -58,19 +57,13 @@ def by_flag(feature: Feature, setting: Setting) -> Judgement | None:
     return None
 
 
-def _judge(
-    feature: Feature,
-    setting: Setting,
-    host: Installed | None,
-    skip_version_check: bool,
-    skip_finders: tuple[type, ...],
-) -> Judgement:
+def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_version_check: bool) -> Judgement:
     decided = by_flag(feature, setting)
     if decided is not None:
         return decided
     if host is None:
         return Judgement(State.ABSENT, f"{feature.host_name} is not installed")
-    found = release.find(feature, host, _source(skip_finders), skip_version_check)
+    found = release.find(feature, host, _source(), skip_version_check)
     if found.outside:
         return Judgement(State.ABSENT, found.outside)
     notes, version = found.notes, found.version
@@ -99,19 +92,19 @@ def _judge(
             continue
         problems, missing = [], []
         for target in homes:
-            problem = _source_problem(target, skip_finders)
+            problem = _source_problem(target)
             if problem is None:
                 taken.append(target)
                 break
             package = target.module.partition(".")[0]
-            if sources.find_package(package, skip_finders) is None:
+            if sources.find_package(package) is None:
                 missing.append(package)
             else:
                 problems.append(problem)
         else:
             if not problems:
                 return Judgement(State.ABSENT, f"{' or '.join(dict.fromkeys(missing))} is not installed")
-            present = [home.module for home in homes if sources.find_module(home.module, skip_finders)]
+            present = [home.module for home in homes if sources.find_module(home.module)]
             return Judgement(State.DRIFTED, "; ".join(dict.fromkeys(problems)), watch=present)
     if not taken:
         return Judgement(State.NATIVE, "; ".join([*notes, *kept(natives)]))
@@ -129,17 +122,14 @@ def kept(natives: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{entries[0]}{more[reason]}: {reason}" for reason, entries in natives.items()]
 
 
-def release_here(feature: Feature, host: Installed, skip_finders: tuple[type, ...] = ()) -> str | None:
+def release_here(feature: Feature, host: Installed) -> str | None:
     """The release that ``feature`` meets in an installed host, by its version or its source; None: it is outside."""
-    found = release.find(feature, host, _source(skip_finders))
+    found = release.find(feature, host, _source())
     return found.version or found.nearest
 
 
-def _source(skip_finders: tuple[type, ...]) -> release.Source:
-    return release.Source(
-        lambda module: sources.find_module(module, skip_finders) is not None,
-        lambda target: _source_problem(target, skip_finders),
-    )
+def _source() -> release.Source:
+    return release.Source(lambda module: sources.find_module(module) is not None, _source_problem)
 
 
 def nothing_active(hosts: Sequence[Installed], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -182,8 +172,8 @@ def code_of(target: Target) -> str:
     return f"{target.edit.__module__}:{target.edit.__qualname__}" if target.edit is not None else target.serve
 
 
-def _source_problem(target: Target, skip_finders: tuple[type, ...]) -> str | None:
-    path = sources.find_module(target.module, skip_finders)
+def _source_problem(target: Target) -> str | None:
+    path = sources.find_module(target.module)
     if path is None:
         return f"{target.module} does not exist"
     if target.kind == "edit":

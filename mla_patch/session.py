@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mla_patch.imports import HostFinder, when_imported
+from mla_patch.imports import when_imported
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,7 +90,7 @@ class Session:
             setting = self.flags.feature(feature)
             if setting.asked_for and setting.value != "off" and feature.name not in here:
                 found = find_host(feature.host_name)
-                judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
+                judgement = judge(feature, setting, found, skip_version_check=skip)
                 lost.setdefault(feature.name, []).append((feature, setting, judgement))
         for rows in lost.values():
             if not any(judgement.state in SATISFIED for _, _, judgement in rows):
@@ -162,7 +162,7 @@ class Session:
             self.report.engine = self.report.engine or (found.host.package if found else "")
             if found is not None and found.host.package == self.report.engine:
                 self.report.host_version = found.version
-            judgement = judge(feature, setting, found, skip_version_check=skip, skip_finders=(HostFinder,))
+            judgement = judge(feature, setting, found, skip_version_check=skip)
             trial = None
             if setting.value in flags.EXPERIMENTS and judgement.state is State.ARMED:
                 try:
@@ -253,7 +253,7 @@ def find_host(name: str) -> Any:
     from mla_patch.compat import hosts
 
     known = hosts.host(name)
-    spec = sources.find_package(known.package, (HostFinder,))
+    spec = sources.find_package(known.package)
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     return hosts.installed(known, places[0] if places else None)
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
-from mla_patch.imports import is_namespace
+from mla_patch.imports import HostFinder, is_namespace
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Module:
     imported: dict[str, tuple[str, str]] = field(default_factory=dict)  # name here -> (module, name there)
 
 
-def find_package(name: str, skip: tuple[type, ...] = ()) -> ModuleSpec | None:
+def find_package(name: str, skip: tuple[type, ...] = (HostFinder,)) -> ModuleSpec | None:
     """A top package's spec, asked of every finder but those of the types in ``skip``; imports nothing.
 
     A folder without an ``__init__`` is a package to Python, and none here: any folder of that name is one, wherever the
@@ -38,7 +38,7 @@ def find_package(name: str, skip: tuple[type, ...] = ()) -> ModuleSpec | None:
     return None
 
 
-def find_module(name: str, skip: tuple[type, ...] = ()) -> str | None:
+def find_module(name: str, skip: tuple[type, ...] = (HostFinder,)) -> str | None:
     """The source file of a module, or None; packages on the way are not imported."""
     head, *rest = name.split(".")
     spec = find_package(head, skip)

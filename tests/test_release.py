@@ -196,7 +196,7 @@ def test_a_package_that_is_not_installed_has_not_drifted(site: Path) -> None:
 
 def test_another_makers_gpu_is_refused_and_not_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the host has a decode of its own, too: its table is of NVIDIA's capabilities."""
-    monkeypatch.setattr(judge, "_source_problem", lambda target, skip: None)
+    monkeypatch.setattr(judge, "_source_problem", lambda target: None)
     for device, state, reason in (
         (Gpu("NVIDIA A100", (8, 0)), State.NATIVE, "not measured on sm_80"),
         (Gpu("Z100SM", (9, 0), cuda=False), State.REFUSED, "not an NVIDIA GPU"),

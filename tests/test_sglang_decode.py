@@ -276,7 +276,7 @@ def test_without_nvml_the_first_calls_gpu_decides(
     monkeypatch.setattr(gpu, "from_nvml", lambda: None)
     monkeypatch.setattr(gpu, "_told", [])
     where = Installed(sglang.HOST, "0.5.23", "")
-    monkeypatch.setattr(judge, "_source_problem", lambda target, skip: None)
+    monkeypatch.setattr(judge, "_source_problem", lambda target: None)
     told = judge.judge(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), where)
     assert told.state == "armed" and told.reason.endswith(judge.UNKNOWN_GPU)
     patcher = Patcher()

@@ -108,7 +108,7 @@ def test_a_process_of_a_deterministic_engine_knows_from_its_start(
     value: str, on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, value)
-    monkeypatch.setattr(judge, "_source_problem", lambda target, skip: None)
+    monkeypatch.setattr(judge, "_source_problem", lambda target: None)
     where = Installed(sglang.HOST, "0.5.11", "")
     for mode in ("on", "ab"):  # ours serves in neither, whoever asks
         told = judge.judge(sglang_decode.FEATURE, Setting("MLA_PATCH_DECODE", mode, "environment"), where)

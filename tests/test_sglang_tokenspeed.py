@@ -711,7 +711,7 @@ def test_half_of_the_points() -> None:
     ],
 )
 def test_releases(version: str | None, edit: str, state: State, monkeypatch: Any) -> None:
-    monkeypatch.setattr(judge, "_source_problem", lambda target, skip: None)
+    monkeypatch.setattr(judge, "_source_problem", lambda target: None)
     first = hook.FEATURE.targets(version)[0]
     assert (first.edit.__name__, hook.FEATURE.default) == (edit, "on")  # type: ignore[union-attr]
     host = Installed(HOST, version, "/nowhere", "")
