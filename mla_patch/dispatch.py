@@ -195,7 +195,7 @@ class Site:
                 arm = None if name in (HOST, SHADOW) or switch.stopped else self.arms[name]
             except BaseException as problem:
                 endings.pass_on(problem)
-                switch.trip(f"{self.name}: choosing an arm: {problem!r}")
+                switch.trip(f"{self.name}: choosing an arm: {endings.text_of(problem)}")
                 return host(*args, **kwargs)
             if arm is None:
                 if name == SHADOW and not switch.stopped:
@@ -214,10 +214,10 @@ class Site:
         try:
             result = serve(call)
         except ValueError as problem:  # a launcher's refusal, before its launch
-            self._decline(str(problem))
+            self._decline(endings.text_of(problem, str))
             return host(*args, **kwargs)
         except Final as final:
-            self._decline(str(final))
+            self._decline(endings.text_of(final, str))
             raise final.refusal from None
         except BaseException as problem:
             endings.pass_on(problem)
@@ -245,7 +245,7 @@ class Site:
                 ours, pairs = self.twin(call)
                 arm.serve(ours)
         except (ValueError, Final) as problem:
-            reason = str(problem)
+            reason = endings.text_of(problem, str)
         except BaseException as problem:
             endings.pass_on(problem)
             self._failed(problem, call)
@@ -265,7 +265,7 @@ class Site:
             endings.pass_on(problem)
             if gpu.capturing():
                 raise
-            switch.trip(f"{self.name}: comparing: {problem!r}")
+            switch.trip(f"{self.name}: comparing: {endings.text_of(problem)}")
         return result
 
     def _decline(self, reason: str) -> None:
@@ -275,7 +275,7 @@ class Site:
     def _malformed(self, where: str, problem: BaseException, call: Any = None) -> None:
         """`bind` or `declines` has raised: nothing was launched, and more often than not the call is an odd one."""
         reason = odd_argument(call)
-        text = f"{where}: {problem!r}"
+        text = f"{where}: {endings.text_of(problem)}"
         if reason is None and not self.switch.bears_malformed(text, self.counts.served):
             self.switch.trip(f"{self.name}: {text}, at {MALFORMED} calls in a row")
             return
@@ -294,12 +294,12 @@ class Site:
         if reason is not None:
             self._decline(reason)
         elif not passes(problem):
-            self.switch.trip(f"{self.name}: {problem!r}")
+            self.switch.trip(f"{self.name}: {endings.text_of(problem)}")
         elif not self.switch.bears_failure(self.counts.served):
-            self.switch.trip(f"{self.name}: {problem!r}, again and again")
+            self.switch.trip(f"{self.name}: {endings.text_of(problem)}, again and again")
         else:
             # At most AN_HOUR of these lines in an hour. As text: a record that is kept would keep what ours allocated
-            text = f"the host serves this call, and ours is tried again: {problem!r}"
+            text = f"the host serves this call, and ours is tried again: {endings.text_of(problem)}"
             log.warning("mla-patch: %s: %s", self.name, text)
             self._decline(f"failed in passing: {type(problem).__name__}")
             if is_out_of_memory(problem):
@@ -326,10 +326,11 @@ def _leave_dynamo() -> Callable[..., Any]:
 
 def _unbound(problem: TypeError) -> str:
     """What is wrong with the arguments, in words that do not change from call to call."""
-    _, found, rest = str(problem).partition("unexpected keyword argument ")
+    text = endings.text_of(problem, str)
+    _, found, rest = text.partition("unexpected keyword argument ")
     # newer Pythons go on: 'scal'. Did you mean 'scale'?
     name = rest.strip("'").partition("'")[0]
-    return f"unknown argument {name}" if found else f"arguments: {problem}"
+    return f"unknown argument {name}" if found else f"arguments: {text}"
 
 
 def odd_argument(call: Any) -> str | None:
@@ -367,7 +368,9 @@ def made_up(call: Any) -> str | None:
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and "out of memory" in str(problem))
+    if isinstance(problem, RuntimeError):
+        return "out of memory" in endings.text_of(problem, str)
+    return isinstance(problem, MemoryError)
 
 
 def passes(problem: BaseException) -> bool:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import NoReturn
 
@@ -49,6 +49,15 @@ def pass_on(problem: BaseException) -> None:
     """Raise an exception again that is not the plugin's whose code has raised it: see must_pass."""
     if must_pass(problem):
         raise problem
+
+
+def text_of(problem: BaseException, form: Callable[[object], str] = repr) -> str:
+    """The words of an exception that a plugin's or an engine's code raised, whatever its own methods do."""
+    try:
+        return form(problem)
+    except BaseException as another:
+        pass_on(another)
+        return f"{type(problem).__name__}, which has no words"
 
 
 def _write(text: str) -> None:

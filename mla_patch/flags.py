@@ -154,7 +154,7 @@ def _take(flag: Known, raw: str, source: str) -> Setting:
         return Setting(flag.name, flag.default, source, f"{flag.name}={raw}: {problem}")
     except BaseException as problem:  # a plugin's own way to read it; the other variables are not to suffer
         endings.pass_on(problem)
-        return Setting(flag.name, flag.default, source, f"{flag.name}={raw}: {problem!r}")
+        return Setting(flag.name, flag.default, source, f"{flag.name}={raw}: {endings.text_of(problem)}")
 
 
 def meant_feature(name: str, switches: Collection[str], names: Collection[str]) -> str | None:

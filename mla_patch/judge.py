@@ -41,7 +41,7 @@ def judge(
         return _judge(feature, setting, host, skip_version_check)
     except BaseException as problem:  # a plugin's declaration; other features and the caller are not to suffer
         endings.pass_on(problem)
-        return Judgement(State.FAILED, repr(problem))
+        return Judgement(State.FAILED, endings.text_of(problem))
 
 
 def by_flag(feature: Feature, setting: Setting) -> Judgement | None:

@@ -367,7 +367,7 @@ class Patcher:
         if isinstance(problem, Mismatch):
             run.status.state, run.status.reason = problem.state, str(problem)
         else:
-            run.status.state, run.status.reason = State.FAILED, repr(problem)
+            run.status.state, run.status.reason = State.FAILED, endings.text_of(problem)
             run.warned = not (self.strict and run.setting.asked_for)
             log.warning("mla-patch: %s failed, the host keeps its own code", run.feature.label, exc_info=problem)
 

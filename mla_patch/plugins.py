@@ -42,13 +42,15 @@ def load() -> Plugins:
         try:
             module, _, attribute = value.partition(":")
             loaded = import_module(module)
-            manager.register(getattr(loaded, attribute) if attribute else loaded, name)
+            plugin = getattr(loaded, attribute) if attribute else loaded
+            hash(plugin)  # pluggy puts all plugins into sets, later, when nobody can tell which one is to blame
+            manager.register(plugin, name)
             manager.check_pending()
         except BaseException as problem:
             endings.pass_on(problem)
             if manager.has_plugin(name):
                 manager.unregister(name=name)
-            found.problems.append(f"plugin {name} ({value}) was left out: {problem!r}")
+            found.problems.append(f"plugin {name} ({value}) was left out: {endings.text_of(problem)}")
     # asked one by one, so that one plugin's error costs only its own offer
     for name, plugin in manager.list_name_plugin():
         try:
@@ -65,7 +67,7 @@ def load() -> Plugins:
                 raise ValueError(f"feature {', '.join(clash)} is declared already")
         except BaseException as problem:
             endings.pass_on(problem)
-            found.problems.append(f"plugin {name} was left out: {problem!r}")
+            found.problems.append(f"plugin {name} was left out: {endings.text_of(problem)}")
             continue
         found.features += features
         found.arms += arms

@@ -157,6 +157,25 @@ def test_the_breaker(parts: dict[str, Any], reason: str) -> None:
     assert (patched.counts.served, patched.counts.declined) == (0, {})
 
 
+@pytest.mark.parametrize("kind", [TypeError, ValueError, RuntimeError, OSError, BaseException])
+@pytest.mark.parametrize("where", ["bind", "declines", "serve"])
+def test_an_error_whose_words_raise(where: str, kind: type[BaseException]) -> None:
+    """A plugin's own class, say. The host serves all the same."""
+
+    def mute(problem: BaseException) -> str:
+        raise LookupError("no words")
+
+    wordless = type("Wordless", (kind,), {"__repr__": mute, "__str__": mute})
+
+    def fail(*call: Any) -> Any:
+        raise wordless
+
+    patched = Patched(**{"patch" if where == "serve" else where: fail})
+    assert [patched.call(1, 2) for _ in range(MALFORMED)] == [("host", 1, 2, 1.0)] * MALFORMED
+    told = [*patched.counts.declined, *(reason for reason, _ in patched.stops)]
+    assert told and all("Wordless" in reason for reason in told)
+
+
 @pytest.mark.parametrize("where", ["bind", "declines"])
 def test_an_error_before_the_launch_is_the_calls_until_it_is_every_calls(where: str) -> None:
     """The host serves, and one odd call, or now and then one, is no reason to give the feature up."""

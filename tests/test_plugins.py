@@ -30,6 +30,7 @@ def add(fake_host: FakeHost, text: str, name: str = "other", value: str = "other
         ("def broken(:", "SyntaxError"),
         ("import sys\nsys.exit(3)", "SystemExit(3)"),
         ("raise GeneratorExit", "GeneratorExit()"),
+        ("class Mute(Exception):\n    def __repr__(self): exit(3)\nraise Mute", "Mute, which has no words"),
         ("@hookimpl\ndef mla_patch_features():\n    exit(3)", "SystemExit(3)"),
         ("FEATURES = []\n@hookimpl\ndef mla_patch_arms():\n    exit(3)", "SystemExit(3)"),
         ("FEATURES = []\n@hookimpl\ndef mla_patch_mla_kernels():\n    exit(3)", "SystemExit(3)"),
@@ -187,6 +188,13 @@ del mla_patch_features
     code = "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.fill(1), state('filled'), state('ops'))"
     fake_host.plug("FEATURES = [feature('ops', DECODE)]")
     assert fake_host.says(code) == "ours applied applied"
+
+
+def test_an_object_that_cannot_be_hashed_costs_itself_alone(fake_host: FakeHost) -> None:
+    add(fake_host, "class Plugin:\n    __hash__ = None\n\nmine = Plugin()\n", value="other:mine")
+    served, *problems = fake_host.run(SERVED).stdout.splitlines()
+    assert served == "ours"
+    assert problems == ["plugin other (other:mine) was left out: TypeError(\"unhashable type: 'Plugin'\")"]
 
 
 def test_two_plugins_whose_entry_points_have_one_name(fake_host: FakeHost) -> None:
