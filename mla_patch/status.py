@@ -192,9 +192,11 @@ def blocks(directory: Path, told: Mapping[str, Any], everything: bool = False) -
         others = f"; left: {left} that another user owns or that could not be removed" if left else ""
         yield Line(f"removed {count} report{'s' * (count != 1)} of processes that have ended{others}")
     current = survey.current(told["processes"])
-    earlier = [report for report in told["processes"] if report not in current and not everything]
+    is_current = set(map(id, current))  # a directory may hold thousands of reports, and comparing them takes long
+    earlier = [report for report in told["processes"] if id(report) not in is_current and not everything]
     left_out = [report for report in current if report.get("idle") and not everything]
-    shown = [report for report in told["processes"] if report not in [*earlier, *left_out]]
+    hidden = set(map(id, [*earlier, *left_out]))
+    shown = [report for report in told["processes"] if id(report) not in hidden]
     rows = [_row(report, feature) for report in shown for feature in report["features"]]
     if rows:
         columns = ["engine", "pid", "process", "name", "state", "reason", "served", "declined", "graphs"]

@@ -173,3 +173,16 @@ def test_displaced_is_a_finding_whoever_asked(tmp_path: Path, capsys: pytest.Cap
     finding = "pid 11: decode@sglang (MLA_PATCH_DECODE=on): displaced, sglang.ops.decode is plugin:mine"
     assert (exit_status, answer["findings"]) == (1, [finding])
     assert "displaced" in shown
+
+
+def test_thousands_of_reports_are_not_compared_with_each_other(tmp_path: Path) -> None:
+    class Report(dict[str, Any]):
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("each with each: 5000 reports took 14 s")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    deployment(tmp_path)
+    answer = status.look(tmp_path)
+    answer["processes"] = list(map(Report, answer["processes"]))
+    assert list(status.blocks(tmp_path, answer))
