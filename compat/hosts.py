@@ -50,21 +50,31 @@ def installed(known: Host, where: str | None) -> Installed | None:
     """What is installed under ``where``, the package's folder (None: nothing)."""
     if where is None:
         return None
-    for name in known.distributions:
-        try:
-            dist = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue
-        if os.path.realpath(str(dist.locate_file(known.package))) == os.path.realpath(where):
-            version = dist.version
-            note = "" if _tells(version) else f"its metadata says {version}, which tells nothing"
-            return Installed(known, version if _tells(version) else None, where, note)
+    versions = _in_metadata(known, where)
+    if len(versions) > 1:  # an upgrade that was broken off leaves the older release's behind
+        return Installed(known, None, where, f"its metadata says {' and '.join(versions)}, of which one is left over")
+    if versions:
+        (version,) = versions
+        note = "" if _tells(version) else f"its metadata says {version}, which tells nothing"
+        return Installed(known, version if _tells(version) else None, where, note)
     told = _version_file(where)
     overlay = next((p for p in sys.path if p and os.path.realpath(p) == os.path.realpath(os.path.dirname(where))), "")
     note = f"{known.name} in {where} has no metadata of its own (an overlay or an editable install)"
     if overlay and overlay in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         note = f"{known.name} comes from PYTHONPATH ({overlay}) and has no metadata"
     return Installed(known, told, where, note if told else f"{note}; its version cannot be told")
+
+
+def _in_metadata(known: Host, where: str) -> list[str]:
+    """Every version that metadata beside the package's folder gives it."""
+    versions = [
+        dist.version
+        for name in known.distributions
+        for dist in metadata.distributions(name=name)
+        if os.path.realpath(str(dist.locate_file(known.package))) == os.path.realpath(where)
+    ]
+    # a folder without its METADATA file has none
+    return sorted({version.strip() for version in versions if version and version.strip()})
 
 
 def _tells(version: str) -> bool:

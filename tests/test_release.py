@@ -179,6 +179,30 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    "more, version, note",
+    [
+        ({"0.4.6": "Version: 0.4.6"}, None, "its metadata says 0.4.6 and 0.5.11, of which one is left over"),
+        ({"0.4.6": "Version: 0.5.11"}, "0.5.11", ""),
+        ({"0.4.6": None}, "0.5.11", ""),
+        ({"0.5.11": None}, None, "no metadata of its own"),
+        ({"0.5.11": "Version:"}, None, "no metadata of its own"),
+    ],
+    ids=["of another release", "of the same", "a folder without METADATA", "no METADATA at all", "without a version"],
+)
+def test_metadata_that_is_left_over(more: dict[str, str | None], version: str | None, note: str, site: Path) -> None:
+    """What a broken upgrade leaves behind. Which of two is found first is chance, and neither is believed."""
+    for called, line in more.items():
+        folder = site / f"sglang-{called}.dist-info"
+        folder.mkdir(exist_ok=True)
+        (folder / "METADATA").unlink(missing_ok=True)
+        if line is not None:
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\n{line}\n")
+    found = find_host("sglang")
+    assert found.version == version
+    assert note in found.note if note else not found.note
+
+
 def judged(one: Feature) -> judge.Judgement:
     return judge.judge(one, Setting(one.flag, "on", "default"), find_host("sglang"))
 
