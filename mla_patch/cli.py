@@ -790,8 +790,8 @@ def clean(args: argparse.Namespace) -> int:
 def _fetched(name: str, release: str) -> list[str]:
     """The folders of a release that is fetched where it is missing."""
     try:
-        Version(release)
-        return [str(folder) for folder in sglang_fetch.fetch(release)]
+        # v0.5.18 and the like as its folder in the cache and what it needs are named by
+        return [str(folder) for folder in sglang_fetch.fetch(str(Version(release)))]
     except ValueError:  # not a version, or one of more digits than Python reads
         raise Misuse(f"{name}: --fetch {release:.80}: expected a release of SGLang, such as 0.5.23") from None
     except (RuntimeError, OSError) as problem:

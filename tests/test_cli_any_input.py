@@ -143,6 +143,14 @@ def test_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
             call(argv, capsys)
 
 
+def test_a_release_is_fetched_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other spellings of it named another folder of the cache, and got what the oldest release needs."""
+    monkeypatch.setattr(cli.sglang_fetch, "fetch", lambda version: [Path(version)])
+    spelled = ["0.5.18", "v0.5.18", " 0.5.18\n", "0.5.18RC1", "0.5.12-1"]
+    fetched = [cli._fetched("demo", text) for text in spelled]
+    assert fetched == [["0.5.18"], ["0.5.18"], ["0.5.18"], ["0.5.18rc1"], ["0.5.12.post1"]]
+
+
 def test_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["MLA_PATCH", "MLA_PATCH_DECODE", "MLA_PATCH_REPORT", "MLA_PATCH_AB", "MLA_PATCH_STRICT", "MLA_PATCH_[/x]"]
     names += ["SGLANG_PLUGINS", "PYTHONPATH", "MLA_PATCH_SHADOW", "MLA_PATCH_TOKENSPEED_DECODE", "MLA_PATCH_\x1b[2J"]
