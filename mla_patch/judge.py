@@ -118,8 +118,7 @@ def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_vers
 
 def kept(natives: Mapping[str, Sequence[str]]) -> list[str]:
     """Why the host keeps its own entry points, each reason once."""
-    more = {reason: f" and {len(entries) - 1} more" if len(entries) > 1 else "" for reason, entries in natives.items()}
-    return [f"{entries[0]}{more[reason]}: {reason}" for reason, entries in natives.items()]
+    return [f"{', '.join(entries)}: {reason}" for reason, entries in natives.items()]
 
 
 def release_here(feature: Feature, host: Installed) -> str | None:

@@ -11,6 +11,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +73,8 @@ def test_all_are_applied(seen: dict[str, Any]) -> None:
     state = seen["state"]
     assert state["state"] == "applied"
     assert all(target["replaced_by"] for target in state["targets"]), state
-    left = "build_swa_token_ids: right in this release" in state["reason"]
-    assert left == (RELEASES[seen["release"]] == "")
+    left = re.search(r"build_swa_token_ids(, [^:]+)?: right in this release", state["reason"])
+    assert bool(left) == (RELEASES[seen["release"]] == "")
 
 
 def test_three_chunks_are_as_one_prompt(seen: dict[str, Any]) -> None:
@@ -167,7 +168,8 @@ def test_the_backport_waits_to_be_asked(release: str, tmp_path: Path) -> None:
     told = start(release, tmp_path, MLA_PATCH="1")
     assert not any(told["touched"].values()), told
     assert told["state"]["state"] == "applied" and told["v32"]["heads"]["served"] == 1
-    assert "DeepseekV4AttnBackend.forward: the release has no such route" in told["state"]["reason"]
+    reason = told["state"]["reason"]
+    assert re.search(r"DeepseekV4AttnBackend\.forward(, [^:]+)?: the release has no such route", reason)
 
 
 def lacking(release: str) -> str | None:
