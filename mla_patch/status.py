@@ -78,7 +78,9 @@ def unsatisfied(rows: Sequence[Row]) -> list[str]:
         asked = row["source"] != "default" and row["state"] not in (State.OFF, *SATISFIED)
         elsewhere = any(other["name"] == row["name"] and other["state"] in SATISFIED for other in rows)
         if row["state"] in ALWAYS_TOLD or (asked and not elsewhere):
-            found.append(f"{_label(row)} ({row['flag']}={row['value']}): {row['state']}, {row['reason']}")
+            # a value that could not be taken is in the reason as it was written; nobody set the one held instead
+            by = "" if row["reason"].startswith("MLA_PATCH") else f" ({row['flag']}={row['value']})"
+            found.append(f"{_label(row)}{by}: {row['state']}, {row['reason']}")
     return found
 
 

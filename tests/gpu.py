@@ -2,11 +2,11 @@
 
     python tests/gpu.py [--part 1/3] [--workers N] [--record FILE] [pytest's own arguments]
 
-`make gpu` calls it with the Python that has the GPU's torch; nothing is installed. Kernel tests that run on whatever
-device there is run as a whole, of the other files what is marked ``gpu``. A run in parts is one run if all parts are of
-one commit: each adds its counts. Only a part without a failure is kept. With several workers (pytest-xdist)
-what needs much of the GPU's memory runs in one of them, and what measures time by itself afterwards. The exit status
-is pytest's.
+`make gpu` calls it with the Python that has the GPU's torch; nothing is installed. There are three runs: ``kernels``,
+the test files that run on whatever device there is; ``marked``, of the other files what is marked ``gpu``; ``times``,
+what measures time. Each green run is kept with its commit and date; one with a failure leaves the record as it is. With
+several workers (pytest-xdist) tests that need much memory share one, and ``times`` has the GPU to itself. The exit
+status is pytest's.
 """
 
 from __future__ import annotations
@@ -80,14 +80,15 @@ class Counter:
             self.counts[report.outcome] += 1
 
 
-def keep(path: Path, where: dict[str, str], part: str, counts: dict[str, int]) -> None:
-    """Add a green part to the record, beside the others of the same commit and machine."""
+def keep(path: Path, where: dict[str, str], run: str, part: str, counts: dict[str, int]) -> None:
+    """Put one green run into the record, beside those of the same machine."""
     told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    now = {"commit": commit(), **where}
-    if {name: told.get(name) for name in now} != now or part.partition("/")[2] != told.get("of"):
-        told = {**now, "of": part.partition("/")[2], "parts": {}}
-    told["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    told["parts"][part] = {name: counts.get(name, 0) for name in ("passed", "skipped")}
+    now = {**where, "of": part.partition("/")[2]}
+    if {name: told.get(name) for name in now} != now:
+        told = {**now, "runs": {}}
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    kept = {name: counts.get(name, 0) for name in ("passed", "skipped")}
+    told["runs"][f"{run} {part}"] = {"commit": commit(), "date": date, **kept}
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -110,17 +111,21 @@ def main() -> int:
         print("make gpu: torch sees no CUDA device", file=sys.stderr)
         return 2
     whole, marked = (some[number - 1 :: parts] for some in files())
-    counter, statuses = Counter(), []
     shared = ["-n", str(args.workers), "--dist", "loadgroup"] if args.workers > 1 else []
-    runs = ((whole, "not cost", shared), (marked, "gpu and not cost", shared), (marked, "gpu and cost", []))
-    for some, marks, how in runs:
-        if some:
-            statuses.append(int(pytest.main(["-m", marks, *how, *more, *map(str, some)], plugins=[counter])))
-    green = not counter.counts["failed"] and counter.counts["passed"] and set(statuses) <= {0, 5}  # 5: none is marked
-    print("make gpu:", dict(counter.counts))
-    if green and not more:  # what was chosen by hand is not the run
-        keep(args.record, machine(), args.part, dict(counter.counts))
-    return 0 if green else next((one for one in statuses if one), 1)
+    status = 0
+    for run, some, marks, how in (
+        ("kernels", whole, "not cost", shared),
+        ("marked", marked, "gpu and not cost", shared),
+        ("times", marked, "gpu and cost", []),
+    ):
+        counter = Counter()
+        ended = int(pytest.main(["-m", marks, *how, *more, *map(str, some)], plugins=[counter])) if some else 0
+        print(f"make gpu: {run}", dict(counter.counts), flush=True)
+        if ended not in (0, 5):  # 5: none is marked
+            status = status or ended
+        elif counter.counts["passed"] and not more:  # what was chosen by hand is not the run
+            keep(args.record, machine(), run, args.part, dict(counter.counts))
+    return status
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_any_cut_of_the_work(programs, lens):
 @pytest.mark.parametrize("merge", [merge_config(1), merge_config(4), merge_config(16), merge_config(64)], ids=str)
 @pytest.mark.parametrize("lens", [[1300], [1, 1200, 2, 0, 600]], ids=str)
 def test_every_merge(merge, lens, monkeypatch):
-    monkeypatch.setattr(module, "merge_config", lambda batch, wide: dict(merge))
+    monkeypatch.setattr(module, "merge_config", lambda *asked: dict(merge))
     config = {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": 30, "num_warps": 4}
     Case(lens, 2).check(config=config, v_scale=0.5)
 
@@ -572,6 +572,7 @@ def test_pages_on_a_gpu(page, cache):
     assert not torch.equal(case.out, want) and torch.equal(case.out.clone(), case.run())
 
 
+@pytest.mark.xdist_group("much memory")
 @pytest.mark.gpu
 @pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)

@@ -30,7 +30,7 @@ from mla_patch.kernels.quantize import quantize
 from mla_patch.kernels.sparse_decode import sparse_decode as sparse
 from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_paged
 
-pytestmark = pytest.mark.xdist_group("far apart")  # one worker, since a GPU holds few of these tensors at once
+pytestmark = pytest.mark.xdist_group("much memory")  # one worker, since a GPU holds few of these tensors at once
 
 DEVICE = "cpu" if interpreted() else "cuda"
 HALF = torch.bfloat16

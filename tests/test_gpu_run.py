@@ -9,40 +9,42 @@ from pathlib import Path
 import gpu
 import pytest
 
-NAMES = ["commit", "gpu", "driver", "torch", "triton", "python", "of", "parts", "date"]
+NAMES = ["gpu", "driver", "torch", "triton", "python", "of", "runs"]
 
 
 def complete(told: dict) -> list[str]:
-    """What is wrong with a record of a whole green run."""
+    """What is wrong with a record of whole green runs."""
     wrong = [] if list(told) == NAMES else [f"names {list(told)}"]
-    wrong += [name for name in NAMES[:7] if not isinstance(told.get(name), str)]
-    wrong += [] if re.fullmatch(r"\d{4}-\d\d-\d\d", told.get("date", "")) else ["date"]
-    wrong += [] if re.fullmatch(r"[0-9a-f]{7,40}", told.get("commit", "")) else ["commit"]
-    parts = told.get("parts", {})
-    count = int(told.get("of", 0))
-    wrong += [] if set(parts) == {f"{i}/{count}" for i in range(1, count + 1)} else [f"parts {list(parts)} of {count}"]
-    for part in parts.values():
-        wrong += [] if list(part) == ["passed", "skipped"] and part["passed"] > 0 else [f"counts {part}"]
+    wrong += [name for name in NAMES[:6] if not isinstance(told.get(name), str)]
+    runs, count = told.get("runs", {}), int(told.get("of", 0))
+    wanted = {f"{run} {i}/{count}" for run in ("kernels", "marked", "times") for i in range(1, count + 1)}
+    wrong += [] if set(runs) == wanted else [f"runs {list(runs)} of {count}"]
+    for run in runs.values():
+        wrong += [] if list(run) == ["commit", "date", "passed", "skipped"] else [f"a run of {list(run)}"]
+        wrong += [] if re.fullmatch(r"\d{4}-\d\d-\d\d", run.get("date", "")) else ["date"]
+        wrong += [] if re.fullmatch(r"[0-9a-f]{7,40}", run.get("commit", "")) else ["commit"]
+        wrong += [] if run.get("passed", 0) > 0 else [f"counts {run}"]
     return wrong
 
 
-@pytest.mark.skipif(not gpu.RECORD.exists(), reason="no run has been kept yet: make gpu writes tests/gpu-last-run.json")
 def test_the_last_run_is_told_whole() -> None:
     told = json.loads(gpu.RECORD.read_text(encoding="utf-8"))
     assert complete(told) == []
 
 
-def test_a_record_is_of_one_commit_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, where = tmp_path / "run.json", dict.fromkeys(NAMES[1:6], "x")
+def test_a_record_is_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, where = tmp_path / "run.json", dict.fromkeys(NAMES[:5], "x")
     monkeypatch.setenv("COMMIT", "a" * 40)
-    gpu.keep(path, where, "1/2", {"passed": 3})
-    assert complete(json.loads(path.read_text())) == ["parts ['1/2'] of 2"]
-    gpu.keep(path, where, "2/2", {"passed": 4, "skipped": 1})
-    told = json.loads(path.read_text())
-    assert complete(told) == [] and told["parts"]["2/2"] == {"passed": 4, "skipped": 1}
+    for run in ("kernels", "marked"):
+        gpu.keep(path, where, run, "1/1", {"passed": 3})
+    assert complete(json.loads(path.read_text())) == ["runs ['kernels 1/1', 'marked 1/1'] of 1"]
     monkeypatch.setenv("COMMIT", "b" * 40)
-    gpu.keep(path, where, "2/2", {"passed": 4})
-    assert list(json.loads(path.read_text())["parts"]) == ["2/2"]  # the first is another commit's
+    gpu.keep(path, where, "times", "1/1", {"passed": 4, "skipped": 1})
+    told = json.loads(path.read_text())
+    assert complete(told) == [] and told["runs"]["times 1/1"]["skipped"] == 1
+    assert [run["commit"][0] for run in told["runs"].values()] == ["a", "a", "b"]  # each says of which commit it is
+    gpu.keep(path, where | {"driver": "y"}, "times", "1/1", {"passed": 4})
+    assert list(json.loads(path.read_text())["runs"]) == ["times 1/1"]  # the others are another machine's
 
 
 def test_every_kernel_and_every_marked_test_is_in_a_part() -> None:

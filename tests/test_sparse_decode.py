@@ -499,6 +499,7 @@ def test_the_conversion_without_the_instruction(layout, monkeypatch):
     Case(layout, 3, 2, 20, 200, 64, 0.1, extra=(2, 70)).check()
 
 
+@pytest.mark.xdist_group("much memory")
 @gpu
 @needs_gpu
 @LAYOUTS

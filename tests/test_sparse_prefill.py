@@ -605,6 +605,7 @@ def test_a_graph_follows_its_lengths(width):
         compare(got, case.want(topk_length=lens), torch.bfloat16)
 
 
+@pytest.mark.xdist_group("much memory")
 @gpu
 @needs_gpu
 @WIDTHS
@@ -620,6 +621,7 @@ def test_a_workspace_beyond_31_bits(width, heads):
     case.check()
 
 
+@pytest.mark.xdist_group("much memory")
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("heads", [16, 128])

@@ -582,9 +582,11 @@ def _merge_kernel(
             tl.store(to + few, rounded(part * factor, kind))
 
 
-def merge_config(batch: int, wide: bool = False) -> dict[str, int]:
+def merge_config(batch: int, wide: bool = False, interpret: bool = False) -> dict[str, int]:
     """Launch numbers of the merge, ``wide`` after decode_sm90. Few requests have many partials each; among many, few
     have any."""
+    if interpret and batch <= 32:  # programs run one after the other there, and each costs the same
+        return {"SLICES": 2, "BLOCK_S": 16, "num_warps": 1}
     if batch == 1:
         return {"SLICES": 16, "BLOCK_S": 32, "num_warps": 1} if wide else {"SLICES": 16, "BLOCK_S": 128, "num_warps": 4}
     if batch <= 8 and not wide:
@@ -770,7 +772,7 @@ def _plan(
         numbers |= {"KIND": kind, "ROWS": rows, "PDL": capability >= (9, 0) and HAS_PDL and batch >= 64}
     numbers |= {"CAPPED": capped, "XAI": xai, "PAGE_SIZE": page_size}
     programs = max(1, per_sm * sms // tiles)
-    merge: dict[str, Any] = merge_config(batch, key is not None)
+    merge: dict[str, Any] = merge_config(batch, key is not None, _INTERPRETED)
     pdl = numbers.get("PDL", False)
     merge |= {"PARTIALS": max(1 << (programs - 1).bit_length(), 2), "PDL": pdl} | ({"launch_pdl": True} if pdl else {})
     return programs, (programs, tiles), numbers, (batch * merge["SLICES"] or programs, heads), merge
