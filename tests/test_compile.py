@@ -32,7 +32,7 @@ COMPILES = {
 }
 
 
-def run(*command: str, limit: float = 600) -> subprocess.CompletedProcess[str]:
+def run(*command: str, limit: float = 1800) -> subprocess.CompletedProcess[str]:
     """A process without the interpreter, and none of its own left behind; one that is too slow tells its last line."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
