@@ -210,9 +210,10 @@ def test_ctrl_c_is_quiet(tmp_path: Path) -> None:
         "def wait(directory):\n    print('in', flush=True)\n    time.sleep(60)\n"
         "survey.survey = wait\nsys.exit(cli.main(['status', '.']))"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], env=clean_env({}), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    # a shell starts what it puts into the background with SIGINT ignored, and children inherit that
+    command = ["env", "--default-signal=INT", sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, env=clean_env({}), cwd=tmp_path, stdout=pipe, stderr=pipe)
     assert child.stdout is not None and child.stdout.readline() == b"in\n"
     time.sleep(0.1)
     child.send_signal(signal.SIGINT)
