@@ -772,7 +772,17 @@ def test_a_step_costs_little(start: Start, mode: str) -> None:
         one.live.begin(lambda: pytest.fail("asked once"), next(numbers))
         one.live.end(lambda: work)
 
-    assert min(timeit.repeat(step, number=500, repeat=9)) / 500 < 15e-6  # 20 us with a device's two events
+    def plain() -> int:
+        total = 0
+        for number in range(200):
+            total += number
+        return total
+
+    # in turns, since a shared machine's pace changes from one second to the next
+    took = [(timeit.timeit(step, number=500) / 500, timeit.timeit(plain, number=500) / 500) for _ in range(15)]
+    fastest, loop = (min(times) for times in zip(*took, strict=True))
+    # 20 us with a device's two events; a machine that takes 2.5 us for the loop is held to 15, a slower one to its pace
+    assert fastest < max(15e-6, 6 * loop), (fastest, loop)
 
 
 @pytest.mark.cost
