@@ -1698,7 +1698,7 @@ def test_the_first_call_decides_that_the_hosts_own_is_kept(fake_host: FakeHost) 
         "host host host host native: not measured on sm_86 [0]",
         "True True False []",
         "1 {} [None, None]",
-        "host native: decode: not measured on sm_86; mark: not measured on sm_86",
+        "host native: decode, mark: not measured on sm_86",
         "ours ours applied",
     ]
 
@@ -1755,7 +1755,7 @@ def test_nvml_decides_at_import(fake_host: FakeHost) -> None:
     fake_host.write("pynvml.py", NVML.format(init="pass"))
     fake_host.plug(NATIVE.replace("UNKNOWN", "(8, 6)"))
     code = "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), state())"
-    assert fake_host.says(code).startswith("host native: decode: not measured on sm_86")
+    assert fake_host.says(code).startswith("host native: decode, mark: not measured on sm_86")
 
 
 # --- what is said, and to whom
