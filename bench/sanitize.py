@@ -2,8 +2,8 @@
 
 compute-sanitizer --tool memcheck|racecheck python bench/sanitize.py [NAME ...]
 
-Names, else all: kv_indices, decode, decode_wide, pages_and_splits, sparse_and_dense, prefill_indices, sparse_prefill,
-sparse_prefill_paged.
+Names, else all: kv_indices, kv_cast, decode, decode_wide, pages_and_splits, sparse_and_dense, prefill_indices,
+sparse_prefill, sparse_prefill_paged.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mla_patch.kernels.decode import mla_decode, mla_decode_paged, mla_decode_re
 from mla_patch.kernels.decode_splits import mla_decode_splits, mla_decode_splits_ref
 from mla_patch.kernels.dense_decode import dense_decode, dense_decode_ref
 from mla_patch.kernels.dequantize import dequantize, dequantize_pages
+from mla_patch.kernels.kv_cast import cast_pages, cast_pages_ref
 from mla_patch.kernels.kv_indices import build_page_table, build_token_indices, page_table_ref, token_indices_ref
 from mla_patch.kernels.layouts import V4, V32, new_pages
 from mla_patch.kernels.named_pages import name_pages, name_pages_ref
@@ -53,6 +54,26 @@ def kv_indices() -> None:
         pages = torch.full((5, 188), -1, device="cuda", dtype=torch.int32)
         want = page_table_ref(table, pool, lens, pages, page_size=16)
         assert torch.equal(build_page_table(table, pool, lens, pages, page_size=16, config=config), want)
+
+
+def kv_cast() -> None:
+    """Lengths of nothing, within a page and beyond the table, and pages that are nowhere; all other rows stay."""
+    for cache_type, kind, page in itertools.product(
+        (torch.float8_e4m3fn, torch.float8_e5m2), (torch.bfloat16, torch.float16), (1, 64)
+    ):
+        cache = torch.randn(30 * page, 1, 576, device="cuda").to(cache_type)
+        table = torch.randperm(30, device="cuda").int()[:28].view(4, 7)
+        table[3, 2], table[3, 3] = -1, 30
+        some = torch.tensor([7 * page, 0, page + 1, 9 * page], device="cuda").int()
+        for lens, compact in itertools.product((some, None), (False, True)):
+            rows = 28 * page if compact else len(cache)
+            out = torch.full((rows, 1, 576), -1, device="cuda", dtype=kind)
+            places = torch.full_like(table, -1) if compact else None
+            cast_pages(cache, table, lens, out, page_size=page, places=places)
+            want, named = cast_pages_ref(cache, table, lens, kind, page_size=page, places=compact)
+            assert all(torch.equal(out[row, 0], values) for row, values in want.items())
+            assert (out[[row for row in range(rows) if row not in want]] == -1).all()
+            assert places is None or all(int(places[at]) == place for at, place in named.items())
 
 
 def decode(heads: int) -> None:
@@ -186,6 +207,7 @@ def sparse_prefill_paged() -> None:
 
 EVERY: dict[str, Callable[[], None]] = {
     "kv_indices": kv_indices,
+    "kv_cast": kv_cast,
     "decode": lambda: decode(3),
     "decode_wide": lambda: decode(70),  # on sm_90 a kernel of its own
     "pages_and_splits": pages_and_splits,

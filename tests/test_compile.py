@@ -26,6 +26,7 @@ COMPILES = {
     "named_pages": 36,
     "prefill_indices": 36,
     "sparse_prefill": 36,
+    "kv_cast": 24,
     "quantize": 12,
     "sparse_sm90": 8,
     "decode_sm90": 4,

@@ -22,6 +22,7 @@ from mla_patch.kernels.decode import mla_decode, mla_decode_paged
 from mla_patch.kernels.decode_splits import mla_decode_splits
 from mla_patch.kernels.dense_decode import dense_decode
 from mla_patch.kernels.dequantize import dequantize, dequantize_pages
+from mla_patch.kernels.kv_cast import cast_pages
 from mla_patch.kernels.kv_indices import build_page_table, build_token_indices
 from mla_patch.kernels.layouts import V4, V32, Layout, new_pages
 from mla_patch.kernels.named_pages import name_pages
@@ -241,6 +242,17 @@ def naming() -> tuple[Args, Callable[[Args], Any]]:
     return args, call
 
 
+def casting(compact: bool) -> tuple[Args, Callable[[Args], Any]]:
+    args = {"cache": some(3, 576, dtype=torch.float32).to(E4M3), "out": some(3, 576), "table": ints(2, 0, 1).view(3, 1)}
+
+    def call(a: Args) -> Any:
+        places = ints(0, 0, 0).view(3, 1) if compact else None
+        cast_pages(a["cache"], a["table"], ints(1, 1, 1), a["out"], page_size=1, places=places)
+        return a["out"]
+
+    return args, call
+
+
 HEADS = (3,) if interpreted() else (3, WIDE)
 WIDTHS = {layout.name: layout for layout in (V32, V4)}
 
@@ -250,6 +262,10 @@ CASES: dict[str, tuple[Callable[[], tuple[Args, Callable[[Args], Any]]], dict[st
     "windows": (windows, {"req_to_token": (0,)}),
     "combined": (combining, {"topk_indices": (0,), "out_indices": (0,)}),
     "named pages": (naming, {"indices": (0,), "out": (0,)}),
+}
+CASES |= {
+    f"cast pages{name}": (lambda compact=compact: casting(compact), {"cache": (0,), "out": (0,), "table": (0,)})
+    for name, compact in (("", False), (" to places", True))
 }
 CASES |= {
     f"page table {size}": (lambda size=size: page_table(size), {"req_to_token": (0,), "out": (0,)}) for size in (1, 2)

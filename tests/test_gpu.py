@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import test_decode
 import test_decode_splits
+import test_kv_cast
 import test_named_pages
 import test_prefill_indices
 import test_sparse_prefill
@@ -20,6 +21,7 @@ from mla_patch.kernels import (
     decode,
     decode_splits,
     dequantize,
+    kv_cast,
     kv_indices,
     named_pages,
     prefill_indices,
@@ -89,6 +91,7 @@ CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
     ),
     "combine": (prefill_indices, ["_combine_kernel"], lambda: test_prefill_indices.Chunk([9], [2], 4, 4, 4).check()),
     "swa ids": (prefill_indices, ["_swa_kernel"], test_prefill_indices.test_golden_windows),
+    "cast pages": (kv_cast, ["_cast_kernel"], lambda: test_kv_cast.test_a_list_of_slots_without_lengths(True)),
     "token ids": (kv_indices, ["_kv_indices_kernel"], token_indices),
 }
 

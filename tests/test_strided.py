@@ -18,6 +18,7 @@ from mla_patch.kernels.decode import mla_decode, mla_decode_paged
 from mla_patch.kernels.decode_splits import mla_decode_splits
 from mla_patch.kernels.dense_decode import dense_decode
 from mla_patch.kernels.dequantize import dequantize, dequantize_k_cache_paged, dequantize_pages
+from mla_patch.kernels.kv_cast import cast_pages
 from mla_patch.kernels.kv_indices import build_page_table, build_token_indices
 from mla_patch.kernels.layouts import V4, V32, Layout, new_pages
 from mla_patch.kernels.named_pages import name_pages
@@ -162,6 +163,17 @@ def naming() -> Case:
     return lambda **a: (name_pages(**a, pages=3, page_size=2, capacity=3)[0],), args
 
 
+def casting() -> Case:
+    args = {"cache": floats(6, 576).to(torch.float8_e4m3fn), "table": ints(2, 0, 1, 1).view(2, 2), "lens": ints(4, 1)}
+    args |= {"out": floats(8, 576), "places": ints(0, 0, 0, 0).view(2, 2)}
+
+    def run(**a: Any) -> Any:
+        cast_pages(**a, page_size=2)
+        return a["out"], a["places"]
+
+    return run, args
+
+
 def flash_mla_sparse() -> Case:
     _, args = sparse(V4)
     args["extra_indices_in_kvcache"] = args.pop("extra_indices")
@@ -207,6 +219,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "quantize V3.2": lambda: storing(V32),
     "quantize V4": lambda: storing(V4),
     "name_pages": naming,
+    "cast_pages": casting,
     "flash_mla_with_kvcache sparse": flash_mla_sparse,
     "flash_mla_with_kvcache dense": flash_mla_dense,
     "flash_mla_sparse_fwd": flash_mla_prefill,
