@@ -31,7 +31,8 @@ from unittest import mock
 
 import torch
 
-from mla_patch.compat import sglang
+from mla_patch.compat import interpreter, sglang
+from mla_patch.compat.triton import interpreted
 
 TOKEN_IDS = "create_flashinfer_kv_indices_triton"
 PAGE_TABLE = "create_flashmla_kv_indices_triton"
@@ -104,6 +105,8 @@ def prepare() -> list[str]:
     if "sgl_kernel" in stubbed:
         _leave_operators_undescribed()
     _add_missing_names()
+    if interpreted():
+        interpreter.quicken()
     # 0.4.x compiles small helpers at import, which needs a C++ compiler and gains nothing here
     os.environ.setdefault("SGLANG_ENABLE_TORCH_COMPILE", "false")
     return stubbed

@@ -15,6 +15,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 for _name in [name for name in os.environ if name.startswith("MLA_PATCH")]:
     del os.environ[_name]
 
+from mla_patch.compat import interpreter  # noqa: E402
+from mla_patch.compat.triton import interpreted  # noqa: E402
+
+if interpreted():
+    interpreter.quicken()
+
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
