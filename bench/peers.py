@@ -69,22 +69,30 @@ def time_us(call: Call, rep: int) -> float:
         return do_bench(call, rep=rep, return_mode="median") * 1e3
 
 
-def measure(
-    case: Any, arms: Arms, rounds: int, rep: int, error: Callable[[Any, Any], float] = error
-) -> dict[str, dict[str, Any]]:
-    """{arm: us per round, error}, or why an arm has none."""
+def checked(
+    case: Any, arms: Arms, error: Callable[[Any, Any], float] = error, limit: float = WRONG
+) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
+    """The calls of the arms that are right, and {arm: its error, or why it is refused}."""
     ready, table = {}, {}
     for name, make in arms.items():
         try:
             call = make(case)
             wrong = error(case, call())
-            if not wrong < WRONG:
+            if not wrong < limit:
                 raise RuntimeError(f"error {wrong}")
         except Exception as problem:
             table[name] = {"refused": f"{type(problem).__name__}: {problem}".splitlines()[0][:160]}
             continue
         ready[name] = call
         table[name] = {"error": wrong, "us": []}
+    return ready, table
+
+
+def measure(
+    case: Any, arms: Arms, rounds: int, rep: int, error: Callable[[Any, Any], float] = error
+) -> dict[str, dict[str, Any]]:
+    """{arm: us per round, error}, or why an arm has none."""
+    ready, table = checked(case, arms, error)
     for _ in range(rounds):
         for name, call in ready.items():
             table[name]["us"].append(time_us(call, rep))
