@@ -59,6 +59,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -266,14 +267,14 @@ _IDS = (
 )  # fmt: skip
 
 # (first release, value), newest first
-_Eras = tuple[tuple[str, Any], ...]
-_INDEX_HOMES: _Eras = (
+Eras = tuple[tuple[str, Any], ...]
+_INDEX_HOMES: Eras = (
     ("0.5.23", "sglang.kernels.ops.attention.kv_indices"),
     ("0.5.16", "sglang.kernels.ops.kvcache.kv_indices"),
     ("0.5.13", "sglang.srt.layers.attention.triton_ops.kv_indices"),
     ("0", "sglang.srt.layers.attention.utils"),
 )
-_PAGE_TABLE: _Eras = (
+_PAGE_TABLE: Eras = (
     ("0.5.19", (("PAGED_SIZE",), page_table_call)),
     ("0.5.17", (("PAGED_SIZE", "v2p_ptr", "PAGE_MULT"), page_table_call_0517)),
     ("0.5.4", (("PAGED_SIZE",), page_table_call)),
@@ -281,7 +282,7 @@ _PAGE_TABLE: _Eras = (
     ("0.4.8", (("PAGED_SIZE",), page_table_call)),
     ("0", ((), page_table_call_046)),
 )
-_TOKEN_INDICES: _Eras = (
+_TOKEN_INDICES: Eras = (
     ("0.5.22", (("ENTRY_PAGE_SIZE", "TOKEN_BLOCK_PARALLEL", "token_mapping"), token_indices_call_0519)),
     ("0.5.20", (("ENTRY_PAGE_SIZE", "TOKEN_BLOCK_PARALLEL"), token_indices_call_0519)),
     ("0.5.19", (("ENTRY_PAGE_SIZE",), token_indices_call_0519)),
@@ -291,19 +292,19 @@ _TOKEN_INDICES: _Eras = (
 )
 
 
-def _of(eras: _Eras, version: str | None) -> list[Any]:
+def era_of(eras: Eras, version: str | None) -> list[Any]:
     """What holds for ``version``; everything that ever held when it is unknown."""
     if version is None:
         return list(dict.fromkeys(value for _, value in eras))
     return [next(value for first, value in eras if Version(version) >= Version(first))]
 
 
-def _builders(name: str, first: tuple[str, ...], eras: _Eras, version: str | None, serve: str) -> list[Target]:
+def _builders(name: str, first: tuple[str, ...], eras: Eras, version: str | None, serve: str) -> list[Target]:
     hook = "mla_patch.hooks.sglang_kv_indices"
     return [
         Target(home, name, first + rest, "kernel", bind, f"{hook}:declines", f"{hook}:{serve}", twin=index_twin)
-        for home in _of(_INDEX_HOMES, version)
-        for rest, bind in _of(eras, version)
+        for home in era_of(_INDEX_HOMES, version)
+        for rest, bind in era_of(eras, version)
     ]
 
 
@@ -393,11 +394,11 @@ _SCALED = (*_DECODE_FIRST, "k_scale", "v_scale", "logit_cap", "sinks", "xai_temp
 _MLA = (*_SCALED, "has_mla", "use_pdl")
 _MOD = (*_MLA, "page_size", "score_mod", "aux_tensors")
 _LEAN = (*_MOD, "enable_lean", "lean_Mp", "lean_Lp", "lean_Op", "lean_locks")
-_DECODE_HOMES: _Eras = (
+_DECODE_HOMES: Eras = (
     ("0.5.16", "sglang.kernels.ops.attention.decode_attention"),
     ("0", "sglang.srt.layers.attention.triton_ops.decode_attention"),
 )
-_DECODE: _Eras = (
+_DECODE: Eras = (
     ("0.5.23", ((*_LEAN, "uneven_batch"), DecodeCall)),
     ("0.5.19", (_LEAN, DecodeCall)),
     ("0.5.16", (_MOD, DecodeCall)),
@@ -458,8 +459,9 @@ _HELD = (Held(_KEPT, within=_disabled, fixed=_captured),)
 def decode_targets(version: str | None) -> tuple[Target, ...]:
     """MLA decode of ``version``, and the scales that the backend around it reads with."""
     hook = "mla_patch.hooks.sglang_decode"
+    triton = partial(Target, group="triton")
     targets = [
-        Target(
+        triton(
             home,
             "decode_attention_fwd",
             params,
@@ -470,39 +472,39 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
             held_by=_HELD,
             twin=decode_twin,
         )
-        for home in _of(_DECODE_HOMES, version)
-        for params, bind in _of(_DECODE, version)
+        for home in era_of(_DECODE_HOMES, version)
+        for params, bind in era_of(_DECODE, version)
     ]
     backend, name = "sglang.srt.layers.attention.triton_backend", "TritonAttnBackend.scales"
     if version is None or has_mla_decode(version):
-        targets.append(Target(backend, name, kind="edit", edit=watch_scales))
+        targets.append(triton(backend, name, kind="edit", edit=watch_scales))
     elif Version(version) >= Version("0.5.10"):
-        targets.append(Target(backend, name, kind="edit", edit=leave_scales_out, lasting=True))
+        targets.append(triton(backend, name, kind="edit", edit=leave_scales_out, lasting=True))
     if version is None or Version(version) >= Version("0.5.3"):
         watch = sglang_deterministic.watch_decodes
-        targets.append(Target(backend, "TritonAttnBackend.deterministic", kind="edit", edit=watch))
-    targets.append(Target(backend, "TritonAttnBackend.warmup", kind="edit", edit=warm_decode))
+        targets.append(triton(backend, "TritonAttnBackend.deterministic", kind="edit", edit=watch))
+    targets.append(triton(backend, "TritonAttnBackend.warmup", kind="edit", edit=warm_decode))
     return tuple(targets)
 
 
 _said: set[str] = set()
 
 
-def _say_once(what: str, text: str, *values: Any) -> None:
+def say_once(what: str, text: str, *values: Any) -> None:
     """A warning of scales, once in a process, whatever is restored and applied again."""
     if what not in _said:
         _said.add(what)
         log.warning("mla-patch: " + text, *values)
 
 
-def _is_compiling() -> Callable[[], bool]:
+def is_compiling() -> Callable[[], bool]:
     """True inside torch.compile, which must not be made to break its graph for a warning."""
     import torch
 
     return torch.compiler.is_compiling
 
 
-class _Unscaled:
+class Unscaled:
     """A layer as the backend reads it, but for its scales."""
 
     k_scale = v_scale = k_scale_float = v_scale_float = None
@@ -520,21 +522,21 @@ def leave_scales_out(module: ModuleType) -> Undo:
     Dividing before the store, as 0.5.12 does, would leave the prompts wrong that MHA prefill stores, and would change
     bytes that other processes may read. What is stored stays what the release stores.
     """
-    compiling = _is_compiling()
+    compiling = is_compiling()
 
     def read(backend: Any, layer: Any) -> Any:
         if layer.k_scale is None or not backend.use_mla:
             return layer
         if not compiling() and (layer.k_scale_float, layer.v_scale_float) not in ((1.0, 1.0), (1.0, None)):
-            _say_once(
+            say_once(
                 "unused",
                 "the checkpoint's scales (k_scale %s, v_scale %s, layer %s) are not used: this release of SGLang "
                 "stores latents without them",
                 layer.k_scale_float, layer.v_scale_float, layer.layer_id,
             )  # fmt: skip
-        return _Unscaled(layer)
+        return Unscaled(layer)
 
-    return _wrap_methods(module.TritonAttnBackend, ("forward_decode", "forward_extend"), read)
+    return wrap_methods(module.TritonAttnBackend, ("forward_decode", "forward_extend"), read)
 
 
 def scale_problem(k_scale: float | None, v_scale: float | None) -> str | None:
@@ -552,7 +554,7 @@ def scale_problem(k_scale: float | None, v_scale: float | None) -> str | None:
 def watch_scales(module: ModuleType) -> Undo:
     """From 0.5.12 the host's scales are its own: say once where it cannot be right with them."""
     seen: set[int] = set()
-    compiling = _is_compiling()
+    compiling = is_compiling()
 
     def look(backend: Any, layer: Any) -> Any:
         if not compiling() and id(layer) not in seen:  # a draft model's layers are numbered from 0, too
@@ -563,10 +565,10 @@ def watch_scales(module: ModuleType) -> Undo:
                 problem = f"k_scale {scales[0]}: prompts that MHA prefill stores are not divided by it"
             if problem is not None and backend.use_mla:
                 text = "SGLang's fp8 latent cache is not consistent with layer %s's scales: %s"
-                _say_once("inconsistent", text, layer.layer_id, problem)
+                say_once("inconsistent", text, layer.layer_id, problem)
         return layer
 
-    return _wrap_methods(module.TritonAttnBackend, ("forward_decode",), look)
+    return wrap_methods(module.TritonAttnBackend, ("forward_decode",), look)
 
 
 class Capacity:
@@ -651,10 +653,10 @@ def warm_up(path: str, backend: Any, runner: Any, find: Callable[[Any, Any], Any
             if compiled:
                 log.info("mla-patch: %d kernels compiled in %.1f s", compiled, time.perf_counter() - start)
     except Exception as problem:
-        _say_once("warmup", "no warm-up, so kernels are compiled at their first calls: %r", problem)
+        say_once("warmup", "no warm-up, so kernels are compiled at their first calls: %r", problem)
 
 
-def _wrap_methods(owner: type, names: tuple[str, ...], seen_as: Callable[[Any, Any], Any]) -> Undo:
+def wrap_methods(owner: type, names: tuple[str, ...], seen_as: Callable[[Any, Any], Any]) -> Undo:
     """Let ``owner``'s forward methods see ``seen_as(self, layer)`` as their layer."""
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:

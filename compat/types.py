@@ -50,8 +50,12 @@ class Target:
     held_by: tuple[Held, ...] = ()
     entry: str = ""  # empty: the name
     # for shadow checks: (call) -> the same call with outputs of its own, filled as the host's are now, and pairs of
-    # (the host's, its own) tensors to compare; raises ValueError with the reason why this call has none
-    twin: Callable[[Any], tuple[Any, list[tuple[Any, Any]]]] | None = None
+    # (the host's, its own) tensors to compare, or None where what is returned is the output; raises ValueError with the
+    # reason why this call has none
+    twin: Callable[[Any], tuple[Any, list[tuple[Any, Any]] | None]] | None = None
+    # Entry points that stand or fall together, where an engine imports one such group and not another: what has drifted
+    # in one leaves the others to ours. Empty: all of the feature without a group do.
+    group: str = ""
 
 
 @dataclass(frozen=True)

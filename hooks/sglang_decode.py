@@ -24,11 +24,13 @@ from __future__ import annotations
 
 from math import inf
 
-from mla_patch.compat import gpu, sglang, sglang_deterministic, sglang_graphs
+from mla_patch.compat import gpu, sglang, sglang_backends, sglang_deterministic, sglang_graphs
 from mla_patch.compat.sglang import Capacity, DecodeCall
 from mla_patch.compat.sglang_deterministic import decoding
-from mla_patch.compat.types import Gpu, Target
+from mla_patch.compat.types import Gpu, Target, Variable
 from mla_patch.features import Asked, Feature
+from mla_patch.flags import nearest, variable
+from mla_patch.hooks import sglang_decode_backends
 from mla_patch.hookspecs import hookimpl
 
 # compute capability -> ours is faster than SGLang's own MLA decode (docs/performance.md); no row: not measured
@@ -36,8 +38,11 @@ FASTER = {(9, 0): True}
 
 
 def native(target: Target, version: str | None) -> Asked | None:
-    """Where the host has an MLA decode of its own, the GPU decides which one serves."""
-    return host_is_kept if sglang.has_mla_decode(version) else None
+    """Where the Triton backend has an MLA decode of its own, the GPU decides which one serves.
+
+    Of the other backends it depends on the cache, too: see `sglang_decode_backends`.
+    """
+    return host_is_kept if target.group == "triton" and sglang.has_mla_decode(version) else None
 
 
 def host_is_kept(device: Gpu) -> str | None:
@@ -48,15 +53,48 @@ def host_is_kept(device: Gpu) -> str | None:
     return None if faster else f"the host's own is faster on {device.sm}"
 
 
+def _backends(text: str) -> str:
+    """The backends that a list names, each once and in our order."""
+    named = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in sglang_backends.NAMES:
+            known = ", ".join(sglang_backends.NAMES)
+            raise ValueError(f"no backend {name}{nearest(name, sglang_backends.NAMES)}; expected some of {known}")
+    if not named:
+        raise ValueError(f"expected some of {', '.join(sglang_backends.NAMES)}; MLA_PATCH_DECODE=off serves none")
+    return ",".join(name for name in sglang_backends.NAMES if name in named)
+
+
+def targets(version: str | None) -> tuple[Target, ...]:
+    """The entry points of the backends that MLA_PATCH_DECODE_BACKENDS leaves to us."""
+    wanted = variable(FEATURE, "BACKENDS").split(",")
+    every = (*sglang.decode_targets(version), *sglang_backends.decode_targets(version))
+    return tuple(target for target in every if target.group in wanted)
+
+
+def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -> list[tuple[str, str]]:
+    """For `explain`: what each backend decodes, and who serves it."""
+    kept = None
+    if sglang.has_mla_decode(version) and not asked:
+        kept = host_is_kept(Gpu("", capability))
+    rows = [("triton, any cache", "mla-patch" if kept is None else f"the engine: {kept}")]
+    rows += sglang_decode_backends.serves(capability, asked)
+    wanted = variable(FEATURE, "BACKENDS").split(",")
+    return [row if row[0].partition(",")[0] in wanted else (row[0], "the engine: not in BACKENDS") for row in rows]
+
+
 FEATURE = Feature(
     name="decode",
     host="sglang>=0.5.1,<0.5.24",
-    targets=sglang.decode_targets,
+    targets=targets,
     why="the host reads the latent cache once per 16 query heads, into scratch for every split",
     upstream="https://github.com/sgl-project/sglang/pull/20479",
     drop_when="the host reads the latent cache once per request, at least as fast",
     native=native,
     hardware=gpu.not_nvidia,
+    variables=(Variable("BACKENDS", (), ",".join(sglang_backends.NAMES), "whose decode ours may serve", _backends),),
+    serves=serves,
+    told=sglang_decode_backends.told,
     environment=sglang_deterministic.inherited,
     steps=sglang_graphs.step_targets,
     promises="deterministic inference: the engine's own kernel decodes, since our kernel adds up a request's values in "

@@ -28,7 +28,7 @@ HOST, PATCH = "host", "patch"
 SHADOW = "shadow"  # not an arm: the host's serves, and ours runs beside it on the same inputs
 Serve = Callable[[Any], Any]
 Declines = Callable[[Any], "str | None"]
-Twin = Callable[[Any], "tuple[Any, list[tuple[Any, Any]]]"]
+Twin = Callable[[Any], "tuple[Any, list[tuple[Any, Any]] | None]"]
 
 
 # How much the breaker bears before it gives a feature up in this process. A served call starts the first two anew.
@@ -160,7 +160,7 @@ class Site:
         self.serve, self.declines = arms[PATCH].serve, arms[PATCH].declines
         self.counts = counts
         self.switch = switch
-        self.twin = twin  # a call -> the same with outputs of its own, and (host's, ours) to compare
+        self.twin = twin  # a call -> the same with outputs of its own, and (host's, ours) to compare; see `Target`
 
     def dispatch(self, host: Callable[..., Any], first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve one call of the host's, or hand it to ``host``.
@@ -223,7 +223,7 @@ class Site:
             endings.pass_on(problem)
             self._failed(problem, call)
         else:
-            counts.served += 1
+            counts.serve(self.name)
             if gpu.capturing():
                 counts.captured += 1
             return result
@@ -235,7 +235,8 @@ class Site:
         switch, counts, arms = self.switch, self.counts, self.switch.arms
         assert arms is not None and self.twin is not None  # or nobody would have chosen it
         reason: str | None = None
-        pairs: list[tuple[Any, Any]] = []
+        pairs: list[tuple[Any, Any]] | None = []
+        own: Any = None
         failed = False
         try:
             arm = self.arms[arms.candidate]
@@ -243,7 +244,7 @@ class Site:
             if reason is None:
                 # ours first: a host that works in place would change what ours reads
                 ours, pairs = self.twin(call)
-                arm.serve(ours)
+                own = arm.serve(ours)
         except (ValueError, Final) as problem:
             reason = endings.text_of(problem, str)
         except BaseException as problem:
@@ -256,11 +257,11 @@ class Site:
         if reason is not None:
             self._decline(reason)
             return result
-        counts.served += 1
+        counts.serve(self.name)
         if gpu.capturing():
             counts.captured += 1
         try:
-            arms.compare(pairs)
+            arms.compare([(result, own)] if pairs is None else pairs)
         except BaseException as problem:
             endings.pass_on(problem)
             if gpu.capturing():

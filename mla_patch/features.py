@@ -80,6 +80,9 @@ class Feature:
     # what becomes of the host's promises about results, such as batch invariance. For `explain` and the docs
     promises: str = ""
     memory: Callable[[], int] | None = None  # bytes that ours holds between calls in this process, for the report
+    # (mode, whether somebody set it): told whenever this process has decided about the feature, for hooks that serve
+    # more calls where they are asked for
+    told: Callable[[str, bool], None] | None = None
 
     @property
     def flag(self) -> str:
@@ -133,12 +136,18 @@ class Counts:
     """
 
     served: int = 0
+    served_by: dict[str, int] = field(default_factory=dict)  # by entry point
     captured: int = 0
     replayed: int | None = None
     traced: int = 0  # graphs of torch.compile that hold the host's code, because they may not be broken
     declined: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _tracer: Any = field(default=None, repr=False, compare=False)
+
+    def serve(self, entry: str) -> None:
+        """Count a call that ours served at one entry point."""
+        self.served += 1
+        self.served_by[entry] = self.served_by.get(entry, 0) + 1
 
     def decline(self, reason: str) -> bool:
         """Count a call that ours did not serve; reasons beyond the first 64 share one line.
@@ -161,5 +170,6 @@ class Counts:
         """Start from nothing, as a forked child does."""
         self._lock = threading.Lock()
         self.served = self.captured = self.traced = 0
+        self.served_by = {}
         self.replayed = None
         self.declined = {}

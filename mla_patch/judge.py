@@ -69,7 +69,9 @@ def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_vers
     notes, version = found.notes, found.version
     taken: list[Target] = []
     natives: dict[str, list[str]] = {}  # why the host keeps its own: which entry points
+    lost: dict[str, list[str]] = {}  # groups of entry points that have drifted: how
     asks: list[Asked] = []
+    watch: list[str] = []
     device = gpu.known()
     refusal = feature.refusal(device)
     entries = feature.targets(version)
@@ -105,12 +107,19 @@ def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_vers
             if not problems:
                 return Judgement(State.ABSENT, f"{' or '.join(dict.fromkeys(missing))} is not installed")
             present = [home.module for home in homes if sources.find_module(home.module)]
-            return Judgement(State.DRIFTED, "; ".join(dict.fromkeys(problems)), watch=present)
+            if not homes[0].group:
+                return Judgement(State.DRIFTED, "; ".join(dict.fromkeys(problems)), watch=present)
+            watch += present
+            lost.setdefault(homes[0].group, []).extend(problems)
+    drifted = list(dict.fromkeys(f"{group}: {problem}" for group, problems in lost.items() for problem in problems))
+    taken = [target for target in taken if target.group not in lost]
+    if lost and not any(target.group for target in taken):
+        return Judgement(State.DRIFTED, "; ".join(drifted), watch=watch)
     if not taken:
         return Judgement(State.NATIVE, "; ".join([*notes, *kept(natives)]))
     if refusal:
         return Judgement(State.REFUSED, refusal, watch=[target.module for target in taken])
-    told = [*notes, *kept(natives)]
+    told = [*notes, *kept(natives), *drifted]
     if asks and device is None:
         told.append(f"{gpu.why_unknown() or 'the GPU is not known'}: {UNKNOWN_GPU}")
     return Judgement(State.ARMED, "; ".join(told), taken, asks=list(dict.fromkeys(asks)))

@@ -129,6 +129,7 @@ class Run:
     places: list[Place] = field(default_factory=list)
     undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
     taken: dict[int, Taken] = field(default_factory=dict)  # by the target's place in `targets`
+    lost: set[str] = field(default_factory=set)  # groups of targets that the live host has otherwise than reviewed
     notes: str = ""  # the reason, as long as ours stands
     warned: bool = False
     told: bool = False  # that ours has been displaced
@@ -227,6 +228,12 @@ class Patcher:
 
     def _decide(self, run: Run, setting: Setting, judgement: Judgement, arms: Arms | None, modules: list[str]) -> None:
         """Take the judgement over; fills ``modules`` with those to wait for."""
+        if run.feature.told is not None:
+            try:
+                run.feature.told(setting.value, setting.asked_for)
+            except BaseException as problem:  # a plugin's; its hook goes on as it was
+                endings.pass_on(problem)
+                log.warning("mla-patch: %s was not told of its flag", run.feature.label, exc_info=True)
         if run.status.state in STANDING and judgement.state is State.ARMED:
             if run.asks and not judgement.asks:  # asked for by now: ours serves whatever the device
                 run.asks, run.setting = [], setting
@@ -242,7 +249,7 @@ class Patcher:
         run.warned = bool(setting.problem)  # said with the other flags
         run.status.value, run.status.source = setting.value, setting.source
         run.status.state, run.status.reason, run.notes = judgement.state, judgement.reason, judgement.reason
-        run.targets, run.asks = judgement.targets, judgement.asks
+        run.targets, run.asks, run.lost = judgement.targets, judgement.asks, set()
         run.status.targets = [TargetStatus(t.module, t.name, t.kind) for t in judgement.targets]
         modules += dict.fromkeys([target.module for target in run.targets] or judgement.watch)
 
@@ -352,7 +359,8 @@ class Patcher:
                 self._take(run, module, arms, late=not is_initializing(module))
             except BaseException as raised:
                 endings.pass_on(raised)
-                self._leave(run, raised)
+                if not self._leave_group(run, module.__name__, raised):
+                    self._leave(run, raised)
 
         def then() -> None:
             self.changed()
@@ -360,6 +368,21 @@ class Patcher:
 
         when_executed_again(module.__name__, run.again[module.__name__])
         run.turns.take(work, then)
+
+    def _leave_group(self, run: Run, module: str, problem: BaseException) -> bool:
+        """Whether the host keeps its own code in one group of entry points alone, of which ours has taken nothing."""
+        groups = {target.group for target in run.targets if target.module == module}
+        others = {target.group for target in run.targets} - groups - run.lost - {""}
+        touched = any(taken.target.group in groups for taken in run.taken.values())
+        if not isinstance(problem, Mismatch) or "" in groups or touched or not others:
+            return False
+        run.lost |= groups
+        text = f"{', '.join(sorted(groups))}: {problem}"
+        run.notes = run.status.reason = "; ".join(filter(None, (run.notes, text)))
+        if run.setting.asked_for:
+            log.warning("mla-patch: %s leaves %s", run.feature.label, text)
+        self._look(run)
+        return True
 
     def _leave(self, run: Run, problem: BaseException) -> None:
         """The host keeps its own code: it is not what was reviewed, or ours has failed."""
@@ -389,7 +412,11 @@ class Patcher:
         return loaded
 
     def _take(self, run: Run, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool) -> None:
-        mine = {at: target for at, target in enumerate(run.targets) if target.module == module.__name__}
+        mine = {
+            at: target
+            for at, target in enumerate(run.targets)
+            if target.module == module.__name__ and target.group not in run.lost
+        }
         entries = {at: target for at, target in mine.items() if target.kind != "edit" and not self._stands(run, at)}
         # all are looked at before one is touched
         with _all_that_lives() if late and entries else nullcontext():
@@ -455,6 +482,8 @@ class Patcher:
             return
         hiders: list[tuple[str, Any]] = []
         waiting = set()
+        # of an engine's groups of entry points one may be all that it imports
+        begun = {taken.target.group for taken in run.taken.values()} - {""}
         homes = self._homes(run)
         edits_alone = all(target.kind == "edit" for target in run.targets)
         is_there = stands = False
@@ -462,7 +491,8 @@ class Patcher:
             taken = run.taken.get(at)
             if taken is None or sys.modules.get(target.module) is None:
                 told.replaced_by = None
-                waiting.add(target.module)
+                if target.group not in run.lost and (not target.group or not begun or target.group in begun):
+                    waiting.add(target.module)
                 continue
             found = self._hiders(run, taken)
             hiders += found

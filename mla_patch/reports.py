@@ -80,6 +80,8 @@ class FeatureStatus:
         if counts:
             c = self.counts
             row |= {"served": c.served, "declined": dict(c.declined), "captured": c.captured, "replayed": c.replayed}
+            if len({target.name for target in self.targets if target.kind != "edit"}) > 1:
+                row["served_by"] = dict(c.served_by)
             if c.traced:
                 row["traced"] = c.traced
                 row["reason"] = "; ".join(filter(None, (self.reason, traced_text(c.traced))))

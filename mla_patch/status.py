@@ -225,11 +225,18 @@ def blocks(directory: Path, told: Mapping[str, Any], everything: bool = False) -
     yield from (Line(f"finding: {text}", "yellow") for text in told["findings"])
 
 
+def _served(feature: Row) -> str:
+    """How many calls ours served, and at which entry points where there are several."""
+    by_entry = ", ".join(f"{count} {entry}" for entry, count in (feature.get("served_by") or {}).items())
+    return f"{feature['served']} ({by_entry})" if by_entry else str(feature["served"])
+
+
 def _row(report: Row, feature: Row) -> dict[str, Any]:
     replays, captured = feature.get("replayed"), feature["captured"]
     replayed = "replays not counted" if replays is None else f"{replays} replayed"
     return {
         **feature,
+        "served": _served(feature),
         "pid": report["pid"],
         "engine": report["engine"],
         "process": survey.life_text(report),

@@ -236,7 +236,7 @@ _FEATURE: Parts = (
     ("name", str, _REQUIRED), ("host", str, _REQUIRED), ("state", str, _REQUIRED), ("flag", str, ""),
     ("value", str, ""), ("source", str, "default"), ("reason", str, ""), ("targets", list, ()), ("served", int, 0),
     ("declined", dict, {}), ("captured", int, 0), ("replayed", (int, None), None),
-    ("traced", int, 0),
+    ("traced", int, 0), ("served_by", dict, {}),
 )  # fmt: skip
 _TARGET: Parts = (("module", str, ""), ("name", str, ""), ("kind", str, ""), ("replaced_by", (str, None), None))
 _REPORT: Parts = (
@@ -280,9 +280,10 @@ def _checked(value: Any) -> dict[str, Any]:
 def _feature(value: Any, where: str) -> dict[str, Any]:
     row = _row(value, _FEATURE, f"{where}.")
     row["targets"] = [_row(one, _TARGET, f"{where}.targets[{at}].") for at, one in enumerate(row["targets"])]
-    for reason, count in row["declined"].items():
-        _part({reason: count}, reason, int, f"{where}.declined.")
-    row["declined"] = {_plain(reason): count for reason, count in row["declined"].items()}
+    for key in ("declined", "served_by"):
+        for name, count in row[key].items():
+            _part({name: count}, name, int, f"{where}.{key}.")
+        row[key] = {_plain(name): count for name, count in row[key].items()}
     return row
 
 

@@ -332,7 +332,7 @@ def test_explain_says_who_serves_on_one_release_and_gpu(capsys, monkeypatch, rel
     ("feature", "release", "sm", "flag", "state", "reason"),
     [
         ("decode", "0.5.18", "90", "", "applied", ""),
-        ("decode", "0.5.18", "120", "", "native", "TritonAttnBackend.warmup: not measured on sm_120"),
+        ("decode", "0.5.18", "120", "", "applied", "TritonAttnBackend.warmup: not measured on sm_120"),
         ("decode", "0.5.18", "120", "on", "applied", ""),
         ("decode", "0.5.11", "120", "", "applied", ""),
         ("decode", "0.5.18", "120", "off", "off", "MLA_PATCH_DECODE=off (environment)"),

@@ -1314,6 +1314,77 @@ def test_drifted_at_import_restores_the_first(
     assert rest == "[] host 0"
 
 
+GROUPS = """
+from dataclasses import replace
+told = []
+one, other = (replace(each, group=name) for each, name in ((PREFILL, "one"), (ATTEND, "other")))
+FEATURES = [feature("both", one, other, told=lambda mode, asked_for: told.append((mode, asked_for)))]
+"""
+
+
+def test_an_engine_may_import_one_group_of_entry_points_alone(fake_host: FakeHost) -> None:
+    fake_host.plug(GROUPS)
+    code = """
+    mla_patch.apply()
+    print(state("both"))
+    import fakehost.more
+    print(state("both"), fakehost.more.prefill(1), row("both")["served_by"])
+    import fakehost.srt.layers.attend
+    print(state("both"), fakehost.srt.layers.attend.attend(1), row("both")["served_by"])
+    mla_patch.restore()
+    print(left(), fakehost.more.prefill(1), fakehost.srt.layers.attend.attend(1))
+    """
+    assert fake_host.says(code).splitlines() == [
+        "armed", "applied ours {'prefill': 1}", "applied ours {'prefill': 1, 'attend': 1}", "[] host host",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DRIFT)
+def test_what_has_drifted_in_one_group_leaves_the_others_to_ours(kind: str, fake_host: FakeHost) -> None:
+    fake_host.plug(GROUPS)
+    fake_host.change("fakehost/srt/layers/attend.py", *DRIFT[kind])
+    code = """
+    mla_patch.apply()
+    import fakehost.more, fakehost.srt.layers.attend
+    print(state("both"), "|", fakehost.more.prefill(1), [n for n in left() if "attend" in n])
+    """
+    assert fake_host.says(code).startswith("applied: other: fakehost.srt.layers.attend.attend has ") or kind != "source"
+    assert fake_host.says(code).endswith(" | ours []")
+    fake_host.change("fakehost/more.py", "def prefill(q):", "def prefill(q, more):")
+    told = fake_host.says("mla_patch.apply()\nprint(state('both'))")
+    assert told.startswith("drifted: ") and "one: fakehost.more.prefill has the new more" in told
+    assert "other: fakehost.srt.layers.attend" in told
+
+
+@pytest.mark.parametrize("order", [("more", "srt.layers.attend"), ("srt.layers.attend", "more")], ids=str)
+def test_a_group_that_drifted_at_import_is_the_hosts_alone(order: tuple[str, str], fake_host: FakeHost) -> None:
+    fake_host.plug(GROUPS)
+    fake_host.write("fakehost/srt/layers/attend.py", LIVE.format(last="attend, wrapper = wrapper, attend"))
+    code = f"""
+    mla_patch.apply()
+    import fakehost.{order[0]}
+    import fakehost.{order[1]}
+    print(state("both"), "|", fakehost.more.prefill(1), [n for n in left() if "attend" in n])
+    mla_patch.restore()
+    mla_patch.apply("both")
+    print(fakehost.more.prefill(1))
+    """
+    done = fake_host.run(code)
+    reason = "other: fakehost.srt.layers.attend.attend has the new mask"
+    assert done.stdout.splitlines() == [f"applied: {reason} | ours []", "ours"]
+    assert done.stderr.strip() == f"mla-patch: both@fakehost leaves {reason}"  # where it was asked for
+
+
+def test_a_feature_is_told_its_flag_whenever_it_is_decided(fake_host: FakeHost) -> None:
+    fake_host.plug(GROUPS)
+    code = "import fakeplug, fakehost.more\nmla_patch.apply()\nmla_patch.apply('both')\nprint(fakeplug.told)"
+    assert fake_host.says(code) == "[('on', False), ('on', True)]"
+    assert fake_host.says(code, env={"MLA_PATCH_BOTH": "off"}) == "[('off', True), ('on', True)]"
+    fake_host.plug(GROUPS.replace("told.append((mode, asked_for))", "1 / 0"))
+    done = fake_host.run("mla_patch.apply()\nimport fakehost.more\nprint(state('both'), fakehost.more.prefill(1))")
+    assert done.stdout.strip() == "applied ours" and "both@fakehost was not told of its flag" in done.stderr
+
+
 def test_a_method_that_is_gone(fake_host: FakeHost) -> None:
     fake_host.change("fakehost/layers.py", "def forward", "def run")
     code = "mla_patch.apply()\nprint(state('method'))\nimport fakehost.layers\nprint(state('method'))"

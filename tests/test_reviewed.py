@@ -15,7 +15,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mla_patch.compat import sglang, sglang_flash_mla, sglang_graphs, sglang_tokenspeed
+from mla_patch.compat import sglang, sglang_backends, sglang_flash_mla, sglang_graphs, sglang_tokenspeed
 from mla_patch.compat import sglang_sparse_prefill as routes
 from mla_patch.compat.types import Target
 from mla_patch.hooks import sglang_decode, sglang_kv_indices, sglang_sched_meta, sglang_sparse_prefill
@@ -79,6 +79,11 @@ def test_what_targets_name_is_there(table: str) -> None:
 
 # (table, function) -> why a release that has it is not asked for it
 LEFT = {
+    # releases before the feature's range; of the Triton backend alone those are known, too
+    **{
+        ("decode", f"{call.module}:{call.owner}.forward_decode"): lambda r: at(r) < at("0.5.1")
+        for call in sglang_backends.CALLS
+    },
     ("sparse_prefill", f"{V4}:DeepseekV4AttnBackend.forward"): lambda r: at(r) >= at("0.5.13"),  # calls the next
     # from 0.5.21 the release's own route is right, and has our kernels one by one
     ("sparse_prefill", f"{V4}:DeepseekV4AttnBackend._forward_prefill_sparse"): lambda r: bool(

@@ -258,8 +258,10 @@ def test_what_the_launcher_refuses_is_declined() -> None:
     ],
 )
 def test_native(version: str | None, capability: tuple[int, int], why: str | None) -> None:
-    asked = [native(target, version) for target in FEATURE.targets(version)]
+    asked = [native(target, version) for target in FEATURE.targets(version) if target.group == "triton"]
     assert {one and one(Gpu("a GPU", capability)) for one in asked} == {why}
+    # of the other backends it depends on the cache, call by call
+    assert {native(target, version) for target in FEATURE.targets(version) if target.group != "triton"} == {None}
 
 
 @pytest.mark.parametrize(

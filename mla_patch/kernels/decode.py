@@ -989,11 +989,20 @@ def _check_scale(name: str, value: float) -> None:
 watch_compiles(_decode_kernel, _merge_kernel)
 
 
-def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, max_batch: int) -> int:
+def warmup(
+    device: torch.device | str,
+    heads: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    max_batch: int,
+    page_size: int = 0,
+    index: tuple[torch.dtype, torch.dtype] = (torch.int32, torch.int64),
+) -> int:
     """Compile what `mla_decode` can reach with up to ``max_batch`` requests; how many kernels that took.
 
-    Real launches over empty requests, so that Triton specialises as it will when serving; without sinks, cap and
-    temperature, which MLA models do not have. Keeps no memory. Nothing to do on a CPU.
+    With a ``page_size``, what `mla_decode_paged` can. ``index``: the types of indptr and token_ids, or of lens and
+    block_table. Real launches over empty requests, so that Triton specialises as it will when serving; without sinks,
+    cap and temperature, which MLA models do not have. Keeps no memory. Nothing to do on a CPU.
 
     Raises:
         ValueError: heads or types that `mla_decode` does not take.
@@ -1003,13 +1012,17 @@ def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dty
         return 0
     before = COMPILES.total
     out = torch.empty(1, heads, 512, dtype=dtype, device=device)
-    kv = torch.zeros(1, 1, 576, dtype=dtype, device=device).to(cache_dtype)
-    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    kv = torch.zeros(1, page_size or 1, 576, dtype=dtype, device=device).to(cache_dtype)
+    ids = torch.zeros(1, dtype=index[1], device=device)
     # launch numbers change at a power of two or beside it; all requests share one row, by a stride of 0
     sizes = {size + beside for size in (2**n for n in range(max_batch.bit_length())) for beside in (-1, 0, 1)}
     with COMPILES.warming():
         for batch in sorted(size for size in sizes | {max_batch} if 0 < size <= max_batch):
-            indptr = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+            indptr = torch.zeros(batch + 1, dtype=index[0], device=device)
             rows = (batch, -1, -1)
-            mla_decode(q.expand(rows), kv, out.expand(rows), indptr, ids, sm_scale=1.0)
+            if page_size:
+                table = ids.expand(batch, 1)
+                mla_decode_paged(q.expand(rows), kv, out.expand(rows), table, indptr, sm_scale=1.0)
+            else:
+                mla_decode(q.expand(rows), kv, out.expand(rows), indptr, ids, sm_scale=1.0)
     return COMPILES.total - before

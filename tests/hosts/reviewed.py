@@ -21,12 +21,20 @@ from typing import Any
 import hosts
 
 from mla_patch import sources
-from mla_patch.compat import sglang, sglang_flash_mla, sglang_graphs, sglang_sparse_prefill, sglang_tokenspeed
+from mla_patch.compat import (
+    sglang,
+    sglang_backends,
+    sglang_flash_mla,
+    sglang_graphs,
+    sglang_sparse_prefill,
+    sglang_tokenspeed,
+)
 from mla_patch.compat.sglang_fetch import fetch_files, fetch_package
 
 PATH = hosts.HERE / "reviewed.json"
 TABLES = {
     "decode": sglang.decode_targets,
+    "decode of other backends": sglang_backends.decode_targets,
     "kv_indices": sglang.kv_indices_targets,
     "sched_meta": sglang_flash_mla.flash_mla_targets,
     "sparse_prefill": sglang_sparse_prefill.targets,
@@ -42,7 +50,9 @@ EDITED = {
         "DSV4Metadata.copy_",
     ),
     f"{_SRT}.dsv4.indexer": ("topk_transform_512",),
-    f"{_SRT}.flashmla_backend": ("FlashMLABackend.__init__",),
+    f"{_SRT}.flashattention_backend": ("FlashAttentionBackend.__init__",),
+    f"{_SRT}.flashinfer_mla_backend": ("FlashInferMLAAttnBackend.__init__",),
+    f"{_SRT}.flashmla_backend": ("FlashMLABackend.__init__", "FlashMLABackend.forward_extend"),
     f"{_SRT}.nsa_backend": ("NativeSparseAttnBackend.__init__",),
     f"{_SRT}.dsa_backend": ("DeepseekSparseAttnBackend.__init__",),
     f"{_SRT}.triton_backend": ("TritonAttnBackend.__init__",),
