@@ -374,8 +374,9 @@ class Patcher:
         groups = {target.group for target in run.targets if target.module == module}
         others = {target.group for target in run.targets} - groups - run.lost - {""}
         touched = any(taken.target.group in groups for taken in run.taken.values())
-        if not isinstance(problem, Mismatch) or "" in groups or touched or not others:
-            return False
+        drifted = isinstance(problem, Mismatch) and problem.state is State.DRIFTED
+        if not drifted or "" in groups or touched or not others:
+            return False  # what cannot be had at this moment is a matter of the whole feature, and of its state
         run.lost |= groups
         text = f"{', '.join(sorted(groups))}: {problem}"
         run.notes = run.status.reason = "; ".join(filter(None, (run.notes, text)))

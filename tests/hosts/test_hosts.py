@@ -53,8 +53,10 @@ def test_decode_applied(release: str, seen: dict) -> None:
     row = next(row for row in seen["features"] if row["name"] == "decode")
     served = len(seen["decode"]["ours"]) + 2 * len(seen["decode"]["ranks"]["ours"])
     assert (row["state"], row["declined"], row["served"]) == ("applied", {}, served), row
-    assert all(target["replaced_by"] for target in row["targets"])
-    edits = [target["replaced_by"].rpartition(":")[2] for target in row["targets"] if target["kind"] == "edit"]
+    # the other backends' modules are imported where they are driven, or not at all
+    triton = [one for one in row["targets"] if one["module"].endswith((".triton_backend", ".decode_attention"))]
+    assert all(target["replaced_by"] for target in triton)
+    edits = [target["replaced_by"].rpartition(":")[2] for target in triton if target["kind"] == "edit"]
     own = "leave_scales_out" if release in hosts.MISREAD else "watch_scales"
     mode = [] if Version(release) < hosts.DETERMINISTIC else ["watch_decodes"]
     assert edits == [*([] if release in hosts.UNSCALED else [own]), *mode, "warm_decode"]
