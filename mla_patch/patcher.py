@@ -617,7 +617,9 @@ class Patcher:
             return Found(target, holder, attribute, value, [])
         function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
         kept = list(_kept(target, function if ours is None else ours.__wrapped__, run.status.counts))
-        keeper = None if is_ours(value) else _keeper(function, kept, target.module.partition(".")[0], holder)
+        # whoever keeps what has ours below it reaches ours: an edit of ours that outlives restore(), for one
+        reached = ours is not None or is_ours(value)
+        keeper = None if reached else _keeper(function, kept, target.module.partition(".")[0], holder)
         if keeper is not None:
             raise Mismatch(f"{where} was imported before and is kept by {keeper}", State.REFUSED)
         return Found(target, holder, attribute, value, kept)
