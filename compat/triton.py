@@ -2,6 +2,7 @@
 
 to 3.3      the interpreter is chosen by TRITON_INTERPRET alone
 from 3.4    by triton.knobs, which reads the same variable
+from 3.4    a launch of what is compiled takes all of the kernel's arguments, constants included
 from 3.4    programmatic dependent launch: `launch_pdl`, and gdc_wait and gdc_launch_dependents for kernels
 from 3.6    sm_100 and newer are assembled by a second ptxas, `ptxas-blackwell`
 from 3.6    Gluon has what decode_sm90 needs: warp groups with registers of their own, copies that arrive at a barrier
@@ -73,6 +74,7 @@ class CompileCase:
     divisible: tuple[str, ...] = ()  # parameters that Triton may take to be multiples of 16
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     targets: tuple[int, ...] = TARGETS
     stack: int = 0  # bytes of local memory allowed at most; a number other than 0 needs its reason beside it
 
@@ -117,6 +119,36 @@ def _counted(kernel: Any) -> Any:
     return compile_and_count
 
 
+class Relaunch:
+    """A kernel with its grid and options, launched over and over with arguments of the same types and alignments.
+
+    Triton looks at every argument of every launch, for some 20 us. After the first launch, `settle` keeps what it came
+    to: then arguments are no longer looked at, and tensors may be addresses. Constants have to be the kernel's last
+    parameters.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], options: Mapping[str, Any]) -> None:
+        self._kernel, self._grid, self._options = kernel, grid, options
+        self._constants: tuple[Any, ...] = ()
+        self._compiled: Any = None
+        self._run: Any = self._look
+
+    def __call__(self, *args: Any) -> None:
+        self._run(*args, *self._constants)
+
+    def _look(self, *args: Any) -> None:
+        self._compiled = self._kernel[self._grid](*args, **self._options)
+
+    def settle(self) -> bool:
+        """Whether launches go past Triton's look from now on; not in the interpreter, nor before 3.4."""
+        if self._compiled is None or not hasattr(triton, "knobs"):
+            return False
+        names = [name for name in self._kernel.arg_names if name in self._options]
+        self._constants = tuple(self._options[name] for name in names)
+        self._run = self._compiled[(*self._grid, 1, 1)[:3]]
+        return True
+
+
 def gpu_compile(
     kernel: Any,
     signature: Mapping[str, str],
@@ -126,6 +158,7 @@ def gpu_compile(
     divisible: tuple[str, ...] = (),
     num_warps: int = 4,
     num_stages: int = 3,
+    maxnreg: int | None = None,
 ) -> Any:
     """Compile ``kernel`` for compute capability ``sm`` (80, 90, ...); no GPU is needed.
 
@@ -151,7 +184,7 @@ def gpu_compile(
     if getattr(kernel, "is_gluon", lambda: False)():
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(fn=kernel, signature=full, constexprs=dict(constexprs), attrs=attrs)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
@@ -164,6 +197,7 @@ def compile_case(case: CompileCase, sm: int) -> Any:
         divisible=case.divisible,
         num_warps=case.num_warps,
         num_stages=case.num_stages,
+        maxnreg=case.maxnreg,
     )
 
 

@@ -52,6 +52,14 @@ def run_python(tmp_path: Path) -> RunPython:
     return run
 
 
+@pytest.fixture(autouse=True)
+def launches_are_not_kept() -> None:
+    """A test that changes what a kernel's launcher goes by must not find launches of a test before it."""
+    module = sys.modules.get("mla_patch.kernels.decode")
+    if module is not None:
+        module._KNOWN.clear()
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that this tree builds."""

@@ -42,6 +42,7 @@ class Case:
     def check(self, **options):
         got = self.run(**options).double()
         options.pop("config", None)
+        options.pop("lse", None)
         want = mla_decode_ref(self.q, self.kv, self.indptr, self.ids, sm_scale=SCALE, **options)
         assert torch.isfinite(got).all()
         for b, length in enumerate(self.lens):
@@ -204,6 +205,115 @@ def test_rows_at_odd_addresses(heads, cache):
     assert (case.out._base[[0, -1]] == -7).all()
 
 
+def parts(q):
+    """A query as engines hand it over: latents head by head, the rope out of a wider projection."""
+    nope = q[..., :512].transpose(0, 1).contiguous().transpose(0, 1)
+    wide = torch.full((*q.shape[:2], 192), math.nan, dtype=q.dtype, device=q.device)
+    wide[..., 128:] = q[..., 512:]
+    assert nope.stride() == (512, 512 * len(q), 1) or len(q) == 1
+    return nope, wide[..., 128:]
+
+
+@pytest.mark.parametrize("cache", [None, E4M3], ids=str)
+@pytest.mark.parametrize("heads", [3, 40])
+def test_a_query_in_two_parts(heads, cache):
+    """Bit for bit what it gives as one, by token and by page, also where one part begins at an odd address."""
+    for dtype in (torch.float16, torch.float32):
+        case = Paged([70, 0, 9], heads, 16, dtype=dtype, cache=cache or torch.float16)
+        want = case.run().clone()
+        nope, rope = parts(case.q)
+        for pair in ((nope, rope), (odd(nope), rope), (nope, odd(rope))):
+            case.q = pair
+            assert torch.equal(case.run(), want)
+            assert torch.equal(Case.run(case), want)
+
+
+@pytest.mark.parametrize("cache", [None, E4M3], ids=str)
+@pytest.mark.parametrize("heads", [3, 40])
+def test_log_sum_exp(heads, cache):
+    """Whoever has a request's keys: one program, or several and the merge. ``out`` is what it is without."""
+    for lens, programs in (([70, 0, 9, 400], 1), ([70, 0, 9, 400], 7), ([200] * 40, 7), ([900], 20)):
+        config = {**decode_config(heads, False, (9, 0), True), "PER_SM": programs} if interpreted() else None
+        case = Case(lens, heads, cache=cache)
+        for sinks in (None, torch.randn(heads, device=DEVICE)):
+            plain = case.run(config=config, sinks=sinks).clone()
+            want = torch.empty(len(lens), heads, dtype=torch.float64, device=DEVICE)
+            mla_decode_ref(case.q, case.kv, case.indptr, case.ids, sm_scale=SCALE, sinks=sinks, lse=want)
+            for place, most in (
+                (torch.full((len(lens), heads), math.nan, device=DEVICE), 2e-3),
+                # as FlashAttention-3 has it, and as the type of q holds it
+                (torch.full((heads, len(lens) + 3), math.nan, device=DEVICE).T[: len(lens)], 2e-3),
+                (torch.full((len(lens), heads), math.nan, dtype=case.q.dtype, device=DEVICE), 8e-3),
+            ):
+                assert torch.equal(case.run(config=config, sinks=sinks, lse=place), plain)
+                empty = torch.tensor([length == 0 for length in lens], device=DEVICE)
+                assert (place[empty] == -math.inf).all()
+                assert ((place - want)[~empty].abs() <= most).all()
+
+
+def test_every_merge_keeps_its_log_sum_exp(monkeypatch):
+    config = {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": 30, "num_warps": 4}
+    lens = [1, 1200, 2, 0, 600]
+    case = Case(lens, 2)
+    want = torch.empty(5, 2, dtype=torch.float64, device=DEVICE)
+    mla_decode_ref(case.q, case.kv, case.indptr, case.ids, sm_scale=SCALE, lse=want)
+    for merge in (merge_config(1), merge_config(4), merge_config(16), merge_config(64)):
+        monkeypatch.setattr(module, "merge_config", lambda *asked, merge=merge: dict(merge))
+        lse = torch.full((5, 2), math.nan, device=DEVICE)
+        case.run(config=config, lse=lse)
+        assert torch.allclose(lse.double(), want, atol=2e-3)
+
+
+@pytest.mark.parametrize("heads", [3, 40])
+def test_scales_on_the_device(heads):
+    """One number each, read by the kernel: what the numbers themselves give, whoever writes the output."""
+    for lens in ([90, 1, 17], [700]):
+        case = Case(lens, heads, cache=E4M3)
+        want = case.run(k_scale=0.5, v_scale=2.0).clone()
+        half, two = torch.tensor(0.5, device=DEVICE), torch.tensor([2.0], device=DEVICE)
+        for k_scale, v_scale in ((half, two), (half.bfloat16(), 2.0), (0.5, two[None])):
+            assert torch.equal(case.run(k_scale=k_scale, v_scale=v_scale), want)
+        case.run(k_scale=half, v_scale=two)
+        half.fill_(0.25)  # as a captured graph may find it
+        assert torch.equal(case.run(k_scale=half, v_scale=two).clone(), case.run(k_scale=0.25, v_scale=2.0))
+
+
+def test_a_view_of_a_tables_first_column():
+    """Only the distance of its rows counts: engines capture graphs with such a view."""
+    for page in (16, 64):
+        case = Paged([200, 0, 31, 90], 5, page)
+        case.check()
+        want = case.out.clone()
+        case.table = case.table[:, :1]
+        assert torch.equal(case.run(), want)
+
+
+def test_calls_that_are_alike():
+    """A call finds what an earlier one has left, and goes by its own tensors."""
+    module._KNOWN.clear()
+    options = {"sinks": torch.randn(3, device=DEVICE), "lse": torch.empty(2, 3, device=DEVICE)}
+    Paged([70, 9], 3, 16).run(**options)
+    for lens in ([3, 150], [0, 1], [500, 300]):
+        Paged(lens, 3, 16, spare=7 + 600 - sum(-(-n // 16) for n in lens)).check(**options)
+    first = len(module._KNOWN)
+    case = Case([70, 9], 3)
+    case.check(**options)
+    for lens in ([3, 76], [0, 1], [40, 39]):
+        Case(lens, 3, spare=7 + 79 - sum(lens)).check(**options)
+    assert len(module._KNOWN) == first + 1
+    case.check(**options, logit_cap=1.0)
+    case.check(**options, k_scale=0.5)
+    assert len(module._KNOWN) == first + 2
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    monkeypatch.setattr(module, "_MOST", 2)
+    module._KNOWN.clear()
+    for heads in (1, 2, 3):
+        Case([4], heads).check()
+        assert len(module._KNOWN) <= 2
+
+
 def test_float32_output_and_a_flat_cache():
     case = Case([40, 0], 3)
     case.out = torch.full((2, 3, 512), math.nan, device=DEVICE)
@@ -358,7 +468,21 @@ def uneven(x, stride, offset):
     return torch.zeros(stride * 9 + 1, device=DEVICE).to(E4M3).as_strided((9, 1, 576), (stride, stride, 1), offset)
 
 
+def pair(rope):
+    """A query's two parts, of which the second is not right."""
+    return lambda x: (x[..., :512], rope(x[..., 512:]))
+
+
 BAD = [
+    bad("q", lambda x: (x, x[..., 512:]), r"q: shape \(2, 3, 576\), .* expected \[B, H, 512\] beside a rope"),
+    bad("q", pair(lambda x: x[..., :32]), r"q's rope: torch.float16, shape \(2, 3, 32\).* expected .* \[2, 3, 64\]"),
+    bad("q", pair(lambda x: x.float()), "q's rope: torch.float32, .* expected torch.float16 as q"),
+    bad("q", pair(lambda x: x[:1]), r"q's rope: torch.float16, shape \(1, 3, 64\)"),
+    bad("q", pair(lambda x: x.repeat(1, 1, 2)[..., ::2]), "q's rope: .* the last contiguous"),
+    bad("lse", lambda x: torch.zeros(3, 2, device=DEVICE), r"lse: torch.float32, shape \(3, 2\), .*\[2, 3\]"),
+    bad("lse", lambda x: torch.zeros(2, 3, device=DEVICE).double(), "lse: torch.float64, .* expected torch.float32 or"),
+    bad("k_scale", lambda x: torch.ones(2, device=DEVICE), r"k_scale: torch.float32, shape \(2,\).* expected a number"),
+    bad("v_scale", lambda x: torch.ones(1, device=DEVICE).int(), "v_scale: torch.int32, .* expected a number or one"),
     bad("q", lambda x: x.double(), "q: torch.float64, expected torch.bfloat16, torch.float16 or torch.float32"),
     bad("q", lambda x: x[..., :512], r"q: shape \(2, 3, 512\)"),
     bad("q", lambda x: x[0], r"q: shape \(3, 576\)"),
@@ -394,6 +518,8 @@ def test_misuse(name, spoil, message):
     case = Case([4, 5], 3)
     args = {"q": case.q, "kv": case.kv, "out": case.out, "indptr": case.indptr, "token_ids": case.ids}
     args |= {"sm_scale": SCALE}
+    mla_decode(**args)  # what is kept of it must not be taken for what comes
+    case.out.fill_(math.nan)
     args[name] = spoil(args.get(name))
     with pytest.raises(ValueError, match=message):
         mla_decode(**args)
@@ -425,6 +551,8 @@ def test_misuse_of_pages(name, spoil, message):
     case = Paged([4, 25], 3, 16)
     args = {"q": case.q, "kv": case.pages, "out": case.out, "block_table": case.table, "lens": case.lens_given}
     args |= {"sm_scale": SCALE}
+    mla_decode_paged(**args)
+    case.out.fill_(math.nan)
     args[name] = spoil(args.get(name))
     with pytest.raises(ValueError, match=message):
         mla_decode_paged(**args)
@@ -440,7 +568,7 @@ def test_a_float32_cache_is_refused():
 def test_launch_numbers_are_those_that_were_measured():
     eight = {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 2, "num_warps": 4}
     assert decode_config(16, True, (9, 0)) == eight
-    assert decode_config(16, False, (9, 0)) == eight | {"PER_SM": 1}
+    assert decode_config(16, False, (9, 0)) == eight | {"PER_SM": 1, "maxnreg": 255}
     assert decode_config(128, True, (9, 0)) == eight
     assert decode_config(128, False, (9, 0))["BLOCK_H"] == 32
     assert merge_config(1)["SLICES"] == 16 and merge_config(128)["SLICES"] == 0
@@ -480,7 +608,7 @@ def test_which_kernel_has_a_call(heads, cache, change, name, grid, monkeypatch):
     """decode_sm90 takes more heads than 16, with rows that can be copied 16 bytes at a time; else the portable one."""
     seen = []
     monkeypatch.setattr(module, "_INTERPRETED", False)
-    monkeypatch.setattr(module, "_check", lambda q, kv, out, sinks: module._EIGHT_BIT.get(kv.dtype, module.DIRECT))
+    monkeypatch.setattr(module, "_check", lambda q, rope, kv, *rest: module._EIGHT_BIT.get(kv.dtype, module.DIRECT))
     monkeypatch.setattr(module, "_wide", lambda: (Launches("wide", seen), 5))
     monkeypatch.setattr(module, "_decode_kernel", Launches("decode", seen))
     monkeypatch.setattr(module, "_merge_kernel", Launches("merge", seen))
@@ -500,12 +628,12 @@ def test_which_kernel_has_a_call(heads, cache, change, name, grid, monkeypatch):
     mla_decode(q, kv, out, indptr, ids, sm_scale=-1.0 if change == "scale" else 1.0, config=config)
     (kernel, launched, args, numbers), merge = seen
     assert (kernel, launched) == (name, grid) and merge[0] == "merge"
-    given = args[1]
-    assert all(tensor.data_ptr() % 16 == 0 for tensor in (args[0], args[2], merge[2][0]))  # kernels rely on it
+    given = args[2]
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in (*args[:2], args[3], merge[2][0]))  # kernels rely on it
     if name == "wide":
         assert given.dtype is (torch.int32 if cache else dtype) and numbers["KEY"] == 5
-        assert args[15] == given.stride(0) and numbers["E5M2"] == (cache is E5M2)
-    assert args[6].dtype is (torch.float16 if cache else torch.float32)
+        assert args[21] == given.stride(0) and numbers["E5M2"] == (cache is E5M2)
+    assert args[10].dtype is (torch.float16 if cache else torch.float32)
 
 
 @pytest.mark.gpu

@@ -1,16 +1,20 @@
 """MLA decode: one query token per request attends to its rows of the paged latent cache.
 
-    q          [B, H, 576]          bfloat16, float16 or float32; 512 latent and 64 rope values
+    q          [B, H, 576]          bfloat16, float16 or float32; 512 latent and 64 rope values, or these two as a pair
+                                    of tensors, [B, H, 512] and [B, H, 64], each with strides of its own
     kv         [N, 576] (or [N, 1, 576])  float8_e4m3fn, float8_e5m2 or the dtype of q (bfloat16 or float16 where q is
                                     float32); V is the first 512 values of K
     out        [B, H, 512]          bfloat16, float16 or float32
     indptr     [>= B + 1]           int32 or int64; request b owns token_ids[indptr[b] : indptr[b + 1]]
     token_ids  [>= indptr[B]]       int32 or int64, physical rows of kv in any order, repeats allowed
     sinks      [H]                  float32 or bfloat16, or None
+    lse        [B, H]               float32 or the dtype of q, written where it is given
+    k_scale, v_scale                numbers, or one-element float tensors on the device, which the kernel reads
 
     s_bhj = q_bh . kv[slot_bj] * sm_scale * k_scale;   cap * tanh(s / cap) where there is a cap;
             * log2(L_b - 1) / log2(xai_len) where L_b - 1 > xai_len > 0
     out_bh = v_scale * sum_j exp(s_bhj) kv[slot_bj, :512] / (sum_j exp(s_bhj) + exp(sink_h));   0 where L_b = 0
+    lse_bh = log(sum_j exp(s_bhj) + exp(sink_h));   -inf where L_b = 0
 
 Every row of the cache is read once per tile of query heads. An 8-bit row is read as 288 pairs of bytes: one copy in
 shared memory serves both products, and each register of pairs becomes one operand of even and one of odd values, both
@@ -33,7 +37,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -46,6 +50,7 @@ from mla_patch.compat.triton import (
     HAS_PDL,
     TARGETS,
     CompileCase,
+    Relaunch,
     gdc_launch_dependents,
     gdc_wait,
     interpreted,
@@ -74,6 +79,10 @@ def decode_config(heads: int, eight_bit: bool, capability: tuple[int, int], inte
         # two pairs of buffers and q are 95 KiB: two programs where there are 227, one elsewhere
         per_sm = 2 if capability in ((9, 0), (10, 0), (10, 3)) else 1
         return {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": per_sm, "num_warps": 4}
+    if capability == (9, 0):
+        # Left to itself ptxas takes 182 to 188 registers with more than 16 requests, by schedules that differ by 20%;
+        # told of 255, it takes all of them, by the fastest.
+        return {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 1, "num_warps": 4, "maxnreg": 255}
     if capability[0] in (9, 10):
         return {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 1, "num_warps": 4}
     return {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 5, "PER_SM": 1, "num_warps": 4}
@@ -211,6 +220,14 @@ def _store_chunk(pointer, one, other, mask, KIND: tl.constexpr):
 
 
 @triton.jit
+def _store_lse(lse, b, head, lse_stride_b, lse_stride_h, m, denominator, mask):
+    """A request's log-sum-exp, from the base 2 of `_attend` to e."""
+    place = lse + b.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
+    value = (m + tl.log2(denominator)) * 0.6931471805599453
+    tl.store(place, rounded(value, lse.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _load_chunk(row, c, KIND: tl.constexpr):
     """128 values of every key as two operands: even and odd values of an 8-bit cache, else one half and the other."""
     one = tl.load(row + c[None, :])
@@ -236,6 +253,7 @@ def _load_query(source, c, mask, KIND: tl.constexpr):
 @triton.jit
 def _attend(
     source,
+    source_rope,
     mask,
     kv,
     ids,
@@ -258,8 +276,8 @@ def _attend(
 ):
     """``count`` tiles of a request's keys, from tile ``first`` on: the largest score, the sum of weights, weighted V.
 
-    ``source`` points at the heads' queries, ``ids`` at ``keys`` rows of the cache or, where there is a PAGE_SIZE, at
-    their pages. The temperature is that of a request of ``length`` keys.
+    ``source`` points at the heads' queries, ``source_rope`` at their rope, ``ids`` at ``keys`` rows of the cache or,
+    where there is a PAGE_SIZE, at their pages. The temperature is that of a request of ``length`` keys.
     """
     # A row is four chunks of 128 values and 64 of rope, each read as two operands. In an 8-bit cache these are even and
     # odd values, and the row has half as many elements, of two bytes.
@@ -286,7 +304,7 @@ def _attend(
     q1, p1 = _load_query(source + 128, c, mask, KIND)
     q2, p2 = _load_query(source + 256, c, mask, KIND)
     q3, p3 = _load_query(source + 384, c, mask, KIND)
-    qr, pr = _load_query(source + 512, r, mask, KIND)
+    qr, pr = _load_query(source_rope, r, mask, KIND)
     # The other operand's q is negated: Triton chains dot + dot into one, and here two chains run side by side.
     scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
     TWICE: tl.constexpr = KIND == 0 and q0.dtype == tl.float32
@@ -328,6 +346,11 @@ def _attend(
         if PAGE_SIZE == 0:
             slot = tl.load(ids + at).to(tl.int64)
             row = kv + slot[:, None] * kv_stride
+        elif PAGE_SIZE % BLOCK_N == 0:
+            # one look-up for a tile, which lies in one page
+            start = (first + i) * BLOCK_N
+            page = tl.load(ids + start // PAGE_SIZE).to(tl.int64)
+            row = kv + page * page_stride + ((at - start + start % PAGE_SIZE).to(tl.int64) * kv_stride)[:, None]
         else:
             page = tl.load(ids + at // PAGE_SIZE).to(tl.int64)
             row = kv + (page * page_stride + (at % PAGE_SIZE).to(tl.int64) * kv_stride)[:, None]
@@ -382,18 +405,30 @@ def _attend(
     return m, denominator, a0, a1, a2, a3, b0, b1, b2, b3
 
 
+@triton.jit
+def _times(number, at):
+    """A number times that on the device, if there is one there."""
+    if at is not None:
+        number *= tl.load(at).to(tl.float32)
+    return number
+
+
 _CHANGING = ["B", "sm_scale", "v_scale", "logit_cap", "xai_len", "table_stride"]
-_CALL_ARGS = ["q", "out", "indptr", "token_ids", "sinks"]
+_CALL_ARGS = ["q", "q_rope", "out", "lse", "indptr", "token_ids", "sinks", "k_scale_at", "v_scale_at"]
 
 
 @triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_CALL_ARGS)
 def _decode_kernel(
     q,
+    q_rope,
     kv,
     out,
+    lse,
     indptr,
     token_ids,
     sinks,
+    k_scale_at,
+    v_scale_at,
     partial,
     B,
     H,
@@ -403,9 +438,13 @@ def _decode_kernel(
     xai_len,
     q_stride_b,
     q_stride_h,
+    rope_stride_b,
+    rope_stride_h,
     kv_stride,
     out_stride_b,
     out_stride_h,
+    lse_stride_b,
+    lse_stride_h,
     table_stride,
     page_stride,
     KIND: tl.constexpr,
@@ -418,7 +457,8 @@ def _decode_kernel(
     PDL: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
-    """One piece of the work. With a PAGE_SIZE, ``indptr`` holds lengths and ``token_ids`` is the block table."""
+    """One piece of the work. With a PAGE_SIZE, ``indptr`` holds lengths and ``token_ids`` is the block table. What
+    stands at k_scale_at and v_scale_at, where these are given, goes with sm_scale and v_scale."""
     program = tl.program_id(0)
     partial_lse, spans, requests = _tables(partial, tl.num_programs(0), H)
     if PDL:
@@ -430,6 +470,7 @@ def _decode_kernel(
     stop = tl.minimum(start + each, total)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_head = head < H
+    sm_scale, v_scale = _times(sm_scale, k_scale_at), _times(v_scale, v_scale_at)
     span = spans + program * 4  # which request this program shares with those before it, and with how many
     tl.store(span, -1)
     position = start
@@ -449,13 +490,15 @@ def _decode_kernel(
         count = tl.minimum(stop, end) - position
         ids = token_ids + first
         # launchers see to it; pointers that are compiled for their own alignment would make kernels of their own
-        source = tl.multiple_of(q + b.to(tl.int64) * q_stride_b + head[:, None].to(tl.int64) * q_stride_h, [16, 16])
+        source = q + b.to(tl.int64) * q_stride_b + head[:, None].to(tl.int64) * q_stride_h
+        rope = q_rope + b.to(tl.int64) * rope_stride_b + head[:, None].to(tl.int64) * rope_stride_h
+        source, rope = tl.multiple_of(source, [16, 16]), tl.multiple_of(rope, [16, 16])
         mask = is_head[:, None]
         m, denominator, a0, a1, a2, a3, b0, b1, b2, b3 = _attend(
-            source, mask, kv, ids, position - begin, count, length, length, sm_scale, logit_cap, xai_len, kv_stride,
-            page_stride, KIND, CAPPED, XAI, BLOCK_H, BLOCK_N, STAGES, PAGE_SIZE,
+            source, rope, mask, kv, ids, position - begin, count, length, length, sm_scale, logit_cap, xai_len,
+            kv_stride, page_stride, KIND, CAPPED, XAI, BLOCK_H, BLOCK_N, STAGES, PAGE_SIZE,
         )  # fmt: skip
-        lse = m + tl.log2(denominator)
+        own_lse = m + tl.log2(denominator)
         whole = (position == begin) & (position + count == end)
         if sinks is not None:
             sink = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32)
@@ -471,6 +514,8 @@ def _decode_kernel(
             _store_chunk(final + 128, a1, b1, mask, KIND)
             _store_chunk(final + 256, a2, b2, mask, KIND)
             _store_chunk(final + 384, a3, b3, mask, KIND)
+            if lse is not None:
+                _store_lse(lse, b, head, lse_stride_b, lse_stride_h, m, denominator, is_head)
         else:
             if position == begin:
                 tl.store(requests + 2 * b, program)
@@ -486,7 +531,7 @@ def _decode_kernel(
             _store_chunk(part + 128, a1, b1, mask, KIND)
             _store_chunk(part + 256, a2, b2, mask, KIND)
             _store_chunk(part + 384, a3, b3, mask, KIND)
-            tl.store(partial_lse + place + head, lse, mask=is_head)
+            tl.store(partial_lse + place + head, own_lse, mask=is_head)
         position += count
     # nobody else comes by a request of no keys
     for empty in range(program, B, tl.num_programs(0)):
@@ -500,6 +545,9 @@ def _decode_kernel(
             to = tl.multiple_of(to, [16, 16])
             tl.store(to + tl.arange(0, 512)[None, :], zero, mask=is_head[:, None])
             tl.store(requests + 2 * empty + 1, -1)  # nothing to merge
+            if lse is not None:
+                none = lse + tl.cast(empty, tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
+                tl.store(none, tl.full([BLOCK_H], -float("inf"), lse.dtype.element_ty), mask=is_head)
 
 
 @triton.jit
@@ -521,16 +569,22 @@ def _place(program, first, H):
     return (2 * program + (program == first).to(tl.int32)).to(tl.int64) * H
 
 
-@triton.jit(do_not_specialize=["programs", "v_scale"], do_not_specialize_on_alignment=["out", "sinks"])
+@triton.jit(
+    do_not_specialize=["programs", "v_scale"], do_not_specialize_on_alignment=["out", "lse", "sinks", "v_scale_at"]
+)
 def _merge_kernel(
     out,
+    lse,
     sinks,
+    v_scale_at,
     partial,
     programs,
     H,
     v_scale,
     out_stride_b,
     out_stride_h,
+    lse_stride_b,
+    lse_stride_h,
     PARTIALS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -560,12 +614,14 @@ def _merge_kernel(
         wanted = (b >= 0) & ((mine == 0) | ((last - first >= 16) & (mine < 16)))
     if wanted:
         s = first + tl.arange(0, PARTIALS)
-        lse = tl.load(partial_lse + _place(s, first, H) + h, mask=s <= last, other=-float("inf"))
-        m = tl.max(lse, 0)
-        denominator = tl.sum(tl.exp2(lse - m), 0)
+        parts = tl.load(partial_lse + _place(s, first, H) + h, mask=s <= last, other=-float("inf"))
+        m = tl.max(parts, 0)
+        denominator = tl.sum(tl.exp2(parts - m), 0)
         if sinks is not None:
             denominator += tl.exp2(tl.load(sinks + h).to(tl.float32) * 1.4426950408889634 - m)
-        factor = v_scale / denominator
+        if lse is not None:
+            _store_lse(lse, b, h, lse_stride_b, lse_stride_h, m, denominator, mine == 0)
+        factor = _times(v_scale, v_scale_at) / denominator
         to = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
         kind = out.dtype.element_ty
         if SLICES > 0:
@@ -596,165 +652,296 @@ def merge_config(batch: int, wide: bool = False, interpret: bool = False) -> dic
     return {"SLICES": 0, "BLOCK_S": 64, "num_warps": 1}
 
 
+Query: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
 def mla_decode(
-    q: torch.Tensor,
+    q: Query,
     kv: torch.Tensor,
     out: torch.Tensor,
     indptr: torch.Tensor,
     token_ids: torch.Tensor,
     *,
     sm_scale: float,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     xai_temperature_len: int = -1,
+    lse: torch.Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """Attend from every request's query to its cached rows; see the module for shapes and the formula.
 
-    ``q``, ``kv`` and ``out`` may be strided but for their last dimension. A request of no rows gets zeros; no requests
-    launch nothing. Two launches on the current stream, no sync; the scratch (9 MB at 16 heads, whatever the lengths)
-    comes from torch's allocator at every call, so a captured graph has it in its pool, once for all of its calls; rows
-    of ``q`` or ``out`` that do not begin on 16 bytes are copied. Equal inputs, equal outputs. ``config`` replaces the
-    launch numbers of `decode_config`. Returns ``out``.
+    ``q``, ``kv``, ``out`` and ``lse`` may be strided, the first three not in their last dimension. A request of no rows
+    gets zeros, and -inf in ``lse``; no requests launch nothing. Two launches on the current stream, no sync; the
+    scratch (9 MB at 16 heads, whatever the lengths) comes from torch's allocator at every call, so a
+    captured graph has it in its pool, once for all of its calls; rows of ``q`` or ``out`` that do not begin on 16 bytes
+    are copied. Equal inputs, equal outputs, with ``lse`` and without. ``config`` replaces the launch numbers of
+    `decode_config`. Returns ``out``.
 
     Raises:
         ValueError: a tensor's shape, type, device or layout, or a scale that is not finite and positive. Values in
             tensors are not looked at.
     """
-    kind = _check_tokens(q, kv, out, sinks)
-    _check_list("indptr", indptr, q.shape[0] + 1, q)
-    _check_list("token_ids", token_ids, 0, q)
-    options = (sm_scale, k_scale, v_scale, logit_cap, sinks, xai_temperature_len, config)
-    return _decode(q, kv, out, indptr, token_ids, kind, 0, *options)
+    options = (k_scale, v_scale, sinks, lse, sm_scale, logit_cap, xai_temperature_len, config)
+    return _decode(q, kv, out, indptr, token_ids, False, *options)
 
 
 def mla_decode_paged(
-    q: torch.Tensor,
+    q: Query,
     kv: torch.Tensor,
     out: torch.Tensor,
     block_table: torch.Tensor,
     lens: torch.Tensor,
     *,
     sm_scale: float,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     xai_temperature_len: int = -1,
+    lse: torch.Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """`mla_decode` by pages: request b owns the first ``lens[b]`` rows of the pages in ``block_table[b]``.
 
         kv           [pages, page_size, 576] (or [pages, page_size, 1, 576]), any page size; pages may lie apart
-        block_table  [>= B, >= the most pages of a request], int32 or int64; rows may lie apart
+        block_table  [>= B, pages], int32 or int64; rows may lie apart. A view of its first columns will do, as long as
+                     the memory behind it goes on with the request's other pages
         lens         [>= B], int32 or int64
 
     What the table holds past a request's pages is not read. All else is as there; Triton compiles page sizes apart.
     """
-    if kv.dim() == 4 and kv.shape[2] == 1:
-        kv = kv[:, :, 0]
-    if kv.dim() != 3 or kv.shape[1] < 1 or kv.shape[2] != 576 or kv.stride(2) != 1:
-        found = f"shape {tuple(kv.shape)}, strides {kv.stride()}"
-        raise ValueError(f"kv: {found}, expected [pages, page_size, 576] or [pages, page_size, 1, 576]")
-    kind = _check(q, kv, out, sinks)
-    _check_list("lens", lens, q.shape[0], q)
-    if block_table.dtype not in _INDEX or block_table.dim() != 2 or block_table.shape[0] < q.shape[0]:
-        found = f"{block_table.dtype}, shape {tuple(block_table.shape)}"
-        raise ValueError(f"block_table: {found}, expected int32 or int64, [{q.shape[0]} or more, pages]")
-    if block_table.stride(1) != 1 and block_table.shape[1] > 1:
-        raise ValueError(f"block_table: stride {block_table.stride(1)} in the last dimension, expected 1")
-    _check_device("block_table", block_table, q)
-    options = (sm_scale, k_scale, v_scale, logit_cap, sinks, xai_temperature_len, config)
-    return _decode(q, kv, out, lens, block_table, kind, kv.shape[1], *options)
+    options = (k_scale, v_scale, sinks, lse, sm_scale, logit_cap, xai_temperature_len, config)
+    return _decode(q, kv, out, lens, block_table, True, *options)
 
 
 def _decode(
-    q: torch.Tensor,
+    query: Query,
     kv: torch.Tensor,
     out: torch.Tensor,
     indptr: torch.Tensor,
     token_ids: torch.Tensor,
-    kind: int,
-    page_size: int,
-    sm_scale: float,
-    k_scale: float,
-    v_scale: float,
-    logit_cap: float,
+    paged: bool,
+    k_scale: float | torch.Tensor,
+    v_scale: float | torch.Tensor,
     sinks: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    sm_scale: float,
+    logit_cap: float,
     xai_temperature_len: int,
     config: dict[str, int] | None,
 ) -> torch.Tensor:
-    """Launch over tensors that are checked; with a ``page_size``, over lengths and a block table."""
+    """Launch; where ``paged``, ``indptr`` holds lengths and ``token_ids`` is the block table.
+
+    Every layer of every step makes the same call but for addresses, so what was found out about the first is kept. The
+    key has all that checks look at and that Triton compiles apart, but for what changes from step to step.
+    """
+    q, rope = query if isinstance(query, tuple) else (query, None)
+    batch = q.shape[0]
+    k_told, v_told = _told(k_scale), _told(v_scale)
+    key = (
+        q.shape, q.stride(), q.dtype, q.device, kv.shape, kv.stride(), kv.dtype, kv.device,
+        out.shape, out.stride(), out.dtype, out.device, indptr.shape, indptr.stride(), indptr.dtype, indptr.device,
+        token_ids.dtype, token_ids.device, paged, k_told, v_told, sm_scale > 0, logit_cap > 0, xai_temperature_len > 0,
+        rope if rope is None else (rope.shape, rope.stride(), rope.dtype, rope.device),
+        sinks if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device),
+        lse if lse is None else (lse.shape, lse.stride(), lse.dtype, lse.device),
+    )  # fmt: skip
+    launches = _KNOWN.get(key)
+    if (
+        launches is None
+        or config is not None
+        or not _fits(token_ids, paged, batch)
+        or (q.data_ptr() | kv.data_ptr() | out.data_ptr()) % 16
+        or (rope is not None and rope.data_ptr() % 16)
+        or gpu.elsewhere(q)
+    ):
+        return _first(
+            q, rope, kv, out, indptr, token_ids, paged, k_scale, v_scale, sinks, lse, sm_scale, logit_cap,
+            xai_temperature_len, config, key,
+        )  # fmt: skip
+    launches.launch(
+        q, rope, kv, out, indptr, token_ids, sinks, lse, k_scale, v_scale, batch, token_ids.stride(0), sm_scale,
+        float(logit_cap), int(xai_temperature_len),
+    )  # fmt: skip
+    return out
+
+
+def _first(
+    q: torch.Tensor,
+    rope: torch.Tensor | None,
+    kv: torch.Tensor,
+    out: torch.Tensor,
+    indptr: torch.Tensor,
+    token_ids: torch.Tensor,
+    paged: bool,
+    k_scale: float | torch.Tensor,
+    v_scale: float | torch.Tensor,
+    sinks: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    sm_scale: float,
+    logit_cap: float,
+    xai_temperature_len: int,
+    config: dict[str, int] | None,
+    key: Any,
+) -> torch.Tensor:
+    """`_decode` of a call whose like has not been before, or that needs another device or copies first."""
+    rows = kv[:, :, 0] if paged and kv.dim() == 4 and kv.shape[2] == 1 else kv
+    kind = _check(q, rope, rows, out, indptr, token_ids, paged, sinks, lse)
+    _check_scale("k_scale", k_scale, q)
+    _check_scale("v_scale", v_scale, q)
+    options = (paged, k_scale, v_scale, sinks, lse, sm_scale, logit_cap, xai_temperature_len, config)
     if gpu.elsewhere(q):
         with torch.cuda.device(q.device):
-            return _decode(
-                q, kv, out, indptr, token_ids, kind, page_size, sm_scale, k_scale, v_scale, logit_cap, sinks,
-                xai_temperature_len, config,
-            )  # fmt: skip
-    _check_scale("k_scale", k_scale)
-    _check_scale("v_scale", v_scale)
+            return _decode(q if rope is None else (q, rope), kv, out, indptr, token_ids, *options)
     batch, heads = q.shape[0], q.shape[1]
     if batch == 0:
         return out
-    q = gpu.realigned(q)
+    if not gpu.aligned(q) or (rope is not None and not gpu.aligned(rope)):
+        q = gpu.realigned(q)
+        return _decode(q if rope is None else (q, gpu.realigned(rope)), kv, out, indptr, token_ids, *options)
     if not gpu.aligned(out):
         own = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        return out.copy_(
-            _decode(
-                q, kv, own, indptr, token_ids, kind, page_size, sm_scale, k_scale, v_scale, logit_cap, sinks,
-                xai_temperature_len, config,
-            )
-        )  # fmt: skip
+        return out.copy_(_decode(q if rope is None else (q, rope), kv, own, indptr, token_ids, *options))
     # without pages these two are no parameters at all
-    table_stride, page_stride, row_stride = None, None, kv.stride(0)
-    if page_size:
-        table_stride, page_stride, row_stride = token_ids.stride(0), kv.stride(0), kv.stride(1)
+    page_stride, row_stride = None, rows.stride(0)
+    if paged:
+        page_stride, row_stride = rows.stride(0), rows.stride(1)
     capability, sms = (0, 0), 1
     if not _INTERPRETED:
         index = q.device.index
         capability, sms = gpu.capability(index), gpu.sm_count(index)
-    kernel, key = _decode_kernel, None
+    kernel, wide_key, seen_as = _decode_kernel, None, None
     wide = config is None and capability == (9, 0) and heads > NARROW and sm_scale > 0
     if wide and _is_wide(q, kv, row_stride, page_stride):
-        kernel, key = _wide()
+        kernel, wide_key = _wide()
     if kind != DIRECT:  # seen as wider integers, and strides with it
         if kind == E4M3:
             kind = _kinds(capability)[1]
-        width, seen_as = (2, torch.int16) if key is None else (4, torch.int32)
-        kv, row_stride, page_stride = kv.view(seen_as), row_stride // width, page_stride and page_stride // width
-    work = (heads, batch, kind, q.dtype is torch.float32, capability, sms, key)
-    variant = (logit_cap > 0, xai_temperature_len > 0, page_size)
-    programs, grid, numbers, merge_grid, merge = (
-        _plan(work, variant) if config is None else _plan.__wrapped__(work, variant, config)
+        width, seen_as = (2, torch.int16) if wide_key is None else (4, torch.int32)
+        row_stride, page_stride = row_stride // width, page_stride and page_stride // width
+    work = (heads, batch, kind, q.dtype is torch.float32, capability, sms, wide_key)
+    plan = _plan(work, (logit_cap > 0, xai_temperature_len > 0, rows.shape[1] if paged else 0), config)
+    programs, grid, numbers, merge_grid, merge = plan
+    launches = _Launches(
+        Relaunch(kernel, grid, numbers),
+        Relaunch(_merge_kernel, merge_grid, merge),
+        programs,
+        heads,
+        _scratch(programs, heads, batch, kind),
+        seen_as,
+        isinstance(k_scale, torch.Tensor),
+        isinstance(v_scale, torch.Tensor),
+        (*q.stride()[:2], *(q if rope is None else rope).stride()[:2]),
+        row_stride,
+        page_stride,
+        out.stride()[:2],
+        (None, None) if lse is None else lse.stride(),
     )
-    partial = _scratch(q.device, programs, heads, batch, kind)
-    q_stride_b, q_stride_h, _ = q.stride()
-    out_stride_b, out_stride_h, _ = out.stride()
-    v_scale = float(v_scale)
-    kernel[grid](
-        q, kv, out, indptr, token_ids, sinks, partial, batch, heads,
-        float(sm_scale * k_scale), v_scale, float(logit_cap), int(xai_temperature_len),
-        q_stride_b, q_stride_h, row_stride, out_stride_b, out_stride_h, table_stride, page_stride, **numbers,
+    launches.launch(
+        q, rope, kv, out, indptr, token_ids, sinks, lse, k_scale, v_scale, batch, token_ids.stride(0), sm_scale,
+        float(logit_cap), int(xai_temperature_len),
     )  # fmt: skip
-    _merge_kernel[merge_grid](
-        out, sinks, partial, programs, heads, v_scale, out_stride_b, out_stride_h, **merge,
-    )  # fmt: skip
+    if config is None and kv.data_ptr() % 16 == 0:
+        launches.settle()
+        if len(_KNOWN) >= _MOST:
+            _KNOWN.clear()
+        _KNOWN[key] = launches
     return out
+
+
+class _Launches:
+    """Both launches of calls that are alike, whose tensors have been checked.
+
+    The first time Triton looks at all arguments, and compiles what it has not; from `settle` on addresses will do.
+    """
+
+    __slots__ = (
+        "address", "decode", "heads", "k_on_device", "kv_stride", "lse_strides", "merge", "out_strides", "page_stride",
+        "programs", "q_strides", "rope_of", "rows_of", "scratch", "v_on_device",
+    )  # fmt: skip
+
+    def __init__(
+        self, decode: Relaunch, merge: Relaunch, programs: int, heads: int, scratch: tuple[int, torch.dtype],
+        seen_as: torch.dtype | None, k_on_device: bool, v_on_device: bool, q_strides: Any, kv_stride: int,
+        page_stride: int | None, out_strides: Any, lse_strides: Any,
+    ) -> None:  # fmt: skip
+        self.decode, self.merge, self.programs, self.heads, self.scratch = decode, merge, programs, heads, scratch
+        self.k_on_device, self.v_on_device = k_on_device, v_on_device
+        self.q_strides, self.kv_stride, self.page_stride = q_strides, kv_stride, page_stride
+        self.out_strides, self.lse_strides = out_strides, lse_strides
+        self.address: Any = lambda tensor: tensor
+        self.rope_of: Any = lambda q: q[..., 512:]
+        self.rows_of: Any = lambda kv: kv if seen_as is None else kv.view(seen_as)
+
+    def settle(self) -> None:
+        if self.decode.settle() and self.merge.settle():
+            self.address = self.rows_of = torch.Tensor.data_ptr
+            self.rope_of = lambda q: q.data_ptr() + 512 * q.element_size()
+
+    def launch(
+        self, q: Any, rope: Any, kv: Any, out: Any, indptr: Any, token_ids: Any, sinks: Any, lse: Any, k_scale: Any,
+        v_scale: Any, batch: int, table_stride: int, sm_scale: float, logit_cap: float, xai_len: int,
+    ) -> None:  # fmt: skip
+        at, page_stride = self.address, self.page_stride
+        size, dtype = self.scratch
+        partial = at(torch.empty(size, dtype=dtype, device=q.device))
+        result = at(out)
+        if sinks is not None:
+            sinks = at(sinks)
+        if lse is not None:
+            lse = at(lse)
+        k_scale_at = v_scale_at = None
+        if self.k_on_device:
+            k_scale_at = at(k_scale)
+        else:
+            sm_scale *= k_scale
+        if self.v_on_device:
+            v_scale_at, v_scale = at(v_scale), 1.0
+        self.decode(
+            at(q), self.rope_of(q) if rope is None else at(rope), self.rows_of(kv), result, lse, at(indptr),
+            at(token_ids), sinks, k_scale_at, v_scale_at, partial, batch, self.heads, float(sm_scale), float(v_scale),
+            logit_cap, xai_len, *self.q_strides, self.kv_stride, *self.out_strides, *self.lse_strides,
+            None if page_stride is None else table_stride, page_stride,
+        )  # fmt: skip
+        self.merge(
+            result, lse, sinks, v_scale_at, partial, self.programs, self.heads, float(v_scale), *self.out_strides,
+            *self.lse_strides,
+        )  # fmt: skip
+
+
+_KNOWN: dict[Any, _Launches] = {}
+_MOST = 8192  # an eager engine comes by a few for each number of requests
+
+
+def _told(scale: float | torch.Tensor) -> Any:
+    """What a scale is, for a key: True is a number that is right."""
+    if isinstance(scale, torch.Tensor):
+        return scale.shape, scale.dtype, scale.device
+    return 0 < scale < math.inf  # false of NaN, too
+
+
+def _fits(token_ids: torch.Tensor, paged: bool, batch: int) -> bool:
+    """Whether a list of ids or a block table is right, in what no key can hold since it changes from step to step."""
+    if paged:
+        if token_ids.dim() != 2 or not 0 <= token_ids.stride(0) < 2**31:
+            return False
+        rows, columns = token_ids.shape
+        return rows >= batch and (columns <= 1 or token_ids.stride(1) == 1)
+    return token_ids.dim() == 1 and token_ids.is_contiguous()
 
 
 _Plan = tuple[int, tuple[int, int], dict[str, Any], tuple[int, int], dict[str, Any]]
 
 
-@functools.lru_cache(maxsize=4096)
 def _plan(
     work: tuple[int, int, int, bool, tuple[int, int], int, int | None],
     variant: tuple[bool, bool, int],
-    config: dict[str, int] | None = None,
+    config: dict[str, int] | None,
 ) -> _Plan:
-    """How many programs, and both launches' grids and numbers, which the caller leaves as they are: every layer of
-    every step asks for the same.
+    """How many programs, and both launches' grids and numbers.
 
     ``work``: heads, requests, how the cache is read, whether q is float32, the chip and its multiprocessors, and the
     key of decode_sm90 where that kernel serves.
@@ -779,20 +966,25 @@ def _plan(
 
 
 def mla_decode_ref(
-    q: torch.Tensor,
+    q: Query,
     kv: torch.Tensor,
     indptr: torch.Tensor,
     token_ids: torch.Tensor,
     *,
     sm_scale: float,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     xai_temperature_len: int = -1,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The definition, in float64 on the stored bytes: [B, H, 512]."""
+    """The definition, in float64 on the stored bytes: [B, H, 512]; ``lse`` is written where it is given."""
+    if isinstance(q, tuple):
+        q = torch.cat(q, -1)
     batch, heads = q.shape[:2]
+    if lse is not None:
+        lse.fill_(-math.inf)
     out = torch.zeros(batch, heads, 512, dtype=torch.float64, device=q.device)
     bounds = indptr[: batch + 1].tolist()
     for b in range(batch):
@@ -808,6 +1000,8 @@ def mla_decode_ref(
         total = s.logsumexp(-1)
         if sinks is not None:
             total = torch.logaddexp(total, sinks.double())
+        if lse is not None:
+            lse[b] = total
         out[b] = torch.exp(s - total[:, None]) @ keys[:, :512] * v_scale
     return out
 
@@ -830,12 +1024,13 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
             if heads > 16 and numbers == _numbers(16, kind, capability, form == "float32"):
                 continue
             del numbers["PER_SM"]
-            warps = numbers.pop("num_warps")
+            warps, registers = numbers.pop("num_warps"), numbers.pop("maxnreg", None)
             index = "*i64" if sinks else "*i32"
             pointers = {"q": "*bf16", "kv": "*bf16" if kind == DIRECT else "*i16", "out": "*fp32" if sinks else "*bf16"}
             pointers |= {"indptr": index, "token_ids": index, "partial": "*fp32" if kind == DIRECT else "*fp16"}
             pointers |= {"sinks": "*fp32"} if sinks else {}
             pointers |= {"q": "*fp32"} if form == "float32" else {}
+            pointers |= {"q_rope": pointers["q"]}
             scalars = dict.fromkeys(("B", "H", "xai_len", *_STRIDES), "i32")
             scalars |= dict.fromkeys(("sm_scale", "v_scale", "logit_cap"), "fp32")
             options: dict[str, Any] = {
@@ -850,8 +1045,12 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                 scalars |= {"table_stride": "i32", "page_stride": "i64"}
             else:
                 options |= {"table_stride": None, "page_stride": None}
-            if not sinks:
-                options["sinks"] = None
+            if sinks:  # with all else that a call may bring
+                pointers |= {"lse": "*fp32", "k_scale_at": "*fp32", "v_scale_at": "*fp32"}
+                scalars |= {"lse_stride_b": "i32", "lse_stride_h": "i32"}
+            else:
+                absent = ("sinks", "lse", "k_scale_at", "v_scale_at", "lse_stride_b", "lse_stride_h")
+                options |= dict.fromkeys(absent)
             what = f"{('direct', 'e4m3', 'e4m3 bits', 'e5m2')[kind]}, {heads} heads, {capped} {xai} {sinks}"
             cases.append(
                 CompileCase(
@@ -861,6 +1060,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                     options | numbers,
                     ("kv", "partial", "H", *_STRIDES, *(("page_stride",) if form == "paged" else ())),
                     warps,
+                    maxnreg=registers,
                     targets=(sm,),
                     # bounds and pointers that the loop over keys has no use for: stored before it, loaded after it
                     stack=192,
@@ -870,9 +1070,14 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     for (batch, wide), sinks in itertools.product(sizes, (False, True)):
         numbers = merge_config(batch, wide)
         warps = numbers.pop("num_warps")
-        pointers = {"out": "*bf16", "partial": "*fp32"} | ({"sinks": "*fp32"} if sinks else {})
+        pointers = {"out": "*bf16", "partial": "*fp32"}
         scalars = {"programs": "i32", "H": "i32", "v_scale": "fp32", "out_stride_b": "i32", "out_stride_h": "i32"}
-        options = {"PARTIALS": 512, "PDL": False} | ({} if sinks else {"sinks": None})
+        options = {"PARTIALS": 512, "PDL": False}
+        if sinks:
+            pointers |= {"sinks": "*fp32", "lse": "*fp32", "v_scale_at": "*fp32"}
+            scalars |= {"lse_stride_b": "i32", "lse_stride_h": "i32"}
+        else:
+            options |= dict.fromkeys(("sinks", "lse", "v_scale_at", "lse_stride_b", "lse_stride_h"))
         name = f"merge {numbers} {sinks}"
         cases.append(CompileCase(name, _merge_kernel, pointers | scalars, options | numbers, num_warps=warps))
     return cases
@@ -891,10 +1096,12 @@ def _kinds(capability: tuple[int, int]) -> tuple[int, ...]:
     return (DIRECT, E4M3 if capability >= (8, 9) else E4M3_BITS, E5M2)
 
 
-_STRIDES = ("q_stride_b", "q_stride_h", "kv_stride", "out_stride_b", "out_stride_h")
+_STRIDES = (
+    "q_stride_b", "q_stride_h", "rope_stride_b", "rope_stride_h", "kv_stride", "out_stride_b", "out_stride_h",
+)  # fmt: skip
 
 
-def _scratch(device: torch.device, programs: int, heads: int, batch: int, kind: int) -> torch.Tensor:
+def _scratch(programs: int, heads: int, batch: int, kind: int) -> tuple[int, torch.dtype]:
     """One call's scratch: two partials per program and head, their log-sum-exps, and who shares which request.
 
     It comes from torch's allocator at every call and is kept for none: whatever knows where a call's memory belongs (a
@@ -904,9 +1111,9 @@ def _scratch(device: torch.device, programs: int, heads: int, batch: int, kind: 
     places = 2 * programs * heads
     tables = places + 4 * programs + 2 * batch  # numbers of 4 bytes
     if kind == DIRECT:
-        return torch.empty(places * 512 + tables, dtype=torch.float32, device=device)
+        return places * 512 + tables, torch.float32
     # no mean of 8-bit values leaves float16's range
-    return torch.empty(places * 512 + 2 * tables, dtype=torch.float16, device=device)
+    return places * 512 + 2 * tables, torch.float16
 
 
 def _is_wide(q: torch.Tensor, kv: torch.Tensor, row_stride: int, page_stride: int | None) -> bool:
@@ -929,18 +1136,71 @@ _INDEX = (torch.int32, torch.int64)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _check(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None) -> int:
-    """How the cache is read, or ValueError. On the hot path: reads metadata only."""
+def _check(
+    q: torch.Tensor,
+    rope: torch.Tensor | None,
+    kv: torch.Tensor,
+    out: torch.Tensor,
+    indptr: torch.Tensor,
+    token_ids: torch.Tensor,
+    paged: bool,
+    sinks: torch.Tensor | None,
+    lse: torch.Tensor | None,
+) -> int:
+    """How the cache is read, or ValueError; reads metadata only."""
+    if paged:
+        if kv.dim() != 3 or kv.shape[1] < 1 or kv.shape[2] != 576 or kv.stride(2) != 1:
+            found = f"shape {tuple(kv.shape)}, strides {kv.stride()}"
+            raise ValueError(f"kv: {found}, expected [pages, page_size, 576] or [pages, page_size, 1, 576]")
+    else:
+        _check_rows(kv)
+    kind = _check_call(q, rope, kv, out, sinks)
+    batch, heads = q.shape[:2]
+    if lse is not None:
+        if lse.shape != (batch, heads) or lse.dtype not in (torch.float32, q.dtype):
+            raise ValueError(f"lse: {told(lse)}, expected torch.float32 or {q.dtype} as q, {[batch, heads]}")
+        _check_device("lse", lse, q)
+    if not paged:
+        _check_list("indptr", indptr, batch + 1, q)
+        _check_list("token_ids", token_ids, 0, q)
+        return kind
+    _check_list("lens", indptr, batch, q)
+    if token_ids.dtype not in _INDEX or token_ids.dim() != 2 or token_ids.shape[0] < batch:
+        found = f"{token_ids.dtype}, shape {tuple(token_ids.shape)}"
+        raise ValueError(f"block_table: {found}, expected int32 or int64, [{batch} or more, pages]")
+    if token_ids.stride(1) != 1 and token_ids.shape[1] > 1:
+        raise ValueError(f"block_table: stride {token_ids.stride(1)} in the last dimension, expected 1")
+    _check_device("block_table", token_ids, q)
+    return kind
+
+
+def _check_rows(kv: torch.Tensor) -> None:
+    if kv.shape[1:] not in ((1, 576), (576,)) or kv.stride(-1) != 1:
+        raise ValueError(f"kv: shape {tuple(kv.shape)}, strides {kv.stride()}, expected [N, 1, 576] or [N, 576]")
+
+
+def _check_call(
+    q: torch.Tensor, rope: torch.Tensor | None, kv: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None
+) -> int:
+    """How the cache is read, or ValueError, from all but its shape."""
     if not q.is_cuda and not _INTERPRETED:
         raise ValueError(f"q: on {q.device}, expected a CUDA device (or TRITON_INTERPRET=1 at import)")
     q_type, shape, kv_type = q.dtype, q.shape, kv.dtype
     if q_type not in _FLOATS:
         raise ValueError(f"q: {q_type}, expected torch.bfloat16, torch.float16 or torch.float32")
-    if len(shape) != 3 or shape[2] != 576 or q.stride(2) != 1:
-        raise ValueError(f"q: shape {tuple(shape)}, strides {q.stride()}, expected [B, H, 576], the last contiguous")
+    width = 576 if rope is None else 512
+    if len(shape) != 3 or shape[2] != width or q.stride(2) != 1:
+        expected = f"[B, H, {width}]{'' if rope is None else ' beside a rope of its own'}, the last contiguous"
+        raise ValueError(f"q: shape {tuple(shape)}, strides {q.stride()}, expected {expected}")
     batch, heads, _ = shape
     if not 1 <= heads <= 128:
         raise ValueError(f"q: {heads} heads, expected 1 to 128")
+    if rope is not None:
+        if rope.shape != (batch, heads, 64) or rope.dtype is not q_type or rope.stride(2) != 1:
+            raise ValueError(
+                f"q's rope: {told(rope)}, expected {q_type} as q, {[batch, heads, 64]}, the last contiguous"
+            )
+        _check_device("q's rope", rope, q)
     kind = _EIGHT_BIT.get(kv_type, DIRECT)
     if kind != DIRECT:
         if kv.stride(0) % 2 or kv.stride(-2) % 2 or kv.storage_offset() % 2:
@@ -962,13 +1222,6 @@ def _check(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, sinks: torch.Te
     return kind
 
 
-def _check_tokens(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor, sinks: torch.Tensor | None) -> int:
-    shape = kv.shape
-    if shape[1:] not in ((1, 576), (576,)) or kv.stride(-1) != 1:
-        raise ValueError(f"kv: shape {tuple(shape)}, strides {kv.stride()}, expected [N, 1, 576] or [N, 576]")
-    return _check(q, kv, out, sinks)
-
-
 def _check_list(name: str, index: torch.Tensor, least: int, q: torch.Tensor) -> None:
     if index.dtype not in _INDEX or index.dim() != 1 or index.numel() < least or not index.is_contiguous():
         found = f"{index.dtype}, shape {tuple(index.shape)}"
@@ -981,8 +1234,12 @@ def _check_device(name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
         raise ValueError(f"{name}: on {tensor.device}, expected {q.device} as q")
 
 
-def _check_scale(name: str, value: float) -> None:
-    if not 0 < value < math.inf:  # false of NaN, too
+def _check_scale(name: str, value: float | torch.Tensor, q: torch.Tensor) -> None:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name}: {told(value)}, expected a number or one float on the device")
+        _check_device(name, value, q)
+    elif not 0 < value < math.inf:  # false of NaN, too
         raise ValueError(f"{name}: {value}, expected a finite number above 0")
 
 

@@ -28,6 +28,14 @@ def _add(a, b):
 
 
 @gluon.jit
+def _times(number, at):
+    """As the portable kernel's."""
+    if at is not None:
+        number *= gl.load(at).to(gl.float32)
+    return number
+
+
+@gluon.jit
 def _count(lens, b, mask, PAGE_SIZE: gl.constexpr):
     """Keys of requests; without pages ``lens`` is where they begin."""
     if PAGE_SIZE > 0:
@@ -122,15 +130,15 @@ def _tables(partial, H):
 
 @gluon.jit
 def _finish(
-    acc, weights, m, stage, out, partial, sinks, b, begin, end, position, count, each, H,
-    v_scale, out_stride_b, out_stride_h, HALF: gl.constexpr,
+    acc, weights, m, stage, out, lse, partial, sinks, b, begin, end, position, count, each, H,
+    v_scale, out_stride_b, out_stride_h, lse_stride_b, lse_stride_h, HALF: gl.constexpr,
 ):  # fmt: skip
     """Write what a piece has of a request: the output where that is all, else a partial and who shares it."""
     program = gl.program_id(0)
     partial_lse, spans, requests = _tables(partial, H)
     whole = (position == begin) & (position + count == end)
     head = gl.program_id(1) * 64 + gl.arange(0, 64, layout=sm90.HEAD)
-    lse = m + gl.log2(weights)
+    own_lse = m + gl.log2(weights)
     if sinks is not None:
         sink = gl.load(sinks + head, mask=head < H, other=0.0).to(gl.float32)
         weights += gl.where(whole, gl.exp2(sink * 1.4426950408889634 - m), 0.0)
@@ -140,13 +148,17 @@ def _finish(
         seesaw.put(acc.to(out.dtype.element_ty), final, out_stride_h, gl.program_id(1), H, stage, HALF)
         if HALF == 0:
             gl.store(requests + 2 * b + 1, -1)
+            if lse is not None:
+                to = lse + b.to(gl.int64) * lse_stride_b + head.to(gl.int64) * lse_stride_h
+                value = (m + gl.log2(weights)) * 0.6931471805599453
+                gl.store(to, value.to(lse.dtype.element_ty), mask=head < H)
     else:
         # a request that began before this piece goes to the even place, one that begins inside it to the odd one
         place = (2 * program + (position == begin).to(gl.int32)).to(gl.int64) * H
         part = partial + place * 512
         seesaw.put(acc.to(partial.dtype.element_ty), part, 512, gl.program_id(1), H, stage, HALF)
         if HALF == 0:
-            gl.store(partial_lse + place + head, lse, mask=head < H)
+            gl.store(partial_lse + place + head, own_lse, mask=head < H)
             if position == begin:
                 gl.store(requests + 2 * b, program)
                 gl.store(requests + 2 * b + 1, (end - 1) // each)
@@ -158,10 +170,10 @@ def _finish(
 
 @gluon.jit
 def _even(
-    q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b,
-    q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope,
-    top_even, top_odd, sum_even, sum_odd, unit, barriers, SCALED: gl.constexpr, CAPPED: gl.constexpr,
-    XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    q, rope_of_q, out, lse, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b, q_stride_h,
+    rope_stride_b, rope_stride_h, out_stride_b, out_stride_h, lse_stride_b, lse_stride_h, table_stride, q_low, q_high,
+    q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, sum_even, sum_odd, unit, barriers,
+    SCALED: gl.constexpr, CAPPED: gl.constexpr, XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     each, start, stop = _piece(lens, B, PAGE_SIZE)
     _lse, spans, requests = _tables(partial, H)
@@ -172,9 +184,10 @@ def _even(
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         source = q + b.to(gl.int64) * q_stride_b
+        source_rope = rope_of_q + b.to(gl.int64) * rope_stride_b
         u = seesaw.begin_query(
-            source, gl.program_id(1), H, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, 0, True,
-            SCALED,
+            source, source_rope, gl.program_id(1), H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, scale, unit,
+            barriers, asked, 0, True, SCALED,
         )  # fmt: skip
         acc, weights, m, turn = seesaw.even_units(
             q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, None, barriers, turn, count,
@@ -183,8 +196,8 @@ def _even(
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_even, sum_odd, barriers, asked)
         _finish(
-            acc, weights, m, q_low if SCALED else None, out, partial, sinks, b, begin,
-            end, position, count, each, H, v_scale, out_stride_b, out_stride_h, 0,
+            acc, weights, m, q_low if SCALED else None, out, lse, partial, sinks, b, begin, end, position, count, each,
+            H, v_scale, out_stride_b, out_stride_h, lse_stride_b, lse_stride_h, 0,
         )  # fmt: skip
         seesaw.arrive(barriers, sm90.Q_FREE)
         asked += 1
@@ -201,14 +214,19 @@ def _even(
             zero = gl.zeros([64, 512], out.dtype.element_ty, layout=sm90.ROWS)
             gl.store(place + c[None, :], zero, mask=(h < H)[:, None])
             gl.store(requests + 2 * empty + 1, -1)  # nothing to merge
+            if lse is not None:
+                head = gl.program_id(1) * 64 + gl.arange(0, 64, layout=sm90.HEAD)
+                none = lse + gl.to_tensor(empty).to(gl.int64) * lse_stride_b + head.to(gl.int64) * lse_stride_h
+                nothing = gl.full([64], -float("inf"), lse.dtype.element_ty, layout=sm90.HEAD)
+                gl.store(none, nothing, mask=head < H)
 
 
 @gluon.jit
 def _odd(
-    q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b,
-    q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high, q_rope, low, high, rope, even_high, even_rope,
-    top_even, top_odd, sum_even, sum_odd, unit, barriers, SCALED: gl.constexpr, CAPPED: gl.constexpr,
-    XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    q, rope_of_q, out, lse, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len, q_stride_b, q_stride_h,
+    rope_stride_b, rope_stride_h, out_stride_b, out_stride_h, lse_stride_b, lse_stride_h, table_stride, q_low, q_high,
+    q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, sum_even, sum_odd, unit, barriers,
+    SCALED: gl.constexpr, CAPPED: gl.constexpr, XAI: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     each, start, stop = _piece(lens, B, PAGE_SIZE)
     turn = gl.to_tensor(0)
@@ -217,9 +235,10 @@ def _odd(
     while position < stop:
         b, _first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
         source = q + b.to(gl.int64) * q_stride_b
+        source_rope = rope_of_q + b.to(gl.int64) * rope_stride_b
         u = seesaw.begin_query(
-            source, gl.program_id(1), H, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, 1, True,
-            SCALED,
+            source, source_rope, gl.program_id(1), H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, scale, unit,
+            barriers, asked, 1, True, SCALED,
         )  # fmt: skip
         acc, weights, m, turn = seesaw.odd_units(
             q_low, q_high, q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, None, barriers, turn,
@@ -228,8 +247,8 @@ def _odd(
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_odd, sum_even, barriers, asked)
         _finish(
-            acc, weights, m, q_high if SCALED else None, out, partial, sinks, b, begin,
-            end, position, count, each, H, v_scale, out_stride_b, out_stride_h, 1,
+            acc, weights, m, q_high if SCALED else None, out, lse, partial, sinks, b, begin, end, position, count, each,
+            H, v_scale, out_stride_b, out_stride_h, lse_stride_b, lse_stride_h, 1,
         )  # fmt: skip
         seesaw.arrive(barriers, sm90.Q_FREE)
         asked += 1
@@ -432,12 +451,23 @@ def _widen_rows(
 
 @gluon.jit(
     do_not_specialize=["B", "sm_scale", "v_scale", "logit_cap", "xai_len", "table_stride"],
-    do_not_specialize_on_alignment=["q", "out", "lens", "token_ids", "sinks"],
+    do_not_specialize_on_alignment=[
+        "q",
+        "rope_of_q",
+        "out",
+        "lse",
+        "lens",
+        "token_ids",
+        "sinks",
+        "k_scale_at",
+        "v_scale_at",
+    ],
 )
 def decode_sm90(
-    q, kv, out, lens, token_ids, sinks, partial, B, H, sm_scale, v_scale, logit_cap,
-    xai_len, q_stride_b, q_stride_h, kv_stride, out_stride_b, out_stride_h, table_stride, page_stride,
-    CAPPED: gl.constexpr, XAI: gl.constexpr, E5M2: gl.constexpr, PAGE_SIZE: gl.constexpr, KEY: gl.constexpr,
+    q, rope_of_q, kv, out, lse, lens, token_ids, sinks, k_scale_at, v_scale_at, partial, B, H, sm_scale, v_scale,
+    logit_cap, xai_len, q_stride_b, q_stride_h, rope_stride_b, rope_stride_h, kv_stride, out_stride_b, out_stride_h,
+    lse_stride_b, lse_stride_h, table_stride, page_stride, CAPPED: gl.constexpr, XAI: gl.constexpr, E5M2: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, KEY: gl.constexpr,
 ):  # fmt: skip
     """The portable kernel's arguments, but for an 8-bit cache as int32 and rows 16 bytes aligned; sm_scale above 0."""
     EIGHT: gl.constexpr = kv.dtype.element_ty.primitive_bitwidth == 32
@@ -467,19 +497,22 @@ def decode_sm90(
         mbarrier.init(barriers.index(i), count=2)
     fence_async_shared()
     gluon_barrier()
+    sm_scale, v_scale = _times(sm_scale, k_scale_at), _times(v_scale, v_scale_at)
     scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
     # The arguments are written out for every group: a tuple with a name would lose its constants.
     if EIGHT:
         gl.warp_specialize(
             [
-                (_even, (q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap,
-                         xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
-                         q_rope, e_low, e_high, e_rope, o_low, o_rope, top_even, top_odd, sum_even, sum_odd, unit,
-                         barriers, True, CAPPED, XAI, PAGE_SIZE)),
-                (_odd, (q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap,
-                        xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
-                        q_rope, o_low, o_high, o_rope, e_high, e_rope, top_even, top_odd, sum_even, sum_odd, unit,
-                        barriers, True, CAPPED, XAI, PAGE_SIZE)),
+                (_even, (q, rope_of_q, out, lse, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len,
+                         q_stride_b, q_stride_h, rope_stride_b, rope_stride_h, out_stride_b, out_stride_h,
+                         lse_stride_b, lse_stride_h, table_stride, q_low, q_high, q_rope,
+                         e_low, e_high, e_rope, o_low, o_rope, top_even, top_odd, sum_even, sum_odd, unit, barriers,
+                         True, CAPPED, XAI, PAGE_SIZE)),
+                (_odd, (q, rope_of_q, out, lse, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len,
+                        q_stride_b, q_stride_h, rope_stride_b, rope_stride_h, out_stride_b, out_stride_h,
+                        lse_stride_b, lse_stride_h, table_stride, q_low, q_high, q_rope,
+                        o_low, o_high, o_rope, e_high, e_rope, top_even, top_odd, sum_even, sum_odd, unit, barriers,
+                        True, CAPPED, XAI, PAGE_SIZE)),
                 (_widen_rows, (kv, lens, token_ids, B, kv_stride, table_stride, page_stride, e_low, e_high, e_rope,
                                o_low, o_high, o_rope, barriers, PAGE_SIZE, E5M2)),
             ],
@@ -489,14 +522,16 @@ def decode_sm90(
     else:
         gl.warp_specialize(
             [
-                (_even, (q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap,
-                         xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
-                         q_rope, e_low, e_high, e_rope, o_low, o_rope, top_even, top_odd, sum_even, sum_odd, unit,
-                         barriers, False, CAPPED, XAI, PAGE_SIZE)),
-                (_odd, (q, out, lens, sinks, partial, B, H, scale, v_scale, logit_cap,
-                        xai_len, q_stride_b, q_stride_h, out_stride_b, out_stride_h, table_stride, q_low, q_high,
-                        q_rope, o_low, o_high, o_rope, e_high, e_rope, top_even, top_odd, sum_even, sum_odd, unit,
-                        barriers, False, CAPPED, XAI, PAGE_SIZE)),
+                (_even, (q, rope_of_q, out, lse, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len,
+                         q_stride_b, q_stride_h, rope_stride_b, rope_stride_h, out_stride_b, out_stride_h,
+                         lse_stride_b, lse_stride_h, table_stride, q_low, q_high, q_rope,
+                         e_low, e_high, e_rope, o_low, o_rope, top_even, top_odd, sum_even, sum_odd, unit, barriers,
+                         False, CAPPED, XAI, PAGE_SIZE)),
+                (_odd, (q, rope_of_q, out, lse, lens, sinks, partial, B, H, scale, v_scale, logit_cap, xai_len,
+                        q_stride_b, q_stride_h, rope_stride_b, rope_stride_h, out_stride_b, out_stride_h,
+                        lse_stride_b, lse_stride_h, table_stride, q_low, q_high, q_rope,
+                        o_low, o_high, o_rope, e_high, e_rope, top_even, top_odd, sum_even, sum_odd, unit, barriers,
+                        False, CAPPED, XAI, PAGE_SIZE)),
                 (_copy_rows, (kv, lens, token_ids, B, kv_stride, table_stride, page_stride, e_low, e_high, e_rope,
                               o_low, o_high, o_rope, barriers, PAGE_SIZE)),
             ],
@@ -516,12 +551,25 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     for eight, (capped, xai, sinks, paged) in itertools.product((False, True), switches):
         index = "*i64" if sinks else "*i32"
         pointers = {"q": "*bf16", "kv": "*i32" if eight else "*bf16", "out": "*fp32" if sinks else "*bf16"}
-        pointers |= {"lens": index, "token_ids": index, "partial": "*fp16" if eight else "*fp32"}
+        pointers |= {"rope_of_q": "*bf16", "lens": index, "token_ids": index, "partial": "*fp16" if eight else "*fp32"}
         pointers |= {"sinks": "*fp32"} if sinks else {}
-        strides = ("q_stride_b", "q_stride_h", "kv_stride", "out_stride_b", "out_stride_h")
+        strides = (
+            "q_stride_b",
+            "q_stride_h",
+            "rope_stride_b",
+            "rope_stride_h",
+            "kv_stride",
+            "out_stride_b",
+            "out_stride_h",
+        )
         scalars = dict.fromkeys(("B", "H", "xai_len", *strides), "i32")
         scalars |= dict.fromkeys(("sm_scale", "v_scale", "logit_cap"), "fp32")
         options: dict[str, Any] = {"CAPPED": capped, "XAI": xai, "E5M2": eight and capped, "KEY": sm90.KEY}
+        if sinks:  # with all else that a call may bring
+            pointers |= {"lse": "*fp32", "k_scale_at": "*fp32", "v_scale_at": "*fp32"}
+            scalars |= {"lse_stride_b": "i32", "lse_stride_h": "i32"}
+        else:
+            options |= dict.fromkeys(("lse", "k_scale_at", "v_scale_at", "lse_stride_b", "lse_stride_h"))
         options["PAGE_SIZE"] = 64 if paged else 0
         if paged:
             scalars |= {"table_stride": "i32", "page_stride": "i32"}

@@ -30,10 +30,11 @@ from mla_patch.kernels.decode import (
     DIRECT,
     E4M3,
     _attend,
+    _check_call,
     _check_device,
     _check_list,
+    _check_rows,
     _check_scale,
-    _check_tokens,
     _kinds,
     _numbers,
     _store_chunk,
@@ -92,7 +93,7 @@ def _splits_kernel(
         keys = tl.minimum(each, length - start).to(tl.int32)
         count = (keys + (BLOCK_N - 1)) // BLOCK_N
         m, denominator, a0, a1, a2, a3, b0, b1, b2, b3 = _attend(
-            source, mask, kv, ids, 0, count, keys, length, sm_scale, logit_cap, xai_len, kv_stride, None,
+            source, source + 512, mask, kv, ids, 0, count, keys, length, sm_scale, logit_cap, xai_len, kv_stride, None,
             KIND, CAPPED, XAI, BLOCK_H, BLOCK_N, STAGES, 0,
         )  # fmt: skip
         factor = (1.0 / denominator)[:, None]
@@ -174,12 +175,13 @@ def mla_decode_splits(
     Raises:
         ValueError: as `mla_decode`, and scratch of another type, shape or layout.
     """
-    kind = _check_tokens(q, kv, out, sinks)
+    _check_rows(kv)
+    kind = _check_call(q, None, kv, out, sinks)
     _check_list("indptr", indptr, q.shape[0] + 1, q)
     _check_list("token_ids", token_ids, 0, q)
     _check_scratch(q, attn_logits, attn_lse, num_kv_splits, max_kv_splits)
-    _check_scale("k_scale", k_scale)
-    _check_scale("v_scale", v_scale)
+    _check_scale("k_scale", k_scale, q)
+    _check_scale("v_scale", v_scale, q)
     batch, heads = q.shape[0], q.shape[1]
     if batch == 0:
         return out
@@ -197,7 +199,8 @@ def mla_decode_splits(
     if kind == E4M3:
         kind = _kinds(capability)[1]
     numbers = dict(config or _numbers(heads, kind, capability, q.dtype is torch.float32))
-    numbers.pop("PER_SM", None)  # the grid is the caller's
+    for name in ("PER_SM", "maxnreg"):  # the grid is the caller's, and ptxas does well by itself
+        numbers.pop(name, None)
     splits = attn_lse.shape[2]
     _splits_kernel[(batch, -(-heads // numbers["BLOCK_H"]), splits)](
         q, kv, indptr, token_ids, attn_logits, attn_lse, num_kv_splits, heads, splits,
@@ -259,6 +262,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
             if heads > 16 and numbers == _numbers(16, kind, capability, False):
                 continue
             del numbers["PER_SM"]
+            numbers.pop("maxnreg", None)
             warps = numbers.pop("num_warps")
             index = "*i64" if capped else "*i32"
             signature = {"q": "*bf16", "kv": "*bf16" if kind == DIRECT else "*i16", "indptr": index, "token_ids": index}

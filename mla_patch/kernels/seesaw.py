@@ -39,8 +39,10 @@ def arrive(barriers, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def _load_q(source, tile, H, q_stride_h, q_low, q_high, q_rope, unit, HALF: gl.constexpr, ROPE: gl.constexpr,
-            SCALED: gl.constexpr):  # fmt: skip
+def _load_q(
+    source, source_rope, tile, H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, unit, HALF: gl.constexpr,
+    ROPE: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
     """Half of a tile of heads' queries into shared memory; scaled, in float16 with a power of two for each head."""
     to: gl.constexpr = q_low.dtype
     AT: gl.constexpr = HALF * 32
@@ -53,7 +55,8 @@ def _load_q(source, tile, H, q_stride_h, q_low, q_high, q_rope, unit, HALF: gl.c
     low = gl.load(source + c[None, :], mask=mask, other=0.0)
     high = gl.load(source + 256 + c[None, :], mask=mask, other=0.0)
     if ROPE:
-        rope = gl.load(source + 512 + r[None, :], mask=mask, other=0.0)
+        source_rope = gl.multiple_of(source_rope + h[:, None].to(gl.int64) * rope_stride_h, [16, 16])
+        rope = gl.load(source_rope + r[None, :], mask=mask, other=0.0)
     if SCALED:
         top = gl.maximum(gl.max(gl.abs(low.to(gl.float32)), 1), gl.max(gl.abs(high.to(gl.float32)), 1))
         top = gl.maximum(top, gl.max(gl.abs(rope.to(gl.float32)), 1))
@@ -81,11 +84,15 @@ def _scale(scale, unit, SCALED: gl.constexpr):
 
 
 @gluon.jit
-def begin_query(source, tile, H, q_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked, HALF: gl.constexpr,
-                ROPE: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
+def begin_query(
+    source, source_rope, tile, H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked,
+    HALF: gl.constexpr, ROPE: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
     """Bring this group's half of the heads' queries, once both groups are done with the last ones -> heads' scales."""
     mbarrier.wait(barriers.index(sm90.Q_FREE), (asked & 1) ^ 1)
-    _load_q(source, tile, H, q_stride_h, q_low, q_high, q_rope, unit, HALF, ROPE, SCALED)
+    _load_q(
+        source, source_rope, tile, H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, unit, HALF, ROPE, SCALED
+    )  # fmt: skip
     arrive(barriers, sm90.Q_FULL)
     mbarrier.wait(barriers.index(sm90.Q_FULL), asked & 1)
     return _scale(scale, unit, SCALED)

@@ -83,7 +83,7 @@ def _even(
     _start, count, _units, _keys, _more = _share(lens, extra_lens, b, topk, extra_topk, split, splits, EXTRA)
     source = q + b.to(gl.int64) * q_b + s.to(gl.int64) * q_s
     u = seesaw.begin_query(
-        source, tile, H, q_h, q_low, q_high, q_rope, scale, None, barriers, zero, 0, ROPE, False
+        source, source + 512, tile, H, q_h, q_h, q_low, q_high, q_rope, scale, None, barriers, zero, 0, ROPE, False
     )  # fmt: skip
     acc, weights, m, _turn = seesaw.even_units(
         q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, known, barriers, zero, count, u,
@@ -108,7 +108,7 @@ def _odd(
     _start, count, _units, _keys, _more = _share(lens, extra_lens, b, topk, extra_topk, split, splits, EXTRA)
     source = q + b.to(gl.int64) * q_b + s.to(gl.int64) * q_s
     u = seesaw.begin_query(
-        source, tile, H, q_h, q_low, q_high, q_rope, scale, None, barriers, zero, 1, ROPE, False
+        source, source + 512, tile, H, q_h, q_h, q_low, q_high, q_rope, scale, None, barriers, zero, 1, ROPE, False
     )  # fmt: skip
     acc, weights, m, _turn = seesaw.odd_units(
         q_low, q_high, q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, known, barriers, zero, count,
