@@ -66,6 +66,33 @@ def test_the_thread_writes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not recorder._thread.is_alive()
 
 
+def test_a_record_has_its_header_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks for records may find one at any moment; where links are not to be had, a moment later."""
+    seen = []
+    written = Recorder._put
+
+    def look(self: Recorder, data: bytes) -> None:
+        seen.append(read_log(self.path).header)
+        written(self, data)
+
+    monkeypatch.setattr(Recorder, "_put", look)
+    recorder = Recorder(tmp_path / "a", {"rank": 3})
+    recorder.add(timing(1))
+    recorder.close()
+    assert [header["rank"] for header in seen] == [3]
+    monkeypatch.setattr(Recorder, "_put", written)
+
+    def no_links(*_args: object, **_kwargs: object) -> None:
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    recorder = Recorder(tmp_path / "b", {"rank": 4})
+    recorder.add(timing(1))
+    recorder.close()
+    log = read_log(recorder.path)
+    assert log.header["rank"] == 4 and log.rows == [timing(1)] and not log.lost
+
+
 def test_a_killed_process_leaves_whole_rows(tmp_path: Path) -> None:
     code = """
 import os, signal, sys

@@ -170,11 +170,17 @@ class Recorder:
         self._rows += len(rows)
 
     def _open(self) -> None:
+        header = json.dumps(self.header).encode() + b"\n"
+        try:
+            new = files.create(self.path, header)  # whoever reads it finds a header, however early
+        except OSError:  # a file system without links, or what the next line says better
+            new = False
         self._file = files.open_ours(self.path, os.O_WRONLY | os.O_APPEND)
         self._size = os.fstat(self._file).st_size
         self._rows = self._told = 0
-        # what a failed write has left stays on a line of its own
-        self._put(b"\n" * (self._size > 0) + json.dumps(self.header).encode() + b"\n")
+        if not new:
+            # what a failed write has left stays on a line of its own
+            self._put(b"\n" * (self._size > 0) + header)
 
     def _put(self, data: bytes) -> None:
         while data:  # a disk that fills up takes a part, then raises
