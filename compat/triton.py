@@ -141,7 +141,7 @@ class Relaunch:
 
     def settle(self) -> bool:
         """Whether launches go past Triton's look from now on; not in the interpreter, nor before 3.4."""
-        if self._compiled is None or not hasattr(triton, "knobs"):
+        if not hasattr(self._compiled, "__getitem__") or not hasattr(triton, "knobs"):
             return False
         names = [name for name in self._kernel.arg_names if name in self._options]
         self._constants = tuple(self._options[name] for name in names)

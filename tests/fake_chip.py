@@ -27,19 +27,34 @@ class _Driver:
         return 0
 
 
+launched: list[tuple[Any, ...]] = []  # grid and all arguments of every launch
+
+
 class _Compiled:
+    """What Triton launches after a look at all arguments, which it takes at every launch: nothing else is offered."""
+
     function = packed_metadata = None
 
     def launch_metadata(self, *args: Any) -> None:
         pass
 
     def run(self, *args: Any) -> None:
-        pass
+        launched.append((args[:3], *args[9:]))
+
+
+class _Again(_Compiled):
+    """And what can be launched without it."""
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *args: launched.append((grid, *args))
 
 
 def _do_compile(self: Any, key: Any, *args: Any, **kwargs: Any) -> _Compiled:
-    compiled = self.device_caches[SM][0][key] = _Compiled()
+    compiled = self.device_caches[SM][0][key] = (_Again if again else _Compiled)()
     return compiled
+
+
+again = False
 
 
 def install(multiprocessors: int = 132) -> None:

@@ -71,6 +71,7 @@ def test_decode_compiles_nothing_more_on_any_chip() -> None:
 from mla_patch.compat.triton import TARGETS
 half, fp8 = torch.bfloat16, torch.float8_e4m3fn
 for fake_chip.SM in TARGETS:
+    decode._KNOWN.clear()  # another chip, of the same number
     # the most first: what one round compiles is there for the next
     for (heads, most), cache in itertools.product([(16, 300), (128, 300), (20, 40), (5, 1)], (half, fp8)):
         COMPILES.reset()
@@ -87,6 +88,43 @@ print("unforeseen", COMPILES.serving)
     assert len(rows) == 6 * 9
     assert not [row for row in rows if not row.endswith(" True 0") and row != "in all True"]
     assert unforeseen == "unforeseen 2"  # or nothing above is counted
+
+
+def test_a_launch_without_triton_is_the_launch_with_it() -> None:
+    """The same kernel, grid, addresses, numbers and constants, in the same places, for every form of a call."""
+    code = """
+from unittest import mock
+fake_chip.again = True
+half, fp8 = torch.bfloat16, torch.float8_e4m3fn
+table = torch.zeros(3, 4, dtype=torch.int32)
+def told(x):
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x
+def scratch(size, dtype, device):
+    return place.view(-1).view(dtype)[:1]  # at one address, though a call frees it
+for heads, cache, (paged, options) in itertools.product((16, 40), (half, fp8), [
+    (False, {}), (True, {}), (False, {"lse": torch.zeros(3, 40), "sinks": torch.zeros(40)}),
+    (True, {"k_scale": torch.ones(()), "v_scale": torch.ones(1), "logit_cap": 2.0, "xai_temperature_len": 8}),
+    (False, {"pair": True, "k_scale": 0.5, "v_scale": 3.0}),
+]):
+    options = {name: value[..., :heads] if name in ("lse", "sinks") else value for name, value in options.items()}
+    q, out = torch.zeros(3, heads, 576, dtype=half), torch.zeros(3, heads, 512, dtype=half)
+    if options.pop("pair", False):
+        q = torch.zeros(heads, 3, 512, dtype=half).transpose(0, 1), torch.zeros(3, heads, 192, dtype=half)[..., 128:]
+    kv = torch.zeros(64, 1, 576).to(cache)
+    if paged:
+        call = lambda: decode.mla_decode_paged(q, kv.view(4, 16, 576), out, table, starts[1:4], **options)
+    else:
+        call = lambda: decode.mla_decode(q, kv, out, starts[:4], ids, **options)
+    options["sm_scale"] = 0.1
+    fake_chip.launched.clear()
+    with mock.patch.object(decode.torch, "empty", scratch):
+        call(), call()
+    first, second = [[tuple(map(told, one)) for one in fake_chip.launched[at : at + 2]] for at in (0, 2)]
+    by_address = not any(isinstance(x, torch.Tensor) for one in fake_chip.launched[2:] for x in one)
+    print(first == second, by_address, len(fake_chip.launched))
+"""
+    rows = in_a_fake_chip(code)
+    assert len(rows) == 20 and set(rows) == {"True True 4"}
 
 
 @pytest.mark.gpu
