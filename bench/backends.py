@@ -104,7 +104,7 @@ def new_out(case: Case) -> torch.Tensor:
 
 def ours_by_slots(case: Case) -> Call:
     out = new_out(case)
-    return reads(case, lambda kv: (mla_decode(case.q, kv, out, case.indptr, case.ids, sm_scale=SM_SCALE),))
+    return reads(case, lambda kv: (mla_decode(case.pair, kv, out, case.indptr, case.ids, sm_scale=SM_SCALE),))
 
 
 def ours_by_pages(size: int) -> Callable[[Case], Call]:
@@ -112,7 +112,7 @@ def ours_by_pages(size: int) -> Callable[[Case], Call]:
         out, table = new_out(case), case.table if size == PAGE else case.slots
         attend = mla_decode_paged
         return reads(
-            case, lambda kv: (attend(case.q, kv.view(-1, size, 576), out, table, case.keys, sm_scale=SM_SCALE),)
+            case, lambda kv: (attend(case.pair, kv.view(-1, size, 576), out, table, case.keys, sm_scale=SM_SCALE),)
         )
 
     return make

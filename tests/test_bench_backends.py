@@ -166,6 +166,10 @@ def right(arm: dict[str, Any], most: float = 5e-3) -> bool:
 def test_every_arm_beside_stand_ins(run, stand_ins, bench, monkeypatch):
     peers = stand_ins()
     monkeypatch.setattr(bench, "captured", lambda call, caches: ((lambda: None), 1))  # slow in the interpreter
+    queries = []
+    for name in ("mla_decode", "mla_decode_paged"):
+        decode = getattr(bench, name)
+        monkeypatch.setattr(bench, name, lambda q, *args, f=decode, **more: queries.append(q) or f(q, *args, **more))
     told = run(
         "fp8", "bf16", "--peers", str(peers.folder), "--pools", "256", "--requests", "1", "3", "--heads", "2",
         "--shapes", "1x128", "3xragged",
@@ -187,7 +191,8 @@ def test_every_arm_beside_stand_ins(run, stand_ins, bench, monkeypatch):
     for row in bf16:
         assert list(row["arms"]) == ["FlashAttention-3", "FlashInfer", "FlashMLA", *OURS]
         assert all(right(arm) for arm in row["arms"].values()), row
-    # what the peers read is bfloat16, converted or not, and q is in the halves that a model hands over
+    # what the peers read is bfloat16, converted or not, and q is in the halves that a model hands over: to ours, too
+    assert {tuple(half.shape[1:] for half in q) for q in queries} == {((2, 512), (2, 64))}
     assert {call[-1] for call in peers.calls if call[0] != "flash_mla"} == {torch.bfloat16}
     assert {call[1] for call in peers.calls if call[0] in ("fa3", "flashinfer")} == {(512, 512, 1), (512, 3 * 512, 1)}
     assert {call[1] for call in peers.calls if call[0] == "flash_mla"} == {E4M3, torch.bfloat16}
