@@ -134,14 +134,15 @@ def converted(make: Callable[[Case], Call]) -> Callable[[Case], Call]:
 
 
 def flash_attention_3(folder: Path | None) -> Arms:
+    reasons = []
     for name in ("flash_ops", "sgl_kernel.flash_ops"):
         try:
             importlib.import_module(name)
             break
         except ImportError as problem:
-            missing = problem
+            reasons.append(str(problem))
     else:
-        raise missing
+        raise ImportError("; ".join(reasons))
     forward = torch.ops.sgl_kernel.fwd.default
     names = [argument.name for argument in forward._schema.arguments]  # releases of sglang-kernel add to them
 
