@@ -224,8 +224,9 @@ def problem(call: BackendCall) -> str | None:
     return call.metadata_problem(rows)
 
 
-def pool_of(call: BackendCall) -> Any:
-    """Where the release's method stores and reads; None where that is not certain."""
+def pool_of(call: Any) -> Any:
+    """Where the release's method stores and reads for a ``call`` of a backend with a batch; None where that is not
+    certain."""
     own, batchs = (getattr(one, "token_to_kv_pool", None) for one in (call.backend, call.batch))
     if own is None or batchs is None:
         return batchs if own is None else own
@@ -295,7 +296,8 @@ _SINKS = (*_HALVES, "sinks")
 _DESCALES = (
     *_SINKS, "q_descale", "k_descale", "v_descale", "score_mod", "aux_tensors", "rel_bias", "rel_bias_event",
 )  # fmt: skip
-_PARAMS: dict[type[BackendCall], sglang.Eras] = {
+# of forward_decode; forward_extend takes the same, but for FlashMLA's
+PARAMS: dict[type[BackendCall], sglang.Eras] = {
     Fa3Call: (("0.5.21", (*_DESCALES, "return_lse")), ("0.5.16", _DESCALES), ("0", _SINKS)),
     FlashInferCall: (("0", _HALVES),),
     FlashMlaCall: (("0", _FIRST),),
@@ -321,7 +323,7 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
                 twin=twin,
                 group=call.name,
             )
-            for params in sglang.era_of(_PARAMS[call], version)
+            for params in sglang.era_of(PARAMS[call], version)
         ]
         if call is FlashMlaCall and (version is None or Version(version) >= Version("0.5.6")):
             name = f"{call.owner}.scales"

@@ -44,6 +44,8 @@ class Target:
     bind: Callable[..., Any] | None = None
     declines: str = ""  # "module:function", (call) -> reason or None
     serve: str = ""  # "module:function", (call) -> what the host's function returns
+    # serve(original, call): ours has the host's own function do the work, with other arguments
+    around: bool = False
     edit: Callable[..., Undo] | None = None  # kind "edit": edit(module) -> undo
     lasting: bool = False  # an edit of what is stored: it outlives the breaker and restore()
     counted: bool = False  # an edit that brings calls of its own: edit(module, counts), and adds to counts.served

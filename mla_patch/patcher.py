@@ -73,6 +73,20 @@ class Place:
             setattr(holder, self.attribute, self.before)
 
 
+class Around:
+    """An arm's serve(original, call), called as serve(call). What stood there is asked of the stand-in: whoever else
+    keeps it is taken for one of the host's."""
+
+    __slots__ = ("serve", "stand_in")
+
+    def __init__(self, serve: Callable[..., Any]) -> None:
+        self.serve = serve
+        self.stand_in: Any = None
+
+    def __call__(self, call: Any) -> Any:
+        return self.serve(self.stand_in.__wrapped__, call)
+
+
 @dataclass(slots=True)
 class Kept:
     """A living instance that keeps a target's function in an attribute that can be set."""
@@ -588,7 +602,10 @@ class Patcher:
         return f"{where} is {self._tell(value)}", value
 
     def _tell(self, value: Any) -> str:
-        return describe(value._self_site.serve) if is_ours(value) else describe(value)
+        if not is_ours(value):
+            return describe(value)
+        serve = value._self_site.serve
+        return describe(serve.serve if is_a(serve, Around) else serve)
 
     def _confirm(self, run: Run, target: Target, module: types.ModuleType, late: bool) -> Found:
         """The live object and where it is bound.
@@ -641,8 +658,13 @@ class Patcher:
             ours._self_site.switch = run.switch
         else:
             assert target.bind is not None  # or its arms would not have been loaded
+            if target.around:
+                arms = {name: ArmCode(Around(code.serve), code.declines) for name, code in arms.items()}
             site = Site(target.name, target.bind, arms, run.status.counts, run.switch, target.twin)
             ours = run.made[target.entry or target.name] = stand_in(found.value, target.kind, site)
+            if target.around:
+                for code in arms.values():
+                    code.serve.stand_in = ours  # type: ignore[attr-defined]
         original = ours.__wrapped__
         if found.value is original or found.value is ours:
             inherited = isinstance(found.holder, type) and found.attribute not in vars(found.holder)

@@ -16,6 +16,7 @@ GROUP = "mla_patch"
 # where the distribution's metadata is missing (a source tree on PYTHONPATH), these stand in for it
 OWN_HOOKS = {
     "decode": "mla_patch.hooks.sglang_decode",
+    "kv_cast": "mla_patch.hooks.sglang_kv_cast",
     "kv_indices": "mla_patch.hooks.sglang_kv_indices",
     "tokenspeed": "mla_patch.hooks.sglang_tokenspeed",
     "sched_meta": "mla_patch.hooks.sglang_sched_meta",

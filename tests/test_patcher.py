@@ -96,6 +96,37 @@ def test_names_choose_features(fake_host: FakeHost) -> None:
     assert said[3].startswith("'ops@sglang' is not a feature; did you mean ")
 
 
+def test_ours_may_call_what_it_stands_for(fake_host: FakeHost) -> None:
+    """Unbound, as it stood there; whoever it fails for has the host's own call, and the report names our code."""
+    fake_host.plug("""
+    def around(original, call):
+        if call.args[0] == "fail":
+            raise ValueError("no such q")
+        owner = call.options["owner"]
+        return f"around the {original(owner, *call.args)}'s {type(owner).__name__}"
+
+    AROUND = Target("fakehost.layers", "Backend.forward", ("self", "q"), bind=method_call, serve="fakeplug:around",
+                    around=True)
+    FEATURES = [feature("method", AROUND)]
+    """)
+    code = """
+    mla_patch.apply()
+    from fakehost.layers import Backend, Other
+    print(Backend().forward(1), Other().forward(1), Backend().forward("fail"), row("method")["declined"], sep="; ")
+    print(row("method")["served"], row("method")["targets"][0]["replaced_by"])
+    mla_patch.restore()
+    print(Backend().forward(1))
+    mla_patch.apply()
+    print(Backend().forward(1), state("method"))
+    """
+    assert fake_host.says(code).splitlines() == [
+        "around the host's Backend; host; host; {'no such q': 1}",
+        "1 fakeplug:around",
+        "host",
+        "around the host's Backend applied",
+    ]
+
+
 def test_ours_looks_like_the_hosts(fake_host: FakeHost) -> None:
     code = """
     import inspect

@@ -74,7 +74,7 @@ def test_a_plugin_that_is_no_good(text: str, reason: str, fake_host: FakeHost) -
     assert done.stderr.startswith("mla-patch: plugin other ")
     assert done.stderr.count("mla-patch: ") == 1
     names = fake_host.run("print(*(r['name'] for r in (mla_patch.apply(), mla_patch.report())[1]['features']))")
-    names_now = ["both", "decode", "kernel", "kv_indices", "method", "ops", "sched_meta", "sparse_prefill"]
+    names_now = ["both", "decode", "kernel", "kv_cast", "kv_indices", "method", "ops", "sched_meta", "sparse_prefill"]
     names_now += ["tokenspeed", "tools"]
     assert names.stdout.split() == names_now
 
@@ -212,7 +212,7 @@ def test_a_strangers_kv_indices_leaves_ours(fake_host: FakeHost) -> None:
     add(fake_host, "FEATURES = [feature('filled', PREFILL)]", name="kv_indices")
     code = "mla_patch.apply()\nprint(*(r['name'] for r in mla_patch.report()['features']))"
     assert fake_host.says(code).split() == [
-        "decode", "filled", "kv_indices", "ops", "sched_meta", "sparse_prefill", "tokenspeed",
+        "decode", "filled", "kv_cast", "kv_indices", "ops", "sched_meta", "sparse_prefill", "tokenspeed",
     ]  # fmt: skip
 
 

@@ -18,14 +18,16 @@ from packaging.version import Version
 from mla_patch.compat import sglang, sglang_backends, sglang_flash_mla, sglang_graphs, sglang_tokenspeed
 from mla_patch.compat import sglang_sparse_prefill as routes
 from mla_patch.compat.types import Target
-from mla_patch.hooks import sglang_decode, sglang_kv_indices, sglang_sched_meta, sglang_sparse_prefill
+from mla_patch.hooks import sglang_decode, sglang_kv_cast, sglang_kv_indices, sglang_sched_meta, sglang_sparse_prefill
 from mla_patch.hooks import sglang_tokenspeed as tokenspeed_hook
 
 TOLD = json.loads(Path(__file__).parent.joinpath("hosts", "reviewed.json").read_text())
 RELEASES = tuple(TOLD["pins"])
 V4 = "sglang.srt.layers.attention.deepseek_v4_backend"
 FLASHMLA = "sglang.srt.layers.attention.flashmla_backend"
-_FEATURES = (sglang_decode, sglang_kv_indices, sglang_sched_meta, sglang_sparse_prefill, tokenspeed_hook)
+_FEATURES = (
+    sglang_decode, sglang_kv_cast, sglang_kv_indices, sglang_sched_meta, sglang_sparse_prefill, tokenspeed_hook,
+)  # fmt: skip
 FEATURES = {hook.FEATURE.name: hook.FEATURE for hook in _FEATURES}
 TABLES: dict[str, Callable[[str], tuple[Target, ...]]] = {name: one.targets for name, one in FEATURES.items()}
 TABLES["graphs"] = sglang_graphs.step_targets
@@ -92,7 +94,7 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("table", ["decode", "kv_indices", "sched_meta", "sparse_prefill"])
+@pytest.mark.parametrize("table", ["decode", "kv_cast", "kv_indices", "sched_meta", "sparse_prefill"])
 def test_what_is_there_is_named(table: str) -> None:
     asked = {release: TABLES[table](release) for release in releases_of(table)}
     every = {(one.module, one.name) for some in asked.values() for one in some if one.kind != "edit"}

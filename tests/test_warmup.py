@@ -180,6 +180,27 @@ print(COMPILES.serving)
     assert in_a_fake_chip(code) == ["12 12 0", "0", "1"]
 
 
+def test_casts_of_pages_compile_nothing_more() -> None:
+    """Over tables and lengths that begin anywhere, one column and many, packed behind others and not."""
+    code = """
+from mla_patch.kernels import kv_cast
+COMPILES.has_served = lambda: True
+for page in (1, 64):
+    compiled = kv_cast.warmup("cpu", torch.bfloat16, torch.float8_e4m3fn, page)
+    cache = torch.zeros(4 * 64, 1, 576, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    out = torch.zeros(99 * 64, 1, 576, dtype=torch.bfloat16)
+    table, lens = torch.zeros(5, 16, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
+    for some, batch, width, packed in itertools.product((True, False), (1, 3), (1, 2, 15), (True, False)):
+        ids = table[1 : 1 + batch, 1 : 1 + width]
+        places = torch.zeros(batch, width, dtype=torch.int32) if packed else None
+        for first in (0, 1, 16):
+            given = lens[1 : 1 + batch] if some else None
+            kv_cast.cast_pages(cache, ids, given, out, page_size=page, places=places, first=first)
+    print(compiled, COMPILES.serving)
+"""
+    assert in_a_fake_chip(code) == ["4 0", "4 0"]
+
+
 def test_no_gpu_is_nothing_to_do() -> None:
     """Without the interpreter; with it the launches are made, and nothing is compiled for them."""
     code = "from mla_patch.kernels import decode, kv_indices; import torch\n"

@@ -26,6 +26,7 @@ from mla_patch.compat import (
     sglang_backends,
     sglang_flash_mla,
     sglang_graphs,
+    sglang_kv_cast,
     sglang_sparse_prefill,
     sglang_tokenspeed,
 )
@@ -35,6 +36,7 @@ PATH = hosts.HERE / "reviewed.json"
 TABLES = {
     "decode": sglang.decode_targets,
     "decode of other backends": sglang_backends.decode_targets,
+    "kv_cast": sglang_kv_cast.targets,
     "kv_indices": sglang.kv_indices_targets,
     "sched_meta": sglang_flash_mla.flash_mla_targets,
     "sparse_prefill": sglang_sparse_prefill.targets,
