@@ -1,6 +1,9 @@
 """The cast of named pages beside the cast of a whole pool, `cache.to(bfloat16)`, which SGLang makes for each layer.
 
-    python bench/kv_cast.py [--rounds N] [--sweep] [--json OUT]     needs a GPU
+    python bench/kv_cast.py [--rounds N] [--sweep] [--peers DIR] [--json OUT]     needs a GPU
+
+--peers    A target verify of four tokens a request by FlashAttention-3, `flash_ops` in DIR or `sgl_kernel.flash_ops`,
+           behind each cast. Its three results must be equal bit for bit, with NaN in all rows that are not cast.
 
 Medians of CUDA-graph replay, in turn, so that drift in the clocks hits all alike; each result is compared with torch's
 first. A named token moves 576 bytes in and 1152 out, which GB/s counts. `idle` is a graph that was captured for the
@@ -10,11 +13,13 @@ model's longest context and is replayed at lengths of 1. `--sweep` times other l
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from mla_patch.kernels.kv_cast import WIDTH, cast_config, cast_pages
 
 CONTEXT = 163_840  # tokens, as wide as the longest context of the models served
+HEADS, DRAFTS = 16, 4
 POOLS = (131_072, 1_048_576)
 # requests, tokens of each
 CASES = ((1, 1024), (1, 8192), (1, 131_072), (8, 8192), (16, 8192), (64, 1024), (64, 8192), (256, 512))
@@ -56,7 +62,33 @@ def timed(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, flo
     return {name: statistics.median(values) for name, values in seen.items()}
 
 
-def case(slots: int, batch: int, length: int, page: int, config: dict[str, int] | None) -> dict[str, float]:
+def flash_attention_3(folder: Path) -> Callable[..., Any]:
+    """(cache in 16 bits, table, lengths, page size, queries) -> out, as SGLang's backend calls it for a verify."""
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        importlib.import_module("flash_ops")
+    except ImportError:
+        importlib.import_module("sgl_kernel.flash_ops")
+    forward = torch.ops.sgl_kernel.fwd.default
+    names = [argument.name for argument in forward._schema.arguments]  # releases of sglang-kernel add to them
+
+    def attend(kv: torch.Tensor, table: torch.Tensor, lens: torch.Tensor, page: int, q: torch.Tensor) -> Any:
+        row = kv.view(-1, page, 1, WIDTH)
+        starts = torch.arange(0, len(q) + 1, DRAFTS, device="cuda", dtype=torch.int32)
+        given = {
+            "q": q[..., 512:], "q_v": q[..., :512], "k": row[..., 512:], "v": row[..., :512], "page_table": table,
+            "seqused_k": lens, "cu_seqlens_q": starts, "max_seqlen_q": DRAFTS, "softmax_scale": 192**-0.5,
+            "is_causal": True, "window_size_left": -1, "window_size_right": -1, "attention_chunk": 0, "softcap": 0.0,
+            "is_rotary_interleaved": True, "num_splits": 0, "sm_margin": 0, "only_qv": False,
+        }  # fmt: skip
+        return forward(*[given.get(name) for name in names])[0]
+
+    return attend
+
+
+def case(
+    slots: int, batch: int, length: int, page: int, config: dict[str, int] | None, attend: Any = None
+) -> dict[str, float]:
     cache = torch.randn(slots, 1, WIDTH, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
     pages = -(-length // page)
     table = torch.randperm(slots // page, device="cuda")[: batch * pages].int().view(batch, pages)
@@ -82,6 +114,27 @@ def case(slots: int, batch: int, length: int, page: int, config: dict[str, int] 
     want = cache.view(torch.uint8)[rows].view(torch.float8_e4m3fn).to(torch.bfloat16)
     assert torch.equal(whole[rows], want)
     assert torch.equal(packed.view(batch, -1, 1, WIDTH)[:, :length], want)
+    if attend is not None:
+        q = torch.randn(batch * DRAFTS, HEADS, WIDTH, device="cuda").bfloat16()
+        whole.fill_(float("nan"))
+        packed.fill_(float("nan"))
+
+        def own() -> Any:
+            cast(table, lens, whole, None)
+            return attend(whole, table, lens, page, q)
+
+        def packs() -> Any:
+            cast(table, lens, packed, places)
+            return attend(packed, places, lens, page, q)
+
+        arms = {
+            "pool": lambda: attend(cache.to(torch.bfloat16), table, lens, page, q),
+            "own numbers": own,
+            "packed": packs,
+        }
+        results = [arm() for arm in arms.values()]
+        assert results[0].isfinite().all() and all(torch.equal(results[0], one) for one in results[1:])
+        graphs |= {f"{name} + FA3": captured(arm) for name, arm in arms.items()}
     return timed(graphs, ROUNDS)
 
 
@@ -90,9 +143,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--peers", type=Path)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     ROUNDS = given.rounds
+    attend = flash_attention_3(given.peers) if given.peers else None
     rows = []
     for slots in POOLS:
         for batch, length in CASES:
@@ -100,7 +155,7 @@ def main() -> None:
                 continue
             for page in (1, 64):
                 for config in (None, *(SWEEP if given.sweep else ())):
-                    us = case(slots, batch, length, page, config)
+                    us = case(slots, batch, length, page, config, attend)
                     rates = {n: round(batch * length * 1728 / us[n] / 1e3) for n in ("packed", "own numbers")}
                     row = {"pool": slots, "requests": batch, "tokens": length, "page": page} | {"GB/s": rates}
                     row |= {"config": config or cast_config(), "us": {name: round(one, 1) for name, one in us.items()}}

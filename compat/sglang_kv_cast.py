@@ -257,14 +257,20 @@ def casts(backend: Any, runner: Any) -> Casts | None:
     return Casts(runner.device, runner.dtype, runner.kv_cache_dtype, sizes)
 
 
-def _warm(owner: str) -> Callable[[ModuleType], Undo]:
-    return lambda module: sglang.warm_once_built(getattr(module, owner), f"{_HOOK}:warm", casts)
+def warm_fa3(module: ModuleType) -> Undo:
+    """Have what its calls can reach compiled once a backend is built."""
+    return sglang.warm_once_built(module.FlashAttentionBackend, f"{_HOOK}:warm", casts)
+
+
+def warm_flashinfer(module: ModuleType) -> Undo:
+    """As `warm_fa3`; backends that inherit from it are built by its constructor, too."""
+    return sglang.warm_once_built(module.FlashInferMLAAttnBackend, f"{_HOOK}:warm", casts)
 
 
 def targets(version: str | None) -> tuple[Target, ...]:
     """Both backends in ``version``; FA3's in every shape when it is unknown."""
     found: list[Target] = []
-    for call in (Fa3Extend, FlashInferExtend):
+    for call, warm in ((Fa3Extend, warm_fa3), (FlashInferExtend, warm_flashinfer)):
         module, owner, group = call.home.module, call.home.owner, call.home.name
         found += [
             Target(
@@ -273,7 +279,7 @@ def targets(version: str | None) -> tuple[Target, ...]:
             )
             for params in sglang.era_of(sglang_backends.PARAMS[call.home], version)
         ]  # fmt: skip
-        found.append(Target(module, f"{owner}.warmup", kind="edit", edit=_warm(owner), group=group))
+        found.append(Target(module, f"{owner}.warmup", kind="edit", edit=warm, group=group))
     return tuple(found)
 
 
