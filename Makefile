@@ -60,7 +60,7 @@ lint: setup
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest -n $(WORKERS) -m "not gpu and not cost" --ignore=tests/hosts
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not cost" --ignore=tests/hosts
 	$(PY) -m pytest -m cost --ignore=tests/hosts
 	$(PY) -m pytest -n $(WORKERS) -m "not gpu" tests/hosts
 

@@ -17,6 +17,7 @@ def quicken() -> list[str]:
                     from a kernel looks through all of them once more, although they are replaced already.
     ``overflow``    Each 32-bit sum, difference and product is computed again in 64 bits, for an assertion that the
                     interpreter drops, since its options say ``debug=False``.
+    ``types``       Each value looks its NumPy type up in a table that is built for it.
 
     An interpreter that is not as described is left as it is. Harmless when called again.
     """
@@ -32,6 +33,10 @@ def quicken() -> list[str]:
     if getattr(options, "sanitize_overflow", False) and getattr(options, "debug", None) is False:
         builder.options = dataclasses.replace(options, sanitize_overflow=False)
         done.append("overflow")
+    types = getattr(interpreter, "_get_np_dtype", None)
+    if types is not None and not hasattr(types, "_mla_patch"):
+        interpreter._get_np_dtype = _by_name(types)
+        done.append("types")
     return done
 
 
@@ -47,3 +52,16 @@ def _patched_once(patch: Any, scope: Any) -> Any:
 
     patch_lang._mla_patch = True  # type: ignore[attr-defined]
     return patch_lang
+
+
+def _by_name(types: Any) -> Any:
+    known: dict[str, Any] = {}
+
+    def np_dtype(dtype: Any) -> Any:
+        # the types themselves cannot all be hashed; a name says the element's type and the shape
+        if (found := known.get(dtype.name)) is None:
+            found = known[dtype.name] = types(dtype)
+        return found
+
+    np_dtype._mla_patch = True  # type: ignore[attr-defined]
+    return np_dtype

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 
+from mla_patch.compat import interpreter
 from mla_patch.compat import sglang_trial as trial
 from mla_patch.compat.triton import interpreted
 from mla_patch.dispatch import is_ours
@@ -74,6 +75,8 @@ def run(
     from mla_patch.session import find_host
 
     device = "cpu" if interpreted() else "cuda"
+    if device == "cpu":
+        interpreter.quicken()
     torch.manual_seed(0)
     yield {"step": "importing the engine", "at": 0, "of": None}
     installed = find_host("sglang")

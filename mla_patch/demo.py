@@ -99,10 +99,14 @@ def without_host() -> Iterator[dict[str, Any]]:
     """No engine here: our kernels against their definitions."""
     import torch
 
+    from mla_patch.compat import interpreter
     from mla_patch.compat import sglang_trial as trial
+    from mla_patch.compat.triton import interpreted
     from mla_patch.kernels import kv_indices as k
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if interpreted():
+        interpreter.quicken()
     batch = trial.make_batch(device, LENGTHS, WIDTH)
     rows = []
     indptr = torch.tensor([0, *LENGTHS], device=device).cumsum(0).to(torch.int32)

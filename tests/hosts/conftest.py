@@ -1,6 +1,25 @@
-"""Tells at the end which modules of each release were imported, and which were judged by their source alone."""
+"""Which worker runs which release; and, at the end, which modules of each release were imported or judged by source."""
 
+from typing import Any
+
+import hosts
 import pytest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that look at one process run in one worker, and other workers have other processes meanwhile.
+
+    Else two workers take neighbouring tests, and one of them waits for the process that the other has started.
+    xdist's own groups of marks are lost under pytest 9.2 (pytest-xdist 3.8).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return hosts.process_of(nodeid)
+
+    return ByProcess(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,5 +1,10 @@
 """Which SGLang releases are run, and how: one process each, its answers kept for the whole test session.
 
+A test that needs a process of a release takes a fixture (`seen`, or `kept` with what it calls) that starts the process
+and keeps what it wrote. Its id begins with the release: then all tests that look at the process run in one worker, and
+other workers import other releases meanwhile (`process_of`). A new kind of process needs nothing more. The import alone
+costs it about 6 s of CPU, so one process for many assertions.
+
 HOSTS    "spread" (a release of every era, the default), "all", or releases by name: HOSTS=0.5.11,0.5.23
 HOSTS_CACHE    where releases are unpacked, about 1.5 GB for all of them
 """
@@ -74,6 +79,13 @@ def chosen() -> tuple[str, ...]:
     return releases
 
 
+def process_of(nodeid: str) -> str:
+    """The process that a test looks at, by the test's id: its module, and its first parameter where it has one."""
+    module, _, test = nodeid.partition("::")
+    _, _, given = test.partition("[")
+    return f"{module} {given.removesuffix(']').partition('-')[0]}" if given else nodeid
+
+
 def builders(release: str) -> dict[str, dict]:
     """Each index builder's home, parameters and importers in ``release``, as they were reviewed."""
     return {name: era for name, eras in IMPORTERS.items() for era in eras if release in era["releases"]}
@@ -89,17 +101,18 @@ def run(release: str, kept: Path) -> dict:
     return json.loads(answer.read_text())
 
 
-def _start(release: str) -> dict:
+def environment(release: str, *first: Path) -> dict[str, str]:
+    """For a process that imports ``release`` on a CPU, with ours activated; ``first`` lie before it on the path."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
     # a release is imported by one process after the other: keep its bytecode
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    env |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "MLA_PATCH": "1",
-        "MLA_PATCH_DECODE": "on",  # forced, where the release has an MLA decode of its own
-        "PYTHONPATH": os.pathsep.join(map(str, fetch(release))),
-        "TRITON_INTERPRET": "1",
-    }
+    path = os.pathsep.join(map(str, (*first, *fetch(release))))
+    return env | {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+
+
+def _start(release: str) -> dict:
+    env = environment(release)
+    env["MLA_PATCH_DECODE"] = "on"  # forced, where the release has an MLA decode of its own
     if release in OLD:
         env["MLA_PATCH_SKIP_VERSION_CHECK"] = "1"
     with tempfile.TemporaryDirectory() as scratch:

@@ -127,9 +127,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     release = request.param.split()[0]
     folder = tmp_path_factory.mktemp("stand-in")
     stand_in(folder, release, request.param != ALONE)
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
-    paths = [str(folder), *map(str, fetch(release))]
-    env |= {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
+    env = hosts.environment(release, folder)
     out = tmp_path_factory.mktemp("seen") / "seen.json"
     options = hosts.PYTHON_OPTIONS.get(release, [])
     command = [sys.executable, *options, str(HERE / "flash_mla_child.py"), release, str(out)]

@@ -13,7 +13,7 @@ from typing import Any
 import hosts
 import pytest
 
-from mla_patch.compat.sglang_fetch import fetch, fetch_files
+from mla_patch.compat.sglang_fetch import fetch_files
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
@@ -47,9 +47,7 @@ def seen(wheel: str, loaded: bool, scratch: Path) -> dict[str, Any]:
             (folder / "flash_mla" / f"{stem}.abi3.so").touch()
     else:
         (folder / "sgl_kernel" / "__init__.py").touch()
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
-    paths = [str(folder), *map(str, fetch(hosts.WHEELS[wheel]))]
-    env |= {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
+    env = hosts.environment(hosts.WHEELS[wheel], folder)
     out = scratch / "seen.json"
     command = [sys.executable, str(HERE / "flash_mla_wheels_child.py"), hosts.WHEELS[wheel], str(out)]
     done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, timeout=300)

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,17 +22,12 @@ RELEASES = [release for release in hosts.chosen() if release in ("0.5.9", "0.5.1
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
     report = tmp_path / "report"
-    env |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "MLA_PATCH": "1",
+    env = hosts.environment(release) | {
         "MLA_PATCH_DECODE": "ab+shadow",
         "MLA_PATCH_AB": "block=4,warmup=0,draft=1",
         "MLA_PATCH_SHADOW": "every=8,tolerance=0.02",
         "MLA_PATCH_REPORT": str(report),
-        "PYTHONPATH": os.pathsep.join(map(str, fetch(release))),
-        "TRITON_INTERPRET": "1",
     }
     out = tmp_path / "seen.json"
     command = [sys.executable, str(hosts.HERE / "graphs_child.py"), release, str(out)]

@@ -266,6 +266,16 @@ def test_demo(release: str, tmp_path: Path) -> None:
     assert errors["triton_backend forward_decode, e4m3"]["host"] > 5e-3  # the host rounds to fp8
 
 
+def test_tests_of_one_process_are_in_one_worker(request: pytest.FixtureRequest) -> None:
+    """And processes of two releases may be in two."""
+    for item in request.session.items:
+        if item.path.parent == hosts.HERE and {"seen", "kept"} & set(getattr(item, "fixturenames", ())):
+            given = item.callspec.params
+            release = given["release"] if "release" in given else given["seen"]
+            assert hosts.process_of(item.nodeid) == f"tests/hosts/{item.path.name} {release}", item.nodeid
+    assert hosts.process_of("a.py::b[0.5.1-c]") != hosts.process_of("a.py::b[0.5.11-c]")
+
+
 def test_source_tells_where_a_name_comes_from(tmp_path: Path) -> None:
     package = tmp_path / "sglang"
     package.mkdir()

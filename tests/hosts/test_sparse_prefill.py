@@ -48,6 +48,7 @@ def start(release: str, folder: Path, **flags: str) -> dict[str, Any]:
 
 def drive(release: str, folder: Path, path: list[Path], options: Any, flags: dict[str, str]) -> dict[str, Any]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # the next process reads it
     env |= {"PYTHONPATH": os.pathsep.join(map(str, path))} | flags
     out = folder / "seen.json"
     command = [sys.executable, str(HERE / "sparse_prefill_child.py"), release, str(out), *options]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import hosts
 from packaging.version import Version
-
-from mla_patch.compat import sglang_fetch
 
 STEPS = ("decode", "verify", "draft extend", "draft extend, padded", "prompts", "prefix chunks")
 
@@ -22,11 +19,7 @@ def name_in(release: str) -> str:
 
 
 def environment(release: str) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
-    env.pop("PYTHONDONTWRITEBYTECODE", None)
-    places = [hosts.HERE / "standin", *sglang_fetch.fetch(release)]
-    own = {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "TRITON_INTERPRET": "1"}
-    return env | own | {"PYTHONPATH": os.pathsep.join(map(str, places))}
+    return hosts.environment(release, hosts.HERE / "standin")
 
 
 def run(release: str, kept: Path, by: str) -> dict:
