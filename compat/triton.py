@@ -59,6 +59,12 @@ except (ImportError, AttributeError):
 TARGETS = (80, 86, 89, 90, 100, 120)
 """The compute capabilities every kernel is compiled for."""
 
+FEW_TARGETS = (86, 90, 120)
+"""Of these, one for each way to read e4m3 and each table of launch numbers, that with the least shared memory.
+
+Enough for a case that differs in few of its instructions from one that is compiled for all.
+"""
+
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory one block may use, per compute capability."""
 
