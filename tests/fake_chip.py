@@ -57,6 +57,12 @@ def _do_compile(self: Any, key: Any, *args: Any, **kwargs: Any) -> _Compiled:
 again = False
 
 
+def _zeros(*size: Any, **options: Any) -> torch.Tensor:
+    """Caches and workspaces are read by kernels alone, and no kernel runs: their memory is not touched."""
+    made = torch.empty(*size, **options)
+    return made if made.nbytes > 2**20 else made.zero_()
+
+
 def install(multiprocessors: int = 132) -> None:
     """Have CPU tensors taken for a GPU's, and launches for a GPU's launches."""
     driver.set_active(_Driver())
@@ -68,3 +74,4 @@ def install(multiprocessors: int = 132) -> None:
     # of what it checks only the device is wrong; it tells the number of rows
     kv_indices._check = lambda table, pool, lens, indptr, start, out, rows: lens.numel() if rows is None else rows
     torch.cuda.current_device = lambda: None
+    torch.zeros = _zeros

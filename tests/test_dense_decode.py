@@ -159,7 +159,7 @@ fake_chip.install()
 COMPILES.has_served = lambda: True
 
 def serve(heads, dtype, batch, queries, pages, page=64):
-    q = torch.zeros(1).to(dtype).expand(batch * queries * heads * 576).clone().view(batch, queries, heads, 576)
+    q = torch.empty(batch, queries, heads, 576, dtype=dtype)
     cache = torch.zeros(7, page, 1, 576).to(dtype)
     scale = torch.ones(2)[1:] if dtype is torch.float8_e4m3fn else None
     table, lens = torch.zeros(batch, pages + 3).int()[:, 3:], torch.ones(batch).int()
