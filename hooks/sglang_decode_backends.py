@@ -70,7 +70,7 @@ def serve(call: BackendCall) -> Any:
     heads = layer.tp_q_head_num
     cache = sglang_backends.rows_of(call)
     q = _query(call, rows, heads)
-    out = torch.empty((rows, heads, 512), dtype=q.dtype, device=q.device)
+    out = torch.empty((rows, heads, 512), dtype=call.q.dtype, device=call.q.device)
     sglang_backends.store(call)
     if isinstance(call, FlashInferCall):
         indptr, token_ids = call.tokens()
@@ -83,12 +83,10 @@ def serve(call: BackendCall) -> Any:
 
 
 def _query(call: BackendCall, rows: int, heads: int) -> Any:
-    """The query of every request, [rows, heads, 576]."""
-    import torch
-
+    """Every request's query as the kernel takes it, [rows, heads, 576] or its two parts; as a rule no copy."""
     if call.q_rope is None:
         return call.q.reshape(rows, heads, 576)
-    return torch.cat([call.q.reshape(rows, heads, 512), call.q_rope.reshape(rows, heads, 64)], -1)
+    return call.q.reshape(rows, heads, 512), call.q_rope.reshape(rows, heads, 64)
 
 
 def warm(capacity: BackendCapacity) -> int:
@@ -102,9 +100,12 @@ def warm(capacity: BackendCapacity) -> int:
     if kept is not None or sglang_deterministic.is_on() or not gpu.on_nvidia(probe):
         return 0  # its calls are declined
     c = capacity
-    lens = (torch.int32,) if c.name != "flashmla" else (torch.int32, torch.int64)
+    whole = c.name == "flashmla"  # models join the query for this backend alone
+    lens = (torch.int32, torch.int64) if whole else (torch.int32,)
     return sum(
-        decode.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch, c.page_size, (kind, torch.int32))
+        decode.warmup(
+            c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch, c.page_size, (kind, torch.int32), not whole
+        )
         for kind in lens
     )
 

@@ -739,13 +739,13 @@ def warmed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_a_backend_is_warmed_once_it_is_built(warmed: list[tuple[Any, ...]], caplog: pytest.LogCaptureFixture) -> None:
     undos = [sglang_backends._WARMING[call](sys.modules[call.module]) for call in CALLS]
     expected = {
-        "fa3": [(16, (torch.int32, torch.int32))], "flashinfer": [(0, (torch.int32, torch.int32))],
-        "flashmla": [(64, (torch.int32, torch.int32)), (64, (torch.int64, torch.int32))],
+        "fa3": [(16, (torch.int32, torch.int32), True)], "flashinfer": [(0, (torch.int32, torch.int32), True)],
+        "flashmla": [(64, (torch.int32, torch.int32), False), (64, (torch.int64, torch.int32), False)],
     }  # fmt: skip
     for name, call in BY_NAME.items():
         owner = getattr(sys.modules[call.module], call.owner)
         owner(Runner(E4M3))
-        assert warmed == [("cpu", 16, HALF, E4M3, 6, page, index) for page, index in expected[name]], name
+        assert warmed == [("cpu", 16, HALF, E4M3, 6, *rest) for rest in expected[name]], name
         warmed.clear()
         owner(Runner(HALF))
         assert warmed == []  # its calls are declined
@@ -786,12 +786,13 @@ def test_a_warm_up_by_pages_compiles_what_serving_does(monkeypatch: pytest.Monke
     kernel = decode.mla_decode_paged
 
     def note(q, kv, out, table, lens, **options):
-        seen.append((kv.shape[1], kv.dtype, table.dtype, lens.dtype, q.shape[0]))
+        seen.append((kv.shape[1], kv.dtype, table.dtype, lens.dtype, [part.shape for part in q]))
         return kernel(q, kv, out, table, lens, **options)
 
     monkeypatch.setattr(decode, "mla_decode_paged", note)
-    decode.warmup("cpu", HEADS, HALF, E4M3, 2, 64, (torch.int64, torch.int32))
-    assert seen == [(64, E4M3, torch.int32, torch.int64, batch) for batch in (1, 2)]
+    decode.warmup("cpu", HEADS, HALF, E4M3, 2, 64, (torch.int64, torch.int32), True)
+    parts = [[(batch, HEADS, 512), (batch, HEADS, 64)] for batch in (1, 2)]
+    assert seen == [(64, E4M3, torch.int32, torch.int64, shapes) for shapes in parts]
 
 
 def test_a_compiled_step_reaches_ours(run_python) -> None:

@@ -1255,12 +1255,14 @@ def warmup(
     max_batch: int,
     page_size: int = 0,
     index: tuple[torch.dtype, torch.dtype] = (torch.int32, torch.int64),
+    parts: bool = False,
 ) -> int:
     """Compile what `mla_decode` can reach with up to ``max_batch`` requests; how many kernels that took.
 
     With a ``page_size``, what `mla_decode_paged` can. ``index``: the types of indptr and token_ids, or of lens and
-    block_table. Real launches over empty requests, so that Triton specialises as it will when serving; without sinks,
-    cap and temperature, which MLA models do not have. Keeps no memory. Nothing to do on a CPU.
+    block_table. ``parts``: of a query in two parts. Real launches over empty requests, so that Triton specialises as
+    it will when serving; without sinks, cap and temperature, which MLA models do not have. Keeps no memory. Nothing to
+    do on a CPU.
 
     Raises:
         ValueError: heads or types that `mla_decode` does not take.
@@ -1278,9 +1280,10 @@ def warmup(
         for batch in sorted(size for size in sizes | {max_batch} if 0 < size <= max_batch):
             indptr = torch.zeros(batch + 1, dtype=index[0], device=device)
             rows = (batch, -1, -1)
+            every = q.expand(rows)
+            query = (every[..., :512], every[..., 512:]) if parts else every
             if page_size:
-                table = ids.expand(batch, 1)
-                mla_decode_paged(q.expand(rows), kv, out.expand(rows), table, indptr, sm_scale=1.0)
+                mla_decode_paged(query, kv, out.expand(rows), ids.expand(batch, 1), indptr, sm_scale=1.0)
             else:
-                mla_decode(q.expand(rows), kv, out.expand(rows), indptr, ids, sm_scale=1.0)
+                mla_decode(query, kv, out.expand(rows), indptr, ids, sm_scale=1.0)
     return COMPILES.total - before
