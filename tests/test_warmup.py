@@ -93,6 +93,7 @@ print("unforeseen", COMPILES.serving)
 def test_a_launch_without_triton_is_the_launch_with_it() -> None:
     """The same kernel, grid, addresses, numbers and constants, in the same places, for every form of a call."""
     code = """
+import weakref
 from unittest import mock
 fake_chip.again = True
 half, fp8 = torch.bfloat16, torch.float8_e4m3fn
@@ -100,7 +101,14 @@ table = torch.zeros(3, 4, dtype=torch.int32)
 def told(x):
     return x.data_ptr() if isinstance(x, torch.Tensor) else x
 def scratch(size, dtype, device):
-    return place.view(-1).view(dtype)[:1]  # at one address, though a call frees it
+    mine = place.view(-1).view(dtype)[:1]  # at one address, though a call frees it
+    living.append(weakref.ref(mine))
+    return mine
+class Launched(list):
+    def append(self, launch):  # by now the scratch must not be another allocation's
+        held.append(living[-1]() is not None)
+        super().append(launch)
+fake_chip.launched = Launched()
 for heads, cache, (paged, options) in itertools.product((16, 40), (half, fp8), [
     (False, {}), (True, {}), (False, {"lse": torch.zeros(3, 40), "sinks": torch.zeros(40)}),
     (True, {"k_scale": torch.ones(()), "v_scale": torch.ones(1), "logit_cap": 2.0, "xai_temperature_len": 8}),
@@ -117,14 +125,15 @@ for heads, cache, (paged, options) in itertools.product((16, 40), (half, fp8), [
         call = lambda: decode.mla_decode(q, kv, out, starts[:4], ids, **options)
     options["sm_scale"] = 0.1
     fake_chip.launched.clear()
+    living, held = [], []
     with mock.patch.object(decode.torch, "empty", scratch):
         call(), call()
     first, second = [[tuple(map(told, one)) for one in fake_chip.launched[at : at + 2]] for at in (0, 2)]
     by_address = not any(isinstance(x, torch.Tensor) for one in fake_chip.launched[2:] for x in one)
-    print(first == second, by_address, len(fake_chip.launched))
+    print(first == second, by_address, held)
 """
     rows = in_a_fake_chip(code)
-    assert len(rows) == 20 and set(rows) == {"True True 4"}
+    assert len(rows) == 20 and set(rows) == {"True True [True, True, True, True]"}
 
 
 @pytest.mark.gpu

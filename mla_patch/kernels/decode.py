@@ -888,8 +888,9 @@ class _Launches:
     ) -> None:  # fmt: skip
         at, page_stride = self.address, self.page_stride
         size, dtype = self.scratch
-        partial = at(torch.empty(size, dtype=dtype, device=q.device))
-        result = at(out)
+        # held until both launches are made: an address keeps no memory
+        scratch = torch.empty(size, dtype=dtype, device=q.device)
+        partial, result = at(scratch), at(out)
         if sinks is not None:
             sinks = at(sinks)
         if lse is not None:
