@@ -19,7 +19,7 @@ import wrapt
 from mla_patch import dispatch
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
-from mla_patch.dispatch import AN_HOUR, IN_A_ROW, MALFORMED, PAUSED, ArmCode, Site, Switch, stand_in
+from mla_patch.dispatch import AN_HOUR, IN_A_ROW, MADE_UP, MALFORMED, PAUSED, ArmCode, Site, Switch, stand_in
 from mla_patch.features import FIRST_CALLS, MAX_REASONS, Counts, Final, State
 
 
@@ -446,6 +446,27 @@ def test_hardware_is_asked_once_at_the_first_call_on_a_device(monkeypatch: pytes
     assert patched.call(Tensor(), 2)[0] == "ours"
     assert patched.call(Tensor(), 2)[0] == "ours"
     assert asked == ["device 1"] and patched.switch.plain
+
+
+class Inherits(Call):
+    __slots__ = ()
+
+
+def test_tensors_that_a_base_of_the_call_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of several backends share a base: its tensors tell of the device, and of tracers."""
+    monkeypatch.setattr(gpu, "_from_index", lambda index: Gpu("old", (7, 0)))
+    patched = Patched(bind=Inherits)
+    patched.switch.set(check=lambda device: (State.REFUSED, f"{device.sm} has no bf16"))
+    assert patched.call(Tensor(), 2, 1.0)[0] == "host"
+    assert patched.stops == [("sm_70 has no bf16", State.REFUSED)]
+
+    class Fake:
+        def data_ptr(self) -> int:
+            raise RuntimeError("Cannot access data pointer of Tensor (e.g. FakeTensor)")
+
+    patched = Patched(bind=Inherits, patch=lambda call: call.q.data_ptr())
+    assert patched.call(Fake(), 2, 1.0)[0] == "host"
+    assert patched.counts.declined == {MADE_UP: 1} and patched.stops == []
 
 
 def test_hardware_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
