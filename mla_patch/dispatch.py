@@ -354,7 +354,7 @@ def odd_argument(call: Any) -> str | None:
 def _fields(call: Any) -> Iterable[str]:
     """The names of what a call holds, its bases' too; a plugin's call may be a tuple, which has none."""
     slots = [name for kind in type(call).__mro__ for name in kind.__dict__.get("__slots__", ())]
-    return slots or getattr(call, "__dict__", ())
+    return slots or list(getattr(call, "__dict__", ()))
 
 
 def made_up(call: Any) -> str | None:
