@@ -224,8 +224,8 @@ def main(release: str, out: str) -> None:
     seen: dict[str, Any] = {"release": release}
     live = mla_patch.startup._get_session().live
     assert live is not None
-    layer = sglang_trial.DecodeTrial("float16", lens=(3, 2))
-    small = sglang_trial.DecodeTrial("float16", lens=(1,), heads=2)  # the draft model's: quick
+    layer = sglang_trial.DecodeTrial("float16", lens=(3, 2), heads=2)  # few: 60 steps
+    small = sglang_trial.DecodeTrial("float16", lens=(1,), heads=2)  # the draft model's
     runner = build(getattr(module, "CudaGraphRunner", None) or module.DecodeCudaGraphRunner, live, layer)
     row = lambda: next(r for r in mla_patch.report()["features"] if r["name"] == "decode")  # noqa: E731
     seen["feature"] = row()

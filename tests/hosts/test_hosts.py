@@ -11,6 +11,7 @@ import hosts
 import matrix
 import pytest
 from packaging.version import Version
+from tokenspeed_runs import NATIVE
 
 from mla_patch.compat import sglang_deterministic
 from mla_patch.compat.sglang_fetch import fetch
@@ -49,6 +50,11 @@ def test_applied(release: str, seen: dict) -> None:
     assert "a test" in said[-1] and all("k_scale 0.5" in line for line in said[:-1])
 
 
+def test_tokenspeed_stands_aside_where_the_release_has_it(release: str, seen: dict) -> None:
+    (state,) = {row["state"] for row in seen["features"] if row["name"] == "tokenspeed"}
+    assert state == ("drifted" if release in hosts.OLD else "native" if release in NATIVE else "applied")
+
+
 def test_decode_applied(release: str, seen: dict) -> None:
     row = next(row for row in seen["features"] if row["name"] == "decode")
     served = len(seen["decode"]["ours"]) + 2 * len(seen["decode"]["ranks"]["ours"])
@@ -72,8 +78,11 @@ def test_the_backend_tells_a_warm_up_what_it_will_decode(release: str, seen: dic
     assert "def __init__(\n        self,\n        model_runner: ModelRunner," in source
 
 
-@pytest.mark.parametrize("kernel", ["decode", "page-table", "token-indices"])
-@pytest.mark.parametrize("version", [version for version in hosts.chosen() if version in ("0.5.11", "0.5.23")])
+# of both homes that releases have had for their kernels
+BENCHES = [("0.5.11", "decode"), ("0.5.11", "token-indices"), ("0.5.23", "decode"), ("0.5.23", "page-table")]
+
+
+@pytest.mark.parametrize("version, kernel", [one for one in BENCHES if one[0] in hosts.chosen()])
 def test_bench(version: str, kernel: str, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
     command = [sys.executable, "-m", "mla_patch", "bench", kernel, "--fetch", version, "--json"]
