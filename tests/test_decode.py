@@ -392,6 +392,14 @@ def test_by_pages(page, lens):
         Paged(lens, 3, page, cache=cache).check(sinks=torch.randn(3, device=DEVICE))
 
 
+def test_the_stride_of_one_head_means_nothing():
+    """PyTorch lets it be any number, which an 8-bit cache, read as a wider type, must not be held to."""
+    for stride in (1, 7):
+        case = Paged([70, 0, 9], 3, 16, cache=E4M3)
+        case.pages = case.pages.as_strided(case.pages.shape, (16 * 576, 576, stride, 1))
+        case.check()
+
+
 def test_by_pages_is_what_it_is_by_token():
     """Bit for bit, with every option, whoever has the keys."""
     options = {"logit_cap": 2.0, "xai_temperature_len": 8, "k_scale": 1.5, "v_scale": 0.5}

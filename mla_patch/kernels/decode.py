@@ -875,7 +875,7 @@ class _Launches:
         self.out_strides, self.lse_strides = out_strides, lse_strides
         self.address: Any = lambda tensor: tensor
         self.rope_of: Any = lambda q: q[..., 512:]
-        self.rows_of: Any = lambda kv: kv if seen_as is None else kv.view(seen_as)
+        self.rows_of: Any = lambda kv: kv if seen_as is None else _as_wider(kv, seen_as)
 
     def settle(self) -> None:
         if self.decode.settle() and self.merge.settle():
@@ -912,6 +912,13 @@ class _Launches:
             result, lse, sinks, v_scale_at, partial, self.programs, self.heads, float(v_scale), *self.out_strides,
             *self.lse_strides,
         )  # fmt: skip
+
+
+def _as_wider(kv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of 8-bit values as rows of a wider type. A view looks at the strides of dimensions of one, too, which may be
+    anything."""
+    strides = [stride if size > 1 else 0 for size, stride in zip(kv.shape, kv.stride(), strict=True)]
+    return kv.as_strided(kv.shape, strides).view(dtype)
 
 
 _KNOWN: dict[Any, _Launches] = {}
