@@ -185,6 +185,11 @@ CALLS: tuple[type[BackendCall], ...] = (Fa3Call, FlashInferCall, FlashMlaCall)
 NAMES = ("triton", *(call.name for call in CALLS))
 
 
+def is_built_on(call: type[BackendCall], capability: tuple[int, int]) -> bool:
+    """Whether the engine builds a backend for MLA on a GPU: it asserts that fa3 runs on Hopper, in every release."""
+    return call is not Fa3Call or capability[0] == 9
+
+
 def _dropped_cap(layer: Any) -> str | None:
     return "a logit cap, which the engine's own decode drops" if (getattr(layer, "logit_cap", 0) or 0) > 0 else None
 

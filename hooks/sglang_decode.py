@@ -59,7 +59,7 @@ def _backends(text: str) -> str:
     for name in named:
         if name not in sglang_backends.NAMES:
             known = ", ".join(sglang_backends.NAMES)
-            raise ValueError(f"no backend {name}{nearest(name, sglang_backends.NAMES)}; expected some of {known}")
+            raise ValueError(f"no backend {name}, expected some of {known}{nearest(name, sglang_backends.NAMES)}")
     if not named:
         raise ValueError(f"expected some of {', '.join(sglang_backends.NAMES)}; MLA_PATCH_DECODE=off serves none")
     return ",".join(name for name in sglang_backends.NAMES if name in named)
@@ -80,7 +80,10 @@ def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -
     rows = [("triton, any cache", "mla-patch" if kept is None else f"the engine: {kept}")]
     rows += sglang_decode_backends.serves(capability, asked)
     wanted = variable(FEATURE, "BACKENDS").split(",")
-    return [row if row[0].partition(",")[0] in wanted else (row[0], "the engine: not in BACKENDS") for row in rows]
+    return [
+        row if row[0].partition(",")[0] in wanted else (row[0], "the engine: not in MLA_PATCH_DECODE_BACKENDS")
+        for row in rows
+    ]
 
 
 FEATURE = Feature(
@@ -92,7 +95,9 @@ FEATURE = Feature(
     drop_when="the host reads the latent cache once per request, at least as fast",
     native=native,
     hardware=gpu.not_nvidia,
-    variables=(Variable("BACKENDS", (), ",".join(sglang_backends.NAMES), "whose decode ours may serve", _backends),),
+    variables=(
+        Variable("BACKENDS", (), ",".join(sglang_backends.NAMES), "backends whose decode ours may serve", _backends),
+    ),
     serves=serves,
     told=sglang_decode_backends.told,
     environment=sglang_deterministic.inherited,

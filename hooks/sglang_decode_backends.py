@@ -18,7 +18,7 @@ from mla_patch.compat import gpu, sglang_backends, sglang_deterministic
 from mla_patch.compat.sglang_backends import BackendCall, BackendCapacity, FlashInferCall
 
 CONVERTS = ("fa3", "flashinfer")  # with an 8-bit cache, the whole pool, whatever the chip
-SIXTEEN_BITS = "a 16-bit cache: the engine's own kernel serves it unless MLA_PATCH_DECODE=on"
+SIXTEEN_BITS = "a 16-bit cache, which mla-patch serves only with MLA_PATCH_DECODE=on"
 # compute capability -> ours is faster than FlashMLA with an 8-bit cache (docs/performance.md); no row: not measured
 FASTER = {(9, 0): True}
 
@@ -114,6 +114,9 @@ def serves(capability: tuple[int, int], asked: bool) -> list[tuple[str, str]]:
     """For `explain`: what each backend decodes, and who serves it."""
     rows = []
     for call in sglang_backends.CALLS:
+        if not sglang_backends.is_built_on(call, capability):
+            rows.append((f"{call.name}, any cache", "nobody: SGLang builds this backend for MLA on sm_90 alone"))
+            continue
         for what, itemsize in (("an fp8 cache", 1), ("a 16-bit cache", 2)):
             kept = None if asked else by_default(call.name, itemsize, capability)
             rows.append((f"{call.name}, {what}", "mla-patch" if kept is None else f"the engine: {kept}"))

@@ -343,7 +343,7 @@ def explain(args: argparse.Namespace) -> int:
         show.table("there", ["host", "release", "sm", "state", "reason"], verdicts)
     if serves:
         title = f"by default settings, on {serves[0]['host']} {serves[0]['release']} and {serves[0]['sm']}"
-        show.table(title, ["heads", "what", "who"], serves)
+        show.table(title, ["heads", "what", "who"], explain_.by_heads(serves))
     elif not (args.release and args.sm):
         show.lines(["on another release and GPU: name both, as in --release 0.5.18 --sm 90"])
     show.table("here", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)

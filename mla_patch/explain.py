@@ -68,6 +68,14 @@ def serves(feature: Feature, setting: Setting, release: str, device: Gpu, heads:
     ]
 
 
+def by_heads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `serves` says, for people: numbers of heads of which it says the same share a row."""
+    heads: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        heads.setdefault((row["what"], row["who"]), []).append(str(row["heads"]))
+    return [{"heads": ", ".join(counts), "what": what, "who": who} for (what, who), counts in heads.items()]
+
+
 def routes(feature: Feature) -> list[dict[str, Any]]:
     """Where the feature goes, one row per entry point and run of releases with the same home and parameters."""
     name, specifier = feature.requirement()

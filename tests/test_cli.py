@@ -12,6 +12,7 @@ from scratch import Scratch, clean_env
 
 from mla_patch import cli, plugins
 from mla_patch.compat import gpu
+from mla_patch.hooks.sglang_decode_backends import SIXTEEN_BITS
 
 TABLE = ("req_to_token_ptr, req_pool_indices_ptr, page_kernel_lens_ptr, kv_start_idx, kv_indices_ptr, "
          "req_to_token_ptr_stride, kv_indices_ptr_stride, PAGED_SIZE=64")  # fmt: skip
@@ -333,6 +334,15 @@ def test_explain_says_who_serves_on_one_release_and_gpu(capsys, monkeypatch, rel
     for row, who in zip(told["serves"], (v4, v32), strict=True):
         assert row["who"].startswith(who) and (row["release"], row["sm"]) == (release, f"sm_{sm}"), row
         assert row["heads"] == int(heads)
+
+
+def test_explain_tells_what_holds_for_several_heads_once(capsys) -> None:
+    assert cli.main(["explain", "decode", "--release", "0.5.11", "--sm", "90", "--heads", "16", "128"]) == 0
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if " fa3, " in line]
+    assert rows == [
+        ["16,", "128", "fa3, an fp8 cache           mla-patch"],
+        ["16,", "128", f"fa3, a 16-bit cache         the engine: {SIXTEEN_BITS}"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -389,7 +389,7 @@ def test_the_flag_narrows_the_backends(set_to: str | None, groups: set[str], mon
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("fa4", "no backend fa4; did you mean fa3?; expected some of triton, fa3, flashinfer, flashmla"),
+        ("fa4", "no backend fa4, expected some of triton, fa3, flashinfer, flashmla; did you mean fa3?"),
         (" , ", "expected some of triton, fa3, flashinfer, flashmla; MLA_PATCH_DECODE=off serves none"),
     ],
 )
@@ -406,6 +406,7 @@ def test_explain_tells_it_by_backend() -> None:
     other = dict(sglang_decode.serves("0.5.23", (10, 0), 16, False))
     assert other["triton, any cache"] == "the engine: not measured on sm_100"
     assert other["flashinfer, an fp8 cache"] == "mla-patch"
+    assert other["fa3, any cache"].startswith("nobody") and "fa3, an fp8 cache" not in other
 
 
 # what is left to the engine
