@@ -443,6 +443,8 @@ class Patcher:
                 run.taken[at] = Taken(target, module, own(module, "__spec__"))
             elif target.name not in run.undos or (at in run.taken and self._hiders(run, run.taken[at])):
                 run.taken[at] = Taken(target, module, own(module, "__spec__"), self._edit(run, target, module))
+            elif at not in run.taken:  # it has outlived restore()
+                run.taken[at] = Taken(target, module, own(module, "__spec__"), run.undos[target.name][1])
         if run.arms is not None:
             run.switch.set(arms=run.arms)
             run.arms.attach(run.switch, run.status.counts)

@@ -1266,6 +1266,38 @@ def test_an_undo_that_fails_holds_nothing_up(fake_host: FakeHost) -> None:
     assert done.stderr.startswith("mla-patch: the edit hard to undo of fakehost.ops could not be undone\nTraceback")
 
 
+def test_an_edit_that_lasts_lies_over_a_method_of_ours(fake_host: FakeHost) -> None:
+    """What is left of it after restore() is no stranger who keeps the method: ours is applied again, late."""
+    fake_host.plug("""
+    import functools
+
+    def louder(module):
+        from mla_patch.compat.methods import set_methods
+
+        before = vars(module.Backend).get("forward", module.Backend.forward)
+
+        @functools.wraps(before)
+        def forward(self, q):
+            return before(self, q) + "!"
+
+        module.Backend.forward = before
+        return set_methods(module.Backend, {"forward": forward})
+
+    LOUDER = Target("fakehost.layers", "louder", kind="edit", edit=louder, lasting=True)
+    FEATURES = [feature("method", METHOD, LOUDER)]
+    """)
+    code = """
+    import fakehost.layers as layers
+    kept = layers.Backend()
+    for step in (mla_patch.apply, mla_patch.restore) * 2:
+        step("method")
+        print(step.__name__, state("method"), kept.forward(1))
+    """
+    assert fake_host.says(code).splitlines() == [
+        "apply applied ours!", "restore off: restored host!", "apply applied ours!", "restore off: restored host!",
+    ]  # fmt: skip
+
+
 def test_the_breaker_leaves_lasting_edits(fake_host: FakeHost) -> None:
     with_edits(
         fake_host,

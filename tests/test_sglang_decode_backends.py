@@ -165,7 +165,7 @@ class Step:
 
     def __init__(
         self, name: str, dtype: torch.dtype = E4M3, lens: tuple[int, ...] = LENS, page: int | None = None,
-        q_dtype: torch.dtype = HALF, pool: Any = None, halves: bool = True,
+        q_dtype: torch.dtype = HALF, pool: Any = None, halves: bool = True, heads: int = HEADS,
     ) -> None:  # fmt: skip
         self.call = BY_NAME[name]
         self.module = sys.modules[self.call.module]
@@ -181,7 +181,7 @@ class Step:
         self.backend = getattr(self.module, self.call.owner)()
         self.backend.asked, self.backend.slots, self.backend.page_size = [], slots, page
         self.backend.use_mla, self.backend.topk, self.backend.is_fp8_kvcache = True, 0, dtype.itemsize == 1
-        table = torch.full((len(lens), 80), -7, dtype=torch.int32)
+        table = torch.full((len(lens), max([80, *map(len, pages)])), -7, dtype=torch.int32)
         for row, mine in zip(table, pages, strict=True):
             row[: len(mine)] = torch.tensor(mine, dtype=torch.int32)
         counts = torch.tensor(lens, dtype=torch.int32)
@@ -197,11 +197,11 @@ class Step:
             out_cache_loc=torch.tensor([mine[-1] if mine else 0 for mine in slots]),
         )  # fmt: skip
         self.layer = SimpleNamespace(
-            layer_id=3, head_dim=576, v_head_dim=512, tp_k_head_num=1, tp_q_head_num=HEADS, scaling=SCALE,
+            layer_id=3, head_dim=576, v_head_dim=512, tp_k_head_num=1, tp_q_head_num=heads, scaling=SCALE,
             logit_cap=0.0, sliding_window_size=-1, is_cross_attention=False, k_scale=None, k_scale_float=None,
         )  # fmt: skip
         count = len(lens)
-        q = torch.randn(count, HEADS, 576, generator=g).to(q_dtype)
+        q = torch.randn(count, heads, 576, generator=g).to(q_dtype)
         k = torch.randn(count, 1, 576, generator=g).to(q_dtype)
         if halves and name != "flashmla":
             nope = q[..., :512].transpose(0, 1).contiguous().transpose(0, 1)  # as a model's batched product leaves it
@@ -209,6 +209,20 @@ class Step:
         else:
             self.args, self.more = (q, k, k[..., :512]), {}
         self.q = q
+
+    def tensors(self) -> Iterator[tuple[Any, str]]:
+        """What an engine fills anew for every step, as (holder, name)."""
+        metadata = self.backend.forward_metadata
+        for holder in (self.backend, metadata, self.batch, getattr(metadata, "decode_wrapper", None)):
+            yield from ((holder, name) for name, one in vars(holder).items() if torch.is_tensor(one)) if holder else ()
+
+    def on(self, device: str) -> Step:
+        for holder, name in list(self.tensors()):
+            setattr(holder, name, getattr(holder, name).to(device))
+        self.pool.buffer, self.q = self.pool.buffer.to(device), self.q.to(device)
+        self.args = tuple(one.to(device) for one in self.args)
+        self.more = {name: one.to(device) for name, one in self.more.items()}
+        return self
 
     def bind(self, **changes: Any) -> Any:
         """The call as our kernels' hook sees it; ``changes`` of its arguments."""
@@ -559,6 +573,47 @@ def test_strides_of_dimensions_of_one_mean_nothing(monkeypatch: pytest.MonkeyPat
     site = patched(step, monkeypatch)
     torch.testing.assert_close(step.decode().double(), step.expected(), rtol=2e-3, atol=2e-3)
     assert site.counts.served == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_graph_captured_at_one_length_is_right_at_others(name: str, heads: int, real_kernel: None) -> None:
+    """As the engine does: captured with lengths of 1, then the same memory filled with another step's."""
+    lens = (300, 1, 77)
+    page = {"page": 16} if name == "fa3" else {}
+    captured = Step(name, lens=(1, 1, 1), q_dtype=torch.bfloat16, heads=heads, **page).on("cuda")
+    metadata, serve = captured.backend.forward_metadata, sglang_decode_backends.serve
+    if name == "flashmla":
+        metadata.block_kv_indices = metadata.block_kv_indices[:, :1]
+    if name == "flashinfer":  # its buffer has room for any lengths
+        wrapper = metadata.decode_wrapper
+        wrapper._kv_indices_buf = torch.zeros(500, dtype=torch.int32, device="cuda")
+        wrapper._kv_indptr_buf = torch.arange(4, dtype=torch.int32, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        serve(captured.bind())  # compiles
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = serve(captured.bind())
+    for lengths in (lens, (2, 400, 33)):
+        later = Step(name, lens=lengths, q_dtype=torch.bfloat16, heads=heads, **page).on("cuda")
+        there = {key: one for holder, key in later.tensors() for one in [getattr(holder, key)]}
+        for holder, key in captured.tensors():
+            if key == "_kv_indptr_buf":
+                continue  # which a replay leaves as it was
+            target, source = getattr(holder, key), there[key]
+            if target.shape != source.shape:  # the view of a capture: its storage is the engine's whole buffer
+                target = (
+                    target.as_strided(source.shape, target.stride()) if target.dim() == 2 else target[: len(source)]
+                )
+            target.copy_(source)
+        graph.replay()
+        torch.cuda.synchronize()
+        captured.backend.slots = later.backend.slots
+        # a bfloat16 result, and values about 1
+        torch.testing.assert_close(out.double(), captured.expected(), rtol=1e-2, atol=1e-2)
 
 
 # bad input

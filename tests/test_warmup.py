@@ -90,6 +90,36 @@ print("unforeseen", COMPILES.serving)
     assert unforeseen == "unforeseen 2"  # or nothing above is counted
 
 
+def test_decode_of_other_backends_compiles_nothing_more() -> None:
+    """FlashAttention-3 and FlashMLA by pages, FlashInfer by slots: queries in two parts, tables of any width."""
+    code = """
+half, fp8 = torch.bfloat16, torch.float8_e4m3fn
+wide = torch.zeros(300, 700, dtype=torch.int32)
+for heads, (page, parts), lens in itertools.product(
+    (16, 128), ((1, True), (64, True), (64, False), (0, True)), (torch.int32, torch.int64)
+):
+    COMPILES.reset()
+    COMPILES.has_served = lambda: True
+    warmed = decode.warmup("cpu", heads, half, fp8, 300, page, (lens, torch.int32), parts)
+    counts, cache = torch.zeros(301, dtype=lens), torch.zeros(128, 1, 576).to(fp8)
+    for batch in (1, 2, 3, 64, 65, 255, 300):
+        q = place.view(-1)[: batch * heads * 576].view(batch, heads, 576)
+        if parts:  # as a model has them: the transpose of a batched product, and a slice
+            rope = place.view(-1)[: batch * heads * 192].view(batch, heads, 192)[..., 128:]
+            q = place.view(-1)[: batch * heads * 512].view(heads, batch, 512).transpose(0, 1), rope
+        out = place.view(-1)[: batch * heads * 512].view(batch, heads, 512)
+        for columns in (1, 37, 700) if page else (1,):
+            if page:
+                kv, table = cache.view(-1, page, 576), wide[:batch, :columns]
+                decode.mla_decode_paged(q, kv, out, table, counts[:batch], sm_scale=0.1)
+            else:
+                decode.mla_decode(q, cache, out, counts[: batch + 1], wide.view(-1), sm_scale=0.1)
+    print(heads, page, parts, lens, warmed == COMPILES.before, COMPILES.serving)
+"""
+    rows = in_a_fake_chip(code)
+    assert len(rows) == 16 and not [row for row in rows if not row.endswith(" True 0")]
+
+
 def test_a_launch_without_triton_is_the_launch_with_it() -> None:
     """The same kernel, grid, addresses, numbers and constants, in the same places, for every form of a call."""
     code = """
