@@ -309,6 +309,21 @@ def test_calls_that_are_alike():
     assert len(module._KNOWN) == first + 2
 
 
+def test_numbers_in_tensors_are_numbers():
+    """Calls with them are alike, and nothing of them is kept."""
+    module._KNOWN.clear()
+    case = Case([40, 9], 3)
+    want = case.run(logit_cap=2.0, xai_temperature_len=8).clone()
+    for _ in range(2):
+        args = (case.q, case.kv, case.out, case.indptr, case.ids)
+        mla_decode(
+            *args, sm_scale=torch.tensor(SCALE), logit_cap=torch.tensor(2.0), xai_temperature_len=torch.tensor(8)
+        )
+        assert torch.equal(case.out, want)
+    assert len(module._KNOWN) == 1
+    assert not any(isinstance(value, torch.Tensor) for key in module._KNOWN for value in key)
+
+
 def test_what_is_kept_is_bounded(monkeypatch):
     monkeypatch.setattr(module, "_MOST", 2)
     module._KNOWN.clear()

@@ -745,7 +745,9 @@ def _decode(
     key = (
         q.shape, q.stride(), q.dtype, q.device, kv.shape, kv.stride(), kv.dtype, kv.device,
         out.shape, out.stride(), out.dtype, out.device, indptr.shape, indptr.stride(), indptr.dtype, indptr.device,
-        token_ids.dtype, token_ids.device, paged, k_told, v_told, sm_scale > 0, logit_cap > 0, xai_temperature_len > 0,
+        token_ids.dtype, token_ids.device, paged, k_told, v_told,
+        # a number may come as a tensor, which is equal to itself alone
+        bool(sm_scale > 0), bool(logit_cap > 0), bool(xai_temperature_len > 0),
         rope if rope is None else (rope.shape, rope.stride(), rope.dtype, rope.device),
         sinks if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device),
         lse if lse is None else (lse.shape, lse.stride(), lse.dtype, lse.device),
