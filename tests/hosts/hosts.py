@@ -5,6 +5,8 @@ and keeps what it wrote. Its id begins with the release: then all tests that loo
 other workers import other releases meanwhile (`process_of`). A new kind of process needs nothing more. The import alone
 costs it about 6 s of CPU, so one process for many assertions.
 
+    python tests/hosts/hosts.py    fetch those of HOSTS, and nothing else
+
 HOSTS    "spread" (a release of every era, the default), "all", or releases by name: HOSTS=0.5.11,0.5.23
 HOSTS_CACHE    where releases are unpacked, about 1.5 GB for all of them
 """
@@ -164,3 +166,8 @@ def importers_in(root: Path, builder: str) -> set[str]:
         ):
             found.add(".".join(path.relative_to(root).with_suffix("").parts))
     return found
+
+
+if __name__ == "__main__":
+    for one in chosen():
+        fetch(one)
