@@ -327,6 +327,7 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
                 f"{hook}:serve",
                 twin=twin,
                 group=call.name,
+                arms=False,
             )
             for params in sglang.era_of(PARAMS[call], version)
         ]

@@ -58,6 +58,7 @@ class Target:
     # Entry points that stand or fall together, where an engine imports one such group and not another: what has drifted
     # in one leaves the others to ours. Empty: all of the feature without a group do.
     group: str = ""
+    arms: bool = True  # whether plugins' arms that name no group get its calls, too
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Arm:
     feature: str  # "decode" or "decode@sglang"
     serve: str  # "module:function", as in Target
     declines: str = ""  # empty: the feature's own
+    group: str = ""  # whose entry points it is written for, see `Target`; empty: those with the feature's usual calls
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""SGLang's MLA decode, served by mla_patch.kernels.decode.
+"""SGLang's MLA decode, served by mla_patch.kernels.decode: that of its Triton backend, and the feature as a whole.
+
+The decode of FlashAttention-3, FlashInfer and FlashMLA is `sglang_decode_backends`'s.
 
 Why: the host's kernel reads the latent cache once per 16 query heads, and its split scratch grows with rows x heads x
 splits. From 0.5.12 the host has an MLA kernel of its own; there the table below says on which GPUs ours is faster.
@@ -90,7 +92,7 @@ FEATURE = Feature(
     name="decode",
     host="sglang>=0.5.1,<0.5.24",
     targets=targets,
-    why="the host reads the latent cache once per 16 query heads, into scratch for every split",
+    why="Triton's backend reads the latents once per 16 query heads; FA3 and FlashInfer first cast an fp8 pool whole",
     upstream="https://github.com/sgl-project/sglang/pull/20479",
     drop_when="the host reads the latent cache once per request, at least as fast",
     native=native,

@@ -192,7 +192,7 @@ class Site:
                 if switch.check is not None:
                     self._check_hardware(call)
                 name = switch.arms.choose(self, call) if switch.arms is not None else PATCH
-                arm = None if name in (HOST, SHADOW) or switch.stopped else self.arms[name]
+                arm = None if name in (HOST, SHADOW) or switch.stopped else self.arms.get(name)
             except BaseException as problem:
                 endings.pass_on(problem)
                 switch.trip(f"{self.name}: choosing an arm: {endings.text_of(problem)}")
@@ -200,6 +200,8 @@ class Site:
             if arm is None:
                 if name == SHADOW and not switch.stopped:
                     return self._shadow(host, call, args, kwargs)
+                if name != HOST and not switch.stopped:
+                    self._decline(_without_arm(name))
                 return host(*args, **kwargs)
             serve, declines = arm.serve, arm.declines
         try:
@@ -239,9 +241,9 @@ class Site:
         own: Any = None
         failed = False
         try:
-            arm = self.arms[arms.candidate]
-            reason = arm.declines(call)
-            if reason is None:
+            arm = self.arms.get(arms.candidate)
+            reason = _without_arm(arms.candidate) if arm is None else arm.declines(call)
+            if arm is not None and reason is None:
                 # ours first: a host that works in place would change what ours reads
                 ours, pairs = self.twin(call)
                 own = arm.serve(ours)
@@ -323,6 +325,10 @@ def _leave_dynamo() -> Callable[..., Any]:
     global _outside
     _outside = dynamo.outside(Site.dispatch)
     return _outside
+
+
+def _without_arm(name: str) -> str:
+    return f"the arm {name} is not written for this entry point"
 
 
 def _unbound(problem: TypeError) -> str:

@@ -420,7 +420,7 @@ class Patcher:
             patch = ArmCode(_named(target.serve), _named(target.declines) if target.declines else _declines_nothing)
             loaded[target.name] = {PATCH: patch}
             for arm in self.arms:
-                if run.feature.matches(arm.feature):
+                if run.feature.matches(arm.feature) and (arm.group == target.group if arm.group else target.arms):
                     loaded[target.name][arm.name] = ArmCode(
                         _named(arm.serve), _named(arm.declines) if arm.declines else patch.declines
                     )

@@ -426,9 +426,19 @@ def test_arms_are_chosen_call_by_call() -> None:
 def test_a_chooser_that_breaks() -> None:
     patched = Patched()
     patched.switch.set(arms=Turns())
-    assert patched.call("no such arm", 2)[0] == "host"
-    assert patched.stops == [("decode: choosing an arm: KeyError('no such arm')", State.FAILED)]
+    patched.switch.arms.choose = lambda site, call: {}[call.q]
+    assert patched.call("odd", 2)[0] == "host"
+    assert patched.stops == [("decode: choosing an arm: KeyError('odd')", State.FAILED)]
     assert patched.call("patch", 2)[0] == "host"
+
+
+def test_an_arm_that_an_entry_point_does_not_have() -> None:
+    """A plugin's arm may be written for one backend's calls of a feature that serves several."""
+    patched = Patched()
+    patched.switch.set(arms=Turns())
+    assert patched.call("mine", 2)[0] == "host" and patched.call("patch", 2)[0] == "ours"
+    assert patched.counts.declined == {"the arm mine is not written for this entry point": 1}
+    assert patched.stops == []
 
 
 class Tensor:

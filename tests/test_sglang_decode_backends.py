@@ -759,6 +759,25 @@ def test_arms_and_shadow_checks(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(step.pool.writes) == 4
 
 
+@pytest.mark.parametrize("candidate", [PATCH, "mine"])
+def test_an_arm_for_the_triton_backends_calls_gets_none_of_these(
+    candidate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = sglang_backends.decode_targets("0.5.23")
+    assert [one.arms for one in targets if one.kind == "call"] == [False] * 3
+    step = Step("fa3")
+    site = patched(step, monkeypatch)
+    want = step.decode(save_kv_cache=False)
+    for arm in ("mine", SHADOW):
+        chosen = Chosen(arm)
+        chosen.candidate = candidate
+        site.switch.set(arms=chosen)
+        torch.testing.assert_close(step.decode(save_kv_cache=False), want, rtol=2e-3, atol=2e-3)
+    assert not site.switch.stopped
+    times = 1 if candidate == PATCH else 2
+    assert site.counts.declined == {"the arm mine is not written for this entry point": times}
+
+
 # warm-up
 
 
