@@ -6,4 +6,4 @@ from mla_patch.hookspecs import hookimpl
 
 @hookimpl
 def mla_patch_arms():
-    return [Arm("wrong", "decode@sglang", serve="own_arm_code:serve", declines="own_arm_code:declines")]
+    return [Arm("wrong", "decode@sglang", serve="own_arm_code:serve")]
