@@ -90,10 +90,23 @@ def decode(heads: int) -> None:
             want = mla_decode_ref(q, kv, indptr, ids, sm_scale=0.04)
             got = mla_decode(q, kv, out, indptr, ids, sm_scale=0.04).double()
             assert (got - want).norm() <= 4e-3 * want.norm()
+            # again, now by addresses: q in two parts, a log-sum-exp, scales on the device
+            pair = q[..., :512].transpose(0, 1).contiguous().transpose(0, 1), q[..., 512:]
+            half, two = torch.tensor([0.5], device="cuda"), torch.tensor(2.0, device="cuda")
+            lse = torch.full((len(lens), heads), float("nan"), device="cuda")
+            for _ in range(2):
+                out.fill_(float("nan"))
+                mla_decode(pair, kv, out, indptr, ids, sm_scale=0.08, k_scale=half, v_scale=two, lse=lse)
+                assert (out.double() - 2 * want).norm() <= 8e-3 * want.norm() and not lse.isnan().any()
 
 
 def pages_and_splits() -> None:
-    lens, page, most = [300, 0, 70, 1], 24, 8
+    over_pages(24)
+    over_pages(64)  # which hold whole tiles
+
+
+def over_pages(page: int) -> None:
+    lens, most = [300, 0, 70, 1], 8
     ends = torch.tensor([0, *lens], device="cuda").cumsum(0)
     slots = torch.full((len(lens), 13), -(2**30), device="cuda", dtype=torch.int32)
     for b, (length, first) in enumerate(zip(lens, (3, 0, 16, 20), strict=True)):
