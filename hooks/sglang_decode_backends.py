@@ -19,8 +19,8 @@ from mla_patch.compat.sglang_backends import BackendCall, BackendCapacity, Flash
 
 CONVERTS = ("fa3", "flashinfer")  # with an 8-bit cache, the whole pool, whatever the chip
 SIXTEEN_BITS = "a 16-bit cache, which mla-patch serves only with MLA_PATCH_DECODE=on"
-# where ours takes FlashMLA's place with an 8-bit cache: exact, and from 1.25 times its speed at 16 heads to 0.74 of it at
-# 128 (docs/performance.md)
+# where ours takes FlashMLA's place with an 8-bit cache: exact, and from 1.25 times its speed at 16 heads to 0.74 of it
+# at 128 (docs/performance.md)
 MEASURED = ((9, 0),)
 
 
