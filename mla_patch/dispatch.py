@@ -95,8 +95,9 @@ class Switch:
         self.off = False  # restored: whoever still holds ours reaches the host
         self.stopped = ""  # the breaker's reason, or what the first call's device decided against ours
         self.arms: Arms | None = None
-        # asked at the first call, then never again: the state that this device means for the feature, or None
-        self.check: Callable[[Gpu], tuple[State, str] | None] | None = None
+        # asked at the first call, then never again: the state that this device means for the feature at the entry point
+        # of that name, or None
+        self.check: Callable[[Gpu, str], tuple[State, str] | None] | None = None
         self.on_stop = on_stop  # (reason, state)
         self.on_idle = on_idle  # (reason): none of the first calls was served, all for this one reason
         self.malformed = "", 0, 0  # the last error of `bind` or `declines`, calls served by then, how often in a row
@@ -314,7 +315,7 @@ class Site:
             if getattr(value, "is_cuda", False):
                 device = gpu.from_tensor(value)
                 switch, check = self.switch, self.switch.check
-                verdict = check(device) if check is not None and device is not None else None
+                verdict = check(device, self.name) if check is not None and device is not None else None
                 switch.set(check=None, stopped=verdict[1] if verdict else switch.stopped)
                 if verdict:
                     switch.on_stop(verdict[1], verdict[0])

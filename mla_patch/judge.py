@@ -26,7 +26,7 @@ class Judgement:
     watch: list[str] = field(default_factory=list)  # modules whose import is the moment to complain
     # asked of the first call's device, which may be another than the one that was known before: why the host's own is
     # kept, or None
-    asks: list[Asked] = field(default_factory=list)
+    asks: dict[Asked, set[str]] = field(default_factory=dict)  # and whose entry points' first call is looked at
 
 
 def judge(
@@ -70,7 +70,7 @@ def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_vers
     taken: list[Target] = []
     natives: dict[str, list[str]] = {}  # why the host keeps its own: which entry points
     lost: dict[str, list[str]] = {}  # groups of entry points that have drifted: how
-    asks: list[Asked] = []
+    asks: dict[Asked, set[str]] = {}
     watch: list[str] = []
     device = gpu.known()
     refusal = feature.refusal(device)
@@ -88,7 +88,7 @@ def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_vers
             ask = own
             own = ask(device) if device is not None and not refusal else None
             if own is None:
-                asks.append(ask)
+                asks.setdefault(ask, set()).update(home.name for home in homes)
         if own is not None:
             natives.setdefault(own, []).append(entry)
             continue
@@ -122,7 +122,7 @@ def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_vers
     told = [*notes, *kept(natives), *drifted]
     if asks and device is None:
         told.append(f"{gpu.why_unknown() or 'the GPU is not known'}: {UNKNOWN_GPU}")
-    return Judgement(State.ARMED, "; ".join(told), taken, asks=list(dict.fromkeys(asks)))
+    return Judgement(State.ARMED, "; ".join(told), taken, asks=asks)
 
 
 def kept(natives: Mapping[str, Sequence[str]]) -> list[str]:

@@ -138,7 +138,8 @@ class Run:
     switch: Switch
     arms: Arms | None = None  # the experiment that chooses; None: ours serves
     targets: list[Target] = field(default_factory=list)
-    asks: list[Asked] = field(default_factory=list)  # (gpu) -> why the host's own is kept, or None
+    # (gpu) -> why the host's own is kept, or None; and at which entry points that is a question
+    asks: dict[Asked, set[str]] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)  # entry point -> stand-in; somebody may keep it over restore()
     places: list[Place] = field(default_factory=list)
     undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
@@ -250,7 +251,7 @@ class Patcher:
                 log.warning("mla-patch: %s was not told of its flag", run.feature.label, exc_info=True)
         if run.status.state in STANDING and judgement.state is State.ARMED:
             if run.asks and not judgement.asks:  # asked for by now: ours serves whatever the device
-                run.asks, run.setting = [], setting
+                run.asks, run.setting = {}, setting
                 run.status.value, run.status.source = setting.value, setting.source
                 self._forget_unknown_gpu(run)
             self._look(run)
@@ -315,9 +316,13 @@ class Patcher:
         asked = f"{run.setting.name}={run.setting.value}, {run.setting.source}"
         return f"mla-patch: {run.feature.label} ({asked}) is {run.status.state}: {run.status.reason}"
 
-    def _first_call(self, run: Run, device: Gpu) -> tuple[State, str] | None:
-        """What the first call's device decides; None: ours serves."""
-        asks = [(State.REFUSED, run.feature.hardware), *((State.NATIVE, ask) for ask in run.asks)]
+    def _first_call(self, run: Run, device: Gpu, name: str) -> tuple[State, str] | None:
+        """What the device of the first call, at the entry point ``name``, decides; None: ours serves.
+
+        An engine calls one group of entry points, so what is a question for another group alone is none here.
+        """
+        asks = [(State.REFUSED, run.feature.hardware)]
+        asks += [(State.NATIVE, ask) for ask, names in run.asks.items() if name in names]
         for state, ask in asks:
             reason = ask(device) if ask is not None else None
             if reason is not None:

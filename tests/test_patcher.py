@@ -1837,6 +1837,32 @@ def test_the_first_call_decides_that_the_hosts_own_is_kept(fake_host: FakeHost) 
     ]
 
 
+def test_a_first_call_in_a_group_that_does_not_ask(fake_host: FakeHost) -> None:
+    """What the host has of its own at one group of entry points says nothing of another group."""
+    without_nvml(
+        fake_host,
+        """
+    from dataclasses import replace
+
+    def on_device(gpu):
+        return f"not measured on {gpu.sm}"
+
+    OPS, MORE = replace(DECODE, group="asks"), replace(PREFILL, group="other")
+    FEATURES = [feature("ops", OPS, MORE, native=lambda target, version: on_device if target.group == "asks" else None)]
+    """,
+    )
+    code = f"""
+    {NO_NVML}
+    mla_patch.apply()
+    import fakehost.caller as c, fakehost.more
+    print(CALL, state())
+    """
+    other = fake_host.says(code.replace("CALL", "fakehost.more.prefill(tensor), fakehost.more.prefill(tensor)"))
+    assert other == "ours ours applied"
+    asking = fake_host.says(code.replace("CALL", "c.decode(tensor, 2), fakehost.more.prefill(tensor)"))
+    assert asking == "host host native: not measured on sm_86"
+
+
 def test_the_first_call_decides_that_ours_serves(fake_host: FakeHost) -> None:
     without_nvml(fake_host, NATIVE.replace("UNKNOWN", "(8, 0)"))
     code = f"""
