@@ -137,7 +137,7 @@ def test_a_final_refusal_is_the_callers() -> None:
     assert (patched.counts.served, patched.stops) == (0, [])
 
 
-def broken(call: Any) -> Any:
+def broken(*given: Any) -> Any:
     raise RuntimeError("boom")
 
 
@@ -450,12 +450,12 @@ def test_hardware_is_asked_once_at_the_first_call_on_a_device(monkeypatch: pytes
     monkeypatch.setattr(gpu, "_from_index", lambda index: Gpu(f"device {index}", (9, 0)))
     asked = []
     patched = Patched()
-    patched.switch.set(check=lambda device: asked.append(device.name))
+    patched.switch.set(check=lambda device, name: asked.append((device.name, name)))
     assert patched.call(1, 2)[0] == "ours"  # no tensor on a device yet
     assert asked == []
     assert patched.call(Tensor(), 2)[0] == "ours"
     assert patched.call(Tensor(), 2)[0] == "ours"
-    assert asked == ["device 1"] and patched.switch.plain
+    assert asked == [("device 1", "decode")] and patched.switch.plain
 
 
 class Inherits(Call):
@@ -466,7 +466,7 @@ def test_tensors_that_a_base_of_the_call_holds(monkeypatch: pytest.MonkeyPatch) 
     """Calls of several backends share a base: its tensors tell of the device, and of tracers."""
     monkeypatch.setattr(gpu, "_from_index", lambda index: Gpu("old", (7, 0)))
     patched = Patched(bind=Inherits)
-    patched.switch.set(check=lambda device: (State.REFUSED, f"{device.sm} has no bf16"))
+    patched.switch.set(check=lambda device, name: (State.REFUSED, f"{device.sm} has no bf16"))
     assert patched.call(Tensor(), 2, 1.0)[0] == "host"
     assert patched.stops == [("sm_70 has no bf16", State.REFUSED)]
 
@@ -482,7 +482,7 @@ def test_tensors_that_a_base_of_the_call_holds(monkeypatch: pytest.MonkeyPatch) 
 def test_hardware_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_from_index", lambda index: Gpu("old", (7, 0)))
     patched = Patched()
-    patched.switch.set(check=lambda device: (State.REFUSED, f"{device.sm} has no bf16"))
+    patched.switch.set(check=lambda device, name: (State.REFUSED, f"{device.sm} has no bf16"))
     tensor = Tensor()
     assert patched.call(tensor, 2) == ("host", tensor, 2, 1.0)
     assert patched.call(1, 2)[0] == "host"
