@@ -207,17 +207,16 @@ def problem(call: BackendCall) -> str | None:
         return "no MLA"
     if call.extra is not None:
         return call.extra
-    widths = layer.head_dim, layer.v_head_dim, layer.tp_k_head_num
-    if widths != (576, 512, 1):
-        return f"{widths[2]} kv heads of {widths[0]} and {widths[1]}, not one of 512 + 64"
+    if layer.head_dim != 576 or layer.v_head_dim != 512 or layer.tp_k_head_num != 1:
+        return f"{layer.tp_k_head_num} kv heads of {layer.head_dim} and {layer.v_head_dim}, not one of 512 + 64"
     if layer.is_cross_attention:
         return "cross attention"
     window = layer.sliding_window_size
     if window is not None and window > -1:
         return "a sliding window, which the engine's own MLA decode ignores"
-    rows, heads = call.batch.batch_size, layer.tp_q_head_num
-    width = 576 if call.q_rope is None else 512
-    if call.q.numel() != rows * heads * width or (call.q_rope is not None and call.q_rope.numel() != rows * heads * 64):
+    rows, heads, rope = call.batch.batch_size, layer.tp_q_head_num, call.q_rope
+    width = 576 if rope is None else 512
+    if call.q.numel() != rows * heads * width or (rope is not None and rope.numel() != rows * heads * 64):
         return f"{call.q.numel() / (heads * width):g} rows of queries for {rows} requests"
     if call.k is not None and call.v is None:
         return "keys without values"
@@ -232,7 +231,7 @@ def problem(call: BackendCall) -> str | None:
 def pool_of(call: Any) -> Any:
     """Where the release's method stores and reads for a ``call`` of a backend with a batch; None where that is not
     certain."""
-    own, batchs = (getattr(one, "token_to_kv_pool", None) for one in (call.backend, call.batch))
+    own, batchs = getattr(call.backend, "token_to_kv_pool", None), getattr(call.batch, "token_to_kv_pool", None)
     if own is None or batchs is None:
         return batchs if own is None else own
     return own if own is batchs else None
@@ -246,6 +245,8 @@ def latent_pool(pool: Any) -> Any:
     kind = type(pool)
     if kind.__module__ != _POOLS:
         return None
+    if kind.__qualname__ == "MLATokenToKVPool":
+        return pool
     if kind.__qualname__ == "HybridLinearKVPool":
         pool = getattr(pool, "full_kv_pool", None)
         kind = type(pool)
@@ -254,9 +255,10 @@ def latent_pool(pool: Any) -> Any:
 
 def shares_context(module: ModuleType) -> bool:
     """Whether decode context parallelism is on, as the backend's ``module`` asks for it."""
-    names = vars(module)
-    if "dcp_enabled" in names:
-        return bool(names["dcp_enabled"]())
+    names = module.__dict__
+    ask = names.get("dcp_enabled")  # 0.5.15, whose get_parallel() does not tell
+    if ask is not None:
+        return bool(ask())
     parallel = names.get("get_parallel")
     return parallel is not None and bool(getattr(parallel(), "dcp_enabled", False))
 

@@ -19,6 +19,7 @@ from mla_patch.compat.sglang_backends import BackendCall, BackendCapacity, Flash
 
 CONVERTS = ("fa3", "flashinfer")  # with an 8-bit cache, the whole pool, whatever the chip
 SIXTEEN_BITS = "a 16-bit cache, which mla-patch serves only with MLA_PATCH_DECODE=on"
+_SIXTEEN_BITS = {call.name: f"{call.name}: {SIXTEEN_BITS}" for call in sglang_backends.CALLS}
 # where ours takes FlashMLA's place with an 8-bit cache: exact, and from 1.25 times its speed at 16 heads to 0.74 of it
 # at 128 (docs/performance.md)
 MEASURED = ((9, 0),)
@@ -37,6 +38,11 @@ def told(mode: str, asked_for: bool) -> None:
 
 def declines(call: BackendCall) -> str | None:
     """Why the engine's own backend serves this call, or None. What is left of shapes is the launcher's to refuse."""
+    if not _Flag.asked:
+        # first, since it is what most servers meet in every layer
+        dtype = getattr(sglang_backends.pool_of(call), "dtype", None)
+        if dtype is not None and dtype.itemsize > 1 and getattr(call.backend, "use_mla", True):
+            return _SIXTEEN_BITS[call.name]
     reason = sglang_backends.problem(call) or _kept(call)
     return None if reason is None else f"{call.name}: {reason}"
 
@@ -45,9 +51,9 @@ def _kept(call: BackendCall) -> str | None:
     """Why a decode that ours could serve is left to the engine, or None."""
     if sglang_deterministic.is_on():
         return sglang_deterministic.REASON
-    if _Flag.asked:
+    if _Flag.asked or call.name in CONVERTS:
         return None
-    return by_default(call.name, sglang_backends.pool_of(call).dtype.itemsize, gpu.capability_of(call.q))
+    return by_default(call.name, 1, gpu.capability_of(call.q))
 
 
 def by_default(name: str, itemsize: int, capability: tuple[int, int] | None) -> str | None:
