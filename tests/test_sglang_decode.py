@@ -285,7 +285,10 @@ def test_without_nvml_the_first_calls_gpu_decides(
     patcher.apply(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), told)
     run = patcher.runs[FEATURE.label]
     run.status.state = State.APPLIED
-    verdict = patcher._first_call(run, device)
+    # behind another backend an unmeasured chip is no reason: what is asked there is whose GPU it is
+    other = patcher._first_call(run, device, "FlashAttentionBackend.forward_decode")
+    assert other is None or other[0] is State.REFUSED
+    verdict = patcher._first_call(run, device, "decode_attention_fwd")
     if verdict is not None:
         patcher._stopped(FEATURE.label, verdict[1], verdict[0])
     assert (run.status.state, run.status.reason) == state
