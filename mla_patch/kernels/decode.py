@@ -676,10 +676,10 @@ def mla_decode(
 
     ``q``, ``kv``, ``out`` and ``lse`` may be strided, the first three not in their last dimension. A request of no rows
     gets zeros, and -inf in ``lse``; no requests launch nothing. Two launches on the current stream, no sync; the
-    scratch (9 MB at 16 heads, whatever the lengths) comes from torch's allocator at every call, so a
-    captured graph has it in its pool, once for all of its calls; rows of ``q`` or ``out`` that do not begin on 16 bytes
-    are copied. Equal inputs, equal outputs, with ``lse`` and without. ``config`` replaces the launch numbers of
-    `decode_config`. Returns ``out``.
+    scratch (9 MB at 16 heads, whatever the lengths) comes from torch's allocator at every call, so a captured graph has
+    it in its pool, once for all of its calls; rows of ``q`` or ``out`` that do not begin on 16 bytes are copied. Equal
+    inputs, equal outputs, with ``lse`` and without. ``config`` replaces the launch numbers of `decode_config`. Returns
+    ``out``.
 
     Raises:
         ValueError: a tensor's shape, type, device or layout, or a scale that is not finite and positive. Values in
@@ -741,11 +741,10 @@ def _decode(
     """
     q, rope = query if isinstance(query, tuple) else (query, None)
     batch = q.shape[0]
-    k_told, v_told = _told(k_scale), _told(v_scale)
     key = (
         q.shape, q.stride(), q.dtype, q.device, kv.shape, kv.stride(), kv.dtype, kv.device,
         out.shape, out.stride(), out.dtype, out.device, indptr.shape, indptr.stride(), indptr.dtype, indptr.device,
-        token_ids.dtype, token_ids.device, paged, k_told, v_told,
+        token_ids.dtype, token_ids.device, paged, _told(k_scale), _told(v_scale),
         # a number may come as a tensor, which is equal to itself alone
         bool(sm_scale > 0), bool(logit_cap > 0), bool(xai_temperature_len > 0),
         rope if rope is None else (rope.shape, rope.stride(), rope.dtype, rope.device),

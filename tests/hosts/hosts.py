@@ -2,8 +2,8 @@
 
 A test that needs a process of a release takes a fixture (`seen`, or `kept` with what it calls) that starts the process
 and keeps what it wrote. Its id begins with the release: then all tests that look at the process run in one worker, and
-other workers import other releases meanwhile (`process_of`). A new kind of process needs nothing more. The import alone
-costs it about 6 s of CPU, so one process for many assertions.
+other workers import other releases meanwhile (`process_of`). A new kind of process needs nothing more than a script and
+`kept_by`. The import alone costs it about 6 s of CPU, so one process for many assertions.
 
     python tests/hosts/hosts.py    fetch those of HOSTS, and nothing else
 
@@ -20,11 +20,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
 from mla_patch.compat.sglang_fetch import fetch
+
+if TYPE_CHECKING:
+    import pytest
 
 HERE = Path(__file__).parent
 IMPORTERS = json.loads((HERE / "importers.json").read_text())
@@ -110,6 +115,22 @@ def environment(release: str, *first: Path) -> dict[str, str]:
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     path = os.pathsep.join(map(str, (*first, *fetch(release))))
     return env | {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+
+
+def kept_by(script: str, release: str, factory: pytest.TempPathFactory, options: Sequence[str] = ()) -> dict:
+    """What a process of ``script`` saw in ``release``; told again to whichever test worker asks again."""
+    base = factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    answer = folder / f"{script}-{release}.json"
+    with open(answer.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not answer.exists():
+            command = [sys.executable, *options, str(HERE / f"{script}.py"), release, str(answer)]
+            env = environment(release)
+            done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+            if not answer.exists():
+                raise RuntimeError(f"SGLang {release}: ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    return json.loads(answer.read_text())
 
 
 def _start(release: str) -> dict:

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import subprocess
-import sys
-
 import hosts
 import pytest
 from packaging.version import Version
 
-from mla_patch.compat.sglang_fetch import fetch
 from mla_patch.hooks import sglang_decode_backends
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
@@ -38,23 +31,7 @@ def release(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def seen(release: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What a process of its own saw (see ``backends_child.py``), told again when asked again."""
-    base = tmp_path_factory.getbasetemp()
-    kept = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    answer = kept / f"backends-{release}.json"
-    with open(kept / f"backends-{release}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers ask
-        if not answer.exists():
-            env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
-            env.pop("PYTHONDONTWRITEBYTECODE", None)
-            env |= {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "TRITON_INTERPRET": "1"}
-            env["PYTHONPATH"] = os.pathsep.join(map(str, fetch(release)))
-            command = [sys.executable, *PYTHON_OPTIONS.get(release, []), str(hosts.HERE / "backends_child.py")]
-            done = subprocess.run(
-                [*command, release, str(answer)], env=env, cwd=kept, capture_output=True, text=True, timeout=300
-            )
-            if not answer.exists():
-                raise RuntimeError(f"SGLang {release}: ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    return json.loads(answer.read_text())
+    return hosts.kept_by("backends_child", release, tmp_path_factory, PYTHON_OPTIONS.get(release, []))
 
 
 def is_right(step: dict, apart: float = 1e-3) -> list[str]:

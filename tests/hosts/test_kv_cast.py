@@ -3,20 +3,14 @@ CPU. One process for each release; see kv_cast_child.py."""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+import hosts
 import pytest
 
 from mla_patch.compat import sglang_kv_cast as compat
-from mla_patch.compat.sglang_fetch import fetch
 
-HERE = Path(__file__).parent
 RELEASES = ("0.5.1", "0.5.5", "0.5.9", "0.5.11", "0.5.13", "0.5.16", "0.5.18", "0.5.22", "0.5.23")
 SPREAD = ("0.5.1", "0.5.11", "0.5.13", "0.5.18", "0.5.23")  # every way to find the pool, the pages and the lengths
 POOL = 1024 + 64  # rows
@@ -57,19 +51,7 @@ def chosen() -> list[Any]:
 
 @pytest.fixture(scope="module", params=chosen())
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    release, base = request.param, tmp_path_factory.getbasetemp()
-    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"kv-cast-{release}.json"
-    with open(kept.with_suffix(".lock"), "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers ask
-        if not kept.exists():
-            env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
-            env |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "MLA_PATCH": "1"}
-            env |= {"PYTHONPATH": os.pathsep.join(map(str, fetch(release)))}
-            command = [sys.executable, str(HERE / "kv_cast_child.py"), release, str(kept)]
-            folder = tmp_path_factory.mktemp("seen")
-            done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
-            assert kept.exists(), done.stdout + done.stderr
-    return json.loads(kept.read_text())
+    return hosts.kept_by("kv_cast_child", request.param, tmp_path_factory)
 
 
 def test_both_backends_hold_ours(seen: dict[str, Any]) -> None:
