@@ -215,13 +215,13 @@ _CACHE = "_mla_patch_chunk_cache"  # on a backend
 _PAGES = "_mla_patch_pages"  # on a backend: a step, and which ratios' layers attend over pages
 
 DETERMINISTIC = sglang_deterministic.REASON
-NOT_A_PROMPT = "no prompt: decode, verify, draft"
-HISPARSE = "HiSparse keeps its own slots"
+NOT_A_PROMPT = "not a prompt: decode, verify or draft"
+HISPARSE = "HiSparse manages its own slots"
 PARALLEL = "context parallelism: this rank has every n-th query"
-AHEAD = "the release has built this chunk's metadata ahead"
-NO_POSITIONS = "the indexer has kept no positions"
-OTHER_PAGES = "pages of another layout"
-CAPTURED = "a graph is being captured, whose sizes would be this chunk's"
+AHEAD = "the release built the metadata of this chunk in advance"
+NO_POSITIONS = "the indexer kept no positions"
+OTHER_PAGES = "pages in another layout"
+CAPTURED = "graph capture: the graph would keep the sizes of this chunk"
 
 
 def is_strided(core: Any) -> bool:

@@ -92,20 +92,22 @@ FEATURE = Feature(
     name="decode",
     host="sglang>=0.5.1,<0.5.24",
     targets=targets,
-    why="Triton's backend reads the latents once per 16 query heads; FA3 and FlashInfer first cast an fp8 pool whole",
+    why="Triton's kernel reads the cache once per 16 query heads; FA3 and FlashInfer first cast the whole fp8 pool",
     upstream="https://github.com/sgl-project/sglang/pull/20479",
-    drop_when="the host reads the latent cache once per request, at least as fast",
+    drop_when="the engine reads the latent cache once per request and is at least as fast",
     native=native,
     hardware=gpu.not_nvidia,
     variables=(
-        Variable("BACKENDS", (), ",".join(sglang_backends.NAMES), "backends whose decode ours may serve", _backends),
+        Variable(
+            "BACKENDS", (), ",".join(sglang_backends.NAMES), "backends that the decode kernel may serve", _backends
+        ),
     ),
     serves=serves,
     told=sglang_decode_backends.told,
     environment=sglang_deterministic.inherited,
     steps=sglang_graphs.step_targets,
-    promises="deterministic inference: the engine's own kernel decodes, since our kernel adds up a request's values in "
-    "an order that depends on the other requests. The state is `refused` in its processes, and no experiment starts",
+    promises="deterministic inference: the engine's kernel decodes, because the order in which our kernel adds up the "
+    "values of a request depends on the other requests. The state is `refused`, and no experiment starts",
 )
 
 

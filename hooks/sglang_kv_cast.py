@@ -25,13 +25,13 @@ FEATURE = Feature(
     name="kv_cast",
     host="sglang>=0.5.1,<0.5.24",
     targets=compat.targets,
-    why="FA3 and FlashInfer read 16 bits, so the host casts the whole fp8 pool of a layer for each call",
+    why="FA3 and FlashInfer read a 16-bit cache, so the engine casts a layer's whole fp8 pool for each call",
     upstream="https://github.com/sgl-project/sglang/issues/35291",
-    drop_when="the host casts no more than a batch names, or its kernels read fp8",
+    drop_when="the engine casts only what a batch names, or its kernels read fp8",
     hardware=gpu.not_nvidia,
     steps=sglang_graphs.step_targets,
-    promises="deterministic inference: kept, since the cast is exact and the engine's own kernel attends to the same "
-    "rows in the same order",
+    promises="deterministic inference: the promise holds: the cast is exact, and the engine's attention kernel reads "
+    "the same rows in the same order",
 )
 
 

@@ -16,12 +16,12 @@ FEATURE = Feature(
     name="kv_indices",
     host="sglang>=0.5.1,<0.5.24",
     targets=sglang.kv_indices_targets,
-    why="the host builds a request's KV indices in one program, however long its context",
+    why="the engine builds the KV indices of a request in one program, however long its context is",
     upstream="https://github.com/sgl-project/sglang/pull/27320",
-    drop_when="the host's builders are parallel over context and batch for every caller",
+    drop_when="the engine's builders are parallel over context and batch for every caller",
     steps=sglang_graphs.step_targets,
-    promises="deterministic inference: kept, since indices are whole numbers, and our kernel writes those that the "
-    "engine's kernel writes; an experiment keeps it as well",
+    promises="deterministic inference: the promise holds, also during an experiment: our kernel writes the same "
+    "integer indices as the engine's kernel",
 )
 
 

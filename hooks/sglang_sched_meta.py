@@ -100,21 +100,21 @@ def _descales(call: KvCacheCall) -> bool:
 
 
 PROVIDERS = (
-    Provider(HOST, "a cache that ours does not read: a kv_format but V32, use_legacy=False, 528 or 288 bytes a row",
+    Provider(HOST, "cache that our kernels cannot read: kv_format not V32, use_legacy=False, 528 or 288 bytes per row",
         _unknown_format),
-    Provider(OURS, "a shape that nobody takes: q or cache of other than 4 dimensions, indices of other than 3", _odd),
-    Provider(OURS, "FlashMLASchedMeta, sink, second cache or lengths where the release's wrapper has none",
+    Provider(OURS, "invalid shape: q or the cache is not 4-D, or indices are not 3-D", _odd),
+    Provider(OURS, "FlashMLASchedMeta, sink, second cache or lengths, which the release's wrapper does not accept",
         lambda call: _newer(call) and not call.build.newer),
-    Provider(OURS, "descales where the release's wrapper has none; of 16 bits over sgl-flash-mla", _descales),
-    Provider(OURS, "no CUDA operator of FlashMLA's is loaded", _no_build),
-    Provider(OURS, "another GPU than sm_90, sm_100 and sm_103", _other_chip),
-    Provider(OURS, "an empty batch, or no queries", lambda call: 0 in call.q.shape[:2]),
-    Provider(OURS, "sparse: other than 64 or 128 heads, topk 0 or not a multiple of 64", _other_sparse),
+    Provider(OURS, "descales, which the release's wrapper or, in 16 bits, sgl-flash-mla does not accept", _descales),
+    Provider(OURS, "no CUDA operator of FlashMLA is loaded", _no_build),
+    Provider(OURS, "GPU other than sm_90, sm_100 and sm_103", _other_chip),
+    Provider(OURS, "empty batch or no queries", lambda call: 0 in call.q.shape[:2]),
+    Provider(OURS, "sparse: heads other than 64 or 128, or topk that is 0 or not a multiple of 64", _other_sparse),
     Provider(OURS, "sparse, 656 bytes: lengths or a second cache", _v32_with_more),
-    Provider(OURS, "dense: another GPU than sm_90, pages of other than 64", _other_dense),
-    Provider(OURS, "dense: other than 576 wide, or than 512 in 16 bits where the operator takes it", _dense_width),
-    Provider(OURS, "dense, e4m3: FlashMLASchedMeta, or no descales", _dense_e4m3),
-    Provider(HOST, "the host's own CUDA operator serves it", lambda call: True),
+    Provider(OURS, "dense: GPU other than sm_90, or page size other than 64", _other_dense),
+    Provider(OURS, "dense: width other than 576 (or 512 in 16 bits, where the operator accepts it)", _dense_width),
+    Provider(OURS, "dense, e4m3: FlashMLASchedMeta or no descales", _dense_e4m3),
+    Provider(HOST, "every other call: the engine's CUDA operator serves it", lambda call: True),
 )  # fmt: skip
 
 
@@ -135,18 +135,18 @@ def _more_than_the_operator(call: PrefillCall) -> bool:
 
 
 PREFILL_PROVIDERS = (
-    Provider(OURS, "sparse prefill: a shape that nobody takes: q or indices of other than 3 dimensions",
+    Provider(OURS, "sparse prefill: invalid shape: q or indices are not 3-D",
         lambda call: _dims(call.q) != 3 or _dims(call.indices) != 3),
-    Provider(OURS, "sparse prefill: no CUDA operator of FlashMLA's is loaded",
+    Provider(OURS, "sparse prefill: no CUDA operator of FlashMLA is loaded",
         lambda call: not sglang_flash_mla.prefill_arity(call.build.module)),
-    Provider(OURS, "sparse prefill: sink or lengths where the release's operator takes none", _more_than_the_operator),
-    Provider(OURS, "sparse prefill: another GPU than sm_90, sm_100 and sm_103", _other_chip),
-    Provider(OURS, "sparse prefill: other than bfloat16", _other_type),
+    Provider(OURS, "sparse prefill: sink or lengths, which the operator does not accept", _more_than_the_operator),
+    Provider(OURS, "sparse prefill: GPU other than sm_90, sm_100 and sm_103", _other_chip),
+    Provider(OURS, "sparse prefill: dtype other than bfloat16", _other_type),
     Provider(OURS, "sparse prefill: no queries", lambda call: call.q.shape[0] == 0),
     Provider(OURS,
-        "sparse prefill: other than 64 or 128 heads, topk 0 or not a multiple of 128 (sm_100: of 64 at times)",
+        "sparse prefill: heads other than 64 or 128, or topk that is 0 or not a multiple of 128 (sm_100: at times 64)",
         _other_prefill),
-    Provider(HOST, "sparse prefill: the host's own CUDA operator serves it", lambda call: True),
+    Provider(HOST, "sparse prefill: every other call: the engine's CUDA operator serves it", lambda call: True),
 )  # fmt: skip
 
 
@@ -154,14 +154,14 @@ FEATURE = Feature(
     name="sched_meta",
     host="sglang>=0.5.3,<0.5.24",
     targets=sglang_flash_mla.flash_mla_targets,
-    why="FlashMLA's newer calls fail on older kernel packages, and all of them where it has no build for the GPU",
+    why="older FlashMLA packages lack the newer API, and FlashMLA has no build for many GPUs and shapes",
     upstream="https://github.com/sgl-project/sglang/pull/26132",
     drop_when="FlashMLA serves every GPU, head count and page size that the engine runs with",
     hardware=gpu.not_nvidia,
     providers=tuple((row.provider, row.when) for row in (*PROVIDERS, *PREFILL_PROVIDERS)),
-    promises="deterministic inference: kept by what our kernels serve. Decode then splits no query's keys, which is "
-    "slower for few requests of long contexts; sparse prefill never splits them. The engine's own FlashMLA decode does "
-    "not keep it, and the engine refuses it as --attention-backend in this mode",
+    promises="deterministic inference: the promise holds for the calls that our kernels serve. Our decode then does "
+    "not split the keys of a query, which is slower for few requests with long contexts. Our sparse prefill never "
+    "splits them. FlashMLA's decode does not keep the promise, and the engine refuses FlashMLA as --attention-backend",
 )
 
 
@@ -238,7 +238,7 @@ def declines_metadata(call: MetadataCall) -> str | None:
         return None
     if call.topk is not None and (call.topk % 64 or not call.topk or call.heads not in (None, 64, 128)):
         return None
-    return "the host's own CUDA operator serves it"
+    return "every other call: the engine's CUDA operator serves it"
 
 
 @_final

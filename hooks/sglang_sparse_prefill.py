@@ -24,8 +24,8 @@ from mla_patch.flags import variable
 from mla_patch.hookspecs import hookimpl
 
 HOST, OURS, BOTH = "host", "triton", "ours + FlashMLA"
-TOO_LARGE = "a workspace beyond MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
-FEW = "few enough queries for pages, by MLA_PATCH_SPARSE_PREFILL_ROUTE"
+TOO_LARGE = "a workspace larger than MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
+FEW = "few enough queries to attend over pages (MLA_PATCH_SPARSE_PREFILL_ROUTE)"
 
 
 def _says(reason: str) -> Callable[[ChunkCall], bool]:
@@ -51,9 +51,9 @@ V4_PROVIDERS = (
         compat.DETERMINISTIC, compat.NOT_A_PROMPT, TOO_LARGE, FEW, compat.CAPTURED, compat.HISPARSE, compat.PARALLEL,
         compat.AHEAD, compat.NO_POSITIONS, compat.OTHER_PAGES,
     )),
-    Provider(BOTH, "64 or 128 heads on sm_90, sm_100 and sm_103, with a FlashMLA that takes sinks and lengths",
+    Provider(BOTH, "64 or 128 heads on sm_90, sm_100 and sm_103, with a FlashMLA that accepts sinks and lengths",
         lambda call: _flash_mla(call) is not None),
-    Provider(OURS, "all else: any GPU from sm_80, 1 to 128 heads", lambda call: True),
+    Provider(OURS, "everything else: any GPU from sm_80, 1 to 128 heads", lambda call: True),
 )  # fmt: skip
 
 
@@ -65,19 +65,19 @@ def _padded(heads: int, capability: tuple[int, int] | None) -> bool:
 V32_PROVIDERS = (
     Provider(
         HOST,
-        "64 or 128 heads, or what the release pads to them, on sm_90, sm_100 and sm_103",
+        "64 or 128 heads, or a number that the release pads to them, on sm_90, sm_100 and sm_103",
         lambda call: _padded(call.q.shape[1], capability_of(call.q)),
     ),
-    Provider(OURS, "other head counts, other GPUs", lambda call: True),
+    Provider(OURS, "other head counts and other GPUs", lambda call: True),
 )
 
 
 def native(target: Target, version: str | None) -> str | None:
     """Why the release is left as it is, or None; an explicit on is not asked."""
     if compat.is_backport(target, version):
-        return "the release has no such route, and ours waits to be asked for: MLA_PATCH_SPARSE_PREFILL=on"
+        return "the release has no such route; MLA_PATCH_SPARSE_PREFILL=on adds ours"
     if compat.own_is_right(target, version):
-        return "right in this release: it stays unless MLA_PATCH_SPARSE_PREFILL=on"
+        return "the release's code is correct; MLA_PATCH_SPARSE_PREFILL=on replaces it"
     return None
 
 
@@ -113,23 +113,24 @@ FEATURE = Feature(
     name="sparse_prefill",
     host="sglang>=0.5.5,<0.5.24",
     targets=compat.targets,
-    why="DeepSeek V4 has no sparse prefill, or one with faults; V3.2's takes few head counts",
+    why="sparse prefill of DeepSeek V4 is missing or faulty, and that of V3.2 accepts few head counts",
     upstream="https://github.com/sgl-project/sglang/pull/25418",
-    drop_when="the host's sparse prefill is right for every batch, and takes any number of heads",
+    drop_when="the engine's sparse prefill is right for every batch and accepts any number of heads",
     native=native,
     hardware=gpu.not_nvidia,
     variables=(
-        Variable("ROUTE", ("auto", "all", "large"), "auto", "which V4 prompts attend over a workspace; "
-                 "`auto`: those that are faster there, `large`: those that pages cannot serve"),
-        Variable("WORKSPACE", (), "4096", "MiB; V4 prompts that need more attend over pages", _mebibytes),
+        Variable("ROUTE", ("auto", "all", "large"), "auto", "which V4 prompts attend over a workspace: "
+                 "those that are faster there (`auto`), all, or only those that pages cannot serve (`large`)"),
+        Variable("WORKSPACE", (), "4096", "MiB for the V4 workspace; larger prompts attend over pages", _mebibytes),
     ),
     providers=(
         *((row.provider, f"V4: {row.when}") for row in V4_PROVIDERS),
         *((row.provider, f"V3.2: {row.when}") for row in V32_PROVIDERS),
     ),
     serves=serves,
-    promises="deterministic inference: the release serves V4's prompts, since our choice of a route depends on all "
-    "prompts of a step; no release takes V4 in this mode. V3.2's attention and all keys that are read back keep it",
+    promises="deterministic inference: the promise holds for V3.2's attention and for dequantised keys. The engine "
+    "serves V4's prompts, because our choice of a route depends on all prompts of a step. No reviewed release accepts "
+    "V4 in this mode",
     memory=memory,
 )  # fmt: skip
 

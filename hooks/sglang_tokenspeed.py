@@ -56,16 +56,17 @@ FEATURE = Feature(
     name="tokenspeed",
     host="sglang>=0.5.1,<0.5.24",
     targets=sglang_tokenspeed.targets,
-    why="the release has no backend for the TokenSpeed MLA kernels, or has dropped it",
+    why="the release has no attention backend for the TokenSpeed MLA kernels",
     upstream="https://github.com/sgl-project/sglang/pull/24925",
-    drop_when="the host lets a plugin choose the kernels of its TRT-LLM MLA backend",
+    drop_when="the engine lets a plugin choose the kernels of its TRT-LLM MLA backend",
     native=native,
     marks=(sglang_tokenspeed.OWN_BACKEND,),
-    promises="deterministic inference: refused when the engine reads its arguments, since nobody has shown that such "
-    "kernels' results do not depend on the batch. The engine refuses trtllm_mla and tokenspeed_mla in this mode, too",
+    promises="deterministic inference: the backend is refused when the engine reads its arguments, because nobody has "
+    "shown that results of these kernels are independent of the batch. The engine refuses trtllm_mla and "
+    "tokenspeed_mla in this mode, too",
     variables=(
-        Variable("DECODE", (), PACKAGE, "whose decode kernel the backend runs; `host`: TRT-LLM's"),
-        Variable("PREFILL", (), PACKAGE, "whose prefill kernel the backend runs; `host`: TRT-LLM's"),
+        Variable("DECODE", (), PACKAGE, "decode kernel of the backend, by name; `host` is the TRT-LLM kernel"),
+        Variable("PREFILL", (), PACKAGE, "prefill kernel of the backend, by name; `host` is the TRT-LLM kernel"),
     ),
 )
 _HERE = "mla_patch.hooks.sglang_tokenspeed"

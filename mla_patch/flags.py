@@ -15,7 +15,7 @@ from mla_patch.features import Feature, Variable
 PREFIX = "MLA_PATCH"
 EXPERIMENTS = ("ab", "shadow", "ab+shadow")
 MODES = ("on", "off", *EXPERIMENTS)
-_REPORT = "each process keeps its report there; nobody else may write to it"
+_REPORT = "each process writes its report there; no other user may have write access"
 ON = ("1", "on", "true", "yes", "enable", "enabled", "y", "t")
 _SWITCH = dict.fromkeys(ON, "on") | dict.fromkeys(mla_patch.OFF, "off")
 _SWITCHED = {"NO", "NOT", "OFF", "ON", "USE", "DISABLE", "DISABLED", "ENABLE", "ENABLED"}  # in NAME_OFF, DISABLE_NAME
@@ -68,12 +68,12 @@ class Known:
 def known(features: Iterable[Feature], start: str | None = None) -> dict[str, Known]:
     """Every variable that means something to this set of features, by name; ``start`` as `read` takes it."""
     fixed = [
-        Known(PREFIX, "off", _read_master, "1", "turns the plugin on; unset, nothing of it is imported"),
-        Known("MLA_PATCH_STRICT", "off", _read_switch, "1", "an asked-for feature that cannot be had ends the process"),
+        Known(PREFIX, "off", _read_master, "1", "turns the plugin on; otherwise none of it is imported"),
+        Known("MLA_PATCH_STRICT", "off", _read_switch, "1", "ends the process if a requested feature is unavailable"),
         Known("MLA_PATCH_REPORT", "", partial(_read_directory, start), "a directory", _REPORT),
-        Known("MLA_PATCH_AB", "block=64,ratio=0.5,seed=0,warmup=128", _read_ab, "as the default", "A/B schedule"),
-        Known("MLA_PATCH_SHADOW", "every=64,tolerance=0.02", _read_shadow, "as the default", "shadow sampling"),
-        Known("MLA_PATCH_SKIP_VERSION_CHECK", "off", _read_switch, "1", "apply outside the reviewed releases too"),
+        Known("MLA_PATCH_AB", "block=64,ratio=0.5,seed=0,warmup=128", _read_ab, "as the default", "schedule of A/B"),
+        Known("MLA_PATCH_SHADOW", "every=64,tolerance=0.02", _read_shadow, "as the default", "shadow checks"),
+        Known("MLA_PATCH_SKIP_VERSION_CHECK", "off", _read_switch, "1", "also patches unreviewed releases"),
     ]
     flags = {flag.name: flag for flag in fixed}
     for feature in features:

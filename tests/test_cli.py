@@ -246,8 +246,8 @@ def test_promises_of_the_engine_are_told(capsys, tmp_path, monkeypatch):
     assert cli.main(["doctor"]) == 0
     assert "note: sglang, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=1" in capsys.readouterr().out
     for feature, what in (
-        ("kv_indices", "deterministic inference: kept"),
-        ("decode", "the engine's own kernel decodes"),
+        ("kv_indices", "deterministic inference: the promise holds"),
+        ("decode", "the engine's kernel decodes"),
     ):
         told = run(capsys, "explain", feature)[1]["promises"]
         assert [row["feature"] for row in told] == [f"{feature}@sglang"] and what in told[0]["text"]
@@ -290,7 +290,7 @@ def test_explain_says_who_serves_a_call(capsys):
     lists = [row["releases"] for row in told["routes"] if row["name"] == "flash_mla_with_kvcache"]
     assert lists == [*["0.5.3 - 0.5.4"] * 3, *["0.5.5 - 0.5.22"] * 3, "0.5.23"]
     assert cli.main(["explain", "sched_meta"]) == 0
-    assert "the host's own CUDA operator serves it" in capsys.readouterr().out
+    assert "every other call: the engine's CUDA operator serves it" in capsys.readouterr().out
     assert "providers" not in run(capsys, "explain", "kv_indices")[1]
 
 

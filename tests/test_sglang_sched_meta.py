@@ -77,7 +77,7 @@ def kept(arguments: dict[str, Any], version: str = "0.5.13") -> str | None:
     return hook.declines_kvcache(one.bind(**arguments))
 
 
-OWN = "the host's own CUDA operator serves it"
+OWN = "every other call: the engine's CUDA operator serves it"
 
 
 @pytest.mark.parametrize(
