@@ -21,7 +21,7 @@ help:
 	@echo "make gpu          every test that a GPU can run, with that machine's own python3 and torch (PYTHON=..., ARGS=...)"
 	@echo "make reviewed     read every reviewed release anew into tests/hosts/reviewed.json (downloads each once)"
 	@echo "make compile-all  every kernel for every chip, all options"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy and codespell"
 	@echo "make start-cost   what the start-up file costs an interpreter, over 200 starts"
 	@echo "make clean        remove .venv and what the tools left"
 
@@ -41,8 +41,8 @@ $(VENV)/made:
 $(VENV)/tools: $(VENV)/made constraints.txt
 	@echo "setting up $(VENV) (torch, Triton, test tools): minutes on the first run"
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
-	$(PIP) install -c constraints.txt build editables hatchling hypothesis mypy numpy prometheus-client pytest pytest-xdist ruff \
-	  triton packaging pluggy rich wrapt
+	$(PIP) install -c constraints.txt build codespell editables hatchling hypothesis mypy numpy prometheus-client pytest \
+	  pytest-xdist ruff triton packaging pluggy rich wrapt
 	@touch $@
 
 $(VENV)/project: $(VENV)/tools pyproject.toml hatch_build.py mla_patch.pth mla_patch.start
@@ -58,6 +58,7 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m codespell_lib
 
 test: lint
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not cost" --ignore=tests/hosts

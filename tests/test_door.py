@@ -12,6 +12,8 @@ import pytest
 from scratch import DEPENDENCIES, ROOT, Scratch
 from start_cost import measure
 
+import mla_patch
+
 pytestmark = pytest.mark.xdist_group("scratch")  # one worker, so that the wheel is built once
 
 OFF = [None, "", "0", "off", "OFF", " False ", "no", "none", "disable"]
@@ -145,7 +147,7 @@ def test_every_process_of_a_tree_once(flag: str, scratch: Scratch, tmp_path: Pat
     told = done.stderr.splitlines()  # each process that imports the engine itself, in one line; a forked child has it
     assert (done.returncode, {line.split(":")[0] for line in told}) == (
         0,
-        {"mla-patch 0.1.0, sglang of unknown version"} if flag == "1" else set(),
+        {f"mla-patch {mla_patch.__version__}, sglang of unknown version"} if flag == "1" else set(),
     )
     rows = {path.name.split("-")[0]: json.loads(path.read_text()) for path in out.iterdir()}
     assert set(rows) == {f"{how}{depth}" for how in ("spawn", "fork", "forkserver", "main") for depth in range(3)}

@@ -89,6 +89,7 @@ def test_the_wheel_holds_the_package_and_two_start_files(wheel: Path) -> None:
             where = source.relative_to(ROOT).as_posix()
             inside = where if folder == "mla_patch" else f"mla_patch/{where}"
             assert names[inside] == source.read_bytes(), inside
+    assert names["mla_patch/py.typed"] == b""  # without it, a plugin author's type checker ignores our annotations
     strays = [name for name in names if name.endswith((".pyc", ".so")) or "test" in name]
     assert not strays
 
@@ -103,6 +104,8 @@ def test_the_sdist_holds_the_tree(from_sdist: tuple[Path, Path]) -> None:
     top = {path.split("/")[0] for path in paths}
     assert top >= {"mla_patch", "hooks", "compat", "tests", "pyproject.toml", "hatch_build.py", "LICENSE", "README.md"}
     assert top >= {"mla_patch.pth", "mla_patch.start", "Makefile", "constraints.txt"}
+    # the tests read these, and somebody who packages the sdist runs them
+    assert top >= {".ci", ".codespellrc", ".github", ".pre-commit-config.yaml", "RELEASING.md", "SECURITY.md"}
     # once each: a folder and a link to it must not both be followed
     assert not [path for path in paths if path.startswith(("mla_patch/hooks/", "mla_patch/compat/"))]
     assert not [path for path in paths if path.endswith(".pyc") or ".venv" in path]
@@ -113,6 +116,8 @@ def test_the_metadata_moves_nobodys_torch_or_triton(wheel: Path) -> None:
     metadata = email.message_from_bytes(contents(wheel)[f"{info}/METADATA"])
     assert (metadata["Name"], metadata["License-Expression"]) == ("mla-patch", "Apache-2.0")
     assert metadata["Requires-Python"] == ">=3.10"
+    links = dict(line.split(", ", 1) for line in metadata.get_all("Project-URL", []))
+    assert set(links) == {"Homepage", "Documentation", "Changelog", "Issues"}
     needs = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     assert {need.name for need in needs if need.marker is None} == {*DEPENDENCIES, "torch"}
     # a bound above, or an exact pin, is what would make pip move an engine's own release

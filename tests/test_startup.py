@@ -6,6 +6,8 @@ import pytest
 from fake_host import FakeHost, fake_host
 from test_patcher import as_sglang
 
+from mla_patch import __version__
+
 __all__ = ["fake_host"]  # a fixture
 
 OPS = "feature('ops', target('sglang.ops', 'decode', ('q', 'kv', 'scale'), decode_call), host='sglang>=0.5.1,<0.5.24')"
@@ -31,7 +33,7 @@ def test_one_line_when_the_engine_is_imported(fake_host: FakeHost, tmp_path: Pat
         assert "; native: has (decode: the engine has it since 0.5.2); " in line
         assert "absent: later (sglang 0.5.11 is outside >=9,<10)" in line
         assert "off: quiet (MLA_PATCH_QUIET=off (environment))" in line
-        assert line.startswith("mla-patch 0.1.0, sglang 0.5.11: armed: ops; native: ")
+        assert line.startswith(f"mla-patch {__version__}, sglang 0.5.11: armed: ops; native: ")
         report = Path(line.partition("; report: ")[2])
         assert report.parent == tmp_path / "reports" and report.name.startswith("sglang-")
 
@@ -41,7 +43,7 @@ def test_the_line_says_that_there_is_no_report_and_no_feature(fake_host: FakeHos
     fake_host.write("sglang/__init__.py", "import vllm\n")
     assert fake_host.says("import vllm", door=True) == ""
     (line,) = fake_host.announced
-    assert line.startswith("mla-patch 0.1.0, vllm of unknown version: no feature is for this engine; ")
+    assert line.startswith(f"mla-patch {__version__}, vllm of unknown version: no feature is for this engine; ")
     assert line.endswith("; no report: MLA_PATCH_REPORT is not set")
     # an engine that imports another: one line, of the one that has features
     assert fake_host.says("import sglang", door=True) == ""
@@ -64,7 +66,7 @@ import io, logging
 kept = io.StringIO()
 {setup}
 import sglang
-print(len(kept.getvalue().splitlines()), kept.getvalue().startswith("mla_patch INFO mla-patch 0.1.0, sglang "))
+print(len(kept.getvalue().splitlines()), kept.getvalue().startswith("mla_patch INFO mla-patch {version}, sglang "))
 print(logging.getLogger().handlers == handlers, logging.getLogger("mla_patch").handlers == own)
 """
 HANDLER = "logging.basicConfig(stream=kept, level={level}, format='%(name)s %(levelname)s %(message)s')"
@@ -85,7 +87,7 @@ THEN = "\nhandlers, own = list(logging.getLogger().handlers), list(logging.getLo
 def test_the_line_goes_where_the_engine_logs(setup: str, logged: bool, on_stderr: int, fake_host: FakeHost) -> None:
     """Logger mla_patch, level INFO; nothing is attached to any logger."""
     with_features(fake_host)
-    said = fake_host.says(LOGGING.format(setup=setup + THEN), door=True).splitlines()
+    said = fake_host.says(LOGGING.format(setup=setup + THEN, version=__version__), door=True).splitlines()
     assert said == [f"{int(logged)} {logged}", "True True"]
     assert len(fake_host.announced) == on_stderr
 
