@@ -181,26 +181,26 @@ def test_one_head_is_the_hosts() -> None:
         assert (served.counts.served, served.counts.declined) == (0, {"MHA group size 1": 1})
 
 
-def test_the_readme_says_which_calls_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_docs_say_which_calls_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who takes the engine's splits away must know which calls then run in one."""
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
-    section = " ".join(readme.partition("### Memory of the engine's")[2].partition("\n## ")[0].split())
-    claimed = section.partition("right but slow: ")[2].partition(". After an error")[0].split("; ")
+    text = Path(__file__).parents[1].joinpath("docs", "tuning.md").read_text(encoding="utf-8")
+    section = text.partition("## Free the engine's split-KV scratch")[2]
+    claimed = [line.strip() for line in section.partition("`decode` declines:\n")[2].splitlines() if line.strip()]
     changes = {
-        "calls with a `score_mod`": {"score_mod": print},
-        "calls of another latent than 512 + 64": {"k_buffer": torch.zeros(9, 1, 320).half()},
-        "calls of one query head": {"heads": 1},
-        "calls with an fp8 k_scale and v_scale that differ": {"k_scale": 0.5, "v_scale": 0.25},
+        "- calls with a `score_mod`": {"score_mod": print},
+        "- calls with a latent other than 512 + 64": {"k_buffer": torch.zeros(9, 1, 320).half()},
+        "- calls with one query head": {"heads": 1},
+        "- calls with an fp8 k_scale and v_scale that differ": {"k_scale": 0.5, "v_scale": 0.25},
     }
     assert claimed == list(changes)
     for claim, change in changes.items():
         assert Served("0.5.23").call(**arguments("0.5.23", **change)) == "host", claim
     # the other two: ours serves a rank, and fills what it was given; a deterministic backend's decode is the host's
-    parallel, promised = section.partition("- under decode context parallelism")[2].split("- ")[:2]
+    parallel, promised = section.partition("- Decode context parallelism")[2].split("\n- ")[:2]
     assert reason(**SPLITS) is None and "our kernel fills them" in parallel
     monkeypatch.setattr(sglang_deterministic.decoding, "promise", sglang_deterministic.REASON)
     assert reason(**SPLITS) == reason() == sglang_deterministic.REASON
-    assert "deterministic inference, where the engine's own kernel decodes" in promised
+    assert "Deterministic inference. The engine's own kernel decodes" in promised
 
 
 SPLITS = {

@@ -169,7 +169,7 @@ def test_decode_late(release: str, seen: dict) -> None:
 
 
 def test_the_hosts_splits_are_not_ours(release: str, seen: dict) -> None:
-    """README: what one split of the host's saves, and which flag gives it."""
+    """docs/tuning.md: what one split of the host's saves, and which flag gives it."""
     own = release not in (*hosts.UNSCALED, *hosts.MISREAD)  # an MLA decode
     assert seen["decode"]["splits"] == {"equal": True, "told 1": 256 if own else 1}
     backend = fetch(release)[0].joinpath("sglang/srt/layers/attention/triton_backend.py").read_text()
