@@ -11,17 +11,13 @@ from mla_patch.hooks.sglang_sched_meta import PREFILL_PROVIDERS, PROVIDERS
 TEXT = (ROOT / "docs" / "flash-mla.md").read_text(encoding="utf-8")
 
 
-def test_the_table_is_the_hooks():
-    table = TEXT.split("| --- | --- |\n", 1)[1].split("\n\n", 1)[0]
-    told = [tuple(cell.strip().replace("`", "") for cell in line.strip("|").split("|")) for line in table.splitlines()]
-    assert [who for who, _ in told] == [row.provider for row in PROVIDERS]
-    assert [when for _, when in told[:-1]] == [row.when for row in PROVIDERS[:-1]]
-
-
-def test_the_table_of_sparse_prefill_is_the_hooks():
-    table = TEXT.rsplit("| --- | --- |\n", 1)[1].split("\n\n", 1)[0]
-    told = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()]
-    assert told == [(row.provider, row.when) for row in PREFILL_PROVIDERS]
+@pytest.mark.parametrize(
+    "at, rows", [pytest.param(0, PROVIDERS, id="decode"), pytest.param(1, PREFILL_PROVIDERS, id="prefill")]
+)
+def test_the_tables_are_the_hooks(at, rows):
+    table = TEXT.split("| who | when |\n| --- | --- |\n")[at + 1].split("\n\n", 1)[0]
+    said = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()]
+    assert said == [(row.provider, row.when) for row in rows]
 
 
 SPARSE, GRAPH = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

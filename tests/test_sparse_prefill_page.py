@@ -9,6 +9,7 @@ from mla_patch.hooks.sglang_sparse_prefill import FEATURE
 from mla_patch.sparse_prefill import SparsePrefillChunkCache, workspace_rows
 
 TEXT = (ROOT / "docs" / "sparse-prefill.md").read_text(encoding="utf-8")
+PROSE = " ".join(TEXT.split())
 
 
 def test_the_table_is_the_hooks():
@@ -19,12 +20,12 @@ def test_the_table_is_the_hooks():
 
 def test_the_figures_are_the_codes():
     told = {
-        int(kib): int(n) for n, kib in re.findall(r"(\d{4,5})(?: queries where a\s+block has| with) (\d+) KiB", TEXT)
+        int(kib): int(n) for n, kib in re.findall(r"(\d{4,5})(?: queries where a block has| with) (\d+) KiB", PROSE)
     }
     assert told == {kib: kib * 1024 // ROW_BYTES for kib in (227, 163, 99)}
     long = ([131072], [8192], 128)
     assert workspace_rows(*long, 0) == 8319 and workspace_rows(*long, 4) == 8319 + 32768
-    assert SparsePrefillChunkCache.needed(*long, 4) >> 20 == 40 and "8319 for its windows: 40 MiB" in TEXT
+    assert SparsePrefillChunkCache.needed(*long, 4) >> 20 == 40 and "8319 for its windows: 40 MiB" in PROSE
 
 
 def test_the_example_runs(run_python):
