@@ -111,7 +111,7 @@ def watch_steps(module: ModuleType) -> tuple[type, dict[str, Any]]:
         if watcher is None:
             return original(self, forward_batch, *args, **kwargs)
         if not self.is_draft_worker:
-            watcher.begin(functools.partial(rank_of, self), self.forward_pass_id + 1)
+            watcher.begin(functools.partial(rank_info, self), self.forward_pass_id + 1)
         elif watcher.draft and forward_batch.forward_mode.is_decode():
             watcher.begin_draft()
         else:
@@ -128,23 +128,23 @@ def _until_end(
     work = None
     try:
         output = original(runner, batch, *args, **kwargs)
-        work = functools.partial(work_of, batch)
+        work = functools.partial(step_info, batch)
         return output
     finally:
         watcher.end(work)
 
 
-def work_of(batch: Any) -> steps.Work | None:
+def step_info(batch: Any) -> steps.StepInfo | None:
     """What a batch was; None for an idle one. Python numbers, no tensor."""
     mode, count = batch.forward_mode, batch.batch_size
     if mode.is_idle() or not count:
         return None
     total = batch.seq_lens_sum  # None where the host plans ahead and has not been told yet
     kind = "decode" if mode.is_decode() or mode.is_target_verify() else "prefill"
-    return steps.Work(kind, count, (total or 0) // count)
+    return steps.StepInfo(kind, count, (total or 0) // count)
 
 
-def rank_of(runner: Any) -> steps.Rank:
+def rank_info(runner: Any) -> steps.RankInfo:
     """This process's place. The ranks that step together have one parent and one port between them."""
     rank, ranks = 0, 1
     torch = sys.modules.get("torch")
@@ -155,7 +155,7 @@ def rank_of(runner: Any) -> steps.Rank:
     if getattr(args, "nnodes", 1) > 1:  # what all nodes know
         parent = "".join(c if c.isalnum() else "-" for c in str(getattr(args, "dist_init_addr", "")))
     port = getattr(runner, "dist_port", None)
-    return steps.Rank(f"sglang-{parent}-{port}", rank, ranks, str(getattr(runner, "device", "cpu")))
+    return steps.RankInfo(f"sglang-{parent}-{port}", rank, ranks, str(getattr(runner, "device", "cpu")))
 
 
 # graphs

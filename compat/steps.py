@@ -1,4 +1,4 @@
-"""What a host's step and graph runner tell an experiment, and what it tells them. Standard library only.
+"""The protocol between the edits in an engine's step and graph runner and an experiment. Standard library only.
 
 The edits in a host's own file (``sglang_graphs``) call ``watcher``, which ``experiment.live`` sets.
 """
@@ -10,50 +10,60 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 
-class Rank(NamedTuple):
-    """Which process of which run this is."""
+class RankInfo(NamedTuple):
+    """The place of a process in a run."""
 
-    run: str  # the same for the ranks that step together, and for no others
+    run: str  # the same for all ranks that step together, and different from every other run
     rank: int
     ranks: int
     device: str  # "cuda", "cuda:0", "cpu"
 
 
-class Work(NamedTuple):
-    """What one step does, from numbers that the host has in Python."""
+class StepInfo(NamedTuple):
+    """The size of one step, from numbers that the engine has in Python."""
 
     kind: str  # "decode" or "prefill"
     batch: int  # requests
-    context: int  # their mean length
+    context: int  # mean length of the requests, in tokens
 
 
 class Watcher(Protocol):
-    """An experiment, as the edits see it. Nothing of it raises into the host but what a captured graph raises."""
+    """An experiment, as the edits see it. None of its methods raises into the engine.
 
-    draft: bool  # draft models' decode steps are under test, too
-    label: str  # the graphs that this step is to replay; "" for the host's arm
-    missing: bool  # this step's label has no graph, so the host's was replayed
+    A label names the arms of a CUDA graph, such as ``decode=patch``. The label of the engine's own arm is empty.
+    """
 
-    def begin(self, rank: Callable[[], Rank], step: int) -> None:
-        """A forward step of the host begins; ``rank`` is asked once."""
+    draft: bool  # whether decode steps of draft models are part of the experiment
+    label: str  # the label of the graphs that this step should replay
+    missing: bool  # set by the edits: there is no graph for the label, so the engine's graph was replayed
+
+    def begin(self, rank: Callable[[], RankInfo], step: int) -> None:
+        """A forward step of the engine begins. ``rank`` is called once, at the first step."""
 
     def begin_draft(self) -> None:
-        """A draft model decodes, in a graph or not, with the arm of the target model's step before it."""
+        """A draft model decodes, in a graph or eagerly, with the arm of the target model's step before it."""
 
-    def end(self, work: Callable[[], Work | None] | None) -> None:
-        """It has ended; ``work`` says what it was, None that it was nothing to compare, no ``work`` that it failed."""
+    def end(self, work: Callable[[], StepInfo | None] | None) -> None:
+        """The step has ended.
+
+        ``work`` returns its size, or None if the step is not to be compared. If the step failed, ``work``
+        is None.
+        """
 
     def capturing(self, label: str, draft: bool = False) -> AbstractContextManager[dict[str, int]]:
-        """A graph is captured for ``label``; what comes back is, once it is, the calls of ours in it, by feature."""
+        """A context in which a graph for ``label`` is captured.
+
+        Afterwards the dictionary has the number of our calls in the graph, for each feature.
+        """
 
     def labels(self, draft: bool = False) -> list[str]:
-        """What each size is captured for beside "", known once one size has been."""
+        """The labels other than "" for which each size is captured. Known once one size has been captured."""
 
     def failed(self, label: str, problem: Exception) -> None:
-        """A further capture failed: its arms are not run."""
+        """The capture for ``label`` failed, so its arms are not run."""
 
     def replayed(self, calls: dict[str, int]) -> None:
-        """A graph with these calls of ours was replayed."""
+        """A graph with these calls of ours, by feature, was replayed."""
 
 
 watcher: Watcher | None = None

@@ -22,7 +22,7 @@ from mla_patch.experiment.control import Controller
 from mla_patch.experiment.control_file import Command, ControlError, read
 from mla_patch.experiment.html import report_html
 from mla_patch.experiment.merge import Merged
-from mla_patch.experiment.schedule import OUTSIDE
+from mla_patch.experiment.schedule import NOT_COMPARED
 
 # what a process that is killed may not have written: its last rows, and steps whose events it has not read
 PENDING_STEPS, PENDING_S = 64, 1.0
@@ -238,7 +238,7 @@ def snapshot(directory: Path, run: str | None = None) -> dict[str, Any]:
         return told
     times: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in one.timings:
-        if row.block != OUTSIDE:
+        if row.block != NOT_COMPARED:
             times[row.feature, row.bucket][row.arm].append(row.us)
     for (feature, bucket), arms in sorted(times.items(), key=lambda item: analysis.by_size(*item[0])):
         for arm, values in sorted(arms.items()):

@@ -14,7 +14,7 @@ from mla_patch.imports import when_imported
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mla_patch.experiment.live import Live, Trial
+    from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
     from mla_patch.features import Feature
     from mla_patch.flags import Flags, Setting
     from mla_patch.judge import Judgement
@@ -38,7 +38,7 @@ class Session:
         self.writer: Writer | None = None
         self.patcher: Patcher = Patcher(plugins.arms, self.flags.on("MLA_PATCH_STRICT"), self._changed)
         self.report.look = self._look
-        self.live: Live | None = None  # experiments, if any
+        self.experiments: ExperimentSession | None = None  # experiments, if any
         self.once: dict[str, Any] = {}  # what is done once, by whoever comes first
         self.ended = ""  # strict's reason
 
@@ -163,17 +163,19 @@ class Session:
             if found is not None and found.host.package == self.report.engine:
                 self.report.host_version = found.version
             judgement = judge(feature, setting, found, skip_version_check=skip)
-            trial = None
+            under_test = None
             if setting.value in flags.EXPERIMENTS and judgement.state is State.ARMED:
                 try:
-                    trial = self._test(feature, setting, settings, judgement)
+                    under_test = self._test(feature, setting, settings, judgement)
                 except ValueError as problem:
                     judgement = Judgement(State.REFUSED, str(problem), watch=[t.module for t in judgement.targets])
-            self._apply(feature, setting, judgement, trial)
+            self._apply(feature, setting, judgement, under_test)
 
-    def _apply(self, feature: Feature, setting: Setting, judgement: Judgement, trial: Trial | None = None) -> None:
+    def _apply(
+        self, feature: Feature, setting: Setting, judgement: Judgement, under_test: FeatureExperiment | None = None
+    ) -> None:
         try:
-            self.patcher.apply(feature, setting, judgement, trial)
+            self.patcher.apply(feature, setting, judgement, under_test)
         finally:
             self._list_features()
             self._start_writer()
@@ -186,14 +188,14 @@ class Session:
     def _list_features(self) -> None:
         self.report.features = [run.status for run in self.patcher.runs.copy().values()]
 
-    def _test(self, feature: Feature, setting: Setting, settings: Flags, judgement: Judgement) -> Trial:
+    def _test(self, feature: Feature, setting: Setting, settings: Flags, judgement: Judgement) -> FeatureExperiment:
         """Put a feature under test; ValueError: it cannot be, with the reason."""
-        from mla_patch.experiment.live import Live
+        from mla_patch.experiment.live import ExperimentSession
 
         values = experiment(feature, setting, settings, judgement, self.plugins)
-        live: Live = Live(settings.text("MLA_PATCH_REPORT"), lambda: self.report.stem)
-        self.live = live = self.once.setdefault("live", live)
-        return live.add(*values)
+        experiments: ExperimentSession = ExperimentSession(settings.text("MLA_PATCH_REPORT"), lambda: self.report.stem)
+        self.experiments = experiments = self.once.setdefault("experiments", experiments)
+        return experiments.add(*values)
 
     def _tell_problems(self) -> None:
         import logging
@@ -223,19 +225,19 @@ class Session:
         self.report.renew()
         if self.writer is not None:
             self.writer.restart()
-        if self.live is not None:
-            self.live.forked()
+        if self.experiments is not None:
+            self.experiments.forked()
 
 
 def experiment(
     feature: Feature, setting: Setting, settings: Flags, judgement: Judgement, plugins: Plugins
 ) -> tuple[str, str, str, str, tuple[str, ...]]:
-    """What `Live.add` takes to put ``feature`` under test.
+    """What `ExperimentSession.add` takes to put ``feature`` under test.
 
     Raises:
         ValueError: it cannot be; says why.
     """
-    from mla_patch.experiment.live import Live, Trial
+    from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
 
     if "shadow" in setting.value:
         for target in judgement.targets:
@@ -243,7 +245,7 @@ def experiment(
                 raise ValueError(f"{setting.name}={setting.value}: {target.name} does not say what it writes (twin)")
     more = tuple(arm.name for arm in plugins.arms if feature.matches(arm.feature))
     values = feature.name, setting.value, settings.text("MLA_PATCH_AB"), settings.text("MLA_PATCH_SHADOW"), more
-    Trial(Live(settings.text("MLA_PATCH_REPORT"), str), *values)
+    FeatureExperiment(ExperimentSession(settings.text("MLA_PATCH_REPORT"), str), *values)
     return values
 
 

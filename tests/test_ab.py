@@ -243,7 +243,7 @@ def record_run(
     )
     schedule = Schedule(Plan(block=4, warmup=0))
     for step in range(400):
-        arm, block, group = schedule.turn(step)
+        arm, block, group = schedule.assignment(step)
         us = 100.0 * (factor if arm == "patch" else 1) + step % 7
         recorder.add(record.Timing(step, "decode", arm, block, group, "graph/8/1024", us))
     for bucket in lonely:

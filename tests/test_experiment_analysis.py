@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mla_patch.experiment import analysis, stats
-from mla_patch.experiment.analysis import DRIFTING, EVEN, FASTER, SLOWER, TOO_FEW, Comparison, compare, effect, judge
+from mla_patch.experiment.analysis import DRIFTING, EVEN, FASTER, SLOWER, TOO_FEW, Comparison, compare, decide, effect
 from mla_patch.experiment.merge import Merged
 from mla_patch.experiment.record import Error, Note, Timing
-from mla_patch.experiment.schedule import AGAIN, HOST, OUTSIDE, PATCH, Plan, Schedule
+from mla_patch.experiment.schedule import AGAIN, HOST, NOT_COMPARED, PATCH, Plan, Schedule
 
 
 def latencies(runs: int, steps: int, seed: int) -> np.ndarray:
@@ -44,10 +44,10 @@ def effects(medians: np.ndarray, plan: Plan, slow: float) -> list[float]:
     schedule = Schedule(plan)
     groups: dict[int, dict[str, list[float]]] = {}
     for number, us in enumerate(medians):
-        turn = schedule.turn(plan.warmup + number * plan.block)
-        if turn.block != OUTSIDE:
-            here = groups.setdefault(turn.group, {HOST: [], PATCH: []})
-            here[turn.arm].append(float(us) * (slow if turn.arm == PATCH else 1.0))
+        assignment = schedule.assignment(plan.warmup + number * plan.block)
+        if assignment.block != NOT_COMPARED:
+            here = groups.setdefault(assignment.group, {HOST: [], PATCH: []})
+            here[assignment.arm].append(float(us) * (slow if assignment.arm == PATCH else 1.0))
     return [effect(here[HOST], here[PATCH]) for here in groups.values()]
 
 
@@ -58,7 +58,7 @@ def verdicts(runs: int, groups: int, slow: float = 1.0, seed: int = 0, plan: Pla
     covered = 0
     for run in range(runs):
         one = Comparison("decode", "graph/1/1024", PATCH, 1, 1, groups, 1, 1)
-        judge([one], [effects(medians[run], replace(plan, seed=run), slow)])
+        decide([one], [effects(medians[run], replace(plan, seed=run), slow)])
         said[one.verdict] += 1
         covered += one.interval[0] <= slow <= one.interval[1]
     return said, covered / runs
@@ -82,7 +82,7 @@ def test_these_latencies_would_fool_a_naive_test() -> None:
     """The same data, each step taken for independent: the simulation is ugly enough to be worth passing."""
     steps = np.log(latencies(200, 2048, seed=5))
     schedule = Schedule(Plan(warmup=0))
-    tried = np.array([schedule.turn(step).arm == PATCH for step in range(2048)])
+    tried = np.array([schedule.assignment(step).arm == PATCH for step in range(2048)])
     a, b = steps[:, tried], steps[:, ~tried]
     z = (np.median(a, axis=1) - np.median(b, axis=1)) / np.sqrt((np.pi / 2) * 0.03**2 * 2 / 1024)
     assert (np.abs(z) > 1.96).mean() > 0.2
@@ -102,7 +102,7 @@ def test_with_many_buckets_a_whole_report_is_wrong_in_at_most_one_of_twenty() ->
     for report in range(150):
         rows = [effects(medians[report * 8 + i], Plan(seed=report * 8 + i), 1.0) for i in range(8)]
         comparisons = [Comparison("decode", str(i), PATCH, 1, 1, 16, 1, 1) for i in range(8)]
-        judge(comparisons, rows)
+        decide(comparisons, rows)
         wrong += any(one.verdict in (FASTER, SLOWER) for one in comparisons)
         by_itself += any(one.p < 0.05 for one in comparisons)
     assert wrong <= 12  # 5%, and two standard errors of 150 reports
@@ -120,11 +120,11 @@ def rows(groups: int, slow: float = 1.0, *, plan: Plan = Plan(block=8), bucket: 
     found = []
     total = plan.warmup + groups * schedule.size * plan.block
     for step in range(total):
-        turn = schedule.turn(step)
+        assignment = schedule.assignment(step)
         us = 1000 * math.exp(draw.gauss(0, 0.01) + drift * step / total)
-        us *= slow if turn.arm != HOST else 1.0
-        arm = tried if turn.arm == PATCH else turn.arm
-        found.append(Timing(step, feature, arm, turn.block, turn.group, bucket, us))
+        us *= slow if assignment.arm != HOST else 1.0
+        arm = tried if assignment.arm == PATCH else assignment.arm
+        found.append(Timing(step, feature, arm, assignment.block, assignment.group, bucket, us))
     return found
 
 
@@ -147,7 +147,7 @@ def test_faster_slower_even() -> None:
 def test_a_sure_difference_below_the_resolution_is_none(size: float, verdict: str) -> None:
     """0.1% of a step lay between two captures of one graph on an H200, 37 groups, interval 1.0006 to 1.0012."""
     one = Comparison("decode", "graph/1/1024", PATCH, 1, 1, 37, 148, 2368)
-    judge([one], [[size + 1e-5 * (i % 7 - 3) for i in range(37)]])
+    decide([one], [[size + 1e-5 * (i % 7 - 3) for i in range(37)]])
     assert one.p < 0.05 and not one.interval[0] <= 1 <= one.interval[1]
     assert one.verdict == verdict
 
@@ -192,14 +192,14 @@ def test_an_effect_that_changes_is_no_verdict() -> None:
 def test_warmup_forced_arms_and_impossible_times_are_left_out() -> None:
     timings = rows(10, 0.9)
     bad = [timings[200]._replace(us=us) for us in (0.0, -1.0, math.nan, math.inf)]
-    forced = [Timing(10**6 + i, "decode", PATCH, OUTSIDE, OUTSIDE, "graph/1/1024", 1.0) for i in range(5000)]
+    forced = [Timing(10**6 + i, "decode", PATCH, NOT_COMPARED, NOT_COMPARED, "graph/1/1024", 1.0) for i in range(5000)]
     assert compare(timings + bad + forced) == compare(timings)
     assert compare(forced) == []
 
 
 def test_a_group_that_lacks_an_arm_is_left_out() -> None:
     timings = rows(12, 0.9)
-    gone = sorted({row.group for row in timings if row.block != OUTSIDE})[3]
+    gone = sorted({row.group for row in timings if row.block != NOT_COMPARED})[3]
     without = [row for row in timings if row.group != gone or row.arm == HOST]
     assert compare(without)[0].groups == 11
     few = [row for row in timings if row.group != gone or row.arm == HOST or row.step % 8 < 3]

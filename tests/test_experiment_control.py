@@ -22,7 +22,7 @@ from mla_patch.experiment.breaker import Breaker
 from mla_patch.experiment.control import Control, Controller
 from mla_patch.experiment.control_file import SIZE, SLOT_BYTES, SLOTS_AT, Command, ControlError
 from mla_patch.experiment.record import Error
-from mla_patch.experiment.schedule import OUTSIDE, PATCH, Plan, Schedule
+from mla_patch.experiment.schedule import NOT_COMPARED, PATCH, Plan, Schedule
 from mla_patch.features import Counts
 
 ABOUT = {"run": "r", "ranks": 4, "features": {"decode": ["host", "patch"], "kv_indices": ["host", "patch", "mine"]}}
@@ -76,10 +76,10 @@ def test_all_ranks_change_at_the_stated_step(path: Path, monkeypatch: pytest.Mon
         if step == 190:
             for one in ranks:
                 one.poll()
-        turns = {assigner.turn(step) for assigner in assigners}
-        assert len(turns) == 1
-        arm = turns.pop()
-        assert arm == (("patch", OUTSIDE, OUTSIDE) if step >= 193 else Schedule(plan).turn(step))
+        assignments = {assigner.assignment(step) for assigner in assigners}
+        assert len(assignments) == 1
+        arm = assignments.pop()
+        assert arm == (("patch", NOT_COMPARED, NOT_COMPARED) if step >= 193 else Schedule(plan).assignment(step))
     assert [assigner.late for assigner in assigners] == [0] * 4
 
 
@@ -124,14 +124,14 @@ def test_the_next_step_of_an_idle_engine_obeys(tmp_path: Path, number: int) -> N
     ranks = [rank(path, one) for one in range(number)]
     assigners = [Assigner("decode", Plan(warmup=0, arms=("patch", "host")), one) for one in ranks]
     for step in range(16):
-        assert {assigner.turn(step).arm for assigner in assigners} <= {"patch", "host"}
+        assert {assigner.assignment(step).arm for assigner in assigners} <= {"patch", "host"}
     for one in ranks:
         one.poll()
     send(path, "decode", "arm", "host", at=None)
     for one in ranks:  # their threads go on while nothing steps
         one.poll()
-    turns = [[assigner.turn(step) for assigner in assigners] for step in range(16, 40)]
-    assert all(turn == ("host", OUTSIDE, OUTSIDE) for step in turns for turn in step)
+    assignments = [[assigner.assignment(step) for assigner in assigners] for step in range(16, 40)]
+    assert all(assignment == ("host", NOT_COMPARED, NOT_COMPARED) for step in assignments for assignment in step)
     assert [assigner.late for assigner in assigners] == [0] * number
 
 
@@ -140,13 +140,13 @@ def test_one_rank_is_never_late(tmp_path: Path) -> None:
     control_file.create(path, ABOUT | {"ranks": 1})
     one = rank(path)
     assigner = Assigner("decode", Plan(), one)
-    assigner.turn(150)
+    assigner.assignment(150)
     one.poll()
     assert send(path, "decode", "arm", "patch", at=None).at == 151
     for step in range(151, 160):  # before the file has been read
-        assigner.turn(step)
+        assigner.assignment(step)
     one.poll()
-    assert (assigner.turn(160).arm, assigner.late) == ("patch", 0)
+    assert (assigner.assignment(160).arm, assigner.late) == ("patch", 0)
 
 
 def test_a_rank_says_what_it_has_read(path: Path) -> None:
@@ -169,16 +169,16 @@ def test_every_command(path: Path) -> None:
     send(path, "decode", "start", at=4050)
     send(path, "kv_indices", "arm", "mine", at=0)  # another feature's
     one.poll()
-    turns = [assigner.turn(step) for step in range(4200)]
-    assert turns[:500] == [Schedule(Plan(block=10, warmup=20)).turn(step) for step in range(500)]
-    assert set(turns[500:1020]) == {("host", OUTSIDE, OUTSIDE)}  # stopped, and the new start's warmup
-    assert turns[1020].block == 1020
-    tried = sum(turn.arm == "patch" for turn in turns[2000:4000]) / 2000
+    assignments = [assigner.assignment(step) for step in range(4200)]
+    assert assignments[:500] == [Schedule(Plan(block=10, warmup=20)).assignment(step) for step in range(500)]
+    assert set(assignments[500:1020]) == {("host", NOT_COMPARED, NOT_COMPARED)}  # stopped, and the new start's warmup
+    assert assignments[1020].block == 1020
+    tried = sum(assignment.arm == "patch" for assignment in assignments[2000:4000]) / 2000
     assert tried == 0.9
-    assert {turn.group for turn in turns[2000:2100]} == {2000, OUTSIDE}
-    assert set(turns[4000:4050]) == {("patch", OUTSIDE, OUTSIDE)}
+    assert {assignment.group for assignment in assignments[2000:2100]} == {2000, NOT_COMPARED}
+    assert set(assignments[4000:4050]) == {("patch", NOT_COMPARED, NOT_COMPARED)}
     given = Schedule(Plan(block=10, warmup=20, start=4050))  # the ratio of before is no more
-    assert turns[4050:] == [given.turn(step) for step in range(4050, 4200)]
+    assert assignments[4050:] == [given.assignment(step) for step in range(4050, 4200)]
     assert [command.kind for command in assigner.taken] == ["stop", "start", "ratio", "arm", "start"]
 
 
@@ -189,26 +189,26 @@ def test_order_is_by_step_then_by_time(path: Path) -> None:
     send(path, "kv_indices", "arm", "mine", at=10)
     send(path, "kv_indices", "arm", "patch", at=10)
     one.poll()
-    assert [assigner.turn(step).arm for step in (10, 49, 50)] == ["patch", "patch", "host"]
+    assert [assigner.assignment(step).arm for step in (10, 49, 50)] == ["patch", "patch", "host"]
 
 
 def test_a_late_rank_obeys_and_is_counted(path: Path) -> None:
     one = rank(path)
     assigner = Assigner("decode", Plan(), one)
-    assigner.turn(150)
+    assigner.assignment(150)
     send(path, "decode", "arm", "patch", at=100)
     one.poll()
-    assert (assigner.turn(151).arm, assigner.late) == ("patch", 1)
+    assert (assigner.assignment(151).arm, assigner.late) == ("patch", 1)
     fresh = Assigner("decode", Plan(), rank(path))  # a rank that starts now has missed nothing
     fresh._control.poll()
-    assert (fresh.turn(151).arm, fresh.late) == ("patch", 0)
+    assert (fresh.assignment(151).arm, fresh.late) == ("patch", 0)
 
 
 def test_a_command_takes_effect_through_the_thread(path: Path) -> None:
     one = Control(path, 3)
     assigner = Assigner("decode", Plan(), one)
     try:
-        assigner.turn(5000)
+        assigner.assignment(5000)
         end = time.monotonic() + 10
         while not any(beat.step == 5000 for beat in control_file.read(path)[1]):
             assert time.monotonic() < end
@@ -219,7 +219,7 @@ def test_a_command_takes_effect_through_the_thread(path: Path) -> None:
         while assigner._inbox.next_at != command.at:
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert assigner.turn(command.at).arm == "patch"
+        assert assigner.assignment(command.at).arm == "patch"
     finally:
         one.close()
 
@@ -274,7 +274,7 @@ def test_two_controllers_at_once(path: Path, killed: bool) -> None:
     try:
         assert other.stdout.readline() == b"in\n"
         assert stat.S_IMODE(path.with_name(path.name + ".lock").stat().st_mode) == 0o600
-        with pytest.raises(ControlError, match=f"another controller is at work .process {other.pid} on "):
+        with pytest.raises(ControlError, match=f"another controller is active .process {other.pid} on "):
             send(path, "decode", "stop")
     finally:
         if killed:
@@ -359,7 +359,7 @@ def test_a_spoilt_file_is_ignored_and_told_once(
     with caplog.at_level(logging.WARNING, "mla_patch"):
         for step in range(20):
             one.poll()
-            arm = assigner.turn(step).arm
+            arm = assigner.assignment(step).arm
     assert arm == "patch"  # what was read before holds
     assert re.search(reason, one.problem)
     assert len(caplog.records) == 1
@@ -377,7 +377,7 @@ def test_a_file_that_comes_back_is_read_again(path: Path) -> None:
     aside.rename(path)
     send(path, "decode", "arm", "patch", at=10)
     one.poll()
-    assert (one.problem, assigner.turn(10).arm) == ("", "patch")
+    assert (one.problem, assigner.assignment(10).arm) == ("", "patch")
 
 
 def test_an_older_file_in_its_place_is_refused(path: Path) -> None:
@@ -478,9 +478,9 @@ def test_the_breaker_stops_this_rank_at_once_and_the_others_at_a_step(
         if step == tripped_at:
             mine._breaker.check(Error(step, "decode", 3, 1.0, 0.05, 0))
         one.poll(), two.poll()
-        a, b = mine.turn(step), other.turn(step)
+        a, b = mine.assignment(step), other.assignment(step)
         if step >= tripped_at:
-            assert a == ("host", OUTSIDE, OUTSIDE)
+            assert a == ("host", NOT_COMPARED, NOT_COMPARED)
         differed += [step] * (a.arm != b.arm)
     (command,) = control_file.read(path)[0].commands
     assert (command.kind, command.by) == ("trip", "rank 0")
@@ -490,7 +490,7 @@ def test_the_breaker_stops_this_rank_at_once_and_the_others_at_a_step(
     assert said == [f"0: {reason}", f"1: rank 0: {reason}"]  # once in each
     send(path, "decode", "arm", "patch", at=2000)
     one.poll(), two.poll()
-    assert {mine.turn(2500).arm, other.turn(2500).arm} == {"host"}  # for good
+    assert {mine.assignment(2500).arm, other.assignment(2500).arm} == {"host"}  # for good
 
 
 def test_an_exception_in_ours_reaches_the_other_ranks(path: Path) -> None:
@@ -502,7 +502,7 @@ def test_an_exception_in_ours_reaches_the_other_ranks(path: Path) -> None:
     site = Site("decode", lambda: (), {PATCH: ArmCode(lambda call: 1 / 0, lambda call: None)}, Counts(), switch)
     assert site.dispatch(lambda: "host", None, (), {}) == "host"
     one.poll()
-    assert assigner.turn(1000) == ("host", OUTSIDE, OUTSIDE)
+    assert assigner.assignment(1000) == ("host", NOT_COMPARED, NOT_COMPARED)
     (command,) = control_file.read(path)[0].commands
     assert command.reason == "decode: ZeroDivisionError('division by zero')" == switch.stopped
 
@@ -512,7 +512,7 @@ def test_the_breaker_works_without_a_file(tmp_path: Path, caplog: pytest.LogCapt
     one, mine = tripping(tmp_path / "none", 0, said)
     mine._breaker.trip("an exception")
     one.poll()
-    assert mine.turn(1000).arm == "host"
+    assert mine.assignment(1000).arm == "host"
     assert said == ["0: an exception"]
     assert "No such file" in caplog.text
 
@@ -523,7 +523,7 @@ def test_the_breaker_works_without_a_file(tmp_path: Path, caplog: pytest.LogCapt
         (Error(1, "decode", 0, 0.0, 0.0, 0), ""),
         (Error(1, "decode", 0, 9.0, 0.02, 0), ""),
         (Error(1, "decode", 0, 9.0, 0.0201, 0), "shadow check at step 1, layer 0: error 0.0201, tolerance 0.02"),
-        (Error(1, "decode", 0, 0.0, 0.0, 2), "2 NaN or infinite elements that the host does not have"),
+        (Error(1, "decode", 0, 0.0, 0.0, 2), "2 elements are NaN or infinite in our result and finite in the engine's"),
         (Error(1, "decode", 0, 0.0, float("nan"), 0), "error nan, expected at most 0.02"),
         (Error(1, "decode", 0, 0.0, float("inf"), 0), "error inf, expected at most 0.02"),
     ],
@@ -543,9 +543,9 @@ def test_a_step_costs_little(path: Path) -> None:
     assigner = Assigner("decode", Plan(), one, Breaker(0.02, str))
     steps = range(128, 20128)
     try:
-        seconds = min(timeit.repeat(lambda: [assigner.turn(step) for step in steps], number=1, repeat=7))
+        seconds = min(timeit.repeat(lambda: [assigner.assignment(step) for step in steps], number=1, repeat=7))
     finally:
         one.close()
     plain = Assigner("decode", Plan())
-    base = min(timeit.repeat(lambda: [plain.turn(step) for step in steps], number=1, repeat=7))
+    base = min(timeit.repeat(lambda: [plain.assignment(step) for step in steps], number=1, repeat=7))
     assert (seconds - base) / len(steps) < 1e-6

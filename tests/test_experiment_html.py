@@ -55,10 +55,12 @@ def sample(feature: str = "decode", tried: str = PATCH, groups: int = 12) -> Mer
     timings = []
     for i, context in enumerate((1024, 8192, 131072)):
         for step in range(i * 10**6, i * 10**6 + groups * 32):
-            turn = schedule.turn(step)
-            us = (1000 + context / 50) * math.exp(draw.gauss(0, 0.01)) * (1 if turn.arm == HOST else 0.9 + 0.1 * i)
-            arm = turn.arm if turn.arm == HOST else tried
-            timings.append(Timing(step, feature, arm, turn.block, turn.group, f"graph/16/{context}", us))
+            assignment = schedule.assignment(step)
+            us = (
+                (1000 + context / 50) * math.exp(draw.gauss(0, 0.01)) * (1 if assignment.arm == HOST else 0.9 + 0.1 * i)
+            )
+            arm = assignment.arm if assignment.arm == HOST else tried
+            timings.append(Timing(step, feature, arm, assignment.block, assignment.group, f"graph/16/{context}", us))
     errors = [Error(step, feature, 0, 0.1, 10 ** draw.uniform(-4, -2), 0) for step in range(0, 6400, 64)]
     return Merged("run-1", timings, errors, [Note(640, feature, "command", "arm patch")], [0, 1], differed=3, lost=4)
 
@@ -101,7 +103,8 @@ def test_a_whole_page() -> None:
     page = Page(text)
     assert text.startswith("<!doctype html>")
     said = " ".join(page.text)
-    for part in ("run-1", "1152 steps of 2 rank(s)", "3 on which ranks differed", "4 rows lost", "faster",
+    for part in ("run-1", "1152 steps of 2 rank(s)", "3 left out because the ranks ran different arms", "4 rows lost",
+                 "faster",
                  "no difference found", "graph, batch 16, context 131072", "tolerance", "arm patch",
                  "decode_attention_fwd", "mla_patch.y:serve", "4711", "absent"):  # fmt: skip
         assert part in said, part
@@ -189,7 +192,7 @@ def test_little_or_nothing_to_say(merged: Merged) -> None:
     report = analysis.analyse(merged)
     page = Page(report_html(report))
     said = " ".join(page.text)
-    assert ("No step of these records" in said) == (not report["comparisons"])
+    assert ("No recorded step is part of a comparison" in said) == (not report["comparisons"])
     assert ("not enough blocks" in said) == bool(report["comparisons"])
     assert page.count("title") >= 1
 

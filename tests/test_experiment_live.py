@@ -21,9 +21,9 @@ from mla_patch import ab
 from mla_patch.compat import sglang_graphs, steps
 from mla_patch.dispatch import ArmCode, Switch
 from mla_patch.experiment import analysis, control, control_file, merge
-from mla_patch.experiment.live import Live, Trial
+from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
 from mla_patch.experiment.record import Error, Timing
-from mla_patch.experiment.schedule import AGAIN, OUTSIDE, Plan, Sampling, Schedule
+from mla_patch.experiment.schedule import AGAIN, NOT_COMPARED, Plan, Sampling, Schedule
 from mla_patch.experiment.shadow import Drain
 from mla_patch.features import Counts, State
 
@@ -40,13 +40,13 @@ class Running:
         self.folder = folder
         self.engine = Engine(**engine)
         more = tuple(name for name in engine if name != "error")
-        self.live = Live(str(folder), lambda: "engine-1")
-        self.trial: Trial = self.live.add("decode", mode, ab, shadow, more)
+        self.live = ExperimentSession(str(folder), lambda: "engine-1")
+        self.experiment: FeatureExperiment = self.live.add("decode", mode, ab, shadow, more)
         module = self.engine.module
         edits = [sglang_graphs.watch_steps, sglang_graphs.arms_by_size, sglang_graphs.arms_by_key]
         self.undo = [edit(module) for edit in edits]
-        self.engine.switch.set(arms=self.trial)
-        self.trial.attach(self.engine.switch, self.engine.counts)
+        self.engine.switch.set(arms=self.experiment)
+        self.experiment.attach(self.engine.switch, self.engine.counts)
         self.runner = self.engine.start(runner)
 
     def run(self, count: int, **how: Any) -> list[str]:
@@ -89,7 +89,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def planned(first: int, last: int, **changes: Any) -> list[str]:
     schedule = Schedule(Plan(**({"block": 4, "warmup": 4, "salt": "decode"} | changes)))
-    return [schedule.turn(step).arm for step in range(first, last)]
+    return [schedule.assignment(step).arm for step in range(first, last)]
 
 
 def test_each_step_runs_the_arm_of_its_number(start: Start) -> None:
@@ -98,7 +98,7 @@ def test_each_step_runs_the_arm_of_its_number(start: Start) -> None:
     rows = [row for row in one.rows() if isinstance(row, Timing)]
     assert [row.arm for row in rows] == planned(1, 41)
     assert {row.bucket for row in rows} == {"eager/4/128"} and all(row.us > 0 for row in rows)
-    assert [row.block for row in rows[:5]] == [OUTSIDE] * 3 + [4] * 2
+    assert [row.block for row in rows[:5]] == [NOT_COMPARED] * 3 + [4] * 2
     assert one.engine.counts.served == LAYERS * planned(1, 41).count("patch")
 
 
@@ -151,7 +151,7 @@ def test_a_draft_models_graphs_are_captured_once(start: Start, runner: type) -> 
     one = start()
     draft = one.engine.start(runner, draft=True)
     assert (one.engine.counts.captured, len(draft.graph_runner.graphs)) == (0, 2)
-    assert not one.live.in_graphs and not one.trial.breaker.reason
+    assert not one.live.in_graphs and not one.experiment.breaker.reason
     assert one.engine.whose(draft.forward(batch())) == "host"
 
 
@@ -191,7 +191,7 @@ def test_a_draft_models_decodes_run_the_steps_arm_if_asked(start: Start, runner:
     )
     assert one.live.unmatched == 0
     assert sum("CUDA graph of the draft model is captured 1 more times" in line for line in caplog.messages) == asked
-    assert one.trial.breaker.reason == "" and merge.read_runs(one.folder)[0][0].differed == 0
+    assert one.experiment.breaker.reason == "" and merge.read_runs(one.folder)[0][0].differed == 0
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -245,10 +245,10 @@ def test_a_breaker_that_trips_between_a_step_and_its_draft(start: Start, runner:
     decode = eagle.eagle.replay if runner is BySize else eagle.eagle.execute
     while one.run(1) != ["patch"]:
         pass
-    one.trial.breaker.trip("enough")
+    one.experiment.breaker.trip("enough")
     assert one.engine.whose(decode(batch())) == "host"
     row = [row for row in one.rows() if isinstance(row, Timing)][-1]
-    assert (row.bucket, row.arm, row.block) == ("draft/4/128", "host", OUTSIDE)
+    assert (row.bucket, row.arm, row.block) == ("draft/4/128", "host", NOT_COMPARED)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -293,7 +293,7 @@ def test_a_draft_runner_that_makes_no_keys_is_the_hosts(start: Start) -> None:
     owner.capture_one_shape, owner.execute = capture_one_shape, execute
     eagle = one.engine.start_eagle(ByKey)
     assert set(spoken(one, 20, eagle.eagle.execute)[1]) == {"host"}
-    assert one.trial.breaker.reason == "" and owner in sglang_graphs._drafts
+    assert one.experiment.breaker.reason == "" and owner in sglang_graphs._drafts
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -380,12 +380,12 @@ def test_a_plugins_arm(start: Start, runner: Any) -> None:
 )
 def test_arms_that_do_not_exist(tmp_path: Path, given: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        Live(str(tmp_path), lambda: "").add("decode", "ab", given, "every=8")
+        ExperimentSession(str(tmp_path), lambda: "").add("decode", "ab", given, "every=8")
 
 
 def test_no_directory_no_experiment() -> None:
     with pytest.raises(ValueError, match="MLA_PATCH_REPORT is not set"):
-        Live("", lambda: "").add("decode", "ab", AB, "")
+        ExperimentSession("", lambda: "").add("decode", "ab", AB, "")
 
 
 def test_declined_steps_are_no_arms(start: Start) -> None:
@@ -393,7 +393,7 @@ def test_declined_steps_are_no_arms(start: Start) -> None:
     one.engine.declining = True
     assert set(one.run(20)) == {"host"}
     rows = [row for row in one.rows() if isinstance(row, Timing)]
-    assert {(row.arm, row.block == OUTSIDE) for row in rows} == {("host", True), ("host", False)}
+    assert {(row.arm, row.block == NOT_COMPARED) for row in rows} == {("host", True), ("host", False)}
 
 
 def test_prefill_and_idle_steps(start: Start) -> None:
@@ -432,7 +432,9 @@ def test_a_host_that_steps_in_inference_mode_and_out_of_it(start: Start) -> None
     with torch.inference_mode():
         one.run(4)
     one.run(4)
-    assert one.trial.breaker.reason == "" and one.trial.drain is not None and one.trial.drain.problem == ""
+    assert (
+        one.experiment.breaker.reason == "" and one.experiment.drain is not None and one.experiment.drain.problem == ""
+    )
     assert {row.step for row in one.rows() if isinstance(row, Error)} >= set(range(1, 8))
 
 
@@ -469,7 +471,7 @@ def test_an_exception_in_an_arm_trips_the_breaker(start: Start) -> None:
     for _ in range(20):
         one.runner.forward(batch())
     assert one.engine.stops == [("decode: RuntimeError('boom')", State.FAILED)]
-    assert one.trial.breaker.reason == "decode: RuntimeError('boom')"
+    assert one.experiment.breaker.reason == "decode: RuntimeError('boom')"
     rows = [row for row in one.rows() if isinstance(row, Timing)]
     assert len(rows) == 20 and {row.arm for row in rows} == {"host"}  # also of the step in which it happened
 
@@ -479,7 +481,7 @@ def test_a_batch_that_tells_nothing_costs_the_experiment_alone(start: Start) -> 
     odd = batch()
     del odd.seq_lens_sum
     assert one.engine.whose(one.runner.forward(odd)) in ("host", "patch")
-    assert "seq_lens_sum" in one.trial.breaker.reason and set(one.run(8)) == {"host"}
+    assert "seq_lens_sum" in one.experiment.breaker.reason and set(one.run(8)) == {"host"}
 
 
 @pytest.mark.parametrize("error", ["raise", "raise in a graph"])
@@ -550,9 +552,9 @@ def test_a_control_file_that_cannot_be_made_costs_the_commands_alone(
 def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     one = start(ab="block=1,warmup=0")
     one.run(4)
-    monkeypatch.setattr(one.trial.assigner, "turn", lambda step: 1 / 0)
+    monkeypatch.setattr(one.experiment.assigner, "assignment", lambda step: 1 / 0)
     assert set(one.run(8)) == {"host"}
-    assert "ZeroDivisionError" in one.trial.breaker.reason
+    assert "ZeroDivisionError" in one.experiment.breaker.reason
     assert len([m for m in caplog.messages if "experiment stopped" in m]) == 1
 
 
@@ -575,14 +577,14 @@ def test_checks_that_cannot_be_read_stop_the_arm(
         time.sleep(0.01)
     assert repr(problem) in one.engine.stops[0][0]
     assert {one.engine.whose(one.runner.forward(batch())) for _ in range(8)} == {"host"}
-    one.live.trials["decode"].drain = None
+    one.live.experiments["decode"].drain = None
 
 
 def test_two_readers_take_each_check_once(start: Start) -> None:
     """The thread, and whoever closes."""
     one = start("shadow", shadow="every=1")
     one.run(1)
-    drain, inside = one.trial.drain, threading.Barrier(2)
+    drain, inside = one.experiment.drain, threading.Barrier(2)
     assert drain is not None
     take = drain.take
 
@@ -608,12 +610,12 @@ def test_what_is_lost_is_in_the_report(start: Start, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("mla_patch.experiment.live.TELL", 0.0)
     one = start("ab+shadow", shadow="every=1")
     one.run(4)
-    assert one.trial.drain is not None and one.live._pool is not None and one.live.control is not None
+    assert one.experiment.drain is not None and one.live._pool is not None and one.live.control is not None
     one.path().unlink()
     one.live.control.poll()
-    one.trial.drain.lost += 3
+    one.experiment.drain.lost += 3
     one.live._pool.dropped += 1
-    one.trial.assigner.late += 2
+    one.experiment.assigner.late += 2
     one.run(4)
     one.rows()
     told = ab.report(one.folder)
@@ -633,7 +635,7 @@ def test_the_hosts_exception_is_the_hosts(start: Start) -> None:
     bad.q = None
     with pytest.raises(TypeError, match="empty_like"):
         one.runner.forward(bad)
-    assert one.trial.arm == "host" and one.run(2) == planned(4, 6)
+    assert one.experiment.arm == "host" and one.run(2) == planned(4, 6)
 
 
 def test_a_host_that_counts_anew(start: Start) -> None:
@@ -645,7 +647,7 @@ def test_a_host_that_counts_anew(start: Start) -> None:
 
 def test_a_rank_is_named_by_what_all_ranks_of_a_run_share(start: Start) -> None:
     one = start()
-    rank = sglang_graphs.rank_of(one.runner)
+    rank = sglang_graphs.rank_info(one.runner)
     assert (rank.rank, rank.ranks, rank.device) == (0, 1, "cpu")
     assert rank.run.startswith("sglang-") and rank.run.endswith("-1234")
     one.run(1)
@@ -719,8 +721,8 @@ def test_no_step_waits_for_the_device(
             draft.forward(batch())
             if runner is not None:
                 (eagle.replay if runner is BySize else eagle.execute)(batch())
-    assert waits == [] and one.engine.stops == [] and one.trial.breaker.reason == ""
-    assert len(copies) == 1 and one.trial.drain is not None and one.trial.drain.problem == ""
+    assert waits == [] and one.engine.stops == [] and one.experiment.breaker.reason == ""
+    assert len(copies) == 1 and one.experiment.drain is not None and one.experiment.drain.problem == ""
     served = one.engine.counts.replayed if runner else one.engine.counts.served
     assert served is not None and served > 2 * 64 * LAYERS / 4
     assert {row.us for row in one.rows() if isinstance(row, Timing)} == {1000.0}  # by the device's events
@@ -754,7 +756,7 @@ def test_a_wait_in_the_step_is_seen(
             codes, serve = one.engine.decode._self_site.arms, one.engine.serve
             codes["patch"] = ArmCode(lambda call: (WAITS[what](call.q), serve(call))[1], codes["patch"].declines)
         else:
-            monkeypatch.setattr(one.trial, "due", lambda step: bool(WAITS[what](torch.ones(2))) and False)
+            monkeypatch.setattr(one.experiment, "due", lambda step: bool(WAITS[what](torch.ones(2))) and False)
         for _ in range(8):
             one.runner.forward(batch())
     assert waits or one.engine.stops
@@ -766,7 +768,7 @@ def test_a_step_costs_little(start: Start, mode: str) -> None:
     one = start(mode, "", "every=1000000")
     one.run(1)
     one.live.in_graphs.add("decode")
-    work, numbers = steps.Work("decode", 16, 4096), iter(range(10, 10**6))
+    work, numbers = steps.StepInfo("decode", 16, 4096), iter(range(10, 10**6))
 
     def step() -> None:
         one.live.begin(lambda: pytest.fail("asked once"), next(numbers))
@@ -796,7 +798,7 @@ def test_off_the_engines_step_and_replay_are_untouched() -> None:
 
 
 def test_two_ranks_run_the_same_arm_and_the_breaker_holds_for_both(tmp_path: Path) -> None:
-    lives = [Live(str(tmp_path), lambda rank=rank: f"engine-{rank}") for rank in range(2)]
+    lives = [ExperimentSession(str(tmp_path), lambda rank=rank: f"engine-{rank}") for rank in range(2)]
     trials = [live.add("decode", "ab", "block=2,warmup=0", "every=8") for live in lives]
     stops: list[list[Any]] = [[], []]
     for trial, told in zip(trials, stops, strict=True):
@@ -807,10 +809,10 @@ def test_two_ranks_run_the_same_arm_and_the_breaker_holds_for_both(tmp_path: Pat
     def step(number: int) -> list[str]:
         ran = []
         for rank, (live, trial) in enumerate(zip(lives, trials, strict=True)):
-            live.begin(lambda rank=rank: steps.Rank("r", rank, 2, "cpu"), number)
+            live.begin(lambda rank=rank: steps.RankInfo("r", rank, 2, "cpu"), number)
             ran.append(trial.arm)
             trial.counts.served += trial.arm == "patch"
-            live.end(lambda: steps.Work("decode", 4, 100))
+            live.end(lambda: steps.StepInfo("decode", 4, 100))
         return ran
 
     ran = [step(number) for number in range(1, 41)]
@@ -840,7 +842,7 @@ def test_two_ranks_run_the_same_arm_and_the_breaker_holds_for_both(tmp_path: Pat
 
 
 def test_features_in_the_same_graphs_multiply(tmp_path: Path, caplog: Any) -> None:
-    live = Live(str(tmp_path), lambda: "engine")
+    live = ExperimentSession(str(tmp_path), lambda: "engine")
     one = live.add("one", "ab+shadow", "", "every=4")
     two = live.add("two", "ab", "", "every=4")
     other = live.add("beside", "ab", "", "every=4")  # has no call in a graph
@@ -856,8 +858,8 @@ def test_features_in_the_same_graphs_multiply(tmp_path: Path, caplog: Any) -> No
     assert (one.arm, two.arm, other.arm) == ("host", "host", "host")
     seen = set()
     for step in range(1, 600):
-        live.begin(lambda: steps.Rank("r", 0, 1, "cpu"), step)
-        arms = {name: trial.arm for name, trial in live.trials.items()}
+        live.begin(lambda: steps.RankInfo("r", 0, 1, "cpu"), step)
+        arms = {name: trial.arm for name, trial in live.experiments.items()}
         due = one.due(step)
         want = ",".join(f"{name}=patch" for name in ("one", "two") if arms[name] == "patch")
         assert live.label == ("shadow" if due else want)
@@ -872,7 +874,7 @@ def test_features_in_the_same_graphs_multiply(tmp_path: Path, caplog: Any) -> No
 
 
 def test_many_arms_are_warned_of(tmp_path: Path, caplog: Any) -> None:
-    live = Live(str(tmp_path), lambda: "engine")
+    live = ExperimentSession(str(tmp_path), lambda: "engine")
     live.add("many", "ab", "", "", tuple("abcdefgh"))
     live.in_graphs.add("many")
     assert len(live.labels()) == len(live.labels()) == 9

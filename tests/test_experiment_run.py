@@ -36,7 +36,7 @@ def rank(number, folder, barrier, stop):
         step += 1
         barrier.wait()
         if stop.value and step > stop.value: break
-        arm, block, group = assigner.turn(step)
+        arm, block, group = assigner.assignment(step)
         pool.begin()
         Event.now += random.Random(step).gauss(1, 0.01) * (0.8 if arm == "patch" else 1.0)
         pool.end((step, "decode", arm, block, group, record.bucket("graph", 16, 5000 + step % 100)))

@@ -8,14 +8,24 @@ from collections import Counter
 import pytest
 
 from mla_patch import dispatch, flags
-from mla_patch.experiment.schedule import AGAIN, HOST, OUTSIDE, PATCH, Plan, Sampling, Schedule, parse_ab, parse_shadow
+from mla_patch.experiment.schedule import (
+    AGAIN,
+    HOST,
+    NOT_COMPARED,
+    PATCH,
+    Plan,
+    Sampling,
+    Schedule,
+    parse_ab,
+    parse_shadow,
+)
 
 
 def blocks(plan: Plan, count: int) -> list[str]:
     """The arms of the first ``count`` blocks, each taken at its last step."""
     schedule = Schedule(plan)
     first = plan.start + plan.warmup
-    return [schedule.turn(first + (i + 1) * plan.block - 1).arm for i in range(count)]
+    return [schedule.assignment(first + (i + 1) * plan.block - 1).arm for i in range(count)]
 
 
 def groups(plan: Plan, count: int) -> list[tuple[str, ...]]:
@@ -76,13 +86,13 @@ def test_as_many_blocks_are_compared_of_each_arm_and_a_coin_tells_which(ratio: f
     schedule = Schedule(plan)
     first, spread = Counter(), Counter()
     for group in range(1000):
-        turns = [schedule.turn(group * schedule.size + i) for i in range(schedule.size)]
-        compared = [turn for turn in turns if turn.block != OUTSIDE]
-        arms = Counter(turn.arm for turn in compared)
-        assert arms[HOST] == arms[PATCH] == min(Counter(turn.arm for turn in turns).values())
-        assert {turn.group for turn in compared} == {group * schedule.size}
+        assignments = [schedule.assignment(group * schedule.size + i) for i in range(schedule.size)]
+        compared = [assignment for assignment in assignments if assignment.block != NOT_COMPARED]
+        arms = Counter(assignment.arm for assignment in compared)
+        assert arms[HOST] == arms[PATCH] == min(Counter(assignment.arm for assignment in assignments).values())
+        assert {assignment.group for assignment in compared} == {group * schedule.size}
         first[compared[0].arm] += 1
-        lead = sum(turn.block if turn.arm == PATCH else -turn.block for turn in compared)
+        lead = sum(assignment.block if assignment.arm == PATCH else -assignment.block for assignment in compared)
         spread["after" if lead > 0 else "before" if lead < 0 else "mirrored"] += 1
     assert abs(first[HOST] - first[PATCH]) < 130  # 4 sigma
     assert abs(spread["after"] - spread["before"]) < 130
@@ -99,24 +109,24 @@ def test_tried_arms_share_their_ratio() -> None:
 def test_warmup_and_what_is_before_the_start_run_the_first_arm() -> None:
     schedule = Schedule(Plan(start=1000, warmup=10, block=4))
     for step in (0, 999, 1000, 1009):
-        assert schedule.turn(step) == (HOST, OUTSIDE, OUTSIDE)
-    assert schedule.turn(1010).block == 1010
+        assert schedule.assignment(step) == (HOST, NOT_COMPARED, NOT_COMPARED)
+    assert schedule.assignment(1010).block == 1010
 
 
 def test_a_turn_is_named_by_first_steps() -> None:
     schedule = Schedule(Plan(block=4, warmup=2))
     for step in range(2, 200):
-        turn = schedule.turn(step)
-        assert turn.block == 2 + (step - 2) // 4 * 4
-        assert turn.group == 2 + (step - 2) // 16 * 16
+        assignment = schedule.assignment(step)
+        assert assignment.block == 2 + (step - 2) // 4 * 4
+        assert assignment.group == 2 + (step - 2) // 16 * 16
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(ratio=0.3, seed=7), Plan(block=1, arms=("host", "a", "b"))], ids=repr)
 def test_it_carries_no_state(plan: Plan) -> None:
     one = Schedule(plan)
-    forwards = [one.turn(step) for step in range(5000)]
-    assert [Schedule(plan).turn(step) for step in range(0, 5000, 37)] == forwards[::37]  # each from nothing
-    assert [one.turn(step) for step in reversed(range(5000))] == forwards[::-1]
+    forwards = [one.assignment(step) for step in range(5000)]
+    assert [Schedule(plan).assignment(step) for step in range(0, 5000, 37)] == forwards[::37]  # each from nothing
+    assert [one.assignment(step) for step in reversed(range(5000))] == forwards[::-1]
 
 
 def test_seed_and_salt_change_the_draw() -> None:
@@ -129,7 +139,7 @@ def test_another_process_draws_the_same() -> None:
     """Ranks differ in their hash seeds and in nothing that may matter."""
     code = (
         "from mla_patch.experiment.schedule import Plan, Schedule; s = Schedule(Plan(seed=3, salt='decode'));"
-        "print(''.join(s.turn(i).arm[0] for i in range(128, 4224, 64)))"
+        "print(''.join(s.assignment(i).arm[0] for i in range(128, 4224, 64)))"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": seed})
@@ -158,7 +168,7 @@ def test_importing_it_takes_the_standard_library_alone() -> None:
 def test_a_step_costs_little() -> None:
     schedule = Schedule(Plan())
     steps = range(128, 128 + 64 * 100)
-    seconds = min(timeit.repeat(lambda: [schedule.turn(step) for step in steps], number=1, repeat=5))
+    seconds = min(timeit.repeat(lambda: [schedule.assignment(step) for step in steps], number=1, repeat=5))
     assert seconds / len(steps) < 2e-6
 
 

@@ -70,7 +70,7 @@ import json, mla_patch
 mla_patch.apply()
 from fakehost import engine
 print(json.dumps(engine.steps({count})))
-live = mla_patch.startup._get_session().live
+live = mla_patch.startup._get_session().experiments
 if live is not None: live.close()
 print(json.dumps(row("ops")))
 """
@@ -96,7 +96,7 @@ def told(engine: FakeHost, folder: Path | None, mode: str = "ab", count: int = 4
 
 def planned(count: int, *arms: str) -> list[str]:
     schedule = Schedule(Plan(block=4, warmup=4, salt="ops", arms=("host", "patch", *arms)))
-    return [{"patch": "ours"}.get(arm, arm) for arm in (schedule.turn(step).arm for step in range(1, count + 1))]
+    return [{"patch": "ours"}.get(arm, arm) for arm in (schedule.assignment(step).arm for step in range(1, count + 1))]
 
 
 def test_arms_alternate_as_the_flags_say(engine: FakeHost, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_restored_the_hosts_serves(engine: FakeHost, tmp_path: Path) -> None:
     mla_patch.restore()
     mla_patch.apply("ops")  # an explicit "on"
     print(*sorted(set(engine.steps(40))))
-    mla_patch.startup._get_session().live.close()
+    mla_patch.startup._get_session().experiments.close()
     """
     env = {"MLA_PATCH_OPS": "ab", "MLA_PATCH_AB": AB, "MLA_PATCH_REPORT": str(tmp_path)}
     assert engine.says(code, env).splitlines() == ["host ours", "host False", "host ours", "ours"]
@@ -216,7 +216,7 @@ def test_a_forked_child_keeps_records_of_its_own(engine: FakeHost, tmp_path: Pat
     before = engine.steps(10)
     child = os.fork()
     after = engine.steps(20)
-    mla_patch.startup._get_session().live.close()
+    mla_patch.startup._get_session().experiments.close()
     if child == 0: os._exit(0)
     os.waitpid(child, 0)
     """

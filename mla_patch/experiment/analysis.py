@@ -1,20 +1,20 @@
-"""Records to verdicts: per bucket, which arm is faster, and how sure that is.
+"""Turns records into verdicts: for each bucket, which arm is faster, and how certain that is.
 
-1. A block's figure is the median of its steps' times in the bucket.
-2. A group of blocks (ABBA) gives one effect: mean log time of the arm's blocks less that of the host's. What
-   drifts in a straight line cancels; groups in which an arm is missing are left out.
-3. The ratio is the mean effect without the highest and the lowest fifth, so that a stall that fills a block does
-   not decide; its interval is bootstrapped over the groups, widened for their small number.
-4. The test is Wilcoxon's signed rank on the effects. When the arms do the same, which of them had which of a
-   group's blocks was a toss of the seed's coin, so each effect is as likely negative as positive, however the
-   latencies are distributed, drift or hang together. (With a third arm and a ratio other than 0.5: nearly so.)
-5. Several buckets are several chances of a false verdict, so the p values are adjusted by Holm's method: at most
-   one report in twenty names a difference anywhere when there is none. This is said of one look, at a time that
-   does not depend on the figures; looking until a verdict comes finds false ones more often.
-6. "faster" and "slower" need both: the adjusted p below 0.05 and an interval that keeps 0.5% away from 1. A test
-   alone would find more: two captures of one graph lie at different addresses, and differ by 0.1% of a step for good.
-7. "drifting": the effect itself changed between the halves of the run, so that one ratio does not describe it.
-   Latency that drifts with both arms is no such thing; it is stated beside.
+1. The figure of a block is the median time of its steps in the bucket.
+2. A group of blocks (such as ABBA) gives one effect: the mean log time of the arm's blocks minus that of the engine's
+   blocks. A linear drift cancels out. Groups in which an arm is missing are left out.
+3. The ratio is the mean effect without the highest and the lowest fifth, so that a stall that fills a block does not
+   decide. Its interval is bootstrapped over the groups and widened for their small number.
+4. The test is Wilcoxon's signed-rank test on the effects. If the arms are equally fast, the random order alone decided
+   which arm had which blocks of a group. Each effect is then as likely to be negative as to be positive, however the
+   latencies are distributed or correlated. (With a third arm and a ratio other than 0.5 this holds approximately.)
+5. Several buckets give several chances of a false verdict, so the p values are adjusted by Holm's method: if no arm
+   differs, at most one report in twenty names a difference. This holds for one look, at a time that does not depend on
+   the figures. Somebody who looks repeatedly until a verdict appears will find false ones more often.
+6. "faster" and "slower" need both an adjusted p below 0.05 and an interval that keeps 0.5% away from 1. The test alone
+   would find more: two captures of one graph lie at different addresses, and differ by 0.1% of a step permanently.
+7. "drifting" means that the effect itself changed between the two halves of the run, so that one ratio does not
+   describe it. A latency that drifts for both arms alike is not "drifting". It is reported beside the verdict.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from typing import Any
 from mla_patch.experiment import stats
 from mla_patch.experiment.merge import Merged
 from mla_patch.experiment.record import Error, Timing
-from mla_patch.experiment.schedule import HOST, MIN_STEPS, OUTSIDE
+from mla_patch.experiment.schedule import HOST, MIN_STEPS, NOT_COMPARED
 from mla_patch.experiment.stats import ALPHA
 
 DRIFT_ALPHA = 0.01
-MIN_GROUPS = 8  # two-sided p can then reach 2 / 2**8
-RESOLUTION = 0.005  # of a step: a smaller difference is none
+MIN_GROUPS = 8  # with fewer, the two-sided p value cannot become small enough; with 8 its least value is 2 / 2**8
+RESOLUTION = 0.005  # the smallest difference that a verdict names, as a fraction of a step
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 FASTER, SLOWER, EVEN = "faster", "slower", "no difference found"
 TOO_FEW, DRIFTING = "not enough blocks", "drifting"
@@ -42,18 +42,18 @@ TOO_FEW, DRIFTING = "not enough blocks", "drifting"
 
 @dataclass
 class Comparison:
-    """One arm against the host's in one bucket. Ratios are times: below 1 is faster."""
+    """One arm compared with the engine's arm in one bucket. Ratios are ratios of times: below 1 is faster."""
 
     feature: str
     bucket: str
     arm: str
-    host_us: float | None  # median of the block medians; None: no block of it counts in this bucket
+    host_us: float | None  # median of the block medians, microseconds; None if no block has enough steps
     arm_us: float | None
-    groups: int  # with both arms in them
+    groups: int  # groups with blocks of both arms
     blocks: int
     steps: int
     ratio: float | None = None
-    interval: tuple[float, float] | None = None  # 95%, of this bucket by itself
+    interval: tuple[float, float] | None = None  # 95%, for this bucket alone
     p: float | None = None
     p_adjusted: float | None = None
     drift: dict[str, float | None] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Comparison:
 
 
 def analyse(merged: Merged) -> dict[str, Any]:
-    """Everything that a report says of one run, ready for JSON."""
+    """The analysis of one run as a dictionary for JSON."""
     comparisons = compare(merged.timings)
     return {
         "run": merged.run,
@@ -74,7 +74,7 @@ def analyse(merged: Merged) -> dict[str, Any]:
         "notes": [row._asdict() for row in merged.notes],
         "steps": len({row.step for row in merged.timings}),
         "outside": len(
-            {row.step for row in merged.timings} - {row.step for row in merged.timings if row.block != OUTSIDE}
+            {row.step for row in merged.timings} - {row.step for row in merged.timings if row.block != NOT_COMPARED}
         ),
         "differed": merged.differed,
         "lost": merged.lost,
@@ -83,11 +83,11 @@ def analyse(merged: Merged) -> dict[str, Any]:
 
 
 def compare(timings: Iterable[Timing]) -> list[Comparison]:
-    """Every arm against the host's, by feature and bucket, with verdicts."""
-    # feature, bucket -> group -> block -> arm, times
+    """Compare every arm with the engine's arm, for each feature and bucket, with verdicts."""
+    # (feature, bucket) -> group -> block -> (arm, times)
     times: dict[tuple[str, str], dict[int, dict[int, tuple[str, list[float]]]]] = {}
     for row in timings:
-        if row.block != OUTSIDE and row.us > 0 and math.isfinite(row.us):
+        if row.block != NOT_COMPARED and row.us > 0 and math.isfinite(row.us):
             groups = times.setdefault((row.feature, row.bucket), defaultdict(dict))
             groups[row.group].setdefault(row.block, (row.arm, []))[1].append(row.us)
     found, effects = [], []
@@ -97,14 +97,14 @@ def compare(timings: Iterable[Timing]) -> list[Comparison]:
             one, its_effects = _compare(feature, bucket, arm, groups)
             found.append(one)
             effects.append(its_effects)
-    judge(found, effects)
+    decide(found, effects)
     return found
 
 
 def by_size(*name: str) -> list[tuple[str, int]]:
-    """A key that puts graph/16/8192 before graph/16/131072."""
+    """A sort key that puts graph/16/8192 before graph/16/131072."""
     parts = "/".join(name).split("/")
-    # a longer number is nobody's batch or context, and Python refuses to read it
+    # no batch or context has more digits, and Python refuses to convert very long numbers
     return [("", int(part)) if part.isdecimal() and len(part) < 20 else (part, 0) for part in parts]
 
 
@@ -133,12 +133,12 @@ def _compare(
 
 
 def effect(host: Sequence[float], arm: Sequence[float]) -> float:
-    """One group's: the log of the ratio of the (geometric) mean block medians."""
+    """The effect of one group: the log of the ratio of the geometric means of the block medians."""
     return fmean(map(math.log, arm)) - fmean(map(math.log, host))
 
 
-def judge(comparisons: Sequence[Comparison], effects: Sequence[Sequence[float]]) -> None:
-    """Fill in ratio, interval, p and verdict of comparisons that are made together."""
+def decide(comparisons: Sequence[Comparison], effects: Sequence[Sequence[float]]) -> None:
+    """Fill in ratio, interval, p and verdict of all comparisons of one report; ``effects`` are theirs, by group."""
     enough = [(one, stats.pooled(values)) for one, values in zip(comparisons, effects, strict=True) if _enough(values)]
     for one, values in enough:
         one.ratio = math.exp(stats.middle(values))
@@ -166,7 +166,7 @@ def _verdict(one: Comparison, p: float, drift: float) -> str:
     low, high = one.interval or (0.0, 0.0)
     sure = p < ALPHA and (low > 1 + RESOLUTION or high < 1 - RESOLUTION)
     first, second = one.drift["first"] or 1.0, one.drift["second"] or 1.0
-    # of one mind in both halves: the size changes, the answer does not
+    # if the same arm is faster in both halves, only the size has changed and the verdict stands
     if drift < DRIFT_ALPHA and not (sure and (first < 1) == (second < 1)):
         return DRIFTING
     if not sure:
@@ -188,7 +188,7 @@ def _text(one: Comparison) -> str:
 
 
 def by_groups(comparisons: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Comparisons as a report has them: those with a ratio, and those with too few groups for one."""
+    """Split comparisons, in the form of a report, into those with a ratio and those with too few groups for one."""
     found: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = [], []
     for one in comparisons:
         found[one["ratio"] is None].append(one)
@@ -196,7 +196,7 @@ def by_groups(comparisons: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[st
 
 
 def in_few_groups(few: Sequence[Mapping[str, Any]]) -> str:
-    """One line for all comparisons that have too few groups."""
+    """One line about all comparisons that have too few groups."""
     blocks, steps, most = (sum(one["blocks"] for one in few), sum(one["steps"] for one in few),
                            max(one["groups"] for one in few))  # fmt: skip
     which = "1 comparison has" if len(few) == 1 else f"{len(few)} comparisons have"
@@ -207,7 +207,7 @@ def in_few_groups(few: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shadow(errors: Iterable[Error], points: int = 400) -> list[dict[str, Any]]:
-    """Per feature: quantiles of the errors, NaN counts, and the worst error over time for a plot."""
+    """For each feature: quantiles of the shadow errors, NaN counts, and at most ``points`` worst errors for a plot."""
     by_feature: dict[str, list[Error]] = defaultdict(list)
     for row in errors:
         by_feature[row.feature].append(row)
@@ -231,12 +231,12 @@ def shadow(errors: Iterable[Error], points: int = 400) -> list[dict[str, Any]]:
 
 
 def quantile(ordered: Sequence[float], q: float) -> float | None:
-    """The smallest value that is no less than a share ``q`` of them; none of none."""
+    """The smallest value that at least a share ``q`` of all values do not exceed; None if there are none."""
     return ordered[max(math.ceil(q * len(ordered)) - 1, 0)] if ordered else None
 
 
 def _worst(rows: Sequence[Error], points: int) -> list[tuple[int, float]]:
-    """(step, worst relative error) in order, at most ``points`` of them."""
+    """``(step, worst relative error)`` in order of steps, at most ``points`` of them."""
     worst: dict[int, float] = {}
     for row in rows:
         if math.isfinite(row.relative):

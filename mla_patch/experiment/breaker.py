@@ -1,4 +1,4 @@
-"""Back to the host: this rank at once, the others at a step that the control file states."""
+"""Sends a feature back to the engine's own kernel: this rank at once, other ranks at a step in the control file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mla_patch.experiment.record import Error
 
 
 class Breaker:
-    """One feature's, in one rank. Trips once and stays tripped.
+    """The breaker of one feature in one rank. Trips once and stays tripped.
 
-    ``stop(reason)`` sends this rank to the host and says so once (`Switch.trip`); ``publish(reason)`` tells the
-    other ranks (`Control.trip` with the feature).
+    ``stop(reason)`` makes this rank run the engine's kernel and logs the reason once. ``publish(reason)`` tells the
+    other ranks.
     """
 
     __slots__ = ("_publish", "_stop", "reason", "tolerance")
@@ -21,12 +21,12 @@ class Breaker:
         self, tolerance: float, stop: Callable[[str], None], publish: Callable[[str], None] | None = None
     ) -> None:
         self.tolerance = tolerance
-        self.reason = ""  # why it tripped
+        self.reason = ""  # why it tripped; empty while it has not
         self._stop = stop
         self._publish = publish
 
     def trip(self, reason: str, *, told: bool = False) -> None:
-        """``told``: by another rank, which has published it."""
+        """Trip, unless tripped already. ``told``: another rank tripped first and has published the reason."""
         if self.reason:
             return
         self.reason = reason
@@ -35,10 +35,10 @@ class Breaker:
             self._publish(reason)
 
     def check(self, error: Error) -> None:
-        """Judge one shadow comparison."""
+        """Trip if one shadow comparison found NaN or infinite elements, or too large an error."""
         if error.nan:
-            problem = f"{error.nan} NaN or infinite elements that the host does not have"
-        elif not error.relative <= self.tolerance:  # a NaN is no pass
+            problem = f"{error.nan} elements are NaN or infinite in our result and finite in the engine's"
+        elif not error.relative <= self.tolerance:  # written so that a NaN trips
             problem = f"error {error.relative:.3g}, tolerance {self.tolerance:g}"
             if not math.isfinite(error.relative):
                 problem = f"error {error.relative}, expected at most {self.tolerance:g}"

@@ -1,17 +1,18 @@
-"""Live control: commands from a person, or from another rank's breaker, that hold from a stated step on all ranks.
+"""Live control: commands from a person, or from another rank's breaker, that take effect at one step on all ranks.
 
-A thread of each rank looks at the control file 20 times a second, also while the engine is idle; a step compares two
-numbers. What cannot be trusted is ignored and reported, and the engine goes on with what it had.
+A thread in each rank reads the control file 20 times a second, also while the engine is idle. A step only compares two
+numbers. A file that cannot be trusted is ignored and reported, and the engine goes on with the last valid commands.
 
-From which step a command holds:
+The step at which a command takes effect:
 
-    one rank         the next one after it has read the command
-    several, idle    the next one of all
-    several          as many steps later as they take in LEAD seconds, and two: all must have read of it before
+    one rank               its next step after it has read the command
+    several ranks, idle    the next step of all ranks
+    several ranks          MARGIN steps, and as many as the ranks run in LEAD + INTERVAL seconds, after the last step
+                           that any rank has reached, so that every rank has read the command before that step
 
-Where a step begins in the very moment of a command to an idle engine, or steps come five times faster all at once, one
-rank may read the command up to INTERVAL after another has obeyed. Such steps are in no comparison, as ranks differ in
-them, and the rank says that the command came late.
+One rank can still read a command up to INTERVAL seconds after another has obeyed it: if an idle engine begins a step at
+that moment, or if steps suddenly come five times as fast. Such steps are left out of every comparison, because the
+ranks differ in them, and the late rank counts the command as late.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from mla_patch.experiment.control_file import (
 )
 
 log = logging.getLogger("mla_patch")
-INTERVAL = 0.05  # seconds between two looks
-LEAD = 0.3  # seconds that a command is given to reach every rank, whose heartbeats are INTERVAL old, too
-MARGIN = 2  # steps beside: ranks are a step apart, and one has begun
-PACE = 0.5  # seconds over which a rank counts its steps
+INTERVAL = 0.05  # seconds between two reads of the file
+LEAD = 0.3  # seconds allowed for a command to reach every rank; heartbeats are up to INTERVAL older
+MARGIN = 2  # steps added to that: ranks can be one step apart, and one step may have begun
+PACE = 0.5  # seconds over which a rank measures its steps per second
 
 
 class Inbox:
-    """One feature's commands in one rank; ``next_at`` is all that a step looks at."""
+    """The pending commands for one feature in one rank. A step reads only ``next_at``."""
 
     __slots__ = ("_done", "_lock", "_pending", "next_at")
 
@@ -67,7 +68,7 @@ class Inbox:
             self.next_at = self._pending[0].at if self._pending else NEVER
 
     def take(self, step: int) -> list[Command]:
-        """The commands that hold from ``step`` or before, in order, each once."""
+        """Remove and return the commands that take effect at or before ``step``, in order."""
         with self._lock:
             due = [command for command in self._pending if command.at <= step]
             self._done.update(command.seq for command in due)
@@ -77,22 +78,21 @@ class Inbox:
 
 
 class Control:
-    """One rank's end: reads commands, says where the rank is, tells the others when its breaker trips.
+    """The rank's side: reads commands, publishes the rank's step, and tells other ranks when its breaker trips.
 
-    Never raises into the engine: ``problem`` holds what is wrong, "" while all is well, and each new problem is
-    logged once.
+    Never raises into the engine. ``problem`` says what is wrong, or is empty. Each new problem is logged once.
     """
 
     def __init__(self, path: Path, rank: int, *, thread: bool = True) -> None:
         self.path = path
         self.rank = rank
-        self.step = 0  # written by the step path
+        self.step = 0  # set by the engine's thread at every step
         self.problem = ""
-        self.ranks = 1  # that obey this file
+        self.ranks = 1  # how many ranks obey this file
         self._inboxes: dict[str, Inbox] = {}
-        self._trips: list[tuple[str, str]] = []  # (feature, reason), to be published
+        self._trips: list[tuple[str, str]] = []  # (feature, reason), not published yet
         self._content: Content | None = None
-        self._beats: deque[Heartbeat] = deque()  # of the last PACE seconds
+        self._beats: deque[Heartbeat] = deque()  # this rank's heartbeats of the last PACE seconds
         self._stop = threading.Event()
         self._wake = threading.Event()
         if thread:
@@ -104,7 +104,7 @@ class Control:
         return inbox
 
     def trip(self, feature: str, reason: str) -> None:
-        """Ask for the other ranks to go back to the host too; returns at once."""
+        """Make the other ranks run the engine's kernel, too. Returns at once; the thread writes the command."""
         self._trips.append((feature, reason))
         self._wake.set()
 
@@ -119,7 +119,7 @@ class Control:
             self._wake.clear()
 
     def poll(self) -> None:
-        """One look at the file."""
+        """Read the file once, publish this rank's heartbeat, and write pending breaker trips."""
         try:
             with opened(self.path, os.O_RDWR) as file:
                 content = content_of(file, self.path)
@@ -162,26 +162,28 @@ class Control:
 
 
 def _ranks(content: Content, beats: list[Heartbeat]) -> int:
-    """How many ranks obey: as many as the engine says, and no fewer than are heard."""
+    """How many ranks obey: the engine's number, or the number of heartbeats if that is higher."""
     return max(int(content.about.get("ranks", 1)), len(beats))
 
 
 def _pace(first: Heartbeat, last: Heartbeat) -> float:
-    """Steps per second of one rank between two of its heartbeats."""
+    """Steps per second of one rank between two of its heartbeats; 0 if they have the same time."""
     return max(last.step - first.step, 0) / (last.ns - first.ns) * 1e9 if last.ns > first.ns else 0.0
 
 
 def _later(beats: list[Heartbeat], rate: float, ranks: int, step: int = 0) -> int:
-    """A step that no rank has reached, and that leaves each of several time to read of it."""
+    """A step that no rank has reached; with several ranks, far enough ahead for each to read the command first."""
     reached = max([step, *(beat.step for beat in beats)])
     return reached + (MARGIN + math.ceil(rate * (LEAD + INTERVAL)) if ranks > 1 and rate else 1)
 
 
 class Controller:
-    """A person's end, one at a time: ``with Controller(path) as control: control.send("decode", "arm", "host")``.
+    """The operator's side: ``with Controller(path) as control: control.send("decode", "arm", "host")``.
+
+    A lock file keeps a second controller out.
 
     Raises:
-        ControlError: the file cannot be trusted, or another controller is at work.
+        ControlError: the file cannot be trusted, or another controller is active.
     """
 
     def __init__(self, path: Path) -> None:
@@ -200,7 +202,7 @@ class Controller:
         except OSError:
             holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
             self.__exit__()
-            raise ControlError(f"{self.path}: another controller is at work ({holder or 'unknown'})") from None
+            raise ControlError(f"{self.path}: another controller is active ({holder or 'unknown'})") from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         return self
@@ -210,11 +212,14 @@ class Controller:
         self._lock = -1
 
     def send(self, feature: str, kind: str, value: str | float | None = None, *, at: int | None = None) -> Command:
-        """Write one command; what comes back says from which step it holds.
+        """Write one command and return it. Its ``at`` is the step at which it takes effect.
+
+        ``at``: ask for a certain step instead of the earliest possible one.
 
         Raises:
-            ControlError: no such feature or arm, a step that a rank has reached, or the file cannot be trusted.
-            ValueError: a kind or value that no command has.
+            ControlError: there is no such feature or arm, a rank has reached ``at`` already, or the file cannot be
+                trusted.
+            ValueError: no command has this kind or value.
         """
         rate = self._measure() if at is None and _ranks(*read(self.path)) > 1 else 0.0
 
@@ -234,7 +239,7 @@ class Controller:
         return publish(self.path, make)
 
     def _measure(self) -> float:
-        """Steps per second of the fastest rank, over a quarter of a second."""
+        """Steps per second of the fastest rank, measured over a quarter of a second."""
         before = {beat.rank: beat for beat in read(self.path)[1]}
         time.sleep(0.25)
         rates = [_pace(before[beat.rank], beat) for beat in read(self.path)[1] if beat.rank in before]

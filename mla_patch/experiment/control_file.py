@@ -1,14 +1,17 @@
-"""The control file: commands to a running engine, in a form that no torn write and no stranger can bend.
+"""The control file: commands to a running engine, safe against torn writes and against other users.
 
-    0      magic, version
-    64     128 cells of 32 bytes: rank, step, time, seen,    where each rank is, so that "later" can be said, and the
-           crc                                               newest command that it has read
-    8192   slot 0: generation, length, crc, JSON             written in turn: a torn write spoils the slot that
-    24576  slot 1: the same                                  is not in force, and the other still holds
+    offset  content
+    0       magic, version
+    64      128 cells of 32 bytes, one per rank: rank, step, time, sequence number of the newest command read, CRC
+    8192    slot 0: generation, length, CRC, JSON
+    24576   slot 1: the same
 
-It is read, never mapped: whoever truncates a mapped file kills its readers with SIGBUS. It is opened afresh for each
-look, so that one that was removed, replaced or handed to another owner is noticed, and a network file system shows
-what other nodes wrote.
+The two slots are written alternately, and the whole slot with the higher generation is valid. A torn write damages only
+the slot that was not valid before. The cells say how far each rank is, so that a writer can name a later step.
+
+The file is read, never mapped: truncating a mapped file kills its readers with SIGBUS. It is opened anew for each read.
+So a reader notices when the file has been removed, replaced or given to another owner, and on a network file system it
+sees what other nodes have written.
 """
 
 from __future__ import annotations
@@ -34,33 +37,33 @@ CELL, CELLS_AT, CELLS, CELL_BYTES = struct.Struct("<IQQQ"), 64, 128, 32
 SLOT, SLOTS_AT, SLOT_BYTES = struct.Struct("<QI"), 8192, 16384
 CRC = struct.Struct("<I")
 SIZE = SLOTS_AT + 2 * SLOT_BYTES
-NEVER = 1 << 62  # a step that does not come
-GONE = 10.0  # seconds without a beat, beside a rank that beats, after which one is not waited for
-WAIT = 2.0  # seconds that a writer waits for another
+NEVER = 1 << 62  # a step that no engine reaches
+GONE = 10.0  # seconds by which a rank's heartbeat may be older than the newest one; then the rank is not waited for
+WAIT = 2.0  # seconds that a writer waits for another writer
 KINDS = {
-    "start": "run the schedule as it was given, from its warmup on",
-    "ratio": "run the schedule with this share",
-    "arm": "run this arm, outside any comparison",
-    "stop": "run the host's",
-    "trip": "the breaker: run the host's for good",
+    "start": "run the schedule as configured, beginning with its warmup",
+    "ratio": "run the schedule with this ratio",
+    "arm": "run this arm, without comparing",
+    "stop": "run the engine's own kernel",
+    "trip": "written by a breaker: run the engine's own kernel for the rest of the process's life",
 }
 
 
 class ControlError(Exception):
-    """The file cannot be used; the text says why."""
+    """The file cannot be used. The text says why."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """From step ``at`` on, on all ranks."""
+    """What all ranks do with a feature from step ``at`` on."""
 
     feature: str
     kind: str
     at: int
-    seq: int
-    value: str | float | None = None  # the arm, the ratio
+    seq: int  # counts the commands of a file
+    value: str | float | None = None  # the arm's name, or the ratio
     reason: str = ""
-    by: str = ""
+    by: str = ""  # which process or rank wrote it
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -76,27 +79,29 @@ class Command:
 
 @dataclass(frozen=True)
 class Content:
-    """What the file says."""
+    """The content of a slot."""
 
     generation: int
-    about: dict[str, Any]  # written once by the engine: the run, its features and their arms
+    about: dict[str, Any]  # the run, its features and their arms; the engine writes it once
     commands: tuple[Command, ...]
 
 
 @dataclass(frozen=True)
 class Heartbeat:
+    """How far a rank is."""
+
     rank: int
     step: int
-    ns: int
+    ns: int  # when it said so, nanoseconds since 1970
     seen: int = 0  # the ``seq`` of the newest command that the rank has read and will obey
 
 
 def create(path: Path, about: dict[str, Any]) -> None:
-    """Make the file, whole at once; of several ranks that try, the first does.
+    """Create the file with its full content in one step. If several ranks try, the first one succeeds.
 
     Raises:
-        OSError: the directory is not ours alone, or cannot be written.
-        ControlError: more to say than there is room for.
+        OSError: the directory cannot be written, or somebody else owns it or may write to it.
+        ControlError: ``about`` does not fit.
     """
     blank = bytearray(SIZE)
     HEADER.pack_into(blank, 0, MAGIC, VERSION)
@@ -107,10 +112,10 @@ def create(path: Path, about: dict[str, Any]) -> None:
 
 @contextmanager
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """The file, after every check that needs no content.
+    """A descriptor of the file, once owner, mode, size and version have been checked.
 
     Raises:
-        ControlError: it is not a file that we made.
+        ControlError: the file cannot be opened, or a check has failed.
     """
     try:
         file = files.open_plain(path, flags)
@@ -134,7 +139,7 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 
 def _pack(content: Content) -> bytes:
-    """A slot; the oldest commands go where there is no room, the breaker's last."""
+    """The bytes of a slot. If there is no room, the oldest commands are dropped, those of breakers last."""
     commands = list(content.commands)
     while True:
         text = {"about": content.about, "commands": [asdict(command) for command in commands]}
@@ -143,12 +148,12 @@ def _pack(content: Content) -> bytes:
         if SLOT.size + CRC.size + len(data) <= SLOT_BYTES:
             return head + CRC.pack(zlib.crc32(head + data)) + data
         if not commands:
-            raise ControlError(f"{len(data)} bytes to say, room for {SLOT_BYTES}")
+            raise ControlError(f"{len(data)} bytes of content, expected at most {SLOT_BYTES}")
         commands.remove(next((c for c in commands if c.kind != "trip"), commands[0]))
 
 
 def _unpack(slot: bytes) -> Content | None:
-    """A slot's content, or None where it is torn, empty or nothing that we write."""
+    """The content of a slot, or None if it is torn or empty, or if mla-patch has not written it."""
     if len(slot) < SLOT.size + CRC.size:
         return None
     generation, length = SLOT.unpack_from(slot)
@@ -164,10 +169,10 @@ def _unpack(slot: bytes) -> Content | None:
 
 
 def content_of(file: int, path: Path) -> Content:
-    """The slot in force.
+    """The content of the valid slot.
 
     Raises:
-        ControlError: neither is whole.
+        ControlError: both slots are damaged.
     """
     slots = [_unpack(os.pread(file, SLOT_BYTES, SLOTS_AT + i * SLOT_BYTES)) for i in range(2)]
     whole = [slot for slot in slots if slot is not None]
@@ -177,17 +182,17 @@ def content_of(file: int, path: Path) -> Content:
 
 
 def read(path: Path) -> tuple[Content, list[Heartbeat]]:
-    """What the file says, and where the ranks are.
+    """The content of the file, and the heartbeats of the ranks.
 
     Raises:
-        ControlError: it cannot be trusted.
+        ControlError: the file cannot be trusted.
     """
     with opened(path) as file:
         return content_of(file, path), heartbeats_of(file)
 
 
 def heartbeats_of(file: int) -> list[Heartbeat]:
-    """The ranks that can be heard."""
+    """The heartbeats of all ranks that are not `GONE`."""
     data = os.pread(file, CELLS * CELL_BYTES, CELLS_AT)
     found = []
     for at in range(0, len(data) - CELL_BYTES + 1, CELL_BYTES):
@@ -199,13 +204,17 @@ def heartbeats_of(file: int) -> list[Heartbeat]:
 
 
 def beat(file: int, mine: Heartbeat) -> None:
-    """Say where this rank is, in its own cell."""
+    """Write this rank's heartbeat into its cell."""
     cell = CELL.pack(mine.rank, mine.step, mine.ns, mine.seen)
     os.pwrite(file, cell + CRC.pack(zlib.crc32(cell)), CELLS_AT + mine.rank % CELLS * CELL_BYTES)
 
 
 def publish(path: Path, make: Callable[[Content, list[Heartbeat]], Command]) -> Command:
-    """Add the command that ``make`` makes of what is there, with no other writer in between."""
+    """Add the command that ``make`` derives from the current content, while a lock keeps other writers out.
+
+    Raises:
+        ControlError: the file cannot be trusted, another process holds the lock, or ``make`` raises it.
+    """
     with opened(path, os.O_RDWR) as file:
         end = time.monotonic() + WAIT
         while True:

@@ -1,4 +1,4 @@
-"""A report as one HTML page: no script, nothing fetched, light and dark, and fit for paper."""
+"""Renders a report as one HTML page: no script, no external resources, light and dark, and fit for printing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mla_patch.experiment.analysis import MIN_GROUPS, RESOLUTION
 from mla_patch.experiment.schedule import HOST, PATCH
 from mla_patch.experiment.stats import ALPHA
 
-# the policy keeps even a mistake of ours from the network
+# the policy forbids every request, so that even a mistake in the page cannot reach the network
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -46,7 +46,7 @@ svg text.c0, svg text.c1, svg text.c2, svg text.c3 { stroke: none; fill: var(--c
 
 
 def report_html(report: Mapping[str, Any], processes: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page of one run: what `analysis.analyse` made, and the processes' own reports, if any."""
+    """The page of one run. ``report`` is what `analysis.analyse` returns, ``processes`` are the process reports."""
     title = f"Kernel experiment {report['run']}".strip()
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -67,29 +67,30 @@ def report_html(report: Mapping[str, Any], processes: Sequence[Mapping[str, Any]
 
 
 _READING = f"""<h2>How to read this</h2>
-<p>A ratio is the arm's time over the host's: below 1 is faster. Each group of blocks of steps ran every arm in balanced
-order; a group gives one ratio, the reported one is their trimmed mean, its 95% interval bootstrapped over the groups.
-&ldquo;Faster&rdquo; and &ldquo;slower&rdquo; need an interval that keeps {RESOLUTION:.1%} away from 1, and a
-signed-rank p below {ALPHA:g} after Holm's adjustment for all comparisons of this page: where no arm differs, at most
+<p>A ratio is the arm's time divided by the time of <code>host</code>, the engine's own kernel: below 1 is faster. Times
+are of whole steps, not of the kernels alone. Each group of blocks of steps ran every arm in a balanced order and gives
+one ratio. The reported ratio is their trimmed mean, and its 95% interval is bootstrapped over the groups.</p>
+<p>&ldquo;Faster&rdquo; and &ldquo;slower&rdquo; need an interval that keeps {RESOLUTION:.1%} away from 1, and a
+signed-rank p value below {ALPHA:g} after Holm's adjustment for all comparisons on this page: if no arm differs, at most
 one page in {1 / ALPHA:.0f} names a difference. Fewer than {MIN_GROUPS} groups give no verdict. &ldquo;No difference
-found&rdquo; is no proof of none: the interval tells what size would have gone unseen. &ldquo;Drifting&rdquo;: the
-ratio was another one in each half of the run. All this is said of one look; who looks again and again until a verdict
-comes will see false ones more often. Ratios are of whole steps, not of the kernels alone.</p>"""
+found&rdquo; does not prove that there is none: the interval shows how large an unseen difference can be.
+&ldquo;Drifting&rdquo; means that the ratio changed between the two halves of the run. All of this holds for one look.
+Somebody who looks repeatedly until a verdict appears will see false ones more often.</p>"""
 
 
 def _summary(report: Mapping[str, Any]) -> str:
     parts = [
         f"{report['steps']} steps of {len(report['ranks'])} rank(s)",
-        f"{report['outside']} outside any comparison",
+        f"{report['outside']} in no comparison",
     ]
-    parts += [f"{report['differed']} on which ranks differed, left out"] if report["differed"] else []
+    parts += [f"{report['differed']} left out because the ranks ran different arms"] if report["differed"] else []
     parts += [f"{report['lost']} rows lost"] if report["lost"] else []
     parts += [f"{report['damaged']} damaged lines dropped"] if report["damaged"] else []
     return "; ".join(parts) + "."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], classes: Mapping[str, str] | None = None) -> str:
-    """Numbers to the right; ``classes`` by cell text."""
+    """A table with numbers aligned to the right. ``classes`` maps the text of a cell to its CSS class."""
 
     def cell(value: Any) -> str:
         text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
@@ -111,7 +112,7 @@ def _is_number(value: Any) -> bool:
 
 def _verdicts(comparisons: Sequence[Mapping[str, Any]]) -> str:
     if not comparisons:
-        return "<h2>Verdicts</h2><p>No step of these records belongs to a comparison.</p>"
+        return "<h2>Verdicts</h2><p>No recorded step is part of a comparison.</p>"
     comparisons, few = analysis.by_groups(comparisons)
     rest = f'<p class="note">{escape(analysis.in_few_groups(few))}</p>' if few else ""
     if not comparisons:
@@ -148,7 +149,7 @@ def _colours(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _ratios(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """Each ratio with its interval, against 1."""
+    """A plot of all ratios with their intervals, beside a line at 1."""
     shown = [one for one in comparisons if one["interval"]]
     if not shown:
         return ""
@@ -171,7 +172,7 @@ def _ratios(comparisons: Sequence[Mapping[str, Any]]) -> str:
         parts.append(svg.line(low, y, high, y, kind) + svg.dot(ratio, y, kind, one["text"]))
         parts.append(svg.says(right + 12, y + 4, f"{one['ratio']:.3f}  {one['verdict']}", "start", "ink"))
     plot = svg.plot(880, height, "Ratio of times with interval, by bucket", parts)
-    caption = f"Arm's time over {HOST}'s, 95% interval; left of 1 is faster."
+    caption = f"The arm's time divided by that of {HOST}, with 95% intervals; left of 1 is faster."
     return f"<h2>Ratio of times</h2>{_figure(plot, caption)}"
 
 
@@ -180,7 +181,7 @@ def _figure(plot: str, caption: str) -> str:
 
 
 def _latencies(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """Step time by context, one panel per feature, mode and batch size."""
+    """Plots of step time by context length, one panel per feature, mode and batch size."""
     panels: dict[tuple[str, str, int], dict[str, dict[int, float]]] = {}
     for one in comparisons:
         mode, batch, context = _split(one["bucket"])
@@ -227,12 +228,12 @@ def _shadow(shadow: Sequence[Mapping[str, Any]], tolerance: float | None) -> str
         for one in shadow
     ]
     plots = "".join(_errors(one, tolerance) for one in shadow if one["over_time"])
-    note = "Both arms on the same inputs; relative Frobenius error."
+    note = "Both arms ran on the same inputs. Errors are relative, in the Frobenius norm."
     return f'<h2>Shadow checks</h2><p class="note">{note}</p>{_table(head, rows)}{plots}'
 
 
 def _errors(one: Mapping[str, Any], tolerance: float | None) -> str:
-    """The worst error over time, on a logarithmic scale."""
+    """A plot of the worst errors over the steps, on a logarithmic scale."""
     points = [(step, max(error, 1e-9)) for step, error in one["over_time"]]
     values = [error for _, error in points] + ([tolerance] if tolerance else [])
     low = 10 ** math.floor(math.log10(min(values)))
@@ -272,7 +273,7 @@ def _notes(notes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _patched(processes: Sequence[Mapping[str, Any]]) -> str:
-    """What was patched where, as the processes tell it."""
+    """A table of the entry points that were replaced, from the process reports."""
     rows = []
     for process in processes:
         for feature in process.get("features", ()):
@@ -286,4 +287,4 @@ def _patched(processes: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     head = ["engine", "process", "feature", "state", "entry point", "served by", "served", "captured", "replayed"]
-    return "<h2>What was patched where</h2>" + _table(head, rows)
+    return "<h2>What was replaced where</h2>" + _table(head, rows)

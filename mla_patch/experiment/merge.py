@@ -1,4 +1,7 @@
-"""What the processes of a run have recorded, as one: torn lines dropped, steps on which ranks differed left out."""
+"""Reads the records of all ranks and merges them into one run.
+
+Damaged lines are dropped and counted. Steps on which the ranks ran different arms are left out and counted.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +19,36 @@ from mla_patch.experiment.record import DRAFT, FORMAT, KINDS, OLD, SUFFIX, TYPES
 
 @dataclass
 class Log:
-    """One process's rows, as far as they can be read."""
+    """The records of one process, as far as they can be read."""
 
     header: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
-    damaged: int = 0  # lines that are no row
-    lost: int = 0  # rows that the process says it could not write
+    damaged: int = 0  # lines that are not valid rows
+    lost: int = 0  # rows that the process could not write, by its own count
 
 
 @dataclass
 class Merged:
-    """All ranks of one run."""
+    """The records of all ranks of one run."""
 
     run: str
-    timings: list[Timing] = field(default_factory=list)  # the lowest rank's: in a collective the others wait for it
+    timings: list[Timing] = field(default_factory=list)  # of the lowest rank: collectives make the ranks keep pace
     errors: list[Error] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
-    differed: int = 0  # steps on which the ranks' arms were not the same, left out
+    differed: int = 0  # steps that were left out because the ranks ran different arms
     damaged: int = 0
     lost: int = 0
-    header: dict[str, Any] = field(default_factory=dict)  # the lowest rank's
-    last: dict[int, int] = field(default_factory=dict)  # rank -> the last step of which it has a time
+    header: dict[str, Any] = field(default_factory=dict)  # of the lowest rank
+    last: dict[int, int] = field(default_factory=dict)  # rank -> the last step for which it has a time
 
 
 def read_log(path: Path) -> Log:
-    """One process: the older half, if there is one, then the newer.
+    """Read the records of one process: the older file, if there is one, then the newer.
 
     Raises:
-        OSError: a half is no plain file, or cannot be read.
-        ValueError: it has no header of ours.
+        OSError: one of them is not a plain file, or cannot be read.
+        ValueError: there is no header in a format that this version reads.
     """
     found: Log | None = None
     older = path.with_name(path.name.replace(SUFFIX, OLD))
@@ -59,12 +62,12 @@ def read_log(path: Path) -> Log:
 
 
 def _take(log: Log | None, line: str) -> Log | None:
-    """Add one line to ``log``, which the first header makes."""
+    """Add one line to ``log``. The first header creates the log; lines before it are dropped."""
     text = line.strip("\n")
     if not text:
         return log
     try:
-        value = files.parse(text, finite=False) if line.endswith("\n") else None  # the last one, torn
+        value = files.parse(text, finite=False) if line.endswith("\n") else None  # else the last line, torn
     except ValueError:
         value = None
     if isinstance(value, dict) and _is_header(value):
@@ -81,7 +84,7 @@ def _take(log: Log | None, line: str) -> Log | None:
 
 
 def _is_header(value: dict[str, Any]) -> bool:
-    """What is read of it later is there in its type, or not there."""
+    """Whether ``value`` is a header in which every key that we read later is absent or has the right type."""
     types: dict[str, Any] = {"run": str, "started": (int, float), "tolerance": dict}
     fits = all(isinstance(value[name], kind) for name, kind in types.items() if name in value)
     numbers = [value.get("started", 1), *value.get("tolerance", {}).values()] if fits else []
@@ -95,7 +98,7 @@ def _fits(value: list[Any]) -> bool:
 
 
 def read_runs(directory: Path) -> tuple[list[Merged], list[str]]:
-    """Every run whose records lie in ``directory``, and what could not be read, each with the reason."""
+    """Every run that has records in ``directory``, and a line about each file that could not be read."""
     runs: dict[str, list[Log]] = {}
     problems = []
     for path in sorted(directory.glob(f"*{SUFFIX}")):
@@ -108,11 +111,11 @@ def read_runs(directory: Path) -> tuple[list[Merged], list[str]]:
 
 
 def merge(run: str, logs: Iterable[Log]) -> Merged:
-    """One run's ranks as one."""
+    """Merge the records of one run's ranks."""
     logs = sorted(logs, key=lambda log: log.header["rank"])
     merged = Merged(run, ranks=[log.header["rank"] for log in logs])
     merged.header = logs[0].header if logs else {}
-    arms: dict[tuple[int, str, bool], str] = {}  # step, feature, whether of a draft model -> arm
+    arms: dict[tuple[int, str, bool], str] = {}  # (step, feature, whether a draft model ran it) -> arm
     differed: set[int] = set()
     for log in logs:
         merged.last[log.header["rank"]] = max((row.step for row in log.rows if isinstance(row, Timing)), default=0)
@@ -124,7 +127,7 @@ def merge(run: str, logs: Iterable[Log]) -> Merged:
             elif isinstance(row, Note):
                 merged.notes.append(row)
             elif arms.setdefault((row.step, row.feature, row.bucket.startswith(DRAFT)), row.arm) != row.arm:
-                differed.add(row.step)  # of one feature: no comparison can use the step
+                differed.add(row.step)  # for all features: the step's time is not of one arm
     lowest = logs[0].rows if logs else []
     merged.timings = [row for row in lowest if isinstance(row, Timing) and row.step not in differed]
     merged.differed = len(differed)

@@ -1,7 +1,8 @@
-"""What an experiment counts, for an engine that exposes Prometheus metrics.
+"""Prometheus metrics of an experiment, for an engine that exposes metrics.
 
-Engines with several processes set PROMETHEUS_MULTIPROC_DIR; where it is set and prometheus_client is installed, ours go
-there too, and the engine's own endpoint shows them. The step path appends to a bounded queue; a thread does the rest.
+Engines with several processes set PROMETHEUS_MULTIPROC_DIR. If it is set and prometheus_client is installed, our
+metrics go to the same directory, and the engine's own endpoint shows them. The engine's thread only appends to a
+bounded queue; a thread of ours does the rest.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ log = logging.getLogger("mla_patch")
 VARIABLES = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 ERRORS = (1e-5, 1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 1)
-ROWS = 8192  # not yet counted; beyond, the oldest go
+ROWS = 8192  # rows that may wait to be counted; when there are more, the oldest are dropped
 
 
 class Metrics:
-    """This process's. ``add`` is for the step path, ``count`` for a thread."""
+    """The metrics of this process. ``add`` is for the engine's thread, ``count`` for a thread of ours."""
 
     def __init__(self, client: Any, registry: Any = None) -> None:
         more = {} if registry is None else {"registry": registry}
@@ -35,8 +36,12 @@ class Metrics:
         self._error = client.Histogram(
             "mla_patch_shadow_error", "Relative error of a shadow comparison", ("feature",), buckets=ERRORS, **more
         )
-        self._nan = client.Counter("mla_patch_shadow_nan", "Elements that are NaN in ours alone", ("feature",), **more)
-        self._trips = client.Counter("mla_patch_breaker_trips", "Features sent back to the host", ("feature",), **more)
+        self._nan = client.Counter(
+            "mla_patch_shadow_nan", "Elements that are NaN or infinite in our result alone", ("feature",), **more
+        )
+        self._trips = client.Counter(
+            "mla_patch_breaker_trips", "Features sent back to the engine's kernel", ("feature",), **more
+        )
         self._rows: deque[Row] = deque(maxlen=ROWS)
 
     def add(self, row: Row) -> None:
@@ -55,11 +60,11 @@ class Metrics:
                 self._trips.labels(row.feature).inc()
 
 
-_made: Metrics | None = None  # a name can be registered once in a process
+_made: Metrics | None = None  # prometheus_client accepts each name once per process
 
 
 def metrics() -> Metrics | None:
-    """Where the engine exposes metrics, this process's; None elsewhere."""
+    """The metrics of this process, or None if the engine exposes none."""
     global _made
     if _made is None and any(os.environ.get(name) for name in VARIABLES):
         try:

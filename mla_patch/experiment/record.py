@@ -1,15 +1,16 @@
-"""What each process keeps of an experiment: rows of JSON, appended by a thread, bounded in size.
+"""The records that each process writes during an experiment: lines of JSON, appended by a thread, bounded in size.
 
-    <process>.steps.jsonl       {"format": 1, "run": ..., "rank": ...}     a header, then one row a line:
-                                ["t", step, feature, arm, block, group, bucket, us]
-                                ["e", step, feature, tag, max_abs, relative, nan]
-                                ["n", step, feature, what, text]
-                                ["lost", rows]
-    <process>.steps.old.jsonl   the half before it; in both, about 350000 steps
+    <process>.steps.jsonl       a header, then one row per line:
+                                {"format": 1, "run": ..., "rank": ...}
+                                ["t", step, feature, arm, block, group, bucket, us]    `Timing`
+                                ["e", step, feature, tag, max_abs, relative, nan]      `Error`
+                                ["n", step, feature, what, text]                       `Note`
+                                ["lost", rows]                                         rows lost so far
+    <process>.steps.old.jsonl   the rows before those; both files together hold about 350000 steps
 
-The step path appends to a bounded deque and nothing else. What cannot be written is counted, never raised:
-a full disk, a removed directory or a broken file costs rows, and the next write starts on a line of its own.
-What has been added by a normal exit is written then. `merge` reads them.
+The engine's thread only appends to a bounded queue. Rows that cannot be written (a full disk, a removed directory, a
+damaged file) are counted, no exception is raised, and the next write begins a new line. At a normal exit the remaining
+rows are written. `merge` reads the files.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from mla_patch.at_exit import AtExit
 log = logging.getLogger("mla_patch")
 FORMAT = 1
 SUFFIX, OLD = ".steps.jsonl", ".steps.old.jsonl"
-DRAFT = "draft"  # how the buckets of draft models' decodes begin
+DRAFT = "draft"  # the buckets of draft models' decode steps begin with it
 INTERVAL = 0.25  # seconds between two writes
 EXIT_WAIT = 1.0  # seconds that a normal exit waits for the last write
 
 
 class Timing(NamedTuple):
-    """What one step cost."""
+    """The device time of one step, and what it ran."""
 
     step: int
     feature: str
@@ -46,18 +47,18 @@ class Timing(NamedTuple):
 
 
 class Error(NamedTuple):
-    """How far the arms were apart on one shadow step, in one layer."""
+    """How far our result differed from the engine's in one layer of one shadow step."""
 
     step: int
     feature: str
     tag: int  # the layer
     max_abs: float
-    relative: float  # Frobenius norm of the difference over the host's
-    nan: int  # elements that are NaN or infinite in our result alone
+    relative: float  # Frobenius norm of the difference, divided by that of the engine's result
+    nan: int  # elements that are NaN or infinite in our result and finite in the engine's
 
 
 class Note(NamedTuple):
-    """Something that happened: the breaker, a command."""
+    """An event: a breaker tripped, a command was obeyed, rows were lost."""
 
     step: int
     feature: str
@@ -75,27 +76,27 @@ _LETTERS = {kind: letter for letter, kind in KINDS.items()}
 
 
 def bucket(mode: str, batch: int, context: int) -> str:
-    """The class of steps that a step is compared within: ``graph/16/8192``.
+    """The name of the class of steps that a step is compared with, such as ``graph/16/8192``.
 
-    ``mode`` is ``graph``, ``eager`` or ``prefill``, for a draft model's decode ``draft`` (all its steps in one graph)
-    or ``draft-eager`` (one step); they are never mixed. ``batch`` and ``context`` (the mean of the requests') go up to
-    the next power of two, as graphs' batch sizes mostly do by themselves.
+    ``mode`` is ``graph``, ``eager`` or ``prefill``; for a draft model's decode it is ``draft`` (all steps of a draft in
+    one graph) or ``draft-eager`` (one step). ``batch`` (requests) and ``context`` (mean tokens per request) are rounded
+    up to powers of two.
     """
     return f"{mode}/{1 << max(batch - 1, 0).bit_length()}/{1 << max(context - 1, 0).bit_length()}"
 
 
 class Recorder:
-    """Keeps one process's rows. ``add`` is for the step path; everything else happens in a thread."""
+    """Writes the rows of one process. ``add`` is for the engine's thread; everything else happens in our own thread."""
 
     def __init__(self, path: Path, header: dict[str, Any], *, limit: int = 32 << 20, capacity: int = 65536) -> None:
-        """``path`` without suffix; ``limit`` in bytes for both halves, ``capacity`` in rows not yet written."""
+        """``path``: without suffix. ``limit``: bytes of both files. ``capacity``: rows that may wait to be written."""
         self.path = path.with_name(path.name + SUFFIX)
         self.header = {"format": FORMAT, **header}
         self.limit = limit
         self.capacity = capacity
-        self._refused = 0  # rows for which the queue had no room: counted on the step path
-        self._gone = 0  # rows that could not be written, or were and are gone: counted by the writer
-        self._told = 0  # what the file says of both
+        self._refused = 0  # rows for which the queue had no room; counted by the engine's thread
+        self._gone = 0  # rows that could not be written, or whose file was removed; counted by our thread
+        self._told = 0  # the number of lost rows that the file states
         self._queue: deque[Row] = deque()
         self._file = -1
         self._size = self._rows = 0
@@ -108,17 +109,18 @@ class Recorder:
 
     @property
     def lost(self) -> int:
-        """Rows that no file will have."""
+        """Rows that no file has or will have."""
         return self._refused + self._gone
 
     def add(self, row: Row) -> None:
+        """Queue a row; never waits."""
         if len(self._queue) >= self.capacity:
             self._refused += 1
         else:
             self._queue.append(row)
 
     def flush(self) -> None:
-        """Write what there is; never raises."""
+        """Write all queued rows. Never raises."""
         with self._lock:
             rows = [self._queue.popleft() for _ in range(len(self._queue))]
             try:
@@ -136,7 +138,7 @@ class Recorder:
         self.flush()
 
     def _leave(self) -> None:
-        """At a normal exit: the thread writes the rest, and may hang in a dead file system."""
+        """At a normal exit: let the thread write the rest, but do not wait long, since its file system may hang."""
         self._stop.set()
         self._thread.join(EXIT_WAIT)
 
@@ -172,18 +174,18 @@ class Recorder:
     def _open(self) -> None:
         header = json.dumps(self.header).encode() + b"\n"
         try:
-            new = files.create(self.path, header)  # whoever reads it finds a header, however early
-        except OSError:  # a file system without links, or what the next line says better
+            new = files.create(self.path, header)  # with its header, so that no reader finds the file without one
+        except OSError:  # a file system without hard links, or a problem of which the next line raises a better error
             new = False
         self._file = files.open_ours(self.path, os.O_WRONLY | os.O_APPEND)
         self._size = os.fstat(self._file).st_size
         self._rows = self._told = 0
         if not new:
-            # what a failed write has left stays on a line of its own
+            # end the line that a failed write may have left incomplete
             self._put(b"\n" * (self._size > 0) + header)
 
     def _put(self, data: bytes) -> None:
-        while data:  # a disk that fills up takes a part, then raises
+        while data:  # a disk that fills up takes part of the data, then raises
             done = os.write(self._file, data)
             self._size += done
             data = data[done:]

@@ -1,13 +1,17 @@
-"""Which arm runs a step: blocks of steps in balanced order, drawn from the seed and the step number alone.
+"""Maps step numbers to arms: blocks of steps in a balanced random order, drawn from the seed and the step number alone.
 
-    ratio 0.5    groups of an order and its mirror, every arm equally often: ABBA or BAAB, ABCCBA, ...
-    other        groups of ten blocks, mirrored as far as the numbers allow; longer below 0.1 and above 0.9,
-                 so that no group lacks an arm. Compared are as many blocks of the one arm as of the other, drawn
-                 with the order; the rest carries its share of the traffic and is in no comparison
+A block is a run of consecutive steps on one arm. A group is a few blocks that together give one comparison.
 
-Nothing is carried from one step to the next, so every rank picks the same arm with no communication, also
-one that starts late. What drifts in a straight line hits both arms of a mirrored group alike; what does not
-is noise, not bias, since each group's order is a fresh draw.
+    ratio 0.5      A group is a random order of the arms followed by its mirror image, so that every arm has as many
+                   blocks as every other: ABBA or BAAB with two arms, ABCCBA with three.
+    other ratios   A group has ten blocks, or more if the ratio is below 0.1 or above 0.9, so that no group lacks an
+                   arm. The order is mirrored as far as the numbers of blocks allow. Equal numbers of blocks of both
+                   arms are compared; which ones is drawn with the order. The other blocks only carry their share of
+                   the traffic.
+
+The schedule keeps no state from step to step. So all ranks choose the same arm without communication, and so does a
+rank that starts late. A linear drift affects both arms of a mirrored group equally. Any other drift adds noise but no
+bias, because the order of each group is drawn independently.
 """
 
 from __future__ import annotations
@@ -20,15 +24,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 HOST, PATCH = "host", "patch"
-AGAIN = "host-again"  # the host's code under another name: (HOST, AGAIN) is the A/A self-check
-SHADOW = "shadow"  # the host's, with the first of the others beside it on the same inputs
-_WHOLE = 10**6
-MIN_STEPS = 4  # of a bucket in a block, for their median to count in a comparison
-OUTSIDE = -1  # the block of a step that is in no comparison
+AGAIN = "host-again"  # the engine's code under a second name: (HOST, AGAIN) is the A/A self-check
+SHADOW = "shadow"  # the engine's code, and beside it the first other arm on the same inputs
+_WHOLE = 10**6  # ratios are counted in millionths, so that sums are exact
+MIN_STEPS = 4  # steps that a block must have in a bucket for their median to be compared
+NOT_COMPARED = -1  # stands for the block and the group of a step that no comparison uses
 
 
-class Turn(NamedTuple):
-    """What one step runs. Blocks and groups are named by their first steps, which no change of plan repeats."""
+class Assignment(NamedTuple):
+    """What one step runs.
+
+    ``block`` and ``group`` are the numbers of their first steps, so they stay unique when the plan changes.
+    """
 
     arm: str
     block: int
@@ -37,16 +44,16 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a schedule is drawn from."""
+    """The parameters that determine a schedule."""
 
-    block: int = 64  # steps
-    ratio: float = 0.5  # share of the arms after the first, together; 0.5: every arm equally often
+    block: int = 64  # steps in a block
+    ratio: float = 0.5  # share of steps on all arms but the first; 0.5 means that every arm runs equally often
     seed: int = 0
     warmup: int = 128  # steps on the first arm before the first block
     arms: tuple[str, ...] = (HOST, PATCH)
-    draft: bool = False  # draft models' decode steps run the arm, too
-    start: int = 0  # step from which warmup counts; earlier ones run the first arm
-    salt: str = ""  # the feature's name: features under test at the same time get independent orders
+    draft: bool = False  # whether decode steps of draft models run the arm, too
+    start: int = 0  # step at which the warmup begins; earlier steps run the first arm
+    salt: str = ""  # the feature's name, so that features tested at the same time get independent orders
 
     def __post_init__(self) -> None:
         for name, (_, good, accepted) in _AB.items():
@@ -56,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which steps run both arms, and which error is too large."""
+    """Which steps run both arms on the same inputs, and which error is too large."""
 
     every: int = 64
     tolerance: float = 0.02  # relative Frobenius error
@@ -68,40 +75,45 @@ class Sampling:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {accepted}")
 
     def due(self, step: int) -> bool:
-        """One step in each ``every``, at a place drawn anew, lest it always meets the same step of a block."""
+        """Whether ``step`` is sampled: one step at a random place of every window of ``every`` steps.
+
+        A fixed place would always meet the same step of a block.
+        """
         window, place = divmod(step, self.every)
         return place == _draw(self.seed, "shadow", window) % self.every
 
 
 class Schedule:
-    """Step number -> turn. Cheap within a block, one hash at its first step."""
+    """Maps step numbers to assignments. The first step of a group costs one hash, other steps cost less."""
 
-    __slots__ = ("_group", "_order", "_share", "_since", "_turn", "_until", "plan", "size")
+    __slots__ = ("_group", "_now", "_order", "_share", "_since", "_until", "plan", "size")
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         tried = len(plan.arms) - 1
-        self._share = min(max(round(plan.ratio * _WHOLE), 1), _WHOLE - 1)  # in whole numbers, for exact sums
+        self._share = min(max(round(plan.ratio * _WHOLE), 1), _WHOLE - 1)  # of the ratio, in millionths
         if plan.ratio == 0.5:
             self.size = 2 * len(plan.arms)  # blocks in a group
         else:
             size = max(10, -(-tried * _WHOLE // self._share), -(-_WHOLE // (_WHOLE - self._share)))
-            self.size = size + size % 2  # even, so that a mirror has no middle
+            self.size = size + size % 2  # even, so that a mirrored order has no middle block
         self._group = -1
-        self._order: list[tuple[str, bool]] = []  # of the blocks of a group: arm, compared
-        self._since, self._until, self._turn = 0, 0, Turn(plan.arms[0], OUTSIDE, OUTSIDE)  # the cache, empty
+        self._order: list[tuple[str, bool]] = []  # arm and whether it is compared, for each block of the group
+        # the assignment of the steps from _since to before _until; none yet
+        self._since = self._until = 0
+        self._now = Assignment(plan.arms[0], NOT_COMPARED, NOT_COMPARED)
 
-    def turn(self, step: int) -> Turn:
+    def assignment(self, step: int) -> Assignment:
         if self._since <= step < self._until:
-            return self._turn
+            return self._now
         return self._find(step)
 
-    def _find(self, step: int) -> Turn:
+    def _find(self, step: int) -> Assignment:
         plan = self.plan
         first = plan.start + plan.warmup
         if step < first:
-            self._since, self._until, self._turn = step, first, Turn(plan.arms[0], OUTSIDE, OUTSIDE)
-            return self._turn
+            self._since, self._until, self._now = step, first, Assignment(plan.arms[0], NOT_COMPARED, NOT_COMPARED)
+            return self._now
         block = (step - first) // plan.block
         group, place = divmod(block, self.size)
         if group != self._group:
@@ -110,8 +122,8 @@ class Schedule:
         self._until = self._since + plan.block
         arm, compared = self._order[place]
         start = first + group * self.size * plan.block
-        self._turn = Turn(arm, self._since, start) if compared else Turn(arm, OUTSIDE, OUTSIDE)
-        return self._turn
+        self._now = Assignment(arm, self._since, start) if compared else Assignment(arm, NOT_COMPARED, NOT_COMPARED)
+        return self._now
 
     def _draw_order(self, group: int) -> list[tuple[str, bool]]:
         plan = self.plan
@@ -119,7 +131,8 @@ class Schedule:
         if plan.ratio == 0.5:
             order, _ = _shuffled(plan.arms, bits)
             return [(arm, True) for arm in (*order, *order[::-1])]
-        # whole blocks in each group; what is left over goes to later groups
+        # Blocks on other arms than the first in all groups before this one, and with this one. Each group has a whole
+        # number of them. The remainder is carried to later groups.
         before, after = (number * self._share * self.size // _WHOLE for number in (group, group + 1))
         pairs, bits = _shuffled(tuple((i, self.size - 1 - i) for i in range(self.size // 2)), bits)
         places: list[int] = []
@@ -131,18 +144,19 @@ class Schedule:
         fewer = min(count, self.size - count)
         for i, place in enumerate(places):
             tried = plan.arms[1 + (before + i) % (len(plan.arms) - 1)]
-            # around the border, so that which arm got which of these places is a fair coin
+            # The compared blocks lie around the border between the two kinds. Which kind got which of these places is
+            # then a fair coin toss, which the test in `analysis` needs.
             turns[place] = (tried if i < count else plan.arms[0], count - fewer <= i < count + fewer)
         return turns
 
 
 def _draw(seed: int, salt: str, number: int) -> int:
-    """256 bits, the same on every machine and in every Python."""
+    """256 random bits, the same on every machine and in every version of Python."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{salt}/{number}".encode()).digest(), "little")
 
 
 def _shuffled(items: tuple, bits: int) -> tuple[list, int]:
-    """Fisher and Yates, and the bits that it left."""
+    """The items in an order drawn from ``bits`` (Fisher-Yates), and the bits that were not used."""
     items_ = list(items)
     for last in range(len(items_) - 1, 0, -1):
         bits, other = divmod(bits, last + 1)
@@ -150,7 +164,7 @@ def _shuffled(items: tuple, bits: int) -> tuple[list, int]:
     return items_, bits
 
 
-_Key = tuple[Callable[[str], Any], Callable[[Any], bool], str]
+_Key = tuple[Callable[[str], Any], Callable[[Any], bool], str]  # how to read it, whether it is valid, what is valid
 _AB: dict[str, _Key] = {
     "block": (int, lambda v: v >= 1, "a whole number, 1 or more"),
     "ratio": (float, lambda v: 0 < v < 1, "a number between 0 and 1"),
@@ -170,7 +184,7 @@ _SHADOW: dict[str, _Key] = {
 
 
 def parse_ab(text: str, arms: tuple[str, ...] = (HOST, PATCH)) -> Plan:
-    """``MLA_PATCH_AB``'s value; ``arms`` are those of a text that names none.
+    """Parse the value of ``MLA_PATCH_AB``. ``arms`` are used if the text names none.
 
     Raises:
         ValueError: names the key, what was found and what is accepted.
@@ -179,7 +193,7 @@ def parse_ab(text: str, arms: tuple[str, ...] = (HOST, PATCH)) -> Plan:
 
 
 def parse_shadow(text: str) -> Sampling:
-    """``MLA_PATCH_SHADOW``'s value, as `parse_ab`."""
+    """Parse the value of ``MLA_PATCH_SHADOW``. Raises as `parse_ab`."""
     return Sampling(**_parse(text, _SHADOW))
 
 

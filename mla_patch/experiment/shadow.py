@@ -1,16 +1,21 @@
-"""How far two arms are apart, reduced on the device and fetched without a sync.
+"""Measures how far the results of two arms differ: reduced on the device, fetched without a sync.
 
-    rows   [slots, 7] float64   sequence, step, tag, max abs d, norm of d, norm of the host, elements bad in ours
-    count  [1] int64            rows written so far, on the device: a replayed graph writes on where it left off
-    step   [1] float64          set before the step, outside any graph
+Tensors of a `Ring`, all on the device:
 
-d is ours less the host's where both are finite. An element is bad where ours is NaN or infinite and the host's is
-not; where the host's is not finite, nothing is said.
+    rows   [slots, 7] float64   sequence number, step, tag (the layer), max |d|, norm of d, norm of the engine's result,
+                                number of bad elements
+    count  [1] int64            rows written so far; on the device, so that a replayed graph continues the count
+    step   [1] float64          written before the step, outside any graph
 
-A comparison allocates by shapes alone and can be captured. `Drain` copies rows and count to pinned memory on a
-stream of its own, the count before and after: rows below the first count are whole, and those which the second
-count says may be overwritten are dropped. Its ``poll`` is for the step path, not for a thread, since asking after
-an event spoils a graph that another thread captures; ``take`` touches no device and is for a thread.
+d is our result minus the engine's, over the elements in which both are finite; norms are Frobenius norms. An element is
+bad if it is NaN or infinite in our result and finite in the engine's. Elements that are not finite in the engine's
+result are ignored.
+
+A comparison allocates by shapes alone, so it can be captured in a CUDA graph. A `Drain` copies the rows to pinned
+memory on a side stream, and the count both before and after them. Rows below the first count are complete. Rows that
+may have been overwritten according to the second count are dropped. ``Drain.poll`` must be called from the engine's
+thread, because querying an event invalidates a graph that another thread is capturing. ``Drain.take`` does not touch
+the device and may be called from any thread.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ _, STEP, TAG, MAX_ABS, DIFF, REF, BAD = range(7)
 
 
 class Ring:
-    """Where one feature's comparisons go on one device."""
+    """A ring buffer on one device for the comparisons of one feature."""
 
     def __init__(self, device: Any, slots: int = 1024) -> None:
         import torch
@@ -38,21 +43,23 @@ class Ring:
         self.rows = torch.zeros(slots, 7, dtype=torch.float64, device=device)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.float64, device=device)
-        self.ended = 0  # shadow steps
+        self.ended = 0  # shadow steps so far
 
     def begin(self, step: int) -> None:
-        """Before a shadow step, eager or replayed."""
+        """Call before a shadow step, eager or replayed."""
         self.step.fill_(step)
 
     def end(self) -> None:
-        """After it; the drain then has something to fetch."""
+        """Call after a shadow step. The drain then has something to fetch."""
         self.ended += 1
 
     def compare(self, host: torch.Tensor, ours: torch.Tensor, tag: int = 0) -> None:
-        """Write one row. What a graph's batch is padded with is compared, too: both arms have computed it.
+        """Compare two results and write one row.
+
+        Padding of a graph's batch is compared as well, since both arms have computed it.
 
         Raises:
-            ValueError: shapes that differ.
+            ValueError: the shapes differ.
         """
         import torch
 
@@ -78,25 +85,25 @@ class Ring:
 
 
 class _Now:
-    """The event of a device that has done everything when it returns."""
+    """An event for the CPU, where a copy is complete when it returns."""
 
     def query(self) -> bool:
         return True
 
 
 class Drain:
-    """Fetches a ring's rows: ``poll`` at each step, ``take`` wherever they are wanted."""
+    """Fetches the rows of a ring: call ``poll`` at every step, and ``take`` when you want the rows."""
 
     def __init__(
         self, ring: Ring, feature: str, *, capturing: Callable[[], bool] = gpu.capturing, copy: Any = None
     ) -> None:
-        """``copy(targets, sources) -> event``: for tests; as it is, a copy on a side stream."""
+        """``copy(targets, sources) -> event`` replaces the copy on a side stream, for tests."""
         import torch
 
         self.ring = ring
         self.feature = feature
-        self.lost = 0  # rows that were overwritten before they were fetched
-        self.problem = ""
+        self.lost = 0  # rows overwritten before they were fetched
+        self.problem = ""  # the last error of the device
         cuda = ring.rows.is_cuda
         self._host = [
             torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=cuda)
@@ -106,12 +113,12 @@ class Drain:
         self._copy = copy or (self._copy_aside if cuda else _copy_now)
         self._capturing = capturing
         self._event: Any = None
-        self._ready = False
-        self._fetched = 0  # shadow steps that are on their way or taken
-        self._next = 0  # the row to take next
+        self._ready = False  # whether a copy has arrived that ``take`` has not read
+        self._fetched = 0  # shadow steps of which a copy was started
+        self._next = 0  # sequence number of the next row to take
 
     def poll(self) -> None:
-        """Start a copy, or see whether one has arrived; waits for nothing, never raises."""
+        """Start a copy, or check whether one has arrived. Never waits and never raises."""
         if self._ready or (self._event is None and self._fetched == self.ring.ended) or self._capturing():
             return
         try:
@@ -121,7 +128,7 @@ class Drain:
                 self._event = self._copy(self._host, (ring.count, ring.rows, ring.count))
             elif self._event.query():
                 self._event, self._ready = None, True
-        except Exception as problem:  # the device's error is the engine's to raise
+        except Exception as problem:  # an error of the device: the engine meets it as well and raises it
             self._event, self.problem = None, repr(problem)
 
     def _copy_aside(self, targets: list[torch.Tensor], sources: tuple[torch.Tensor, ...]) -> Any:
@@ -137,12 +144,12 @@ class Drain:
         return event
 
     def take(self) -> list[Error]:
-        """The comparisons that have arrived, oldest first."""
+        """The comparisons that have arrived and were not taken before, oldest first."""
         if not self._ready:
             return []
         before, table, after = self._host
         end = int(before[0])
-        first = max(self._next, int(after[0]) - self.ring.slots + 1)  # the one before may be in the making
+        first = max(self._next, int(after[0]) - self.ring.slots + 1)  # the row before it may be half written
         numbers = range(first, end)
         table = table[[number % self.ring.slots for number in numbers]].tolist()
         found = [_error(self.feature, row) for number, row in zip(numbers, table, strict=True) if row[0] == number]

@@ -1,4 +1,4 @@
-"""The statistics of paired effects, without NumPy: these run wherever a report is read."""
+"""Statistics of paired effects. Without NumPy, because a report may be read where only mla-patch is installed."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ from statistics import NormalDist, fmean
 
 ALPHA = 0.05
 RESAMPLES = 1000
-EXACT = 25  # effects up to which the signed rank's distribution is counted out
-MAX_EFFECTS = 100  # more are averaged in order, for a bounded time
+EXACT = 25  # up to this number of effects, the distribution of the signed rank is computed exactly
+MAX_EFFECTS = 100  # more effects than this are averaged with their neighbours, to bound the time
 
 
 def pooled(effects: Sequence[float]) -> list[float]:
-    """At most `MAX_EFFECTS` effects, neighbours averaged; sums of even coins are even coins."""
+    """At most `MAX_EFFECTS` effects; if there are more, neighbours are averaged.
+
+    The mean of effects that are symmetric about 0 is symmetric about 0, so the signed-rank test stays valid.
+    """
     size = -(-len(effects) // MAX_EFFECTS)
     return [fmean(effects[i : i + size]) for i in range(0, len(effects), size)]
 
 
 def middle(effects: Sequence[float]) -> float:
-    """The mean without the highest and the lowest fifth."""
+    """The mean without the highest and the lowest fifth of the effects."""
     cut = len(effects) // 5
     kept = sorted(effects)[cut : len(effects) - cut]
     return sum(kept) / len(kept)
 
 
 def bootstrap(effects: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """A 95% interval of `middle`: percentiles over resampled groups, widened as Student's t widens the normal's."""
+    """A 95% interval of `middle`: percentiles over resampled effects, widened for small samples.
+
+    The percentiles are moved outwards by as much as Student's t quantile exceeds the normal one.
+    """
     n = len(effects)
     draw = random.Random(seed).choices
     means = sorted(middle(draw(effects, k=n)) for _ in range(RESAMPLES))
@@ -37,7 +43,7 @@ def bootstrap(effects: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
 
 def _student(p: float, df: int) -> float:
-    """Student's t quantile by Fisher's expansion; to three digits from 5 degrees of freedom."""
+    """Quantile of Student's t by Fisher's expansion, exact to three digits from 5 degrees of freedom on."""
     z = NormalDist().inv_cdf(p)
     return (
         z
@@ -48,7 +54,7 @@ def _student(p: float, df: int) -> float:
 
 
 def _ranks(values: Sequence[float]) -> list[int]:
-    """Twice the rank of each value, so that ties share one and stay whole."""
+    """Twice the rank of each value. Ties share the mean rank, which is then still a whole number."""
     order = sorted(range(len(values)), key=values.__getitem__)
     ranks = [0] * len(values)
     start = 0
@@ -63,7 +69,10 @@ def _ranks(values: Sequence[float]) -> list[int]:
 
 
 def signed_rank(effects: Sequence[float]) -> float:
-    """Wilcoxon's two-sided p that the effects lie evenly about 0; exact up to `EXACT` of them, with ties."""
+    """Wilcoxon's signed-rank test: the two-sided p value for effects that are symmetric about 0.
+
+    Exact for up to `EXACT` effects, ties included. Effects of 0 are left out.
+    """
     values = [value for value in effects if value]
     if not values:
         return 1.0
@@ -72,17 +81,17 @@ def signed_rank(effects: Sequence[float]) -> float:
     plus = sum(rank for rank, value in zip(ranks, values, strict=True) if value > 0)
     low = min(plus, total - plus)
     if len(values) <= EXACT:
-        ways = [1] + [0] * total  # how many of the 2**n sign patterns sum to i
+        ways = [1] + [0] * total  # ways[i]: how many of the 2**n sign patterns have i as the sum of positive ranks
         for rank in ranks:
             for i in range(total, rank - 1, -1):
                 ways[i] += ways[i - rank]
         return min(1.0, 2 * sum(ways[: low + 1]) / 2 ** len(values))
     sd = math.sqrt(sum(rank * rank for rank in ranks)) / 2
-    return min(1.0, 2 * NormalDist().cdf((low - total / 2 + 1) / sd))  # + 1: half a rank, for continuity
+    return min(1.0, 2 * NormalDist().cdf((low - total / 2 + 1) / sd))  # + 1: continuity correction of half a rank
 
 
 def rank_sum(first: Sequence[float], second: Sequence[float]) -> float:
-    """Mann and Whitney's two-sided p that both lie alike, in the normal approximation."""
+    """The Mann-Whitney test: the two-sided p value for equal distributions, in the normal approximation."""
     a, b = len(first), len(second)
     ranks = _ranks([*first, *second])
     mean = fmean(ranks)
@@ -95,7 +104,7 @@ def rank_sum(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values adjusted for their number: all below alpha are right together, but for one time in 1 / alpha."""
+    """Adjust p values by Holm's method: with probability 1 - alpha no true null hypothesis has one below alpha."""
     adjusted = [0.0] * len(ps)
     worst = 0.0
     for place, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):

@@ -1,4 +1,4 @@
-"""The few shapes that our plots are made of. Every text is escaped here."""
+"""The few SVG shapes that the plots of a report consist of. Every text is escaped here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 
 
 def scale(low: float, high: float, start: float, end: float, log: bool = False) -> Callable[[float], float]:
-    """Values to coordinates."""
+    """A function from values between ``low`` and ``high`` to coordinates between ``start`` and ``end``."""
     move: Callable[[float], float] = (lambda v: math.log(max(v, 1e-300))) if log else float
     a, b = move(low), move(high)
     return lambda value: start + (end - start) * ((move(value) - a) / (b - a) if b > a else 0.5)

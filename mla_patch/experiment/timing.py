@@ -1,8 +1,9 @@
-"""What a step cost on the device: pairs of events, read later, when the device has long passed them.
+"""Times steps on the device with pairs of events, which are read later, when the device has passed them.
 
-``begin`` and ``end`` record; ``harvest`` asks whether the oldest pairs are done and never waits for one that is not.
-The pool is bounded: with all pairs on their way a step goes untimed, and a pair that the device never reaches is
-given up. Both are counted. Under stream capture nothing is recorded or asked, since either would spoil the graph.
+``begin`` and ``end`` record the events of a step. ``harvest`` reads the oldest pairs that the device has passed and
+never waits. The pool is bounded. If no pair is free, a step is not timed. If the device does not reach a pair for many
+steps, the pair is given up. Both cases are counted. During stream capture the pool neither records nor queries events,
+since either would invalidate the graph.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mla_patch.compat import gpu
 
 
 class Event(Protocol):
-    """What ``torch.cuda.Event(enable_timing=True)`` can do and is asked for."""
+    """The methods of ``torch.cuda.Event(enable_timing=True)`` that we call."""
 
     def record(self) -> None: ...
 
@@ -25,14 +26,14 @@ class Event(Protocol):
 
 
 def device_event() -> Event:
-    """An event of the current device; recorded, it goes into the current stream."""
+    """An event of the current device. ``record`` puts it into the current stream."""
     import torch
 
     return torch.cuda.Event(enable_timing=True)
 
 
 class EventPool:
-    """Times one span per step. ``about`` goes through untouched: what the time is of."""
+    """Times one span per step. ``about`` says what is timed; it is returned with the time, unchanged."""
 
     __slots__ = (
         "_begun", "_capturing", "_free", "_make", "_open", "_pending", "_room", "dropped", "patience", "untimed"
@@ -46,12 +47,12 @@ class EventPool:
         patience: int = 8192,
         capturing: Callable[[], bool] = gpu.capturing,
     ) -> None:
-        """``patience``: how many steps later a pair that is not done is given up."""
+        """``capacity``: pairs at most. ``patience``: steps after which a pair that is not done is given up."""
         self.patience = patience
         self.untimed = 0  # steps for which no pair was free
         self.dropped = 0  # pairs that were begun and gave no time
         self._make = make
-        self._room = capacity  # pairs that may still be made
+        self._room = capacity  # pairs that may still be created
         self._capturing = capturing
         self._free: list[tuple[Event, Event]] = []
         self._pending: deque[tuple[int, Any, tuple[Event, Event]]] = deque()
@@ -84,7 +85,7 @@ class EventPool:
             self._pending.append((self._begun, about, pair))
 
     def harvest(self, limit: int = 4) -> list[tuple[Any, float]]:
-        """(about, microseconds) of up to ``limit`` pairs that are done, oldest first."""
+        """``(about, microseconds)`` of up to ``limit`` pairs that the device has passed, oldest first."""
         done: list[tuple[Any, float]] = []
         if self._capturing():
             return done
@@ -99,7 +100,7 @@ class EventPool:
                     self._give_up()
                     continue
                 done.append((about, pair[0].elapsed_time(pair[1]) * 1e3))
-            except Exception:  # the device's error is the engine's to raise
+            except Exception:  # an error of the device: the engine meets it as well and raises it
                 self._give_up()
                 continue
             self._pending.popleft()
@@ -107,6 +108,6 @@ class EventPool:
         return done
 
     def _give_up(self) -> None:
-        self._pending.popleft()  # and its events, which the device may still reach
+        self._pending.popleft()  # its events are not reused, since the device may still reach them
         self._room += 1
         self.dropped += 1

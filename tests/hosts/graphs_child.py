@@ -101,7 +101,7 @@ def build(owner: type, live: Any, layer: Any) -> Any:
     logits = importlib.import_module("sglang.srt.layers.logits_processor").LogitsProcessorOutput
 
     def forward(input_ids: Any, positions: Any, forward_batch: Any, **kwargs: Any) -> Any:
-        arm = live.trials["decode"].arm
+        arm = live.experiments["decode"].arm
         layer.decode()
         return logits(next_token_logits=torch.full((8, 1), CODES.index(arm)), hidden_states=None)
 
@@ -222,7 +222,7 @@ def main(release: str, out: str) -> None:
     except ImportError:
         module = importlib.import_module(BY_SIZE)
     seen: dict[str, Any] = {"release": release}
-    live = mla_patch.startup._get_session().live
+    live = mla_patch.startup._get_session().experiments
     assert live is not None
     layer = sglang_trial.DecodeTrial("float16", lens=(3, 2), heads=2)  # few: 60 steps
     small = sglang_trial.DecodeTrial("float16", lens=(1,), heads=2)  # the draft model's
@@ -287,7 +287,7 @@ def main(release: str, out: str) -> None:
         drafter.is_draft_worker = True
 
         def draft(forward_batch: Any) -> Any:
-            arm = live.trials["decode"].arm
+            arm = live.experiments["decode"].arm
             drafter.forward(forward_batch)
             return tuple(torch.full((8, 1), CODES.index(arm)) for _ in range(3))
 

@@ -58,7 +58,7 @@ def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
 
     schedule, sampling = Schedule(Plan(block=4, warmup=0, salt="decode")), Sampling(8)
     count = range(1, len(seen["ran"]) + 1)
-    want = ["shadow" if sampling.due(step) else schedule.turn(step).arm for step in count]
+    want = ["shadow" if sampling.due(step) else schedule.assignment(step).arm for step in count]
     assert seen["ran"] == want and set(want) == {"host", "patch", "shadow"}
     assert seen["drafted"] == want
     row = seen["row"]
