@@ -1,6 +1,6 @@
 """``mla-patch ab``: steer a running experiment, watch it, and read its verdict.
 
-What it reads and writes are the files in the engine's MLA_PATCH_REPORT; no engine and no torch is needed.
+It reads and writes the files in the engine's MLA_PATCH_REPORT directory. It needs neither an engine nor torch.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from mla_patch.experiment.html import report_html
 from mla_patch.experiment.merge import Merged
 from mla_patch.experiment.schedule import NOT_COMPARED
 
-# what a process that is killed may not have written: its last rows, and steps whose events it has not read
+# A process that is killed loses its last rows, and steps whose events it has not read: at most so many steps, or the
+# steps of so many seconds.
 PENDING_STEPS, PENDING_S = 64, 1.0
-SILENT = 5.0  # seconds without a heartbeat, of which an engine gives 20 a second, idle or not
-IDLE = 1.0  # seconds without a step
+SILENT = 5.0  # seconds without a heartbeat after which a rank counts as gone; ranks send 20 a second, even when idle
+IDLE = 1.0  # seconds without a step after which an engine counts as idle
 
 
 class NotThere(Exception):
-    """There is no such run, feature or file; the text says what there is."""
+    """There is no such run, feature or file. The text says what there is."""
 
 
 def command(
     directory: Path, run: str | None, kind: str, features: Sequence[str], value: Any = None, wait: float | None = None
 ) -> dict[str, Any]:
-    """Send one command for each feature, all that are under test if none is named, and see who has read it.
+    """Send one command for each of ``features`` (none: every feature under test) and wait until all ranks have read it.
 
-    ``wait``: seconds within which every rank is to have reached the step from which the command holds; None: it is
-    enough that all have read it. ``findings`` of the answer says what did not happen.
+    ``wait``: also wait this many seconds until every rank has reached the step at which the command takes effect.
+    ``findings`` in the result says which ranks have not.
 
     Raises:
-        NotThere: no experiment lives here.
-        ControlError: the control file cannot be trusted, or the command cannot be taken.
-        ValueError: a value that no command has.
+        NotThere: there is no running experiment in ``directory``.
+        ControlError: the control file cannot be trusted, or the command is refused.
+        ValueError: no command has this value.
     """
     path = _control(directory, run)
     about = _all_ranks(path)
@@ -54,14 +55,14 @@ def command(
         for feature in features or about.get("features", {}):
             sent.append(control.send(feature, kind, value))
     ranks, findings = _follow(path, sent, int(about.get("ranks", 1)), wait)
-    told = {"run": about.get("run", path.stem), "commands": [asdict(one) for one in sent]}
-    return told | {"ranks": ranks, "findings": findings}
+    result = {"run": about.get("run", path.stem), "commands": [asdict(one) for one in sent]}
+    return result | {"ranks": ranks, "findings": findings}
 
 
 def _follow(
     path: Path, sent: Sequence[Command], ranks: int, wait: float | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Until the ranks have done what was asked, or the time is over: where each stands, and what is not so."""
+    """Wait until the ranks have obeyed or the time is over. Returns the state of each rank, and what is missing."""
     newest, at = max((one.seq for one in sent), default=0), max((one.at for one in sent), default=0)
     start = time.monotonic()
     first: dict[int, int] = {}
@@ -75,7 +76,7 @@ def _follow(
             rows.append(row | {"read": beat.seen >= newest, "reached": beat.step >= at, "idle": idle})
         taken = time.monotonic() - start
         have_read = len(rows) >= ranks and all(row["read"] for row in rows)
-        # nothing steps in an idle engine, and what steps next obeys
+        # an idle engine runs no steps, and its next step obeys the command
         held = all(row["reached"] for row in rows) or (taken > IDLE and all(row["idle"] for row in rows))
         if have_read and (wait is None or held):
             return rows, []
@@ -112,7 +113,7 @@ def _control(directory: Path, run: str | None) -> Path:
 
 
 def _need_owner(path: Path) -> None:
-    """The engine takes commands of its own user alone, and root is another."""
+    """Raise unless this process runs as the engine's user. The engine obeys no other user, not even root."""
     with suppress(OSError):
         owner, mine = path.lstat().st_uid, os.geteuid()
         if owner != mine:
@@ -124,7 +125,7 @@ def _need_owner(path: Path) -> None:
 
 
 def _user(number: int) -> str:
-    """A user's name with its number, or the number that sudo takes where there is no name."""
+    """A user's name with its number; if there is no name, the number in the form that sudo accepts."""
     try:
         return f"{pwd.getpwuid(number).pw_name} ({number})"
     except KeyError:
@@ -132,7 +133,7 @@ def _user(number: int) -> str:
 
 
 def _changed(path: Path) -> float:
-    """When; a link to nothing changed long ago, and is refused for itself if it is the only one."""
+    """When the file was changed. A dangling link sorts first, so it is read (and refused) only if there is no file."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -140,7 +141,11 @@ def _changed(path: Path) -> float:
 
 
 def _all_ranks(path: Path) -> dict[str, Any]:
-    """What the file is about. A command that reached some ranks alone would set them apart."""
+    """The run that the file describes, once every rank can be heard: no command may reach only some of the ranks.
+
+    Raises:
+        ControlError: a rank cannot be heard, or the file cannot be trusted.
+    """
     content, beats = read(path)
     ranks = int(content.about.get("ranks", 1))
     if len(beats) < ranks:
@@ -155,10 +160,10 @@ def _all_ranks(path: Path) -> dict[str, Any]:
 
 
 def runs(directory: Path, run: str | None = None) -> tuple[list[Merged], list[str]]:
-    """The runs whose records lie here, oldest first, and what could not be read.
+    """The runs that have records in ``directory``, oldest first, and a line about each file that could not be read.
 
     Raises:
-        NotThere: none, or not that one.
+        NotThere: there is no run, or not the one that was asked for.
     """
     if not os.path.isdir(directory):
         raise NotThere(f"{directory}: not a directory")
@@ -174,7 +179,7 @@ def runs(directory: Path, run: str | None = None) -> tuple[list[Merged], list[st
 
 
 def report(directory: Path, run: str | None = None) -> dict[str, Any]:
-    """Every run's verdicts; with ``findings``, what a person must know beside them."""
+    """The verdicts of every run. ``findings`` lists what limits them, such as lost rows or a tripped breaker."""
     found, problems = runs(directory, run)
     rows = []
     findings = list(problems)
@@ -183,7 +188,7 @@ def report(directory: Path, run: str | None = None) -> dict[str, Any]:
         row["tolerance"] = min(one.header.get("tolerance", {}).values(), default=None)
         rows.append(row)
         findings += [f"{one.run}: {n.feature}: {n.text}" for n in one.notes if n.what == "breaker"]
-        last = {n.text.partition(":")[0]: n.text for n in one.notes if n.what == "lost"}  # of each rank
+        last = {n.text.partition(":")[0]: n.text for n in one.notes if n.what == "lost"}  # the last note of each rank
         findings += [f"{one.run}: {text}" for text in last.values()]
         lost = {"steps on which ranks differed": one.differed, "rows lost": one.lost, "damaged lines": one.damaged}
         findings += [f"{one.run}: {count} {what}" for what, count in lost.items() if count]
@@ -197,13 +202,13 @@ def report(directory: Path, run: str | None = None) -> dict[str, Any]:
 
 
 def _missing_at_end(directory: Path, one: Merged) -> dict[int, int]:
-    """Steps that a rank has reached and has no row of, by rank: more than a process loses that is killed.
+    """Rank -> how many of its last steps are missing in its record, if more than a killed process loses.
 
-    How far a rank came is in the control file, whose size never changes, so that a full disk does not stop it.
+    The control file says how far a rank came. A full disk cannot stop that, because the size of the file is fixed.
     """
     if not one.timings:
         return {}
-    reached = {rank: max(one.last.values()) for rank in one.ranks}  # ranks step together
+    reached = {rank: max(one.last.values()) for rank in one.ranks}  # all ranks run the same steps
     with suppress(ControlError, OSError):
         for beat in read(directory / f"{one.run}.control")[1]:
             if beat.rank in reached:
@@ -212,18 +217,18 @@ def _missing_at_end(directory: Path, one: Merged) -> dict[int, int]:
     return {rank: step - one.last[rank] for rank, step in reached.items() if step - one.last[rank] > usual}
 
 
-def page(directory: Path, told: dict[str, Any]) -> str:
-    """One run's report, the newest where there are several, as a page."""
+def page(directory: Path, result: dict[str, Any]) -> str:
+    """The HTML page of the newest run in ``result``, which is what `report` returned."""
     processes, _ = survey.read_directory(directory)
-    return report_html(told["runs"][-1], processes)
+    return report_html(result["runs"][-1], processes)
 
 
 def snapshot(directory: Path, run: str | None = None) -> dict[str, Any]:
-    """Where a running experiment stands: no verdict, since looking until one comes finds false ones."""
+    """The state of a running experiment. Without a verdict: looking repeatedly until one appears finds false ones."""
     path = _control(directory, run)
     content, beats = read(path)
     now = time.time_ns()
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "run": content.about.get("run", path.stem),
         "ranks": [{"rank": b.rank, "step": b.step, "heard_s": round((now - b.ns) / 1e9, 1)} for b in beats],
         "features": content.about.get("features", {}),
@@ -233,9 +238,9 @@ def snapshot(directory: Path, run: str | None = None) -> dict[str, Any]:
         "notes": [],
     }
     try:
-        ((one,), _) = runs(directory, told["run"])
+        ((one,), _) = runs(directory, result["run"])
     except NotThere:  # nothing is written yet
-        return told
+        return result
     times: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in one.timings:
         if row.block != NOT_COMPARED:
@@ -243,9 +248,9 @@ def snapshot(directory: Path, run: str | None = None) -> dict[str, Any]:
     for (feature, bucket), arms in sorted(times.items(), key=lambda item: analysis.by_size(*item[0])):
         for arm, values in sorted(arms.items()):
             row_ = {"feature": feature, "bucket": bucket, "arm": arm, "steps": len(values)}
-            told["buckets"].append(row_ | {"median_us": median(values)})
-    told["shadow"] = [
+            result["buckets"].append(row_ | {"median_us": median(values)})
+    result["shadow"] = [
         {key: row[key] for key in ("feature", "comparisons", "relative", "nan")} for row in analysis.shadow(one.errors)
     ]
-    told["notes"] = [row._asdict() for row in one.notes[-5:]]
-    return told
+    result["notes"] = [row._asdict() for row in one.notes[-5:]]
+    return result

@@ -1,7 +1,6 @@
-"""Our kernels beside the installed host's own: right first, then timed in turn, with the bytes that must move.
+"""Compares our kernels with those of the installed engine: first their results, then their times.
 
-Runs in an interpreter of its own, in which no plugin has been applied (``mla-patch bench`` starts it), and prints
-lines of JSON.
+``mla-patch bench`` starts this in an interpreter of its own, in which no plugin is applied. It prints lines of JSON.
 """
 
 from __future__ import annotations
@@ -31,17 +30,19 @@ RAGGED = "ragged"  # one request of 131072 tokens, the others of 512
 # (requests, tokens of each)
 DECODE_CASES = ((1, 8192), (16, 16384), (128, 8192), (64, RAGGED))
 INDEX_CASES = ((1, 131072), (64, 16384), (256, 512), (64, RAGGED))
-WIDTH = 163_840  # of the table of slots: a real one is as wide as the longest context
+WIDTH = 163_840  # columns of the table of token slots; an engine's table is as wide as its longest context
 PAGE = 64
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-LIMIT = 4e-3  # of ours: relative Frobenius error against float64 over the stored bytes; 16-bit results alone have 2e-3
+# The largest error of our kernel that counts as right: relative, in the Frobenius norm, against a float64 reference
+# over the stored bytes. Rounding a result to 16 bits alone costs 2e-3.
+LIMIT = 4e-3
 ROUNDS = 3
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation of a case, on buffers of its own."""
+    """One of the two kernels of a case, with buffers of its own."""
 
     call: Call
     out: torch.Tensor
@@ -49,13 +50,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """What both sides are given, and what is right."""
+    """The inputs of both kernels, and how a result is scored."""
 
     name: str
-    bytes: int  # that any implementation must read or write
+    bytes: int  # bytes that any implementation must read or write
     make: dict[str, Callable[[], Side]]
-    told: str  # what `judge` tells: "error", relative Frobenius, or "equal"
-    judge: Callable[[torch.Tensor], float | bool]
+    metric: str  # what `score` returns: "error", relative in the Frobenius norm, or "equal"
+    score: Callable[[torch.Tensor], float | bool]
 
 
 def main() -> int:
@@ -71,7 +72,11 @@ def run(
     length: Sequence[int] = (),
     dtype: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Measure one kernel; messages of progress, then the result. What is left empty gets defaults for this device."""
+    """Measure one kernel. Yields messages of progress, then the result.
+
+    ``heads``, ``batch``, ``length`` and ``dtype`` list the shapes to measure. An empty list means the defaults for this
+    device.
+    """
     from mla_patch.session import find_host
 
     device = "cpu" if interpreted() else "cuda"
@@ -82,13 +87,13 @@ def run(
     installed = find_host("sglang")
     host, notes = _host_kernel(kernel, installed.version) if installed is not None else (None, [])
     if installed is None:
-        notes = ["no engine is installed: ours alone, against the definition"]
+        notes = ["no engine is installed, so only our kernel is measured"]
     shapes: Sequence[tuple[int, int | str]] = DECODE_CASES if kernel == "decode" else INDEX_CASES
     if device == "cpu":
         shapes = ((3, 97),)
-        notes += ["no GPU: Triton's interpreter, whose times say nothing"]
+        notes += ["there is no GPU: the kernels run in Triton's interpreter, and their times mean nothing"]
     elif kernel == "decode":
-        notes += ["graph replays find in the L2 cache what fits there: a small case may beat the copy"]
+        notes += ["replays find small inputs in the L2 cache, so a small case can be faster than a copy"]
     if batch or length:
         shapes = [(b, n) for b in batch or (1,) for n in length or (8192 if device == "cuda" else 97,)]
     made: Iterator[tuple[str, Callable[[], Case]]]
@@ -104,24 +109,24 @@ def run(
         try:
             rows.append(_measure(make(), device, notes))
         except torch.OutOfMemoryError:
-            notes.append(f"{name}: left out, it needs more memory than this device has free")
+            notes.append(f"{name}: left out, because it needs more memory than this device has free")
         if device == "cuda":
             torch.cuda.empty_cache()
     copy = _copy_gbps() if device == "cuda" else None
     for row in rows:
         row["of_copy"] = round(row["gbps"] / copy, 3) if copy and row["gbps"] else None
-    told = torch.cuda.get_device_name() if device == "cuda" else "the CPU, through Triton's interpreter"
+    device_name = torch.cuda.get_device_name() if device == "cuda" else "the CPU, through Triton's interpreter"
     engine = f"SGLang {installed.version}" if installed is not None else None
     floor = _time([lambda: _nothing[(1,)]()], device)[0]
     yield {"result": {
-        "kernel": kernel, "device": told, "host": engine, "floor_us": floor, "copy_gbps": copy, "cases": rows,
+        "kernel": kernel, "device": device_name, "host": engine, "floor_us": floor, "copy_gbps": copy, "cases": rows,
         "right": bool(rows) and all(row["right"] for row in rows), "notes": notes,
         "findings": _findings(kernel, installed.version, rows) if installed is not None else [],
     }}  # fmt: skip
 
 
 def _findings(kernel: str, version: str | None, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Where the engine that is installed has not been measured, or is none that ours was reviewed for."""
+    """Lines for an engine outside the reviewed range, and for cases in which the engine's kernel did not run."""
     feature = sglang_decode.FEATURE if kernel == "decode" else sglang_kv_indices.FEATURE
     found = []
     if version is not None and not in_range(version, feature):
@@ -134,7 +139,7 @@ def _findings(kernel: str, version: str | None, rows: Sequence[dict[str, Any]]) 
 
 
 def _host_kernel(kernel: str, version: str | None) -> tuple[Any, list[str]]:
-    """The host's own entry point, or None with a note that says why not."""
+    """The engine's own entry point, or None with a note that says why it cannot be used."""
     stubs = trial.prepare()
     notes = [f"stand-ins for packages that this machine lacks: {', '.join(stubs)}"] if stubs else []
     try:
@@ -188,13 +193,13 @@ def _decode_case(name: str, rows: list[int], heads: int, dtype: str, device: str
         out = empty()
         return Side(trial.decode_launch(host, q, kv, out, indptr, token_ids, lens, scale), out)
 
-    def judge(out: torch.Tensor) -> float:
+    def score(out: torch.Tensor) -> float:
         if not want:
             want.append(decode_.mla_decode_ref(q, kv, indptr, token_ids, sm_scale=scale))
         return trial.relative_error(out, want[0])
 
     moved = total * (576 * kv.element_size() + token_ids.element_size()) + q.nbytes + len(rows) * heads * 512 * 2
-    return Case(name, moved, {"ours": ours} | ({"host": hosts} if host is not None else {}), "error", judge)
+    return Case(name, moved, {"ours": ours} | ({"host": hosts} if host is not None else {}), "error", score)
 
 
 def _index_cases(
@@ -204,7 +209,7 @@ def _index_cases(
         name = f"{batch} x {length}"
 
         def make(name: str = name, batch: int = batch, length: int | str = length) -> Case:
-            # uneven, as a real batch is
+            # uneven lengths, as in a real batch
             rows = [max(n - 37 * i % 64, 1) for i, n in enumerate(_lengths(batch, length))]
             return _index_case(kernel, name, rows, device, host)
 
@@ -232,51 +237,54 @@ def _index_case(kernel: str, name: str, rows: list[int], device: str, host: Any)
         out = empty()
         return Side(trial.launch(host, _BUILDERS[kernel], batch, out), out)
 
-    def judge(out: torch.Tensor) -> bool:
+    def score(out: torch.Tensor) -> bool:
         if kernel == "page-table":
             return torch.equal(out, kv_indices.page_table_ref(*given, empty(), page_size=PAGE))
         return torch.equal(out, kv_indices.token_indices_ref(*given, indptr, empty()))
 
     entries = sum(-(-n // PAGE) for n in rows) if kernel == "page-table" else sum(rows)
-    # a slot is read and an entry written
+    # for each entry, a slot is read and an entry is written
     moved = entries * (4 + (4 if kernel == "page-table" else 8))
-    return Case(name, moved, {"ours": ours} | ({"host": hosts} if host is not None else {}), "equal", judge)
+    return Case(name, moved, {"ours": ours} | ({"host": hosts} if host is not None else {}), "equal", score)
 
 
 def _measure(case: Case, device: str, notes: list[str]) -> dict[str, Any]:
-    """Right first: a side that fails, and ours where it is wrong, gets no time."""
-    told: dict[str, float | bool | None] = {"host": None, "ours": None}
+    """Score both kernels, then time them. A kernel that fails is not timed, nor is ours if its result is wrong."""
+    scores: dict[str, float | bool | None] = {"host": None, "ours": None}
     calls: dict[str, Call] = {}
     for name, make in case.make.items():
         try:
             side = make()
             side.call()
-            verdict = case.judge(side.out)
+            score = case.score(side.out)
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:
             notes.append(f"{case.name}: {name} failed: {problem!r:.300}")
             continue
-        if math.isfinite(verdict):
-            told[name] = verdict if isinstance(verdict, bool) else round(verdict, 6)
-        else:  # which JSON has no word for
+        if math.isfinite(score):
+            scores[name] = score if isinstance(score, bool) else round(score, 6)
+        else:  # JSON has no value for it
             notes.append(f"{case.name}: {name} is not finite everywhere")
-        if name == "host" or _is_right(verdict):
+        if name == "host" or _is_right(score):
             calls[name] = side.call
     us: dict[str, float | None] = {"host": None, "ours": None}
     us |= dict(zip(calls, _time(list(calls.values()), device), strict=True))
     gbps = round(case.bytes / us["ours"] / 1e3, 1) if us["ours"] and device == "cuda" else None
-    right = told["ours"] is not None and _is_right(told["ours"])
-    return {"case": case.name, "bytes": case.bytes, "us": us, case.told: told, "gbps": gbps, "right": right}
+    right = scores["ours"] is not None and _is_right(scores["ours"])
+    return {"case": case.name, "bytes": case.bytes, "us": us, case.metric: scores, "gbps": gbps, "right": right}
 
 
-def _is_right(verdict: float | bool) -> bool:
-    # false of NaN too
-    return verdict if isinstance(verdict, bool) else verdict <= LIMIT
+def _is_right(score: float | bool) -> bool:
+    # false for NaN, too
+    return score if isinstance(score, bool) else score <= LIMIT
 
 
 def _time(calls: Sequence[Call], device: str) -> list[float]:
-    """Median microseconds of each: replays of a graph, in turn, so that drift in the clocks hits all alike."""
+    """Median microseconds of each call. The calls take turns, so that a drift of the clocks affects all of them alike.
+
+    On a GPU, each call is captured in a CUDA graph and the graph is replayed.
+    """
     rounds: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS if device == "cuda" else 1):
         for call, times in zip(calls, rounds, strict=True):
@@ -300,7 +308,7 @@ def _nothing():
 
 
 def _copy_gbps() -> float:
-    """What a plain copy within the device reaches, its reads and writes together."""
+    """GB/s of a plain copy within the device, counting both reads and writes."""
     free, _ = torch.cuda.mem_get_info()
     size = min(2**30, free // 4)
     source = torch.zeros(size, dtype=torch.uint8, device="cuda")

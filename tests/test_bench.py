@@ -45,8 +45,8 @@ def test_without_an_engine_and_a_gpu(kernel: str, tmp_path: Path) -> None:
     assert set(told) == KEYS
     assert (told["kernel"], told["host"], told["copy_gbps"], told["right"]) == (kernel, None, None, True)
     assert told["notes"] == [
-        "no engine is installed: ours alone, against the definition",
-        "no GPU: Triton's interpreter, whose times say nothing",
+        "no engine is installed, so only our kernel is measured",
+        "there is no GPU: the kernels run in Triton's interpreter, and their times mean nothing",
     ]
     assert told["floor_us"] > 0 and len(told["cases"]) == (2 if kernel == "decode" else 1)
     for case in told["cases"]:
@@ -139,7 +139,7 @@ def test_too_little_memory_leaves_a_case_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(bench.kv_indices, "build_page_table", full)
     told = result(kernel="page-table")
     assert (told["right"], told["cases"]) == (False, [])
-    assert "3 x 97: left out, it needs more memory than this device has free" in told["notes"]
+    assert "3 x 97: left out, because it needs more memory than this device has free" in told["notes"]
 
 
 # the host's side; tests/hosts has real releases
