@@ -1,23 +1,25 @@
-"""MLA decode beside the kernels that SGLang's backends call on Hopper, in one process, on one GPU of sm_90.
+"""Compares our MLA decode with the kernels that SGLang's backends call on Hopper, in one process on one sm_90 GPU.
 
     python bench/backends.py fp8|bf16 ... [--peers DIR] [--pools N ...] [--requests N ...] [--shapes BxL ...]
                              [--heads N ...] [--arms TEXT ...] [--rounds N] [--json OUT] [--list]
 
-fp8    An e4m3 cache, as each backend serves one layer of one step. FlashAttention-3 and FlashInfer have no such kernel:
-       their backends convert the layer's whole pool to bfloat16 first, whatever the batch. FlashMLA's backend converts
-       q to e4m3. Our kernel reads what the batch names. A request has 8192 tokens, or its share of a smaller pool.
-bf16   A bfloat16 cache in seven shapes; 64xragged is one request of 131072 tokens beside 63 of 512.
+fp8    An e4m3 cache, used as each backend uses it for one layer of one step. FlashAttention-3 and FlashInfer have no
+       kernel for it, so their backends first convert the layer's whole pool to bfloat16, whatever the batch. FlashMLA's
+       backend converts q to e4m3. Our kernel reads the e4m3 tokens of the batch. A request has 8192 tokens, or an equal
+       share of the pool if that is less.
+bf16   A bfloat16 cache in seven shapes. 64xragged is one request of 131072 tokens and 63 requests of 512.
 
-Peers are imported from the folder --peers, or from what is installed: `flash_ops` (or `sgl_kernel.flash_ops`, the
-library of sglang-kernel) has FlashAttention-3, `flash_mla` FlashMLA. FlashInfer needs the folder: `flashinfer_mla.so`
-is its fa3 module of MLA for bfloat16 without a mask, compiled alone, and `tvm_ffi` loads it. --list says which are
-there and needs no GPU.
+Peers are imported from the folder --peers, or else from the environment. FlashAttention-3 is in `flash_ops` (or
+`sgl_kernel.flash_ops`, the library of sglang-kernel), FlashMLA in `flash_mla`. FlashInfer needs the folder: it must
+have `flashinfer_mla.so`, which is FlashInfer's fa3 module of MLA for bfloat16 without a mask, compiled alone. `tvm_ffi`
+loads it. --list says which peers can be loaded. It needs no GPU.
 
-Tokens lie in pages of 64, and the pages anywhere in the pool; a page table of single slots names the same rows. Every
-arm is first checked against float64 on the stored bytes (at most four requests, the first and the last among them; all
-others must be finite). Then arms take turns at CUDA-graph replay, and each round begins with another arm. A cache that
-an L2 could hold is one of several, read in turn. FlashMLA's schedule and FlashInfer's plan are made beforehand, once a
-step in an engine; FlashAttention-3 and ours find their work inside the time.
+Tokens lie in pages of 64, at random places in the pool. A second page table names the same rows as pages of one slot.
+Every arm is first compared with a float64 reference over the stored bytes, for at most four requests including the
+first and the last; the results of all others must be finite. Then the arms take turns at CUDA-graph replay. Each round
+begins with another arm. If the L2 cache could hold the KV cache, several copies of it are read in turn. FlashMLA's
+schedule and FlashInfer's plan are made beforehand, since an engine makes them once per step. FlashAttention-3 and our
+kernel divide their work within the measured time.
 """
 
 from __future__ import annotations
@@ -53,23 +55,27 @@ BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 PAGE = 64
 POOLS, REQUESTS, TOKENS = (131072, 524288, 2097152), (1, 16, 64), 8192
 RAGGED = "ragged"
-LONG, SHORT = 131072, 512  # of a ragged batch: one request, and all others
+LONG, SHORT = 131072, 512  # tokens in a ragged batch: of one request, and of each other
 SHAPES = [(1, 8192), (1, 131072), (4, 32768), (16, 16384), (64, 4096), (128, 8192), (64, RAGGED)]
 HEADS = (16, 64, 128)
 SM_SCALE = 192**-0.5  # DeepSeek's
-LIMIT = 0.1  # q and the probabilities in e4m3 cost FlashMLA 0.03 - 0.05
-ROTATE_BELOW, TOGETHER, MOST = 160 << 20, 400 << 20, 48  # bytes of one cache, of all copies; copies
-REPLAYS = 5  # timed in a round, behind one that is not
-ENOUGH_US = 2000  # of calls in a graph
-LAYERS = 61  # of DeepSeek-V3, for the time of a step
+LIMIT = 0.1  # an arm with a larger error is not timed; FlashMLA's e4m3 q and probabilities cost it 0.03 - 0.05
+# a cache of less than ROTATE_BELOW bytes is copied until all copies have TOGETHER bytes, but at most MOST times
+ROTATE_BELOW, TOGETHER, MOST = 160 << 20, 400 << 20, 48
+REPLAYS = 5  # timed replays in a round, after one that is not timed
+ENOUGH_US = 2000  # microseconds of calls that one graph should have
+LAYERS = 61  # layers of DeepSeek-V3, for the time of a whole step
 
 Case = types.SimpleNamespace
 Load = Callable[["Path | None"], Arms]
 
 
 def make_case(lens: list[int], heads: int, caches: list[torch.Tensor]) -> Case:
-    """Requests over pages anywhere in a pool [slots, 1, 576], q as DeepSeek's models hand it to a backend: in halves,
-    the first of them the transposed result of a batched product."""
+    """Requests whose pages lie at random places of a pool [slots, 1, 576].
+
+    q comes in two parts, as DeepSeek's models pass it to a backend. The first part is the transposed result of a
+    batched product, so it is not contiguous.
+    """
     batch, slots = len(lens), caches[0].shape[0]
     pages = torch.randperm(slots // PAGE, device=DEVICE, dtype=torch.int32)[: sum(lens) // PAGE]
     table = torch.zeros(batch, max(lens) // PAGE, device=DEVICE, dtype=torch.int32)
@@ -94,7 +100,7 @@ def make_case(lens: list[int], heads: int, caches: list[torch.Tensor]) -> Case:
 
 
 def reads(case: Case, attend: Callable[[torch.Tensor], Any]) -> Call:
-    """``attend(cache)``, over the first of the case's caches unless told another."""
+    """A call of ``attend(cache)``. Without an argument it reads the first cache of the case."""
     return lambda cache=case.caches[0]: attend(cache)
 
 
@@ -119,12 +125,12 @@ def ours_by_pages(size: int) -> Callable[[Case], Call]:
 
 
 def conversion(case: Case) -> Call:
-    """What FlashAttention-3's and FlashInfer's backends do to an 8-bit pool before they attend."""
+    """The conversion of an 8-bit pool that the backends of FlashAttention-3 and FlashInfer make before they attend."""
     return reads(case, lambda kv: kv.to(BF16))
 
 
 def converted(make: Callable[[Case], Call]) -> Callable[[Case], Call]:
-    """An arm for bfloat16 caches behind the conversion of the whole pool."""
+    """An arm for bfloat16 caches, with the conversion of the whole pool before it."""
 
     def make_(case: Case) -> Call:
         call = make(case)
@@ -236,7 +242,7 @@ OURS: Arms = {"ours, slots": ours_by_slots, **{f"ours, pages of {n}": ours_by_pa
 
 
 def find_peers(folder: Path | None) -> tuple[Arms, dict[str, str]]:
-    """The arms of the peers that can be loaded, and why the others cannot."""
+    """The arms of the peers that can be loaded, and the reasons why the others cannot."""
     if folder:
         sys.path.insert(0, str(folder.resolve()))
     found: Arms = {}
@@ -250,7 +256,7 @@ def find_peers(folder: Path | None) -> tuple[Arms, dict[str, str]]:
 
 
 def arms_of(part: str, found: Arms, only: list[str]) -> Arms:
-    """A part's arms by name, in the order of the table's columns."""
+    """The arms of a part, in the order of the table's columns; only those with a text of ``only`` in their names."""
     if part == "fp8":
         through = {name: converted(found[name]) for name in ("FlashAttention-3", "FlashInfer") if name in found}
         arms = {"conversion": conversion, **through, **{k: v for k, v in found.items() if k == "FlashMLA fp8"}, **OURS}
@@ -260,7 +266,7 @@ def arms_of(part: str, found: Arms, only: list[str]) -> Arms:
 
 
 def error(case: Case, result: Any) -> float:
-    """Of an output, `peers.error`; of a converted pool, the largest difference from the stored bytes: none."""
+    """The error of an output (see `peers.error`), or the largest difference of a converted pool from the stored one."""
     if isinstance(result, torch.Tensor):
         rows = case.ids[:: max(1, len(case.ids) // 4096)].long()
         return float((result[rows].double() - case.caches[0][rows].double()).abs().max())
@@ -268,7 +274,7 @@ def error(case: Case, result: Any) -> float:
 
 
 def captured(call: Call, caches: list[torch.Tensor]) -> tuple[Call, int]:
-    """(replay, calls in it): a CUDA graph whose calls read the caches in turn; in the interpreter, one call."""
+    """``(replay, count)`` of a CUDA graph of ``count`` calls, which read the caches in turn. Interpreted: one call."""
     if interpreted():
         return call, 1
     stream = torch.cuda.Stream()
@@ -298,7 +304,7 @@ def elapsed_us(launch: Call) -> float:
 
 
 def measure(case: Case, arms: Arms, rounds: int) -> dict[str, dict[str, Any]]:
-    """{arm: its error and the median us of every round}, or why an arm has none."""
+    """For every arm, its error and the median microseconds of every round, or the reason why it is refused."""
     ready, table = peers.checked(case, arms, error, LIMIT)
     graphs = {}
     for name, call in ready.items():
@@ -319,14 +325,14 @@ def measure(case: Case, arms: Arms, rounds: int) -> dict[str, dict[str, Any]]:
 def prepare(
     caches: list[torch.Tensor], copies: int, dtype: torch.dtype, slots: int, lens: list[int], heads: int
 ) -> Case:
-    """A case over ``caches``, which the first one makes for all that share them."""
+    """A case over ``caches``. The first case of those that share the list fills it."""
     if not caches:
         caches += (torch.randn(slots, 1, 576, device=DEVICE, dtype=BF16).to(dtype) for _ in range(copies))
     return make_case(lens, heads, caches)
 
 
 def fp8_cases(args: Any) -> Iterator[tuple[dict[str, Any], Callable[[], Case]]]:
-    """(what a row says of the case, how to make it)."""
+    """``(description, make)`` of every case: the keys of its row, and the function that makes it."""
     for slots in args.pools:
         caches: list[torch.Tensor] = []
         for requests, heads in itertools.product(args.requests, args.heads):
@@ -364,23 +370,23 @@ def line_of(said: dict[str, Any], table: dict[str, dict[str, Any]], arms: Arms) 
 
 
 def summary(part: str, rows: list[dict[str, Any]], arms: Arms) -> Iterator[str]:
-    """Of each arm: the worst error and spread, and why it was refused; of fp8, what the slowest case means a step."""
+    """For each arm: the largest error and spread, and why it was refused; for fp8, also the time of a whole step."""
     for name in arms:
-        told = [row["arms"][name] for row in rows]
-        timed = [arm for arm in told if arm.get("us")]
+        results = [row["arms"][name] for row in rows]
+        timed = [arm for arm in results if arm.get("us")]
         if timed:
             spread = max((max(arm["us"]) - min(arm["us"])) / median_of(arm) for arm in timed)
             worst = max(arm["error"] for arm in timed)
             slowest = max(map(median_of, timed))
             step = f", at most {slowest * LAYERS / 1e3:.1f} ms a step of {LAYERS} layers" if part == "fp8" else ""
             yield f"  {name}: error at most {worst:.4f}, spread at most {spread:.0%}{step}"
-        for reason in sorted({arm["refused"] for arm in told if "refused" in arm}):
-            count = sum(arm.get("refused") == reason for arm in told)
-            yield f"  {name}: {count} of {len(told)} refused: {reason}"
+        for reason in sorted({arm["refused"] for arm in results if "refused" in arm}):
+            count = sum(arm.get("refused") == reason for arm in results)
+            yield f"  {name}: {count} of {len(results)} refused: {reason}"
 
 
 def copy_gb_per_s() -> float | None:
-    """Bytes read and written by a plain copy, beside which the bytes of a case are judged."""
+    """GB/s of a plain copy, counting reads and writes: what the GB/s of an arm can be compared with."""
     if interpreted():
         return None
     source = torch.empty(2**30, dtype=BF16, device=DEVICE).normal_()

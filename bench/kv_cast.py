@@ -1,13 +1,15 @@
-"""The cast of named pages beside the cast of a whole pool, `cache.to(bfloat16)`, which SGLang makes for each layer.
+"""Compares our cast of the pages that a batch uses with SGLang's cast of a layer's whole pool, `cache.to(bfloat16)`.
 
     python bench/kv_cast.py [--rounds N] [--sweep] [--peers DIR] [--json OUT]     needs a GPU
 
---peers    A target verify of four tokens a request by FlashAttention-3, `flash_ops` in DIR or `sgl_kernel.flash_ops`,
-           behind each cast. Its three results must be equal bit for bit, with NaN in all rows that are not cast.
+--peers    Also run a target verify of four tokens per request by FlashAttention-3 after each cast. It is taken from
+           `flash_ops` in DIR, or from `sgl_kernel.flash_ops`. Its results after the three casts must be equal bit for
+           bit, although all rows that our cast does not write are NaN.
+--sweep    Also time other launch numbers.
 
-Medians of CUDA-graph replay, in turn, so that drift in the clocks hits all alike; each result is compared with torch's
-first. A named token moves 576 bytes in and 1152 out, which GB/s counts. `idle` is a graph that was captured for the
-model's longest context and is replayed at lengths of 1. `--sweep` times other launch numbers.
+Each result is first compared with torch's. Then the arms take turns at CUDA-graph replay, so that a drift of the clocks
+affects all of them alike, and the medians are reported. GB/s counts 576 bytes read and 1152 bytes written per token.
+The arm `idle` is a graph that was captured for the model's longest context and is replayed with lengths of 1.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from mla_patch.kernels.kv_cast import WIDTH, cast_config, cast_pages
 
-CONTEXT = 163_840  # tokens, as wide as the longest context of the models served
+CONTEXT = 163_840  # tokens: the longest context of the models that are served
 HEADS, DRAFTS = 16, 4
 POOLS = (131_072, 1_048_576)
 # requests, tokens of each
@@ -48,7 +50,7 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def timed(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, float]:
-    """Microseconds of each, by turns."""
+    """Median microseconds of each graph. The graphs take turns."""
     seen: dict[str, list[float]] = {name: [] for name in graphs}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(rounds):
@@ -63,7 +65,7 @@ def timed(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, flo
 
 
 def flash_attention_3(folder: Path) -> Callable[..., Any]:
-    """(cache in 16 bits, table, lengths, page size, queries) -> out, as SGLang's backend calls it for a verify."""
+    """A function of (16-bit cache, page table, lengths, page size, queries) that attends as SGLang's verify does."""
     sys.path.insert(0, str(folder.resolve()))
     try:
         importlib.import_module("flash_ops")

@@ -1,10 +1,10 @@
-"""Both index builders: an arm file for the peers' measuring script, and a sweep of launch numbers.
+"""Both index builders: arms for an external script that measures them with their peers, and a sweep of launch numbers.
 
     python bench/kv_indices.py [page-table] [token-indices] [--rounds N] [--json OUT]     needs a GPU
 
-The sweep times CUDA-graph replay (median) of every configuration on every case, after checking each against the
-definition with poisoned outputs. Configurations of one case are timed in turn, so that drift in the clocks hits all
-alike. `default` is what the launcher would choose.
+The sweep first compares every configuration with the reference, on outputs that were filled with -1. Then the
+configurations of a case take turns at CUDA-graph replay, so that a drift of the clocks affects all of them alike, and
+the medians are reported. `default` is the configuration that the launcher chooses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mla_patch.kernels.kv_indices import (
 )
 
 DEVICE = "cuda"
-WIDTH = 163_840  # as wide as the longest context of the models served
+WIDTH = 163_840  # columns of the table: the longest context of the models that are served
 RAGGED = "ragged"
 CASES: list[tuple[int, int | str]] = [
     (1, 8192),
@@ -43,17 +43,17 @@ CASES: list[tuple[int, int | str]] = [
 EXTRA: list[tuple[int, int | str]] = [
     (256, RAGGED),
     (17, 2048),
-]  # ours: skew that a fixed split per row cannot balance; a small mixed batch
+]  # a ragged batch that a fixed split per row cannot balance, and a small mixed batch
 
 
 def page_table(case):
-    """(call, out) as the measuring script wants them: -1 past a row's end."""
+    """``(call, out)`` for the measuring script. Entries past the end of a row are -1."""
     out = torch.full((case.B, -(-case.L // 64)), -1, device=DEVICE, dtype=torch.int32)
     return lambda: build_page_table(case.req_to_token, case.req_pool, case.lens, out), out
 
 
 def token_indices(case):
-    """(call, out): 64 lanes beyond the last id stay -1."""
+    """``(call, out)`` for the measuring script. The 64 entries after the last id stay -1."""
     out = torch.full((case.N + 64,), -1, device=DEVICE, dtype=torch.int64)
     return lambda: build_token_indices(case.req_to_token, case.req_pool, case.lens, case.indptr, out), out
 
@@ -76,7 +76,7 @@ def make_case(rows: int, length: int | str) -> types.SimpleNamespace:
 
 
 def token_configs(rows: int, sms: int) -> dict[str, dict[str, int]]:
-    """Leftovers of long rows kept to the row (own) or shared out over all programs, for several sizes of both."""
+    """Configurations in which long rows are worked off by their own programs ("own") or by all programs ("shared")."""
     configs = {}
     for (block, warps), waves, wide in itertools.product(((512, 2), (512, 4), (1024, 4)), (4, 8, 12), (1, 4)):
         ctas = max(1, min(waves * sms // rows, 128 * 1024 // block))
@@ -129,7 +129,7 @@ def sweep(what: str, rounds: int, rep: int, sms: int) -> dict[str, dict[str, flo
             try:
                 build(config)
                 torch.cuda.synchronize()
-            except Exception as problem:  # one bad configuration does not end the sweep
+            except Exception as problem:  # one configuration that fails does not end the sweep
                 print(f"{title} {name}: {problem!r:.150}", flush=True)
                 continue
             if torch.equal(out, want):
@@ -149,7 +149,10 @@ def sweep(what: str, rounds: int, rep: int, sms: int) -> dict[str, dict[str, flo
 
 
 def show(table: dict[str, dict[str, float]], top: int = 24) -> None:
-    """The best few: ordered by the geometric mean over the best of each case; * marks within 3% of the best."""
+    """Print the best configurations, by the geometric mean of their times over the best time of each case.
+
+    An asterisk marks times within 3% of the best.
+    """
     titles = [f"{rows}x{length}" for rows, length in CASES + EXTRA]
     best = {t: min(row[t] for row in table.values() if t in row) for t in titles}
 

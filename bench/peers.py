@@ -1,7 +1,10 @@
-"""What the benchmarks beside peers share: an arm is right before it is timed, arms take turns, the spread is kept.
+"""Shared code of the benchmarks that compare our kernels with those of other packages ("peers").
 
-A case is a namespace that has ``picks``, at most eight of its queries, and ``want``, the float64 definition of their
-outputs. It is computed once, for all arms: in float64 the whole chunk would take minutes.
+An arm is checked before it is timed. Arms take turns, and every round is kept, so that the spread can be reported.
+
+A case is a namespace with the inputs, with ``picks`` (the indices of at most eight queries) and with ``want`` (the
+float64 reference of the outputs of these queries). The reference is computed once for all arms. For all queries it
+would take minutes.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from mla_patch.compat.triton import interpreted
 
 Call = Callable[[], Any]
 Arms = dict[str, Callable[[Any], Call]]
-WRONG = 0.02  # relative to the definition's norm
+WRONG = 0.02  # an arm with a larger error is not timed; relative to the norm of the reference
 
 
 def pick(count: int, most: int = 8) -> torch.Tensor:
-    """The first and the last query, and some at random."""
+    """Indices of the first query, the last query, and some others at random."""
     return torch.tensor(sorted({0, count - 1, *torch.randint(0, count, (most - 2,)).tolist()}))
 
 
@@ -34,7 +37,7 @@ def package(name: str) -> Any:
 
 
 def over_pages(package_name: str, q: Any, cache: Any, indices: Any, sm_scale: float, options: dict[str, Any]) -> Call:
-    """A package's `flash_mla_with_kvcache` over fp8 pages, with one FlashMLASchedMeta for all calls."""
+    """A call of a package's `flash_mla_with_kvcache` over fp8 pages. All calls share one FlashMLASchedMeta."""
     module = package(package_name)
     meta = module.get_mla_metadata()[0]
     renamed = {"extra_indices": "extra_indices_in_kvcache"}
@@ -47,7 +50,7 @@ def over_pages(package_name: str, q: Any, cache: Any, indices: Any, sm_scale: fl
 
 
 def error(case: Any, result: Any) -> float:
-    """The worst of the picked queries, relative to the definition's norm; all queries must be finite."""
+    """The largest error of the picked queries, relative to the norm of the reference. All queries must be finite."""
     out = result[0]
     assert torch.isfinite(out).all(), "not every row is finite"
     wrong = (out[case.picks.to(out.device)].double() - case.want).flatten(1).norm(dim=1)
@@ -55,7 +58,7 @@ def error(case: Any, result: Any) -> float:
 
 
 def time_us(call: Call, rep: int) -> float:
-    """Median of CUDA-graph replays over ``rep`` milliseconds; under the interpreter, one call by the clock."""
+    """Median microseconds of CUDA-graph replays over ``rep`` milliseconds. In the interpreter, the time of one call."""
     if interpreted():
         start = time.perf_counter()
         call()
@@ -64,7 +67,7 @@ def time_us(call: Call, rep: int) -> float:
 
     try:
         return do_bench_cudagraph(call, rep=rep, return_mode="median") * 1e3
-    except Exception:  # a peer that cannot be captured is timed by events instead
+    except Exception:  # time a peer that cannot be captured with events instead
         torch.cuda.synchronize()
         return do_bench(call, rep=rep, return_mode="median") * 1e3
 
@@ -72,7 +75,7 @@ def time_us(call: Call, rep: int) -> float:
 def checked(
     case: Any, arms: Arms, error: Callable[[Any, Any], float] = error, limit: float = WRONG
 ) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
-    """The calls of the arms that are right, and {arm: its error, or why it is refused}."""
+    """The calls of the arms that are right, and for every arm its error or the reason why it is refused."""
     ready, table = {}, {}
     for name, make in arms.items():
         try:
@@ -91,7 +94,7 @@ def checked(
 def measure(
     case: Any, arms: Arms, rounds: int, rep: int, error: Callable[[Any, Any], float] = error
 ) -> dict[str, dict[str, Any]]:
-    """{arm: us per round, error}, or why an arm has none."""
+    """For every arm, its error and its microseconds in each round, or the reason why it is refused."""
     ready, table = checked(case, arms, error)
     for _ in range(rounds):
         for name, call in ready.items():
@@ -100,7 +103,10 @@ def measure(
 
 
 def show(title: str, case: Any, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Print a case's arms, fastest first, with the rates that its ``bytes`` and ``flops`` make; what a file keeps."""
+    """Print the arms of a case, fastest first, with GB/s and TFLOP/s if it has ``bytes`` and ``flops``.
+
+    Returns the row for the JSON file.
+    """
     print(title)
     for name, row in sorted(table.items(), key=lambda item: statistics.median(item[1].get("us") or [math.inf])):
         if "refused" in row:
@@ -109,8 +115,8 @@ def show(title: str, case: Any, table: dict[str, dict[str, Any]]) -> dict[str, A
         us = statistics.median(row["us"])
         spread = (max(row["us"]) - min(row["us"])) / us
         rates = [f"{count / us * scale:6.0f} {unit}" for unit, count, scale in _rates(case)]
-        told = [f"{us:10.1f} us", f"spread {spread:5.1%}", f"error {row['error']:.5f}", *rates]
-        print(f"    {name:32s} {'  '.join(told)}", flush=True)
+        cells = [f"{us:10.1f} us", f"spread {spread:5.1%}", f"error {row['error']:.5f}", *rates]
+        print(f"    {name:32s} {'  '.join(cells)}", flush=True)
     counts = {name: getattr(case, name) for name in ("bytes", "flops") if hasattr(case, name)}
     return {"case": title, **counts, "arms": table}
 
@@ -121,7 +127,7 @@ def _rates(case: Any) -> list[tuple[str, int, float]]:
 
 
 def versions() -> dict[str, str]:
-    """The machine and what runs on it, for every row."""
+    """The GPU and the versions that every row must state."""
     import triton
 
     gpu = "Triton's interpreter: times say nothing" if interpreted() else torch.cuda.get_device_name()
@@ -133,7 +139,7 @@ def capability() -> tuple[int, int]:
 
 
 def configs(heads: int, stages: tuple[int, ...]) -> dict[str, dict[str, int]]:
-    """Launch numbers of attention that are worth a try, beside the default's."""
+    """Launch numbers of an attention kernel that are worth trying besides the default, by name."""
     found = {}
     for block_h, block_n, count, warps in itertools.product((16, 64), (32, 64), stages, (4, 8)):
         if block_h == 64 and (warps == 4 or heads <= 16):

@@ -1,9 +1,9 @@
-"""The smallest launches that reach every branch of our kernels, for compute-sanitizer.
+"""Small launches that reach every branch of our kernels, to be run under compute-sanitizer.
 
 compute-sanitizer --tool memcheck|racecheck python bench/sanitize.py [NAME ...]
 
-Names, else all: kv_indices, kv_cast, decode, decode_wide, pages_and_splits, sparse_and_dense, prefill_indices,
-sparse_prefill, sparse_prefill_paged.
+Every result is compared with its reference. Without a name, all of these run: kv_indices, kv_cast, decode, decode_wide,
+pages_and_splits, sparse_and_dense, prefill_indices, sparse_prefill, sparse_prefill_paged.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def kv_indices() -> None:
 
 
 def kv_cast() -> None:
-    """Lengths of nothing, within a page and beyond the table, and pages that are nowhere; all other rows stay."""
+    """Lengths of 0, within a page and beyond the table; page numbers outside the cache. Other rows must not change."""
     for cache_type, kind, page in itertools.product(
         (torch.float8_e4m3fn, torch.float8_e5m2), (torch.bfloat16, torch.float16), (1, 64)
     ):
@@ -70,7 +70,11 @@ def kv_cast() -> None:
             out = torch.full((rows, 1, 576), -1, device="cuda", dtype=kind)
             places = torch.full_like(table, -1) if compact else None
             cast_pages(cache, table, lens, out, page_size=page, places=places)
-            here = (cache.cpu(), table.cpu(), lens if lens is None else lens.cpu())  # else it is thousands of launches
+            here = (
+                cache.cpu(),
+                table.cpu(),
+                lens if lens is None else lens.cpu(),
+            )  # on the GPU the reference would make thousands of launches
             want, named = cast_pages_ref(*here, kind, page_size=page, places=compact)
             out, places = out.cpu(), places if places is None else places.cpu()
             assert all(torch.equal(out[row, 0], values) for row, values in want.items())
@@ -90,7 +94,7 @@ def decode(heads: int) -> None:
             want = mla_decode_ref(q, kv, indptr, ids, sm_scale=0.04)
             got = mla_decode(q, kv, out, indptr, ids, sm_scale=0.04).double()
             assert (got - want).norm() <= 4e-3 * want.norm()
-            # again, now by addresses: q in two parts, a log-sum-exp, scales on the device
+            # q in two parts, a log-sum-exp, scales on the device; the second call reuses the launch of the first
             pair = q[..., :512].transpose(0, 1).contiguous().transpose(0, 1), q[..., 512:]
             half, two = torch.tensor([0.5], device="cuda"), torch.tensor(2.0, device="cuda")
             lse = torch.full((len(lens), heads), float("nan"), device="cuda")
@@ -102,7 +106,7 @@ def decode(heads: int) -> None:
 
 def pages_and_splits() -> None:
     over_pages(24)
-    over_pages(64)  # which hold whole tiles
+    over_pages(64)  # a page has whole tiles
 
 
 def over_pages(page: int) -> None:
@@ -195,7 +199,7 @@ def sparse_prefill() -> None:
 
 
 def sparse_prefill_paged() -> None:
-    """Straight from pages, and over a workspace with room for a third of what is named."""
+    """Directly from pages, and over a workspace that has room for a third of the pages that are named."""
     for layout, heads, queries in ((V32, 3, 7), (V4, 70, 90)):
         cache, second = new_pages(layout, 9, 64, "cuda"), new_pages(layout, 70, 2, "cuda")
         for one, slots in ((cache, 576), (second, 140)):
@@ -224,7 +228,7 @@ EVERY: dict[str, Callable[[], None]] = {
     "kv_indices": kv_indices,
     "kv_cast": kv_cast,
     "decode": lambda: decode(3),
-    "decode_wide": lambda: decode(70),  # on sm_90 a kernel of its own
+    "decode_wide": lambda: decode(70),  # many heads: sm_90 has a kernel of its own for them
     "pages_and_splits": pages_and_splits,
     "sparse_and_dense": sparse_and_dense,
     "prefill_indices": prefill_indices,
@@ -237,4 +241,4 @@ if __name__ == "__main__":
     for name in sys.argv[1:] or EVERY:
         EVERY[name]()
     torch.cuda.synchronize()
-    print("every launch equals its definition")
+    print("every result equals its reference")

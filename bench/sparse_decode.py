@@ -1,12 +1,12 @@
-"""Sparse fp8 decode beside FlashMLA's own, on the same tensors in one process, and a sweep of launch numbers.
+"""Compares our sparse fp8 decode with FlashMLA's on the same tensors in one process, or sweeps our launch numbers.
 
     python bench/sparse_decode.py [--sweep] [--rounds N] [--ops FILE.so] [--json OUT]      needs a GPU
 
-Peers, where they can be had: `flash_mla` (any wheel with the newer API), `sgl_kernel.flash_mla`, and, with --ops, the
-operators of a bare flashmla_ops library, whose older API serves V3.2 alone. A peer that is missing, or refuses a case,
-is named with the reason. Every arm is first checked against float64 on the stored bytes (at most eight queries, the
-first and the last among them; all others must be finite), and only then timed: CUDA-graph replay, median, arms of a
-case in turn. The bytes are those of the tokens that the indices name, each read once.
+The peers are `flash_mla` (any wheel with the newer API), `sgl_kernel.flash_mla` and, with --ops, the operators of a
+flashmla_ops library, whose older API serves only V3.2. If a peer is missing or refuses a case, the reason is printed.
+Every arm is first compared with a float64 reference over the stored bytes, for at most eight queries including the
+first and the last; the results of all others must be finite. Then the arms of a case take turns at CUDA-graph replay,
+and the medians are reported. GB/s counts the bytes of the tokens that the indices name, each once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ CASES = [
 
 
 def make_case(layout: Any, batch: int, heads: int, topk: int, extra: int, context: int) -> types.SimpleNamespace:
-    """Requests of one pool, each with a context of its own to draw indices from; V4's window lies at its end."""
+    """Requests over one pool. Each draws its indices from a context of its own.
+
+    ``extra``: number of indices into a second list over the same cache, as V4 uses; 0 means no second list.
+    """
     page, tokens = 64, min(batch * context, 2**21)
     cache = new_pages(layout, tokens // page, page, DEVICE)
     for first in range(0, tokens, 2**16):
@@ -70,7 +73,7 @@ def make_case(layout: Any, batch: int, heads: int, topk: int, extra: int, contex
 
 
 def definition(case: Any) -> torch.Tensor:
-    """The picked queries' outputs in float64: [picks, 1, H, 512]."""
+    """The float64 reference of the picked queries: [picks, 1, H, 512]."""
     picks = case.picks.to(case.q.device)
     whole = ("attn_sink", "extra_k_cache")
     options = {name: value if name in whole else value[picks] for name, value in case.options.items()}
@@ -88,7 +91,7 @@ def newer_api(module: str) -> Callable[[Any], Call]:
 
 
 def older_ops(case: Any) -> Call:
-    """The operators behind sgl-kernel to 0.4.2."""
+    """The operators of sgl-kernel up to and including 0.4.2."""
     if case.layout is not V32:
         raise RuntimeError("the older API has no second cache")
     ops = torch.ops.sgl_kernel
@@ -103,7 +106,7 @@ def older_ops(case: Any) -> Call:
 
 
 def configs(heads: int) -> dict[str, dict[str, int]]:
-    """Launch numbers that are worth a try, beside the default's."""
+    """Launch numbers that are worth trying besides the default, by name."""
     return {
         name: numbers | {"PER_SM": 2 if numbers["BLOCK_H"] == 16 and numbers["BLOCK_N"] == 32 else 1}
         for name, numbers in peers.configs(heads, (1, 2, 3)).items()

@@ -1,28 +1,29 @@
-"""Sparse prefill beside FlashMLA's own, on the same tensors in one process: its kernels, and the whole path.
+"""Compares our sparse prefill with FlashMLA's on the same tensors in one process: each kernel, and the whole path.
 
     python bench/sparse_prefill.py [SECTION ...] [--match TEXT ...] [--provider NAME ...] [--heads N] [--sweep]
                                    [--rounds N] [--rep MS] [--json OUT] [--device cpu]
 
     attention     the attention kernel over a workspace
-    dequantise    fp8 tokens to bfloat16, by slots and by pages, beside a plain copy of as many bytes
-    indices       what makes indices, at 4096 queries
+    dequantise    fp8 tokens to bfloat16, by slots and by pages, and a plain copy of as many bytes
+    indices       the kernels that build indices, for 4096 queries
     path          from the fp8 cache to the output, for chunks of a prefill:
-                      all        every token of the context is dequantised, then attention; "by sglang" with the
-                                 dequantiser of an installed SGLang from 0.5.23
-                      compact    only the pages that the chunk's indices name are, then attention
-                      pages      attention straight from the pages, as that provider's decode reads them
-                  share is the part of the context in which the chunk's indices lie: all of it, or as much as an
-                  indexer that favours few tokens names
+                      all        dequantise every token of the context, then attend; "by sglang" uses the dequantiser of
+                                 an installed SGLang 0.5.23 or later
+                      compact    dequantise only the pages that the chunk's indices name, then attend
+                      pages      attend directly to the pages, as the provider's decode kernel does
+                  "share" is the fraction of the context from which the chunk's indices are drawn: all of it, or a part,
+                  as of an indexer that prefers few tokens
 
-Default: all sections, on a GPU. A short call chooses: `path --match "V3.2" --match "chunk 2048" --match "share 1"` has
-only the cases whose titles contain every text. ``--provider`` names who attends over a workspace: ours, flash_mla,
-sgl_kernel.flash_mla; one that is missing, or refuses a case, is named with the reason. ``--sweep``: our launch numbers
-in place of peers. ``--device cpu``, under TRITON_INTERPRET=1, runs cases so small that times say nothing.
+Without a section, all of them run. ``--match`` selects cases: `path --match "V3.2" --match "chunk 2048" --match "share
+1"` runs the cases whose titles contain all three texts. ``--provider`` names the package that attends over a workspace:
+ours, flash_mla, sgl_kernel.flash_mla. If one is missing or refuses a case, the reason is printed. ``--sweep`` tries our
+launch numbers and no peers. ``--device cpu`` with TRITON_INTERPRET=1 runs cases so small that their times mean nothing.
 
-Every arm is first checked: attention against float64 (at most eight queries, the first and the last among them; all
-others must be finite), the rest exactly. Only then it is timed: CUDA-graph replay, median, arms of a case in turn.
+Every arm is first checked: attention against a float64 reference (at most eight queries including the first and the
+last; the results of all others must be finite), everything else exactly. Then the arms of a case take turns at
+CUDA-graph replay, and the medians are reported.
 
-`sparse_prefill` is an arm for the peers' measuring script.
+`sparse_prefill` is an arm for an external script that measures it together with its peers.
 """
 
 from __future__ import annotations
@@ -68,23 +69,27 @@ from mla_patch.kernels.sparse_prefill import (
 
 DEVICE = "cuda"
 PROVIDERS = ("ours", "flash_mla", "sgl_kernel.flash_mla")
-WINDOW, RATIO, COMPRESSED = 128, 4, 512  # V4: recent tokens of a query, tokens in a compressed one, top k of these
-ALL_RATIO = 128  # of layers that attend to every compressed token
-TOPK = 2048  # V3.2
+# V4: a query attends to its WINDOW most recent tokens, and to the top COMPRESSED of the context's compressed tokens,
+# each of which stands for RATIO tokens
+WINDOW, RATIO, COMPRESSED = 128, 4, 512
+ALL_RATIO = 128  # the same ratio in V4's layers that attend to every compressed token
+TOPK = 2048  # tokens that a query of V3.2 attends to
 PAGE, WINDOW_PAGE = 64, 256
 
 Case = SimpleNamespace
-Cases = Iterator[tuple[str, Callable[[], Case]]]  # titles, and what makes a case: one at a time fits
+Cases = Iterator[
+    tuple[str, Callable[[], Case]]
+]  # title, and a function that makes the case, since memory holds only one
 
 
 def sparse_prefill(case: Any) -> tuple[Call, Any]:
-    """(call, out) as the measuring script wants them."""
+    """``(call, out)`` for the measuring script."""
     out = torch.full((*case.q.shape[:2], 512), float("nan"), device=case.q.device, dtype=case.q.dtype)
     return lambda: mla_sparse_prefill(case.q, case.kv, case.indices, case.sm_scale, out=out), out
 
 
 def provider(name: str) -> Callable[..., Any]:
-    """Who attends over a workspace."""
+    """The function of a provider that attends over a workspace."""
     return mla_sparse_prefill if name == "ours" else before_v41(peers.package(name).flash_mla_sparse_fwd)
 
 
@@ -93,7 +98,7 @@ def tiny() -> bool:
 
 
 def pick(case: Case) -> torch.Tensor:
-    """Of a case's queries those that are compared."""
+    """Choose the queries of a case that are compared with the reference."""
     case.picks = peers.pick(len(case.q)).to(DEVICE)
     return case.picks
 
@@ -147,7 +152,7 @@ def attention_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
 
 
 def new_cache(layout: Layout, pages: int, page_size: int) -> torch.Tensor:
-    """A pool whose every token is stored."""
+    """A pool with a random token in every slot."""
     cache = new_pages(layout, pages, page_size, DEVICE)
     for first in range(0, pages * page_size, 2**16):
         slots = torch.arange(first, min(first + 2**16, pages * page_size), device=DEVICE)
@@ -156,7 +161,7 @@ def new_cache(layout: Layout, pages: int, page_size: int) -> torch.Tensor:
 
 
 def slots_of(table: torch.Tensor, page_size: int, tokens: int) -> torch.Tensor:
-    """Slots of a context's tokens, whose pages a table names."""
+    """The slots of a context's tokens. ``table``: the context's pages."""
     return (table[:, None] * page_size + torch.arange(page_size, device=DEVICE)).flatten()[:tokens].int()
 
 
@@ -180,10 +185,10 @@ def dequantise_case(layout: Layout, tokens: int) -> Case:
 
 
 def dequantise_error(case: Case, result: torch.Tensor) -> float:
-    if result is not case.out:  # the copy's
+    if result is not case.out:  # the result of the plain copy
         return 0.0
     right = torch.equal(result[case.picks], case.want) and bool(torch.isfinite(result).all())
-    result.fill_(float("nan"))  # the next arm writes all of it, too
+    result.fill_(float("nan"))  # so that the next arm cannot pass with these values
     return 0.0 if right else 1.0
 
 
@@ -224,7 +229,7 @@ def ints(values: Any) -> torch.Tensor:
 
 
 def combine_case(queries: int, topk: int) -> Case:
-    """Four requests that have had as many queries before."""
+    """A chunk of four requests, each with as many tokens before the chunk as in it."""
     requests, seq = 4, queries // 2
     count = queries // requests
     columns = seq // RATIO
@@ -293,7 +298,7 @@ def indices_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
 
 def path_cases(args: argparse.Namespace) -> Cases:
     chunks, contexts, shares = (2048, 4096, 8192, 16384), (8192, 32768, 131072), (1.0, 0.25)
-    few = list(itertools.product((8192, 131072, 1048576), (16, 64, 256, 1024), (1.0,)))  # which pages may serve better
+    few = list(itertools.product((8192, 131072, 1048576), (16, 64, 256, 1024), (1.0,)))  # pages may be faster for these
     if tiny():
         chunks, contexts, shares, few = (4,), (256,), (0.25,), []
     every = [*few, *itertools.product(contexts, chunks, shares)]
@@ -308,14 +313,14 @@ def path_cases(args: argparse.Namespace) -> Cases:
 
 
 def drawn(seen: torch.Tensor, topk: int, share: float) -> torch.Tensor:
-    """[queries, topk] of the first tokens that each query sees, a ``share`` of them, again and again; -1 past those."""
+    """Indices [queries, topk] into the first ``share`` of the tokens that each query sees; -1 where topk is larger."""
     most = (seen * share).ceil()[:, None]
     ids = (torch.rand(len(seen), topk, device=DEVICE) * most).int().minimum(most.int() - 1)
     return torch.where(torch.arange(topk, device=DEVICE) < seen[:, None], ids, -1)
 
 
 def through(ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Tokens of a context -> their slots; -1 stays."""
+    """Map tokens of a context to their slots. -1 stays -1."""
     return torch.where(ids >= 0, slots[ids.clamp(min=0).long()], -1)
 
 
@@ -355,13 +360,13 @@ def path_case(layout: Layout, heads: int, chunk: int, context: int, share: float
 
 
 def workspace(case: Case) -> torch.Tensor:
-    """Room for the context, for every arm the same: rows of the one cache, then of the other."""
+    """A workspace for the context, of the same size for every arm: rows for the first cache, then for the second."""
     rows = case.pages * PAGE + (case.window_pages * WINDOW_PAGE if case.extra else 0)
     return torch.full((rows, 1, case.layout.width), float("nan"), dtype=torch.bfloat16, device=DEVICE)
 
 
 def sglangs(cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """SGLang's dequantiser, which for V3.2 makes an output of its own."""
+    """SGLang's dequantiser. For V3.2 it ignores ``out`` and returns a tensor of its own."""
     home = "sglang.kernels.ops.attention"
     if cache.shape[-1] == V32.bytes:
         read = peers.package(f"{home}.dsa.dequant_k_cache").dequantize_k_cache_paged_dsa
@@ -416,7 +421,7 @@ def over_pages(name: str) -> Callable[[Case], Call]:
             return straight(case)
         most = most_queries(case.q.device)
         if most is not None and case.chunk > most:
-            raise RuntimeError(f"{case.chunk} queries, at most {most} of which it makes a schedule")
+            raise RuntimeError(f"{case.chunk} queries, expected at most {most}, the most that its schedule takes")
         call = peers.over_pages(name, case.q[:, None], case.cache, case.ids, case.sm_scale, case.extra)
         return lambda: (call()[0][:, 0],)
 
@@ -424,7 +429,10 @@ def over_pages(name: str) -> Callable[[Case], Call]:
 
 
 def decoded(case: Case) -> Call:
-    """As one-token requests, which are split: what serves few queries over pages where FlashMLA has no build."""
+    """Each query as a request of one token, by our decode kernel, which splits the keys.
+
+    mla-patch serves few queries over pages this way on GPUs for which FlashMLA has no build.
+    """
     return lambda: (
         sparse_decode(case.q[:, None], case.cache, case.ids, sm_scale=case.sm_scale, **case.extra)[0][:, 0],
     )
@@ -490,8 +498,8 @@ def main() -> None:
                 continue
             case = make()
             table = peers.measure(case, arms(case, args), args.rounds, args.rep, error)
-            told = f"{title}   {case.default}" if hasattr(case, "default") else title
-            rows.append(peers.show(told, case, table))
+            heading = f"{title}   {case.default}" if hasattr(case, "default") else title
+            rows.append(peers.show(heading, case, table))
             del case, make
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
