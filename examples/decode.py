@@ -2,7 +2,7 @@
 
     python examples/decode.py [--cache bf16|fp16|e4m3|e5m2] [--heads 16] [--lengths 8192,640,1]
 
-On a machine without a GPU it runs in Triton's interpreter, where float16 is exact and times mean nothing.
+Without a GPU the kernel runs in Triton's interpreter, and no time is printed, since it would mean nothing.
 """
 
 import argparse
@@ -31,15 +31,15 @@ def main() -> int:
     if args.cache == "bf16" and not ON_GPU:
         parser.error("--cache bf16 needs a GPU: the interpreter's bf16 products are wrong")
 
-    # The pool: one row of 512 latent and 64 rotary numbers per token slot, the values being the first 512. A scale of
-    # an fp8 cache is that of both: stored = true / scale.
+    # The pool has a row of 512 latent and 64 rotary numbers per token slot. The latent numbers are also the values, so
+    # an fp8 cache has one scale for keys and values: stored = true / scale.
     slots, scale = sum(lengths) + 100, 0.5 if args.cache in ("e4m3", "e5m2") else 1.0
     rng = torch.Generator().manual_seed(0)
     latents = torch.randn(slots, 1, 576, generator=rng)
     kv = (latents / scale).to(device, dtype).to(DTYPES[args.cache])
     q = torch.randn(len(lengths), args.heads, 576, generator=rng).to(device, dtype)
     out = torch.empty(len(lengths), args.heads, 512, device=device, dtype=dtype)
-    # Request b's tokens lie in the slots token_ids[indptr[b]:indptr[b + 1]], anywhere in the pool.
+    # The tokens of request b lie in the slots token_ids[indptr[b]:indptr[b + 1]], in any order.
     indptr = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     token_ids = torch.randperm(slots, generator=rng)[: sum(lengths)].to(device)
     options = {"sm_scale": 192**-0.5, "k_scale": scale, "v_scale": scale}  # 192: DeepSeek's head before absorption

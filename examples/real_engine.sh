@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# An SGLang server as it is, then with mla-patch: what the plugin replaced, greedy tokens and time per output token.
+# Starts an SGLang server without and with mla-patch. Compares greedy tokens and the time per output token, and shows
+# what the plugin replaced.
 #
 #   bash examples/real_engine.sh MODEL [more arguments of the server, such as --kv-cache-dtype fp8_e4m3 --tp 8]
 #
-# TOKENS=8192 of each prompt, NEW=64 tokens to generate, REQUESTS=1 at a time, PORT=30000, PYTHON=python, OUT=a folder
-# for the servers' logs, answers and reports, SECONDS_TO_START=1200.
+# Variables: TOKENS=8192 (length of a prompt), NEW=64 (tokens to generate), REQUESTS=1 (at the same time), PORT=30000,
+# PYTHON=python, OUT (a folder for logs, answers and reports), SECONDS_TO_START=1200.
 set -euo pipefail
-set -m # a server has a process group of its own, so that its children end with it
+set -m # gives the server a process group of its own, so that its children end with it
 
-[ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
 model=$1
 shift
 here=$(cd "$(dirname "$0")" && pwd)
@@ -53,5 +54,5 @@ export MLA_PATCH_REPORT=$out/report
 start patched "$python" -m mla_patch run -f decode=on -- "${server[@]}"
 "${ask[@]}" --save "$out/patched.json" --against "$out/host.json"
 sleep 1 # a process writes its report four times a second
-"$python" -m mla_patch status "$MLA_PATCH_REPORT" || true # 1 is a finding, which it has said
+"$python" -m mla_patch status "$MLA_PATCH_REPORT" || true # exit status 1 means a finding, which it has printed
 echo "logs, answers and reports: $out"

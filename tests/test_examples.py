@@ -92,8 +92,8 @@ def test_real_engine(server: dict[str, str], tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[1].startswith("time per output token: ")
     changed = [line for line in lines if line.startswith("request ")]
-    assert [line.partition(": ")[2].partition(" for ")[0] for line in changed] == [
-        "the same 3 tokens, log-probs 0.0100 apart in the mean; then 9 (-1.0100)"
+    assert [line.partition(": ")[2].partition(", was ")[0] for line in changed] == [
+        "the first 3 tokens are equal, their log-probs 0.0100 apart on average; the next is 9 (-1.0100)"
     ] * 2
     told = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("host", "patched")}
     assert told["host"]["ms"] >= 20 > told["patched"]["ms"] >= 2
@@ -116,7 +116,10 @@ def test_answers_to_other_questions_are_not_compared(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps({"asked": [1, 2, 3], "ms": 1.0, "outputs": []}))
     command = [sys.executable, str(EXAMPLES / "ask.py"), "http://127.0.0.1:9", "--against", "old.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "was asked for [1, 2, 3] (tokens, new, requests), not [8192, 64, 1]" in done.stderr
+    assert (
+        done.returncode == 2
+        and "has answers for [1, 2, 3] (tokens, new, requests), not for [8192, 64, 1]" in done.stderr
+    )
 
 
 def test_the_same_answers_are_said_to_be() -> None:
@@ -124,7 +127,7 @@ def test_the_same_answers_are_said_to_be() -> None:
     answer = {"ms": 1.0, "outputs": [[[-0.5, 7], [-0.25, 8]]]}
     other = {"ms": 2.0, "outputs": [[[-0.25, 7], [-0.25, 8]]]}
     assert list(ask.compare(answer, other)) == [
-        "request 0: the same 2 tokens, log-probs 0.1250 apart in the mean",
+        "request 0: the first 2 tokens are equal, their log-probs 0.1250 apart on average",
         "time per output token: 2.0 ms, was 1.0 ms",
     ]
 

@@ -1,4 +1,4 @@
-"""Two kernels for the seam of the feature tokenspeed: a decode in Triton, a prefill in plain torch."""
+"""Two kernels for the backend of the feature `tokenspeed`: a decode in Triton, a prefill in plain torch."""
 
 from mla_patch.compat.types import MlaKernel
 from mla_patch.hookspecs import hookimpl

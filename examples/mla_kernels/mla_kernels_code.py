@@ -4,9 +4,9 @@ from mla_patch.kernels.decode import mla_decode_paged
 
 
 def decode(call):
-    """Each query token as a row of its own, which sees what its place lets it see."""
+    """Decode every query token as a request of its own, with as many keys as its position allows."""
     batch, q_len, heads, _ = call.query.shape
-    q = call.query.to(torch.float16).view(batch * q_len, heads, 576)  # every e4m3 is a float16
+    q = call.query.to(torch.float16).view(batch * q_len, heads, 576)  # float16 represents every e4m3 number exactly
     ahead = torch.arange(q_len - 1, -1, -1, dtype=torch.int32, device=q.device)
     lens = (call.seq_lens[:, None] - ahead).clamp(min=0).view(-1)
     table = call.block_tables.repeat_interleave(q_len, dim=0)
@@ -16,7 +16,7 @@ def decode(call):
 
 
 def prefill(call):
-    """The definition, request by request in float32. It waits for the GPU, which a prefill may."""
+    """Attention request by request in float32. It waits for the GPU, which a prefill may do."""
     out = call.q.new_zeros(*call.q.shape[:2], call.v.shape[2], dtype=torch.float32)
     lse = out.new_full(call.q.shape[:2], -torch.inf)
     ends, kv_ends = call.cum_seq_lens_q.tolist(), call.cum_seq_lens_kv.tolist()

@@ -1,4 +1,4 @@
-"""One more arm for experiments with decode: ours, made wrong by 5%, to see what stops it."""
+"""An arm for experiments with `decode`: our kernel with results that are wrong by 5%, to show what stops it."""
 
 from mla_patch.compat.types import Arm
 from mla_patch.hookspecs import hookimpl
