@@ -61,12 +61,12 @@ DETERMINISTIC = Version("0.5.3")  # the first with --enable-deterministic-infere
 
 # (release, route): what is wrong in the release itself, so that its own result is no measure
 FAULTS = {
-    ("0.4.6", "flashmla_backend decode"): "one entry too many in a row: its masks say <= for <",
+    ("0.4.6", "flashmla_backend decode"): "one entry too many per row: its masks use <= instead of <",
     **{
         (
             release,
             "trtllm_mla_backend page 32",
-        ): "it fills 64 pages for each 4096 tokens, which hold 128, so a row's end is left out"
+        ): "it fills 64 of the 128 pages for each 4096 tokens, so the end of a row is missing"
         for release in ("0.5.1", "0.5.2", "0.5.3")
     },
 }

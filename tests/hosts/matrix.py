@@ -18,58 +18,76 @@ PATH = hosts.HERE.parents[1] / "docs" / "support-matrix.md"
 _HEAD = """\
 # Support matrix
 
-Written by `python tests/hosts/matrix.py --write` from runs of real SGLang releases, each in a process of its own with
-`MLA_PATCH=1 MLA_PATCH_DECODE=on`, on a CPU under Triton's interpreter; do not edit. "Holders" are the modules in which
-a replaced name is bound: how many hold ours, of how many there are. "Served" are the host's backends that were driven,
-each with the result of the host's own kernel, entry by entry, except where a fault of the host's is named. For
-`decode`, they are the latent caches that the host's Triton backend stored in its own pool and ours read from there,
-with a relative error below 0.004.
+What was run on which SGLang release. Do not edit this page: `python tests/hosts/matrix.py --write` writes it from runs
+of real releases. Each release runs in a process of its own, with `MLA_PATCH=1 MLA_PATCH_DECODE=on`, on a CPU in
+Triton's interpreter.
 
-| SGLang | feature | state | holders | served | fault of the host's own |
+- **holders**: the modules that bind a replaced name. "15 of 15" means that all 15 modules hold our object.
+- **served**: the engine's backends that were driven. Each gave the result of the engine's own kernel, entry by entry,
+  unless the last column names a fault of the engine. For `decode`, this column names the latent caches that the
+  engine's Triton backend stored in its own pool and from which our kernel read, with a relative error below 0.004.
+
+| SGLang | feature | state | holders | served | fault of the engine's kernel |
 |---|---|---|---|---|---|
 """
 _FOOT = """
-Releases before 0.5.1 are outside every feature's range and were run with `MLA_PATCH_SKIP_VERSION_CHECK=1`.
+Releases before 0.5.1 are outside the range of every feature. They ran with `MLA_PATCH_SKIP_VERSION_CHECK=1`.
 
-`sched_meta` (0.5.3 - 0.5.23) needs FlashMLA, which no CPU has: 0.5.3, 0.5.4, 0.5.5, 0.5.9, 0.5.11, 0.5.12, 0.5.13,
-0.5.22 and 0.5.23 were run over a stand-in with the wrappers' parameters (`tests/hosts/test_flash_mla.py`). In each, the
-module and `flashmla_backend` hold ours, the release's own sparse decode is served by ours, every call reaches the
-provider that `mla-patch explain sched_meta` names, and each backend that calls FlashMLA has what it can ask of ours
-compiled. 0.5.3 and 0.5.4 take FlashMLA from the package `flash_mla`, which does not know the descales that they pass
-for e4m3 caches: their dense decode of those is served by ours. In 0.5.12 DeepSeek V4 attends through ours, over that
+## sched_meta (0.5.3 - 0.5.23)
+
+This feature needs FlashMLA, which no CPU has. It ran on 0.5.3, 0.5.4, 0.5.5, 0.5.9, 0.5.11, 0.5.12, 0.5.13, 0.5.22 and
+0.5.23, over a stand-in with the parameters of the wrappers (`tests/hosts/test_flash_mla.py`). On each release:
+
+- The module and `flashmla_backend` hold our objects, and our kernels serve the release's own sparse decode.
+- Every call reaches the provider that `mla-patch explain sched_meta` names.
+- For each backend that calls FlashMLA, the kernels that it can reach are compiled.
+
+On 0.5.3 and 0.5.4, FlashMLA comes from the package `flash_mla`, which does not accept the descales that these releases
+pass for e4m3 caches. Our kernels serve that dense decode. On 0.5.12, DeepSeek V4 attends with our kernels, with that
 package and without it.
 
-`sparse_prefill` (0.5.5 - 0.5.23) was run on 0.5.12, 0.5.13, 0.5.15, 0.5.18 - 0.5.21 and 0.5.23
-(`tests/hosts/test_sparse_prefill.py`): a made-up DeepSeek V4, with layers of all three kinds, prefilled in three
-chunks through the release's own `DeepseekV4AttnBackend`, some requests without new tokens, and V3.2's sparse
-attention with 20 heads. From 0.5.13 to 0.5.20 ours is taken by default, on 0.5.12 and from 0.5.21 with
-`MLA_PATCH_SPARSE_PREFILL=on`: there kernel by kernel in the release's own route. Everywhere the relative error
-against float64 is below 0.004. The same prompts through all of these on an H200 (2026-11-21, driver 580.159.04,
-torch 2.11, Triton 3.6), with 64 heads, where FlashMLA's wheel attends, and 20, which ours serves: `test_on_a_gpu`
-there.
+## sparse_prefill (0.5.5 - 0.5.23)
 
-`decode` of FlashAttention-3, FlashInfer MLA and FlashMLA was run on 0.5.1, 0.5.3, 0.5.5, 0.5.7, 0.5.9, 0.5.11, 0.5.13,
-0.5.15, 0.5.16, 0.5.18, 0.5.20, 0.5.22 and 0.5.23 (`tests/hosts/test_backends.py`): each backend built by its own
-constructor over the release's own pool, its attention kernel stood in for in float64. Steps with metadata made
-eagerly, at a capture's lengths and at a replay with others and a padded request, draft steps of one token,
-FlashInfer's also under graphs, and calls through `HybridAttnBackend` and `HybridLinearAttnBackend`, with e4m3 and
-float16 caches. Everywhere the relative error against float64 is below 0.001, and the pool has the bytes that the
-release's own method leaves.
+It ran on 0.5.12, 0.5.13, 0.5.15, 0.5.18 - 0.5.21 and 0.5.23 (`tests/hosts/test_sparse_prefill.py`). A made-up DeepSeek
+V4 with layers of all three kinds is prefilled in three chunks through the release's own `DeepseekV4AttnBackend`. Some
+requests have no new tokens. V3.2's sparse attention runs with 20 heads.
 
-`kv_cast` (0.5.1 - 0.5.23) was run on 0.5.1, 0.5.5, 0.5.9, 0.5.11, 0.5.13, 0.5.16, 0.5.18, 0.5.22 and 0.5.23
-(`tests/hosts/test_kv_cast.py`): both backends built by their own constructors, over stand-ins for FlashAttention-3 and
-FlashInfer. Prompts with a prefix, target verify, draft extend and a tree of drafts gave the bits that the release's own
-method gave, with metadata made eagerly and with metadata captured at one length and replayed at others. No packed step
-allocated or wrote as much as a layer's pool.
+- On 0.5.13 - 0.5.20, our route serves by default. On 0.5.12, it serves with `MLA_PATCH_SPARSE_PREFILL=on`. From 0.5.21
+  on, that flag puts our kernels into the release's own route.
+- The relative error against float64 is below 0.004 everywhere.
+- The same prompts ran through all of these on an H200 (2026-11-21, driver 580.159.04, torch 2.11, Triton 3.6): with 64
+  heads, where FlashMLA's wheel attends, and with 20 heads, which our kernel serves (`test_on_a_gpu` in the same file).
+
+## decode behind fa3, flashinfer and flashmla (0.5.1 - 0.5.23)
+
+It ran on 0.5.1, 0.5.3, 0.5.5, 0.5.7, 0.5.9, 0.5.11, 0.5.13, 0.5.15, 0.5.16, 0.5.18, 0.5.20, 0.5.22 and 0.5.23
+(`tests/hosts/test_backends.py`). Each backend is built by its own constructor over the release's own pool. A float64
+stand-in takes the place of its attention kernel. The runs cover:
+
+- steps with metadata made eagerly, made for a capture, and replayed with other lengths and a padded request
+- draft steps of one token, for FlashInfer also in graphs
+- calls through `HybridAttnBackend` and `HybridLinearAttnBackend`
+- e4m3 and float16 caches
+
+The relative error against float64 is below 0.001 everywhere, and the pool has the bytes that the release's own method
+leaves.
+
+## kv_cast (0.5.1 - 0.5.23)
+
+It ran on 0.5.1, 0.5.5, 0.5.9, 0.5.11, 0.5.13, 0.5.16, 0.5.18, 0.5.22 and 0.5.23 (`tests/hosts/test_kv_cast.py`). Both
+backends are built by their own constructors, over stand-ins for FlashAttention-3 and FlashInfer. Prompts with a prefix,
+target verify, draft extend and a tree of drafts give the same bits as the release's own method. Metadata are made
+eagerly, or captured at one length and replayed at others. No packed step allocates or writes as much as a layer's pool.
 """
 
 _TOKENSPEED = """
-## tokenspeed
+## tokenspeed (0.5.1 - 0.5.23)
 
-The backend that the feature `tokenspeed` adds, under the name that `--attention-backend` takes for it: which of the
-host's own steps its kernels served, in a process of its own for each release, on a CPU, with a stand-in for the package
-`tokenspeed_mla` that computes in float64 and checks every argument. What is missing the host's backend leaves to
-FlashInfer. The TokenSpeed kernels themselves have not been run: they need a GPU of compute capability 10.x.
+The table shows which of the engine's own steps the kernels of the added backend served, under the name that
+`--attention-backend` takes for it. Each release runs in a process of its own, on a CPU. A stand-in for the package
+`tokenspeed_mla` computes in float64 and checks every argument. Steps that a row does not list are those that the
+engine's backend leaves to FlashInfer. The TokenSpeed kernels themselves have not run: they need a GPU of compute
+capability 10.x.
 
 | SGLang | state | `--attention-backend` | served |
 |---|---|---|---|
@@ -97,7 +115,7 @@ def rows(seen: dict) -> list[str]:
         cells = (holders, methods, faults)
         if row["name"] == "decode":
             right = [cache for cache, one in seen["decode"]["ours"].items() if one["served"] and one["error"] < 4e-3]
-            fault = "scales are read that were never stored; ours leaves them out" if release in hosts.MISREAD else ""
+            fault = "it applies scales that were never stored; our edit drops them" if release in hosts.MISREAD else ""
             cells = (f"{seen['decode']['holders'][:1].count('ours')} of 1", f"triton {', '.join(right)}", fault)
         lines.append("| " + " | ".join((release, row["name"], state, *cells)) + " |")
     return lines
