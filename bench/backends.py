@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import peers
 from peers import Arms, Call
 
-from mla_patch.compat.sglang_flash_mla import before_v41
+from mla_patch.compat.sglang.flash_mla import before_v41
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels.decode import mla_decode, mla_decode_paged, mla_decode_ref
 

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
 
-from mla_patch.kernels.kv_cast import WIDTH, cast_config, cast_pages
+from mla_patch.kernels.cache.kv_cast import WIDTH, cast_config, cast_pages
 
 CONTEXT = 163_840  # tokens: the longest context of the models that are served
 HEADS, DRAFTS = 16, 4

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
 
-from mla_patch.kernels.kv_indices import (
+from mla_patch.kernels.indices.kv import (
     build_page_table,
     build_token_indices,
     page_table_ref,

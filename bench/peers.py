@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mla_patch.compat.sglang_flash_mla import before_v41
+from mla_patch.compat.sglang.flash_mla import before_v41
 from mla_patch.compat.triton import interpreted
 
 Call = Callable[[], Any]

@@ -17,23 +17,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
 
+from mla_patch.kernels.cache.dequantize import dequantize, dequantize_pages
+from mla_patch.kernels.cache.kv_cast import cast_pages, cast_pages_ref
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache.quantize import quantize
 from mla_patch.kernels.decode import mla_decode, mla_decode_paged, mla_decode_ref
-from mla_patch.kernels.decode_splits import mla_decode_splits, mla_decode_splits_ref
-from mla_patch.kernels.dense_decode import dense_decode, dense_decode_ref
-from mla_patch.kernels.dequantize import dequantize, dequantize_pages
-from mla_patch.kernels.kv_cast import cast_pages, cast_pages_ref
-from mla_patch.kernels.kv_indices import build_page_table, build_token_indices, page_table_ref, token_indices_ref
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.named_pages import name_pages, name_pages_ref
-from mla_patch.kernels.prefill_indices import (
+from mla_patch.kernels.decode.splits import mla_decode_splits, mla_decode_splits_ref
+from mla_patch.kernels.indices.kv import build_page_table, build_token_indices, page_table_ref, token_indices_ref
+from mla_patch.kernels.indices.prefill import (
     build_swa_token_ids,
     build_swa_token_ids_ref,
     combine_topk_swa_indices,
     combine_topk_swa_indices_ref,
 )
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_decode, sparse_decode_ref
-from mla_patch.kernels.sparse_prefill import (
+from mla_patch.kernels.named_pages import name_pages, name_pages_ref
+from mla_patch.kernels.sparse.decode import sparse_decode, sparse_decode_ref
+from mla_patch.kernels.sparse.dense import dense_decode, dense_decode_ref
+from mla_patch.kernels.sparse.prefill import (
     mla_sparse_prefill,
     mla_sparse_prefill_paged,
     mla_sparse_prefill_paged_ref,

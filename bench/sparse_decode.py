@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import peers
 from peers import Call
 
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_config, sparse_decode, sparse_decode_ref
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache.quantize import quantize
+from mla_patch.kernels.sparse.decode import sparse_config, sparse_decode, sparse_decode_ref
 
 DEVICE = "cuda"
 # layout, batch, heads, topk, extra topk, context

@@ -45,21 +45,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import peers
 from peers import Call
 
-from mla_patch.compat.sglang_flash_mla import before_v41
-from mla_patch.compat.sglang_sparse_prefill import most_queries
+from mla_patch.compat.sglang.flash_mla import before_v41
+from mla_patch.compat.sglang.sparse_prefill import most_queries
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.dequantize import dequantize, dequantize_config, dequantize_pages, dequantize_ref
-from mla_patch.kernels.layouts import V4, V32, Layout, new_pages
-from mla_patch.kernels.named_pages import name_pages
-from mla_patch.kernels.prefill_indices import (
+from mla_patch.kernels.cache.dequantize import dequantize, dequantize_config, dequantize_pages, dequantize_ref
+from mla_patch.kernels.cache.layouts import V4, V32, Layout, new_pages
+from mla_patch.kernels.cache.quantize import quantize
+from mla_patch.kernels.indices.prefill import (
     build_swa_token_ids,
     build_swa_token_ids_ref,
     combine_topk_swa_indices,
     combine_topk_swa_indices_ref,
 )
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_decode
-from mla_patch.kernels.sparse_prefill import (
+from mla_patch.kernels.named_pages import name_pages
+from mla_patch.kernels.sparse.decode import sparse_decode
+from mla_patch.kernels.sparse.prefill import (
     mla_sparse_prefill,
     mla_sparse_prefill_paged,
     mla_sparse_prefill_paged_ref,

@@ -34,7 +34,7 @@ except ImportError:  # an older Triton, or one that a test has cut down: kernels
     gdc_launch_dependents = gdc_wait = None
 HAS_PDL = gdc_wait is not None
 
-try:  # what kernels/decode_sm90.py is written in
+try:  # what kernels/decode/sm90.py is written in
     from triton.experimental.gluon.language import _core as _gluon
     from triton.experimental.gluon.language.nvidia.hopper import async_copy as _copy
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier as _mbarrier

@@ -3,7 +3,7 @@
 
 def main() -> int:
     try:
-        from mla_patch import cli
+        from mla_patch.cli import main as cli
 
         return cli.main()
     except KeyboardInterrupt:  # while it is still being imported

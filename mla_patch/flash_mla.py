@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 import torch
 
 from mla_patch.compat import gpu
-from mla_patch.kernels.dense_decode import dense_decode
-from mla_patch.kernels.sparse_decode import sparse_decode
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill
+from mla_patch.kernels.sparse.decode import sparse_decode
+from mla_patch.kernels.sparse.dense import dense_decode
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
 
 
 @dataclass
@@ -127,8 +127,8 @@ def flash_mla_with_kvcache(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode over a paged latent cache: ``out`` [B, Sq, H, 512] and its natural ``lse`` [B, H, Sq].
 
-    With ``indices`` sparse, over fp8 tokens of 656 or 584 bytes (`mla_patch.kernels.sparse_decode`), else dense, over
-    bfloat16, float16 or e4m3 rows (`mla_patch.kernels.dense_decode`). 1 to 128 heads, any page size, any topk, any
+    With ``indices`` sparse, over fp8 tokens of 656 or 584 bytes (`mla_patch.kernels.sparse.decode`), else dense, over
+    bfloat16, float16 or e4m3 rows (`mla_patch.kernels.sparse.dense`). 1 to 128 heads, any page size, any topk, any
     batch, 0 among them. A query without a key gets out 0 and lse +inf. ``descale_q`` and ``descale_k`` are e4m3's, and
     ignored beside 16-bit queries, as sgl_kernel ignores them. With ``enable_batch_invariant`` a query's results are the
     same, bit for bit, whatever other queries there are. Metadata do not record it, since they hold no schedule of ours.
@@ -221,7 +221,7 @@ def flash_mla_sparse_fwd(
     use_legacy: bool | None = None,
     return_log2: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sparse prefill over a 16-bit workspace (`mla_patch.kernels.sparse_prefill`): ``out`` [Sq, H, 512], ``max_logits``
+    """Sparse prefill over a 16-bit workspace (`mla_patch.kernels.sparse.prefill`): ``out`` [Sq, H, 512], ``max_logits``
     and ``lse`` [Sq, H].
 
     1 to 128 heads, any topk, any Sq, 0 among them. Both statistics leave the sink out. They are natural, as FlashMLA's

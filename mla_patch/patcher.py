@@ -24,10 +24,10 @@ from typing import Any
 from mla_patch import endings
 from mla_patch.compat.types import Arm, Gpu, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, Arms, Site, Switch, is_ours, stand_in
+from mla_patch.eligibility import UNKNOWN_GPU, Judgement, code_of, difference
 from mla_patch.features import FIRST_CALLS, Asked, Counts, Feature, State
 from mla_patch.flags import Setting
 from mla_patch.imports import PATIENCE, is_executed_now, is_initializing, when_executed_again, when_imported
-from mla_patch.judge import UNKNOWN_GPU, Judgement, code_of, difference
 from mla_patch.reports import FeatureStatus, TargetStatus
 from mla_patch.standing import attribute_of, describe, find, is_a, is_found, names_of, own, reaches, text_of
 

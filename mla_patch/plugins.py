@@ -15,12 +15,12 @@ from mla_patch.flags import known
 GROUP = "mla_patch"
 # where the distribution's metadata is missing (a source tree on PYTHONPATH), these stand in for it
 OWN_HOOKS = {
-    "decode": "mla_patch.hooks.sglang_decode",
-    "kv_cast": "mla_patch.hooks.sglang_kv_cast",
-    "kv_indices": "mla_patch.hooks.sglang_kv_indices",
-    "tokenspeed": "mla_patch.hooks.sglang_tokenspeed",
-    "sched_meta": "mla_patch.hooks.sglang_sched_meta",
-    "sparse_prefill": "mla_patch.hooks.sglang_sparse_prefill",
+    "decode": "mla_patch.hooks.sglang.decode",
+    "kv_cast": "mla_patch.hooks.sglang.kv_cast",
+    "kv_indices": "mla_patch.hooks.sglang.kv_indices",
+    "tokenspeed": "mla_patch.hooks.sglang.tokenspeed",
+    "sched_meta": "mla_patch.hooks.sglang.sched_meta",
+    "sparse_prefill": "mla_patch.hooks.sglang.sparse_prefill",
 }
 
 

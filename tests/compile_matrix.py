@@ -2,7 +2,7 @@
 
     python tests/compile_matrix.py [--every] [--family NAME] [--sm 90] [--match TEXT] [--jobs N]
 
-A kernel module under mla_patch/kernels takes part by defining `compile_cases(every: bool) -> list[CompileCase]`: what
+A module anywhere under mla_patch/kernels takes part by defining `compile_cases(every: bool) -> list[CompileCase]`: what
 its launch table can ask Triton to compile, with all options off and all on, or, with --every, their product.
 Runs in its own process, without TRITON_INTERPRET. Exit 1: something does not compile, needs more shared memory than
 the chip has, or spills. With one job each case is named before it is compiled, so that a process that is killed tells
@@ -31,13 +31,16 @@ import mla_patch.kernels
 from mla_patch.compat.triton import SHARED_LIMIT, TARGETS, CompileCase, compile_case, usage
 
 
+PREFIX = "mla_patch.kernels."
+
+
 @functools.cache
 def collect(every: bool) -> list[tuple[str, CompileCase]]:
     found = []
-    for info in pkgutil.iter_modules(mla_patch.kernels.__path__, "mla_patch.kernels."):
-        module = importlib.import_module(info.name)
-        if hasattr(module, "compile_cases"):
-            found += [(info.name.rpartition(".")[2], case) for case in module.compile_cases(every)]
+    for info in pkgutil.walk_packages(mla_patch.kernels.__path__, PREFIX):
+        cases = getattr(importlib.import_module(info.name), "compile_cases", None)
+        if cases is not None and cases.__module__ == info.name:  # a family's package may offer its file's, too
+            found += [(info.name.removeprefix(PREFIX), case) for case in cases(every)]
     return found
 
 

@@ -11,7 +11,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mla_patch.compat import gpu
-from mla_patch.kernels import kv_indices
+from mla_patch.kernels.indices import kv as kv_indices
 
 SM = 90  # the chip from here on; every chip is a device with its own compiled kernels
 

@@ -288,7 +288,7 @@ class FakeHost:
         self, code: str, env: Mapping[str, str | None] | None = None, door: bool = False, path: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
         """Run code in a fresh interpreter; with ``door`` it starts as MLA_PATCH=1 would start it."""
-        head = "import mla_patch._door; mla_patch._door.enter()\n" if door else ""
+        head = "import mla_patch._autostart; mla_patch._autostart.run()\n" if door else ""
         # apart from the test's own folder, so that the tree's hooks and compat have one name each
         changes = {"PYTHONPATH": ":".join([*path, str(self.root), str(ROOT)]), "MLA_PATCH": "1" if door else None}
         done = subprocess.run(

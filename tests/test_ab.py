@@ -15,7 +15,8 @@ import pytest
 from fake_engine import tapes
 from test_experiment_live import Running
 
-from mla_patch import ab, cli, show
+from mla_patch.cli import ab, show
+from mla_patch.cli import main as cli
 from mla_patch.experiment import control, control_file, record
 from mla_patch.experiment.schedule import Plan, Schedule
 

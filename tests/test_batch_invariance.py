@@ -15,9 +15,9 @@ from test_sparse_prefill import Case as Prefill
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.flash_mla import flash_mla_with_kvcache, get_mla_metadata
-from mla_patch.kernels.dequantize import dequantize
-from mla_patch.kernels.layouts import V4, V32
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill_paged
+from mla_patch.kernels.cache.dequantize import dequantize
+from mla_patch.kernels.cache.layouts import V4, V32
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill_paged
 
 DEVICE = "cpu" if interpreted() else "cuda"
 # on sm_90 more than 16 heads are another kernel's; more keys and queries than a GPU takes at once

@@ -11,12 +11,14 @@ import pytest
 import torch
 from scratch import clean_env
 
-from mla_patch import bench, cli, session
+from mla_patch import session
+from mla_patch.cli import bench
+from mla_patch.cli import main as cli
 from mla_patch.compat import gpu
-from mla_patch.compat import sglang_trial as trial
 from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import KernelStandIn
+from mla_patch.drive import sglang as trial
 
 in_the_interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 KEYS = {"kernel", "device", "host", "floor_us", "copy_gbps", "cases", "right", "notes", "findings"}

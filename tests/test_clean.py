@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mla_patch import cli
-from mla_patch.compat import sglang_fetch
+from mla_patch.cli import main as cli
+from mla_patch.drive import sglang_fetch
 
 
 def test_what_was_fetched_goes_and_nothing_else(

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from scratch import Scratch, clean_env
 
-from mla_patch import cli, plugins
+from mla_patch import plugins
+from mla_patch.cli import main as cli
 from mla_patch.compat import gpu
-from mla_patch.hooks.sglang_decode_backends import SIXTEEN_BITS
+from mla_patch.hooks.sglang.decode_backends import SIXTEEN_BITS
 
 TABLE = ("req_to_token_ptr, req_pool_indices_ptr, page_kernel_lens_ptr, kv_start_idx, kv_indices_ptr, "
          "req_to_token_ptr_stride, kv_indices_ptr_stride, PAGED_SIZE=64")  # fmt: skip
@@ -82,8 +83,8 @@ def test_doctor_judges_an_installed_engine_without_importing_it(capsys, tmp_path
     feature = row_of(report)
     assert feature["state"] == "armed"
     assert {(t["name"], t["kind"], t["replaced_by"]) for t in feature["targets"]} == {
-        ("create_flashmla_kv_indices_triton", "kernel", "mla_patch.hooks.sglang_kv_indices:serve_page_table"),
-        ("create_flashinfer_kv_indices_triton", "kernel", "mla_patch.hooks.sglang_kv_indices:serve_token_indices"),
+        ("create_flashmla_kv_indices_triton", "kernel", "mla_patch.hooks.sglang.kv_indices:serve_page_table"),
+        ("create_flashinfer_kv_indices_triton", "kernel", "mla_patch.hooks.sglang.kv_indices:serve_token_indices"),
     }
     assert "sglang" not in sys.modules
 
@@ -522,7 +523,7 @@ def test_run_opens_the_door(tmp_path, installed):
     (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.theirs = True\n")
     code = "import builtins, sys; print(builtins.theirs, sys.modules.get('mla_patch.startup') is not None)"
     patch = "" if installed else "cli.start_file = lambda: None; "
-    start = f"from mla_patch import cli; {patch}cli.main(['run', '--', {sys.executable!r}, '-c', {code!r}])"
+    start = f"from mla_patch.cli import main as cli; {patch}cli.main(['run', '--', {sys.executable!r}, '-c', {code!r}])"
     env = clean_env({"PYTHONPATH": str(tmp_path)})
     done = subprocess.run([sys.executable, "-c", start], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("True True\n", "")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from scratch import clean_env
 
-from mla_patch import cli
+from mla_patch.cli import main as cli
 from mla_patch.compat import gpu
 
 DOCUMENTED = {cli.OK, cli.FINDING, cli.MISUSE}
@@ -206,7 +206,7 @@ def test_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, 
 def test_ctrl_c_is_quiet(tmp_path: Path) -> None:
     (tmp_path / "sglang-host-10-1.json").write_text(json.dumps(good()))
     code = (
-        "import sys, time\nfrom mla_patch import cli, survey\n"
+        "import sys, time\nfrom mla_patch.cli import main as cli; from mla_patch import survey\n"
         "def wait(directory):\n    print('in', flush=True)\n    time.sleep(60)\n"
         "survey.survey = wait\nsys.exit(cli.main(['status', '.']))"
     )

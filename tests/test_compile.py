@@ -19,17 +19,17 @@ TESTS = Path(__file__).resolve().parent
 # how many compiles each kernel module's launch tables come to: one that silently had none would pass
 COMPILES = {
     "decode": 98,
-    "sparse_decode": 76,
-    "kv_indices": 72,
-    "decode_splits": 38,
-    "dequantize": 36,
+    "sparse.decode": 76,
+    "indices.kv": 72,
+    "decode.splits": 38,
+    "cache.dequantize": 36,
     "named_pages": 36,
-    "prefill_indices": 36,
-    "sparse_prefill": 36,
-    "kv_cast": 24,
-    "quantize": 12,
-    "sparse_sm90": 8,
-    "decode_sm90": 4,
+    "indices.prefill": 36,
+    "sparse.prefill": 36,
+    "cache.kv_cast": 24,
+    "cache.quantize": 12,
+    "sparse.sm90": 8,
+    "decode.sm90": 4,
 }
 
 
@@ -59,10 +59,10 @@ def test_every_launch_table_entry_compiles_within_the_chip(family):
     done = run("compile_matrix.py", "--jobs", "1", "--family", family)
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAILED" in line) + done.stderr
     assert done.stdout.splitlines()[-1] == f"{COMPILES[family]} compiled, 0 failed"
-    if family == "kv_indices":
+    if family == "indices.kv":
         for sm in TARGETS:
             for builder in ("token_indices", "page_table 64"):
-                assert f"kv_indices: sm_{sm}  {builder} " in done.stdout
+                assert f"indices.kv: sm_{sm}  {builder} " in done.stdout
 
 
 def test_every_kernel_module_is_compiled():
@@ -163,7 +163,9 @@ for kernel in {id(case.kernel): case.kernel for _, case in m.collect(False)}.val
 WIDTHS = """
 import re
 from mla_patch.compat.triton import compile_case
-from mla_patch.kernels import decode, decode_sm90, decode_splits, sparse_decode, sparse_sm90
+from mla_patch.kernels import decode
+from mla_patch.kernels.decode import sm90 as decode_sm90, splits as decode_splits
+from mla_patch.kernels.sparse import decode as sparse_decode, sm90 as sparse_sm90
 names = ["decode direct, 16 heads, ", "decode e4m3, 16 heads, ", "splits direct, 16 heads, ", "sparse_decode query",
          "decode_sm90 16 bits, ", "decode_sm90 8 bits, ", "sparse_sm90 16 bits 576, ", "sparse_sm90 V4, "]
 cases = [case for module in (decode, decode_sm90, decode_splits, sparse_decode, sparse_sm90)
@@ -189,7 +191,7 @@ def test_queries_and_results_move_sixteen_bytes_at_a_time():
 INDICES = """
 import re
 from mla_patch.compat.triton import compile_case
-from mla_patch.kernels import prefill_indices
+from mla_patch.kernels.indices import prefill as prefill_indices
 for case in prefill_indices.compile_cases():
     if case.name.endswith(", 16 bytes"):
         ptx = compile_case(case, 90).asm["ptx"]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_decode import DEVICE, DTYPES, E4M3, E5M2, SCALE, Case, odd
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import decode_splits as module
 from mla_patch.kernels.decode import decode_config, mla_decode_ref
-from mla_patch.kernels.decode_splits import mla_decode_splits, mla_decode_splits_ref
+from mla_patch.kernels.decode import splits as module
+from mla_patch.kernels.decode.splits import mla_decode_splits, mla_decode_splits_ref
 
 
 class Splits(Case):

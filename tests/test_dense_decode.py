@@ -13,8 +13,8 @@ from scratch import clean_env
 from test_sparse_decode import as_flash_mla_checks
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import sparse_decode
-from mla_patch.kernels.dense_decode import dense_decode, dense_decode_ref
+from mla_patch.kernels.sparse import decode as sparse_decode
+from mla_patch.kernels.sparse.dense import dense_decode, dense_decode_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 E4M3 = torch.float8_e4m3fn
@@ -154,7 +154,7 @@ sys.path.insert(0, TESTS)
 import fake_chip
 import torch
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.kernels import dense_decode as module
+from mla_patch.kernels.sparse import dense as module
 fake_chip.install()
 COMPILES.has_served = lambda: True
 
@@ -191,7 +191,7 @@ def test_nothing_compiles_after_a_warm_up():
 
 
 def test_a_warm_up_has_nothing_to_do_on_a_cpu():
-    code = "import torch; from mla_patch.kernels.dense_decode import warmup; print(warmup('cpu', 16, torch.float16))"
+    code = "import torch; from mla_patch.kernels.sparse.dense import warmup; print(warmup('cpu', 16, torch.float16))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=clean_env({"TRITON_INTERPRET": "0"}), capture_output=True, text=True)
     assert done.stdout == "0\n", done.stderr

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import dequantize
-from mla_patch.kernels.dequantize import (
+from mla_patch.kernels.cache import dequantize
+from mla_patch.kernels.cache.dequantize import (
     dequantize_k_cache_paged,
     dequantize_k_cache_paged_ref,
     dequantize_pages,
 )
-from mla_patch.kernels.layouts import V4, new_pages
+from mla_patch.kernels.cache.layouts import V4, new_pages
 
 DEVICE = "cpu" if interpreted() else "cuda"
 SIZES = [None, 1, 2, 64, 128]  # None: V3.2
@@ -236,7 +236,7 @@ def test_other_launch_numbers(tokens, warps):
 
 WIDTHS = """
 from mla_patch.compat.triton import compile_case
-from mla_patch.kernels.dequantize import compile_cases
+from mla_patch.kernels.cache.dequantize import compile_cases
 for case in (case for case in compile_cases() if 90 in case.targets):
     wide = [p.name for p in case.kernel.params if not (p.do_not_specialize or p.do_not_specialize_on_alignment)]
     assert set(case.divisible) <= set(wide), wide  # a launch lets Triton know it, too

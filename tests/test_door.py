@@ -66,7 +66,7 @@ def test_on_imports_the_door_and_the_start(scratch: Scratch, bare: Scratch) -> N
     more = imported(scratch, "1") - imported(bare, None)
     assert {name for name in more if name.startswith("mla_patch")} == {
         "mla_patch",
-        "mla_patch._door",
+        "mla_patch._autostart",
         "mla_patch.imports",
         "mla_patch.compat",  # the hosts' names and nothing else
         "mla_patch.startup",
@@ -85,7 +85,7 @@ def test_on_installs_one_finder(flag: str, scratch: Scratch) -> None:
     [
         "import site; site.addsitedir(SITE)",  # processes the .pth files of a folder that it has seen before
         "import site; site.addsitedir(SITE); site.addsitedir(SITE)",
-        "import mla_patch._door as d; d.enter(); d.enter()",
+        "import mla_patch._autostart as d; d.run(); d.run()",
         "import mla_patch.startup as s; s.start(); s.start()",
         "import importlib.metadata as m; [e.load()() for e in m.entry_points(group='sglang.srt.plugins')]",
         "import threading as t; s = __import__('mla_patch.startup').startup.start\n"
@@ -166,9 +166,9 @@ def _write(name: str, text: str):
 
 BREAKS = {
     "removed": shutil.rmtree,
-    "door gone": lambda package: (package / "_door.py").unlink(),
-    "door is not Python": _write("_door.py", "def enter(:\n"),
-    "door raises": _write("_door.py", "raise RuntimeError('broken')\n"),
+    "door gone": lambda package: (package / "_autostart.py").unlink(),
+    "door is not Python": _write("_autostart.py", "def run(:\n"),
+    "door raises": _write("_autostart.py", "raise RuntimeError('broken')\n"),
     "start-up gone": lambda package: (package / "startup.py").unlink(),
     "start-up is not Python": _write("startup.py", "def start(:\n"),
     "start raises": _write("startup.py", "def start():\n    raise RuntimeError('broken')\n"),
@@ -203,10 +203,10 @@ def test_a_broken_package_leaves_python_healthy(broken: Scratch) -> None:
 
 def test_enter_never_raises(scratch: Scratch) -> None:
     code = """
-from mla_patch import _door, startup
+from mla_patch import _autostart, startup
 def start(): raise MemoryError("none left")
 startup.start = start
-_door.enter()
+_autostart.run()
 print("fine")
 """
     done = scratch.run("-c", code, env={"MLA_PATCH": "1"})
@@ -218,15 +218,15 @@ def test_the_start_file_names_the_same_door(scratch: Scratch) -> None:
     """Python 3.15 reads mla_patch.start as here: UTF-8, no blank lines or comments, called without arguments."""
     lines = (ROOT / "mla_patch.start").read_text(encoding="utf-8-sig").splitlines()
     entries = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    assert entries == ["mla_patch._door:enter"]
+    assert entries == ["mla_patch._autostart:run"]
     assert callable(pkgutil.resolve_name(entries[0]))
     code = f"import pkgutil; pkgutil.resolve_name({entries[0]!r})()\n{SEEN}\nprint(early, len(finders))"
     # -S: without .pth files, as there, where the .start file takes their place
     path = {"PYTHONPATH": str(scratch.site)}
-    assert scratch.run("-S", "-c", code, env=path).stdout == "['mla_patch', 'mla_patch._door'] 0\n"
+    assert scratch.run("-S", "-c", code, env=path).stdout == "['mla_patch', 'mla_patch._autostart'] 0\n"
     on = scratch.run("-S", "-c", code, env=path | {"MLA_PATCH": "1"})
     assert (on.stdout, on.stderr) == (
-        "['mla_patch', 'mla_patch._door', 'mla_patch.compat', 'mla_patch.imports', 'mla_patch.startup'] 1\n",
+        "['mla_patch', 'mla_patch._autostart', 'mla_patch.compat', 'mla_patch.imports', 'mla_patch.startup'] 1\n",
         "",
     )
 

@@ -17,7 +17,7 @@ from scratch import ROOT, clean_env
 from test_experiment_live import Running
 
 from mla_patch.experiment.schedule import Sampling
-from mla_patch.hooks import sglang_decode
+from mla_patch.hooks.sglang import decode as sglang_decode
 
 __all__ = ["tapes"]  # a fixture
 

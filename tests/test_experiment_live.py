@@ -17,8 +17,8 @@ import pytest
 import torch
 from fake_engine import ERROR, LAYERS, ByKey, BySize, DraftByKey, Engine, Tape, batch, tapes
 
-from mla_patch import ab
-from mla_patch.compat import sglang_graphs, steps
+from mla_patch.cli import ab
+from mla_patch.compat import steps
 from mla_patch.dispatch import ArmCode, Switch
 from mla_patch.experiment import analysis, control, control_file, merge
 from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
@@ -26,6 +26,7 @@ from mla_patch.experiment.record import Error, Timing
 from mla_patch.experiment.schedule import AGAIN, NOT_COMPARED, Plan, Sampling, Schedule
 from mla_patch.experiment.shadow import Drain
 from mla_patch.features import Counts, State
+from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 
 __all__ = ["tapes"]  # a fixture
 

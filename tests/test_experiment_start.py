@@ -39,7 +39,7 @@ def steps(count):
     return [runner.forward(batch) for _ in range(count)]
 """
 FEATURES = """
-from mla_patch.compat.sglang_graphs import watch_steps
+from mla_patch.hooks.sglang.edits.graphs import watch_steps
 
 def steps(version):
     return (Target("fakehost.engine", "ModelRunner.step", kind="edit", edit=watch_steps),)
@@ -107,7 +107,7 @@ def test_arms_alternate_as_the_flags_say(engine: FakeHost, tmp_path: Path) -> No
     assert row["replayed"] == 0
     assert [target["replaced_by"] for target in row["targets"]] == [
         "fakeplug:serve",
-        "mla_patch.compat.sglang_graphs:watch_steps",
+        "mla_patch.hooks.sglang.edits.graphs:watch_steps",
     ]
     ((run,), problems) = merge.read_runs(folder)
     assert problems == [] and [timing.step for timing in run.timings] == list(range(1, 41))

@@ -9,8 +9,8 @@ from scratch import ROOT
 import mla_patch
 from mla_patch import flags
 from mla_patch.compat.types import Variable
+from mla_patch.eligibility import judge
 from mla_patch.features import Feature, State
-from mla_patch.judge import judge
 
 
 def feature(name: str, host: str = "sglang>=1", **more) -> Feature:

@@ -18,11 +18,11 @@ from mla_patch.flash_mla import (
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
-from mla_patch.kernels.dense_decode import dense_decode_ref
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_decode_ref
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill_ref
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache.quantize import quantize
+from mla_patch.kernels.sparse.decode import sparse_decode_ref
+from mla_patch.kernels.sparse.dense import dense_decode_ref
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 HALF = torch.float16 if interpreted() else torch.bfloat16

@@ -27,15 +27,15 @@ import pytest
 import torch
 from test_sparse_decode import keys_as_multiplied
 
-from mla_patch.compat.sglang_flash_mla import before_v41
+from mla_patch.compat.sglang.flash_mla import before_v41
 from mla_patch.compat.triton import interpreted
 from mla_patch.flash_mla import FlashMLASchedMeta, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
-from mla_patch.kernels import sparse_decode
-from mla_patch.kernels.dense_decode import dense_decode_ref
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_decode_ref
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill_ref
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache.quantize import quantize
+from mla_patch.kernels.sparse import decode as sparse_decode
+from mla_patch.kernels.sparse.decode import sparse_decode_ref
+from mla_patch.kernels.sparse.dense import dense_decode_ref
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 # the interpreter's tl.dot is wrong on bfloat16

@@ -17,18 +17,14 @@ import torch
 
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import (
-    decode,
-    decode_splits,
-    dequantize,
-    kv_cast,
-    kv_indices,
-    named_pages,
-    prefill_indices,
-    sparse_decode,
-    sparse_prefill,
-)
-from mla_patch.kernels.layouts import V4, new_pages
+from mla_patch.kernels import decode, named_pages
+from mla_patch.kernels.cache import dequantize, kv_cast
+from mla_patch.kernels.cache.layouts import V4, new_pages
+from mla_patch.kernels.decode import splits as decode_splits
+from mla_patch.kernels.indices import kv as kv_indices
+from mla_patch.kernels.indices import prefill as prefill_indices
+from mla_patch.kernels.sparse import decode as sparse_decode
+from mla_patch.kernels.sparse import prefill as sparse_prefill
 
 
 def tensor(index: int | None) -> Any:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from mla_patch.compat.sglang import DecodeCall
+from mla_patch.compat.sglang.decode import DecodeCall
 from mla_patch.compat.triton import Relaunch, interpreted
 from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
 from mla_patch.features import Counts
-from mla_patch.hooks import sglang_decode
+from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.kernels import decode
 
 BATCH, TOKENS = 4, 8192

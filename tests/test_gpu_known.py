@@ -16,8 +16,11 @@ from scratch import ROOT, clean_env
 
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
-from mla_patch.hooks import sglang_decode, sglang_kv_indices, sglang_sched_meta, sglang_sparse_prefill
-from mla_patch.hooks import sglang_tokenspeed as tokenspeed
+from mla_patch.hooks.sglang import decode as sglang_decode
+from mla_patch.hooks.sglang import kv_indices as sglang_kv_indices
+from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
+from mla_patch.hooks.sglang import sparse_prefill as sglang_sparse_prefill
+from mla_patch.hooks.sglang import tokenspeed
 
 DISPLAY, H200, A100 = ((12, 0), "GPU-aaaa1111-0000"), ((9, 0), "GPU-bbbb2222-0000"), ((8, 0), "GPU-bbbb3333-0000")
 MIG = {"GPU-bbbb2222-0000": ["MIG-cccc4444-0000", None, "MIG-cccc5555-0000"]}

@@ -13,16 +13,16 @@ import test_gpu
 import test_sparse_decode
 import torch
 
-from mla_patch import sparse_prefill
+from mla_patch import chunk_cache as sparse_prefill
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import interpreted
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache.quantize import quantize
 from mla_patch.kernels.decode import mla_decode
-from mla_patch.kernels.decode_splits import mla_decode_splits
-from mla_patch.kernels.dense_decode import dense_decode
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_decode
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill
+from mla_patch.kernels.decode.splits import mla_decode_splits
+from mla_patch.kernels.sparse.decode import sparse_decode
+from mla_patch.kernels.sparse.dense import dense_decode
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
 
 CALLS: dict[str, Callable[[], Any]] = {
     **{name: call for name, (_, _, call) in test_gpu.CALLS.items()},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.kv_cast import WIDTH, cast_config, cast_pages, cast_pages_ref
+from mla_patch.kernels.cache.kv_cast import WIDTH, cast_config, cast_pages, cast_pages_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 EIGHT = [torch.float8_e4m3fn, torch.float8_e5m2]

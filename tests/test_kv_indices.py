@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import kv_indices
-from mla_patch.kernels.kv_indices import (
+from mla_patch.kernels.indices import kv as kv_indices
+from mla_patch.kernels.indices.kv import (
     build_page_table,
     build_token_indices,
     page_table_config,
@@ -425,7 +425,7 @@ def test_good_arguments_are_good():
 def test_cpu_tensors_need_the_interpreter(run_python):
     code = """
 import torch
-from mla_patch.kernels.kv_indices import build_page_table
+from mla_patch.kernels.indices.kv import build_page_table
 z = torch.zeros(1, dtype=torch.int32)
 try:
     build_page_table(z[None], z, z, z[None])

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.dequantize import dequantize, dequantize_ref
-from mla_patch.kernels.layouts import V4, V32, new_pages, pages_of
-from mla_patch.kernels.quantize import quantize, quantize_ref
+from mla_patch.kernels.cache.dequantize import dequantize, dequantize_ref
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages, pages_of
+from mla_patch.kernels.cache.quantize import quantize, quantize_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 E4M3 = torch.float8_e4m3fn

@@ -16,10 +16,10 @@ from test_sparse_decode import Case as Cached
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels import named_pages as module
-from mla_patch.kernels.dequantize import dequantize_k_cache_paged_ref, dequantize_pages
-from mla_patch.kernels.layouts import V4, V32
+from mla_patch.kernels.cache.dequantize import dequantize_k_cache_paged_ref, dequantize_pages
+from mla_patch.kernels.cache.layouts import V4, V32
 from mla_patch.kernels.named_pages import most_pages, name_pages, name_pages_ref
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_paged_ref
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill, mla_sparse_prefill_paged_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 NOWHERE = [-1, -7, -(2**31), 2**31 - 1]
@@ -235,8 +235,9 @@ sys.path.insert(0, TESTS)
 import fake_chip
 import torch
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.kernels import dequantize, named_pages
-from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache import dequantize
+from mla_patch.kernels import named_pages
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 fake_chip.install()
 COMPILES.has_served = lambda: True
 

@@ -128,7 +128,7 @@ def test_the_metadata_moves_nobodys_torch_or_triton(wheel: Path) -> None:
     doors.read_string(contents(wheel)[f"{info}/entry_points.txt"].decode())
     assert doors["console_scripts"]["mla-patch"] == "mla_patch.__main__:main"
     for group in ("sglang.srt.plugins", "vllm.general_plugins"):
-        assert dict(doors[group]) == {"mla_patch": "mla_patch._door:enter"}
+        assert dict(doors[group]) == {"mla_patch": "mla_patch._autostart:run"}
 
 
 def test_every_entry_point_leads_somewhere() -> None:

@@ -628,7 +628,7 @@ def test_a_module_that_is_gone_is_waited_for(fake_host: FakeHost) -> None:
 def test_edits_are_asked(fake_host: FakeHost) -> None:
     """Those that say what they have put where; of the others, whether their module was executed again."""
     fake_host.plug("""
-    from mla_patch.compat.methods import set_methods
+    from mla_patch.hooks.editing import set_methods
 
     def watch(module):
         owner = module.Base
@@ -1272,7 +1272,7 @@ def test_an_edit_that_lasts_lies_over_a_method_of_ours(fake_host: FakeHost) -> N
     import functools
 
     def louder(module):
-        from mla_patch.compat.methods import set_methods
+        from mla_patch.hooks.editing import set_methods
 
         before = vars(module.Backend).get("forward", module.Backend.forward)
 
@@ -1675,7 +1675,7 @@ def test_the_first_import_wakes_and_no_other(fake_host: FakeHost) -> None:
     as_sglang(fake_host)
     code = """
     import json, fakehost
-    print(any(n.startswith("mla_patch.") and n.partition(".")[2] not in ("_door", "startup", "compat", "imports")
+    print(any(n.startswith("mla_patch.") and n.partition(".")[2] not in ("_autostart", "startup", "compat", "imports")
               for n in sys.modules if n in early))
     import sglang
     print(state())

@@ -129,7 +129,7 @@ def test_a_call_that_exits_costs_its_feature(where: str, fake_host: FakeHost) ->
 def test_commands_outlive_a_plugin_that_exits(command: str, fake_host: FakeHost) -> None:
     add(fake_host, "import sys\nsys.exit(3)")
     fake_host.plug(f"{EXITS}FEATURES = [feature('ops', DECODE), Feature('bad', 'fakehost>=1,<2', leave, '', '', '')]")
-    done = fake_host.run(f"from mla_patch.cli import main\nsys.exit(main(['{command}', '--json']))")
+    done = fake_host.run(f"from mla_patch.cli.main import main\nsys.exit(main(['{command}', '--json']))")
     assert done.returncode == 1, done.stderr  # a finding
     assert "plugin other (other) was left out: SystemExit(3)" in done.stdout + done.stderr
     assert '"ops"' in done.stdout
@@ -358,5 +358,5 @@ def test_an_mla_kernel_that_is_no_good(offer: str, reason: str, fake_host: FakeH
 def test_mla_kernels_are_known_where_the_backend_looks(fake_host: FakeHost) -> None:
     text = "FEATURES = []\nfrom mla_patch.compat.types import MlaKernel\n@hookimpl\n"
     add(fake_host, text + "def mla_patch_mla_kernels():\n    return [MlaKernel('mine', 'other:decode')]")
-    code = "mla_patch.report()\nfrom mla_patch.compat.sglang_tokenspeed import KERNELS\nprint(*sorted(KERNELS))"
+    code = "mla_patch.report()\nfrom mla_patch.compat.sglang.tokenspeed import KERNELS\nprint(*sorted(KERNELS))"
     assert fake_host.run(code).stdout.split() == ["mine", "tokenspeed_mla"]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import prefill_indices
-from mla_patch.kernels.prefill_indices import (
+from mla_patch.kernels.indices import prefill as prefill_indices
+from mla_patch.kernels.indices.prefill import (
     build_swa_token_ids,
     build_swa_token_ids_ref,
     combine_config,
@@ -459,7 +459,7 @@ def test_misuse_of_windows(at, spoil, message):
 def test_cpu_tensors_need_the_interpreter(run_python):
     code = """
 import torch
-from mla_patch.kernels.prefill_indices import build_swa_token_ids, combine_topk_swa_indices
+from mla_patch.kernels.indices.prefill import build_swa_token_ids, combine_topk_swa_indices
 z = torch.zeros(1, dtype=torch.int32)
 for call, args in (
     (build_swa_token_ids, (z, z, z, z[None], z, 4)),

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from mla_patch import judge, release
-from mla_patch.compat import gpu, hosts, sglang
+from mla_patch import eligibility as judge
+from mla_patch import release
+from mla_patch.compat import gpu, hosts
 from mla_patch.compat.hosts import Installed
+from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.types import Gpu, Host, Mark, Target
 from mla_patch.features import Feature, State
 from mla_patch.flags import Setting
-from mla_patch.hooks import sglang_decode, sglang_sched_meta
+from mla_patch.hooks.sglang import decode as sglang_decode
+from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
 from mla_patch.session import find_host
 
 # an engine of four releases: its entry point moves in the second, takes more in the third, and stays so

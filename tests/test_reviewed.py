@@ -15,11 +15,19 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mla_patch.compat import sglang, sglang_backends, sglang_flash_mla, sglang_graphs, sglang_tokenspeed
-from mla_patch.compat import sglang_sparse_prefill as routes
+from mla_patch.compat.sglang import backends as sglang_backends
+from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
+from mla_patch.compat.sglang import sparse_prefill as routes
+from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 from mla_patch.compat.types import Target
-from mla_patch.hooks import sglang_decode, sglang_kv_cast, sglang_kv_indices, sglang_sched_meta, sglang_sparse_prefill
-from mla_patch.hooks import sglang_tokenspeed as tokenspeed_hook
+from mla_patch.hooks.sglang import decode as sglang_decode
+from mla_patch.hooks.sglang import kv_cast as sglang_kv_cast
+from mla_patch.hooks.sglang import kv_indices as sglang_kv_indices
+from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
+from mla_patch.hooks.sglang import sparse_prefill as sglang_sparse_prefill
+from mla_patch.hooks.sglang import tokenspeed as tokenspeed_hook
+from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 
 TOLD = json.loads(Path(__file__).parent.joinpath("hosts", "reviewed.json").read_text())
 RELEASES = tuple(TOLD["pins"])

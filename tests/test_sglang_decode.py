@@ -14,15 +14,17 @@ import pytest
 import torch
 import wrapt
 
-from mla_patch import judge
-from mla_patch.compat import gpu, sglang, sglang_deterministic
+from mla_patch import eligibility as judge
+from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
+from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.types import Gpu, Target
 from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
 from mla_patch.features import Counts, State
 from mla_patch.flags import Setting
-from mla_patch.hooks import sglang_decode
-from mla_patch.hooks.sglang_decode import FEATURE, native
+from mla_patch.hooks.sglang import decode as sglang_decode
+from mla_patch.hooks.sglang.decode import FEATURE, native
 from mla_patch.patcher import Patcher
 
 ERAS = ["0.4.10", "0.5.1", "0.5.9", "0.5.10", "0.5.11", "0.5.12", "0.5.14", "0.5.15", "0.5.16", "0.5.18", "0.5.19"]
@@ -102,7 +104,8 @@ def test_an_unknown_argument_is_the_hosts() -> None:
 
 @pytest.mark.parametrize("splits", [False, True])
 def test_options_reach_the_kernel(splits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_patch.kernels import decode, decode_splits
+    from mla_patch.kernels import decode
+    from mla_patch.kernels.decode import splits as decode_splits
 
     seen: dict[str, Any] = {}
     module, name = (decode_splits, "mla_decode_splits") if splits else (decode, "mla_decode")
@@ -408,7 +411,7 @@ def test_an_edit_does_not_break_a_compiled_graph(run_python) -> None:
     code = """
 import torch
 from types import SimpleNamespace
-from mla_patch.compat import sglang
+from mla_patch.compat.sglang import decode as sglang
 
 class TritonAttnBackend:
     use_mla = True

@@ -14,13 +14,15 @@ import torch
 from packaging.version import Version
 
 from mla_patch import flags
-from mla_patch.compat import sglang_backends, sglang_deterministic
-from mla_patch.compat.sglang_backends import CALLS, Fa3Call, FlashInferCall
+from mla_patch.compat.sglang import backends as sglang_backends
+from mla_patch.compat.sglang import deterministic as sglang_deterministic
+from mla_patch.compat.sglang.backends import CALLS, Fa3Call, FlashInferCall
 from mla_patch.compat.types import Target
 from mla_patch.dispatch import HOST, PATCH, SHADOW, ArmCode, Site, Switch, stand_in
 from mla_patch.features import Counts
-from mla_patch.hooks import sglang_decode, sglang_decode_backends
-from mla_patch.hooks.sglang_decode import FEATURE
+from mla_patch.hooks.sglang import decode as sglang_decode
+from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
+from mla_patch.hooks.sglang.decode import FEATURE
 
 BY_NAME = {call.name: call for call in CALLS}
 ERAS = ["0.5.1", "0.5.5", "0.5.6", "0.5.15", "0.5.16", "0.5.20", "0.5.21", "0.5.23"]
@@ -686,7 +688,7 @@ def test_flashmlas_scale_is_left_out_on_both_arms(
 ) -> None:
     edits = [one for one in sglang_backends.decode_targets(version) if one.name == "FlashMLABackend.scales"]
     assert [(one.edit, one.lasting) for one in edits] == [(sglang_backends.leave_scale_out, True)]
-    from mla_patch.compat import sglang
+    from mla_patch.compat.sglang import decode as sglang
 
     monkeypatch.setattr(sglang, "_said", set())
     step = Step("flashmla")
@@ -875,7 +877,7 @@ def test_a_compiled_step_reaches_ours(run_python) -> None:
     code = """
 import sys, torch
 from types import ModuleType
-from mla_patch.compat.sglang_backends import Fa3Call
+from mla_patch.compat.sglang.backends import Fa3Call
 from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
 from mla_patch.features import Counts
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from mla_patch import judge, plugins
-from mla_patch.compat import sglang, sglang_deterministic
+from mla_patch import eligibility as judge
+from mla_patch import plugins
 from mla_patch.compat.hosts import Installed
-from mla_patch.compat.sglang_deterministic import REASON, VARIABLE, decoding
+from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang import deterministic as sglang_deterministic
+from mla_patch.compat.sglang.deterministic import REASON, VARIABLE, decoding
 from mla_patch.features import State
 from mla_patch.flags import Setting
-from mla_patch.hooks import sglang_decode
+from mla_patch.hooks.sglang import decode as sglang_decode
 
 
 class Backend:
@@ -75,8 +77,8 @@ def test_a_compiled_step_declines_too(run_python: Any) -> None:
     code = """
 import torch
 from types import SimpleNamespace
-from mla_patch.compat import sglang_deterministic
-from mla_patch.compat.sglang_deterministic import decoding
+from mla_patch.compat.sglang import deterministic as sglang_deterministic
+from mla_patch.compat.sglang.deterministic import decoding
 
 seen = []
 
@@ -126,7 +128,9 @@ def test_the_modes_own_switch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_deterministic_backend_compiles_no_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_patch.kernels import decode, decode_splits, kv_indices
+    from mla_patch.kernels import decode
+    from mla_patch.kernels.decode import splits as decode_splits
+    from mla_patch.kernels.indices import kv as kv_indices
 
     asked: list[str] = []
     for one in (decode, decode_splits, kv_indices):
@@ -154,8 +158,8 @@ def mode(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_flash_mla_decode_splits_nothing(mode: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """That this keeps the promise is shown of the kernels in test_batch_invariance."""
     from mla_patch import flash_mla
-    from mla_patch.compat.sglang_flash_mla import SGL_KERNEL, Build, KvCacheCall
-    from mla_patch.hooks import sglang_sched_meta
+    from mla_patch.compat.sglang.flash_mla import SGL_KERNEL, Build, KvCacheCall
+    from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
 
     asked: list[bool] = []
     monkeypatch.setattr(
@@ -170,10 +174,10 @@ def test_v4s_route_is_the_releases(mode: list[bool], monkeypatch: pytest.MonkeyP
     """Ours chooses it by the lengths of all prompts of a step."""
     from test_sglang_sparse_prefill import Batch, backend, forward, prompt
 
-    from mla_patch.hooks import sglang_sparse_prefill
+    from mla_patch.hooks.sglang import sparse_prefill as sglang_sparse_prefill
 
     monkeypatch.setenv("MLA_PATCH_SPARSE_PREFILL_ROUTE", "all")
-    monkeypatch.setattr("mla_patch.compat.sglang_sparse_prefill.most_queries", lambda device: 5)  # fewer than there are
+    monkeypatch.setattr("mla_patch.compat.sglang.sparse_prefill.most_queries", lambda device: 5)  # fewer than there are
     for mode[0], reason in ((True, REASON), (False, None)):
         assert sglang_sparse_prefill.declines_route(backend(), Batch(), 6) == reason
         assert [sglang_sparse_prefill.declines_chunk(call) for call in (forward(), prompt(4))] == [reason] * 2
@@ -183,7 +187,7 @@ def test_v4s_route_is_the_releases(mode: list[bool], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("given", [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}])
 def test_kernels_of_which_nothing_is_known_are_refused(given: dict[str, Any]) -> None:
-    from mla_patch.compat import sglang_tokenspeed
+    from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 
     args = SimpleNamespace(attention_backend="tokenspeed_mla", kv_cache_dtype="fp8_e4m3", page_size=64, **given)
     with pytest.raises(ValueError, match=f"tokenspeed_mla beside {REASON}"):

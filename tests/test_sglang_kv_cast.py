@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mla_patch.compat import gpu
-from mla_patch.compat import sglang_kv_cast as compat
-from mla_patch.compat.sglang_kv_cast import Fa3Extend, FlashInferExtend
-from mla_patch.hooks import sglang_kv_cast as hook
-from mla_patch.hooks.sglang_kv_cast import declines, serve
+from mla_patch.compat.sglang import kv_cast as compat
+from mla_patch.compat.sglang.kv_cast import Fa3Extend, FlashInferExtend
+from mla_patch.hooks.sglang import kv_cast as hook
+from mla_patch.hooks.sglang.kv_cast import declines, serve
 
 E4M3 = torch.float8_e4m3fn
 SLOTS = 64
@@ -213,7 +213,7 @@ def test_what_a_backend_can_ask() -> None:
 
 
 def test_warming(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_patch.kernels import kv_cast
+    from mla_patch.kernels.cache import kv_cast
 
     asked = compat.Casts("cpu", torch.bfloat16, E4M3, (1, 64))
     assert hook.warm(asked) == 0

@@ -18,14 +18,16 @@ from scratch import clean_env
 
 from mla_patch import flash_mla
 from mla_patch.compat import gpu
-from mla_patch.compat import sglang_flash_mla as compat
+from mla_patch.compat.sglang import flash_mla as compat
 from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
 from mla_patch.features import Counts
-from mla_patch.hooks import sglang_sched_meta as hook
-from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
-from mla_patch.kernels.layouts import V4, new_pages
+from mla_patch.hooks.sglang import sched_meta as hook
+from mla_patch.kernels.cache.layouts import V4, new_pages
+from mla_patch.kernels.sparse import decode as sparse_decode
+from mla_patch.kernels.sparse import dense as dense_decode
+from mla_patch.kernels.sparse import prefill as sparse_prefill
 
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
 CPU = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1: tensors lie on the CPU")
@@ -740,11 +742,12 @@ sys.path.insert(0, TESTS)
 import fake_chip
 import torch
 from types import ModuleType, SimpleNamespace
-from mla_patch.compat import gpu, sglang_flash_mla as compat
+from mla_patch.compat import gpu
+from mla_patch.compat.sglang import flash_mla as compat
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.flash_mla import get_mla_metadata
-from mla_patch.hooks import sglang_sched_meta as hook
-from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.hooks.sglang import sched_meta as hook
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 fake_chip.install()
 gpu.from_tensor = lambda tensor: None
 for name in ("sgl_kernel", compat.SGL_KERNEL):

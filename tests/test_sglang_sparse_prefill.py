@@ -13,12 +13,15 @@ import torch
 from packaging.version import Version
 
 from mla_patch import flags
-from mla_patch.compat import gpu, sglang
-from mla_patch.compat import sglang_sparse_prefill as compat
-from mla_patch.compat.stamps import renew, stamp
+from mla_patch.compat import gpu
+from mla_patch.compat.generations import renew, stamp
+from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang import sparse_prefill as compat
 from mla_patch.compat.types import Gpu, key_targets
-from mla_patch.hooks import sglang_sparse_prefill as hook
-from mla_patch.kernels import dequantize, prefill_indices, sparse_prefill
+from mla_patch.hooks.sglang import sparse_prefill as hook
+from mla_patch.kernels.cache import dequantize
+from mla_patch.kernels.indices import prefill as prefill_indices
+from mla_patch.kernels.sparse import prefill as sparse_prefill
 
 REVIEWED = [version for version in sglang.HOST.reviewed if Version(version) >= Version("0.5.5")]
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
@@ -694,6 +697,6 @@ def test_methods_that_take_something_else_are_left(module, edit) -> None:
 def test_hardware_and_memory() -> None:
     assert hook.FEATURE.hardware(Gpu("AMD Instinct MI300X", (9, 4), cuda=False)) == "not an NVIDIA GPU"
     assert hook.FEATURE.hardware(Gpu("NVIDIA L4", (8, 9))) is None
-    from mla_patch import sparse_prefill
+    from mla_patch import chunk_cache as sparse_prefill
 
     assert hook.memory() == sparse_prefill.held()

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from mla_patch import judge
-from mla_patch.compat import gpu, sglang_tokenspeed
+from mla_patch import eligibility as judge
+from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
-from mla_patch.compat.sglang import HOST
+from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
+from mla_patch.compat.sglang.decode import HOST
 from mla_patch.compat.types import Gpu, MlaDecode, MlaKernel, MlaPrefill, Seam
 from mla_patch.features import Counts, State
 from mla_patch.flags import Setting
-from mla_patch.hooks import sglang_tokenspeed as hook
+from mla_patch.hooks.sglang import tokenspeed as hook
 
 B200, B300, H200, RTX = (
     Gpu("NVIDIA B200", (10, 0)), Gpu("NVIDIA B300", (10, 3)), Gpu("NVIDIA H200", (9, 0)),

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mla_patch.compat import sglang
-from mla_patch.hooks import sglang_decode, sglang_kv_indices
+from mla_patch.compat.sglang import decode as sglang
+from mla_patch.hooks.sglang import decode as sglang_decode
+from mla_patch.hooks.sglang import kv_indices as sglang_kv_indices
 
 
 def decode_call(has_mla: bool = True) -> sglang.DecodeCall:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from scratch import clean_env
 
-from mla_patch import show
+from mla_patch.cli import show
 
 NASTY = {
     "markup": ("[/on][bold]x[/]", "[/on][bold]x[/]"),
@@ -40,7 +40,7 @@ def test_foreign_text_is_text(value: Any, shown: str, capsys: pytest.CaptureFixt
 def test_on_a_terminal_too() -> None:
     """A terminal gets colours of ours, and no sequence of anybody else's."""
     code = (
-        "from mla_patch import show\n"
+        "from mla_patch.cli import show\n"
         "for text in ('[/on]', 'a\\x1b[2Jb', ':smile:'):\n"
         "    show.show(show.Line(text, 'green', text), show.Table(text, ['state'], [{'state': text}]))"
     )

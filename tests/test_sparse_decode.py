@@ -15,11 +15,11 @@ from scratch import clean_env
 from test_decode import odd
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import sparse_decode as module
-from mla_patch.kernels.dequantize import dequantize_ref
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_config, sparse_decode, sparse_decode_ref, split_count
+from mla_patch.kernels.cache.dequantize import dequantize_ref
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache.quantize import quantize
+from mla_patch.kernels.sparse import decode as module
+from mla_patch.kernels.sparse.decode import sparse_config, sparse_decode, sparse_decode_ref, split_count
 
 DEVICE = "cpu" if interpreted() else "cuda"
 LAYOUTS = pytest.mark.parametrize("layout", [V32, V4], ids=lambda layout: layout.name)
@@ -313,9 +313,9 @@ sys.path.insert(0, TESTS)
 import fake_chip
 import torch
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.kernels import sparse_decode as module
-from mla_patch.kernels.dequantize import dequantize_ref
-from mla_patch.kernels.layouts import V4, V32, new_pages
+from mla_patch.kernels.sparse import decode as module
+from mla_patch.kernels.cache.dequantize import dequantize_ref
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 fake_chip.install()
 COMPILES.has_served = lambda: True
 

@@ -15,11 +15,11 @@ from test_sparse_decode import Case as Cached
 from test_sparse_decode import keys_as_multiplied
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import sparse_prefill
-from mla_patch.kernels.dequantize import dequantize
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_prefill import (
+from mla_patch.kernels.cache.dequantize import dequantize
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache.quantize import quantize
+from mla_patch.kernels.sparse import prefill as sparse_prefill
+from mla_patch.kernels.sparse.prefill import (
     mla_sparse_prefill,
     mla_sparse_prefill_paged,
     mla_sparse_prefill_paged_ref,
@@ -366,7 +366,7 @@ def test_paged_heads_and_queries_know_nothing_of_one_another(layout):
 IN_PLACE = """
 import re
 from mla_patch.compat.triton import compile_case
-from mla_patch.kernels.sparse_decode import compile_cases
+from mla_patch.kernels.sparse.decode import compile_cases
 (case,) = [c for c in compile_cases() if c.name == "sparse_prefill sparse V4, 16 heads, True" and 90 in c.targets]
 for line in compile_case(case, 90).asm["ttgir"].splitlines():
     if re.search(r"(tt.load|async_copy_global_to_local).*x!tt.ptr<f16>", line):
@@ -478,8 +478,8 @@ sys.path.insert(0, TESTS)
 import fake_chip
 import torch
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_paged, warmup, warmup_paged
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill, mla_sparse_prefill_paged, warmup, warmup_paged
 fake_chip.install()
 COMPILES.has_served = lambda: True
 

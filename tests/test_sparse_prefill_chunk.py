@@ -12,19 +12,19 @@ import pytest
 import torch
 from scratch import ROOT, clean_env
 
-from mla_patch import sparse_prefill
-from mla_patch.compat.stamps import renew, stamp
-from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.dequantize import dequantize_k_cache_paged_ref
-from mla_patch.kernels.layouts import V4
-from mla_patch.kernels.prefill_indices import combine_topk_swa_indices_ref
-from mla_patch.sparse_prefill import (
+from mla_patch import chunk_cache as sparse_prefill
+from mla_patch.chunk_cache import (
     ChunkInputs,
     SparsePrefillChunkCache,
     compressed_lens,
     pages_are_faster,
     workspace_rows,
 )
+from mla_patch.compat.generations import renew, stamp
+from mla_patch.compat.triton import interpreted
+from mla_patch.kernels.cache.dequantize import dequantize_k_cache_paged_ref
+from mla_patch.kernels.cache.layouts import V4
+from mla_patch.kernels.indices.prefill import combine_topk_swa_indices_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 PAGE, WINDOW, TOPK, HEADS = 8, 5, 3, 3
@@ -382,10 +382,10 @@ sys.path.insert(0, TESTS)
 import fake_chip
 import torch
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.compat.sglang_sparse_prefill import Reads
-from mla_patch.hooks.sglang_sparse_prefill import warm
-from mla_patch.kernels.layouts import V4
-from mla_patch.sparse_prefill import ChunkInputs, SparsePrefillChunkCache
+from mla_patch.compat.sglang.sparse_prefill import Reads
+from mla_patch.hooks.sglang.sparse_prefill import warm
+from mla_patch.kernels.cache.layouts import V4
+from mla_patch.chunk_cache import ChunkInputs, SparsePrefillChunkCache
 fake_chip.install()
 COMPILES.has_served = lambda: True
 

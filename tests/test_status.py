@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mla_patch import cli, status
+from mla_patch.cli import main as cli
+from mla_patch.cli import status
 
 
 def feature(name: str = "decode", **more: Any) -> dict[str, Any]:

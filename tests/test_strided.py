@@ -14,18 +14,18 @@ from test_far_apart import same
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.flash_mla import FlashMLASchedMeta, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
+from mla_patch.kernels.cache.dequantize import dequantize, dequantize_k_cache_paged, dequantize_pages
+from mla_patch.kernels.cache.kv_cast import cast_pages
+from mla_patch.kernels.cache.layouts import V4, V32, Layout, new_pages
+from mla_patch.kernels.cache.quantize import quantize
 from mla_patch.kernels.decode import mla_decode, mla_decode_paged
-from mla_patch.kernels.decode_splits import mla_decode_splits
-from mla_patch.kernels.dense_decode import dense_decode
-from mla_patch.kernels.dequantize import dequantize, dequantize_k_cache_paged, dequantize_pages
-from mla_patch.kernels.kv_cast import cast_pages
-from mla_patch.kernels.kv_indices import build_page_table, build_token_indices
-from mla_patch.kernels.layouts import V4, V32, Layout, new_pages
+from mla_patch.kernels.decode.splits import mla_decode_splits
+from mla_patch.kernels.indices.kv import build_page_table, build_token_indices
+from mla_patch.kernels.indices.prefill import build_swa_token_ids, combine_topk_swa_indices
 from mla_patch.kernels.named_pages import name_pages
-from mla_patch.kernels.prefill_indices import build_swa_token_ids, combine_topk_swa_indices
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_decode
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_paged
+from mla_patch.kernels.sparse.decode import sparse_decode
+from mla_patch.kernels.sparse.dense import dense_decode
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill, mla_sparse_prefill_paged
 
 DEVICE = "cpu" if interpreted() else "cuda"
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from deadline import within
 
-from mla_patch import cli, files, redact, reports, survey
+from mla_patch import files, redact, reports, survey
+from mla_patch.cli import main as cli
 from mla_patch.compat import processes
 from mla_patch.features import State
 

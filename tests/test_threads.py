@@ -21,9 +21,9 @@ PATIENT = "import faulthandler; faulthandler.dump_traceback_later(25, exit=True)
 # Forks for each trial, so that each wakes the plugin anew, a few at once.
 TRIALS = """
 import faulthandler, os, sys, threading
-import mla_patch._door
+import mla_patch._autostart
 
-mla_patch._door.enter()
+mla_patch._autostart.run()
 assert "pluggy" not in sys.modules and "mla_patch.patcher" not in sys.modules
 
 def trial():

@@ -15,14 +15,22 @@ import torch
 from scratch import clean_env
 from triton.runtime.jit import JITFunction
 
-from mla_patch import cli, reports, warmup
-from mla_patch.compat import compiles, gpu, sglang
+from mla_patch import reports
+from mla_patch.cli import main as cli
+from mla_patch.cli import warmup
+from mla_patch.compat import compiles, gpu
 from mla_patch.compat import triton as compat_triton
 from mla_patch.compat.compiles import Compiles
+from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.types import Gpu
 from mla_patch.features import Counts
-from mla_patch.hooks import sglang_decode
-from mla_patch.kernels import decode, decode_splits, dense_decode, kv_indices, sparse_decode, sparse_prefill
+from mla_patch.hooks.sglang import decode as sglang_decode
+from mla_patch.kernels import decode
+from mla_patch.kernels.decode import splits as decode_splits
+from mla_patch.kernels.indices import kv as kv_indices
+from mla_patch.kernels.sparse import decode as sparse_decode
+from mla_patch.kernels.sparse import dense as dense_decode
+from mla_patch.kernels.sparse import prefill as sparse_prefill
 
 TESTS = Path(__file__).resolve().parent
 
@@ -44,7 +52,9 @@ sys.path.insert(0, TESTS)
 import fake_chip
 import itertools, torch
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.kernels import decode, decode_splits, kv_indices
+from mla_patch.kernels import decode
+from mla_patch.kernels.decode import splits as decode_splits
+from mla_patch.kernels.indices import kv as kv_indices
 fake_chip.install()
 
 place = torch.zeros(300, 128, 576, dtype=torch.bfloat16)
@@ -186,7 +196,7 @@ def test_decode_compiles_nothing_more_on_the_gpu(counted: Compiles) -> None:
 
 def test_splits_compile_nothing_more() -> None:
     code = """
-from mla_patch.kernels import decode_splits
+from mla_patch.kernels.decode import splits as decode_splits
 half, fp8 = torch.bfloat16, torch.float8_e4m3fn
 COMPILES.has_served = lambda: True
 for cache in (half, fp8):
@@ -222,7 +232,7 @@ print(COMPILES.serving)
 def test_casts_of_pages_compile_nothing_more() -> None:
     """Over tables and lengths that begin anywhere, one column and many, packed behind others and not."""
     code = """
-from mla_patch.kernels import kv_cast
+from mla_patch.kernels.cache import kv_cast
 COMPILES.has_served = lambda: True
 for page in (1, 64):
     compiled = kv_cast.warmup("cpu", torch.bfloat16, torch.float8_e4m3fn, page)
@@ -242,7 +252,9 @@ for page in (1, 64):
 
 def test_no_gpu_is_nothing_to_do() -> None:
     """Without the interpreter; with it the launches are made, and nothing is compiled for them."""
-    code = "from mla_patch.kernels import decode, kv_indices; import torch\n"
+    code = (
+        "from mla_patch.kernels import decode; from mla_patch.kernels.indices import kv as kv_indices; import torch\n"
+    )
     code += "print(kv_indices.warmup('cpu'), decode.warmup('cpu', 16, torch.bfloat16, torch.bfloat16, 64))"
     env = clean_env({"TRITON_INTERPRET": "0"})
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
@@ -389,7 +401,7 @@ def test_explain_shows_the_warm_up(capsys: pytest.CaptureFixture[str]) -> None:
     routes = json.loads(capsys.readouterr().out)["routes"]
     (route,) = [route for route in routes if route["name"] == "TritonAttnBackend.warmup"]
     assert (route["releases"], route["kind"]) == ("0.5.1 - 0.5.23", "edit")
-    assert route["replaced_by"] == "mla_patch.compat.sglang:warm_decode"
+    assert route["replaced_by"] == "mla_patch.compat.sglang.decode:warm_decode"
 
 
 # the count

@@ -1,6 +1,6 @@
 """The code of the arm. A kernel of your own reads call.q and call.k, and writes call.out."""
 
-from mla_patch.hooks import sglang_decode
+from mla_patch.hooks.sglang import decode as sglang_decode
 
 
 def serve(call):

@@ -8,7 +8,7 @@
 
     row = base + n * ps + token     n named pages come before the index's
 
-`mla_patch.kernels.dequantize.dequantize_pages` fills such a workspace, and sparse prefill attends to its rows:
+`mla_patch.kernels.cache.dequantize.dequantize_pages` fills such a workspace, and sparse prefill attends to its rows:
 
     rows, named, count = name_pages(indices, len(cache), cache.shape[1], capacity)
     dequantize_pages(cache, named, count, kv)    # kv [capacity * ps, 1, 576 or 512]
@@ -31,7 +31,7 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.layouts import told
+from mla_patch.kernels.cache.layouts import told
 
 _INTERPRETED = interpreted()
 

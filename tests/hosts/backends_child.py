@@ -228,7 +228,7 @@ class Engine:
         return made
 
     def runner(self, pool: Any, page: int) -> Any:
-        from mla_patch.compat import sglang_trial
+        from mla_patch.drive import sglang as sglang_trial
 
         self.translator = sglang_trial._translator(SimpleNamespace(table=self.table, device="cpu"), page)
         import torch
@@ -438,7 +438,7 @@ def drafts(driven: Driven) -> dict[str, Any]:
         batch.seq_lens = backend.forward_metadata.cache_seqlens_int32.clone()  # which the definition reads
         seen["one token"] = driven.both(batch)
         backend.topk = 2
-        from mla_patch.hooks.sglang_decode_backends import declines
+        from mla_patch.hooks.sglang.decode_backends import declines
 
         seen["two tokens"] = declines(driven_call(driven, batch))
         backend.topk = 0
@@ -486,7 +486,7 @@ def draft_graphs(engine: Engine) -> dict[str, Any] | None:
 
 
 def driven_call(driven: Driven, batch: Any, **more: Any) -> Any:
-    from mla_patch.compat import sglang_backends
+    from mla_patch.compat.sglang import backends as sglang_backends
 
     kind = {call.name: call for call in sglang_backends.CALLS}[driven.name]
     return kind(driven.backend, *driven.args, driven.layer, batch, **driven.more, **more)
@@ -549,14 +549,14 @@ def main(release: str, out: str) -> None:
     logging.basicConfig(level=logging.WARNING)
     import torch
 
-    from mla_patch.compat import sglang_trial
+    from mla_patch.drive import sglang as sglang_trial
 
     stubbed = sglang_trial.prepare()
     if importlib.util.find_spec("cutlass") is None:  # of kernels that 0.5.15 imports beside its hybrid backend
         sys.meta_path.insert(0, sglang_trial._StubFinder(["cutlass", "cuda"]))
     if release in ("0.5.1", "0.5.3", "0.5.5"):
         importlib.import_module("sglang.srt.layers.quantization")  # else its modules import one another in a ring
-    from mla_patch.hooks import sglang_decode_backends
+    from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
 
     warmed: list[Any] = []
     sglang_decode_backends.warm = lambda capacity: warmed.append([str(one) for one in capacity]) or 0

@@ -47,7 +47,7 @@ def holders(builders: dict) -> dict[str, dict]:
 
 def drive(outputs: dict | None = None) -> dict[str, dict]:
     """Every route that the release has; ``outputs``, from an earlier drive, are compared entry by entry."""
-    from mla_patch.compat import sglang_trial
+    from mla_patch.drive import sglang as sglang_trial
 
     batch = sglang_trial.make_batch("cpu")
     seen = {}
@@ -72,7 +72,7 @@ class Decodes:
     """A decode step over every kind of cache, and what each arm makes of the same stored latents."""
 
     def __init__(self) -> None:
-        from mla_patch.compat import sglang_trial
+        from mla_patch.drive import sglang as sglang_trial
 
         self.error = sglang_trial.relative_error
         self.trials = {cache: sglang_trial.DecodeTrial(cache, heads=HEADS[cache]) for cache in sglang_trial.CACHES}
@@ -90,7 +90,7 @@ class Decodes:
 
     def ranks(self) -> dict[str, dict]:
         """Each of two ranks' step, where the release has decode context parallelism: out and log-sum-exp."""
-        from mla_patch.compat import sglang_trial
+        from mla_patch.drive import sglang as sglang_trial
 
         seen = {}
         for cache in ("float16", "e4m3 k_scale 0.5") if sglang_trial.has_ranks() else ():
@@ -108,7 +108,7 @@ class Decodes:
 
 def company() -> dict[str, dict]:
     """One request's decode and token ids alone and beside three others, as a rule and under deterministic inference."""
-    from mla_patch.compat import sglang_trial
+    from mla_patch.drive import sglang as sglang_trial
 
     seen, length = {}, 130
     for deterministic in (False, True):
@@ -130,7 +130,7 @@ def company() -> dict[str, dict]:
 
 def late() -> dict[str, Any]:
     """Backends that were built while the host was as it is, then activation, twice."""
-    from mla_patch.compat import sglang_trial
+    from mla_patch.drive import sglang as sglang_trial
     from mla_patch.patcher import is_ours
 
     mla_patch.restore()
@@ -166,7 +166,7 @@ def late() -> dict[str, Any]:
 
 def splits() -> dict[str, Any]:
     """Is one split of the host's enough for ours; and how many it has for MLA on 132 multiprocessors, told one."""
-    from mla_patch.compat import sglang_trial
+    from mla_patch.drive import sglang as sglang_trial
 
     trial = sglang_trial.DecodeTrial("e4m3", heads=FEW, lens=(130, 1))
     outs = []
@@ -186,17 +186,17 @@ def warm(trial) -> dict:
     """What the release's own backend and pool tell a warm-up, which is then made, as when a backend has been built."""
     from types import SimpleNamespace
 
-    from mla_patch.compat import sglang
+    from mla_patch.compat.sglang import decode as sglang
 
     runner = SimpleNamespace(token_to_kv_pool=trial.pool, device="cpu", dtype=trial.q.dtype)
-    sglang.warm_up("mla_patch.hooks.sglang_decode:warm", trial.backend, runner)  # a failure would be in the log
+    sglang.warm_up("mla_patch.hooks.sglang.decode:warm", trial.backend, runner)  # a failure would be in the log
     seen = sglang.decode_capacity(trial.backend, runner)
     return {name: str(getattr(seen, name)) for name in seen.__slots__}
 
 
 def decode_holder() -> str:
     """What the one module that defines SGLang's decode holds under that name."""
-    from mla_patch.compat import sglang_trial
+    from mla_patch.drive import sglang as sglang_trial
     from mla_patch.patcher import is_ours
 
     return "ours" if is_ours(sglang_trial.imported("decode")) else "host's"
@@ -211,7 +211,7 @@ def main(release: str, out: str) -> None:
     start = time.perf_counter()
     data = json.loads(Path(__file__).with_name("importers.json").read_text())
     builders = {name: era for name, eras in data.items() for era in eras if release in era["releases"]}
-    from mla_patch.compat import sglang_trial
+    from mla_patch.drive import sglang as sglang_trial
 
     seen: dict = {"release": release, "stubbed": sglang_trial.prepare()}
     if release.startswith("0.4."):

@@ -23,13 +23,16 @@ import torch
 import mla_patch
 import mla_patch.flash_mla
 import mla_patch.startup
-from mla_patch.compat import sglang_flash_mla, sglang_trial
-from mla_patch.kernels import dense_decode, sparse_decode, sparse_prefill
-from mla_patch.kernels.dense_decode import dense_decode_ref
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_decode_ref
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill_ref
+from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
+from mla_patch.drive import sglang as sglang_trial
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache.quantize import quantize
+from mla_patch.kernels.sparse import decode as sparse_decode
+from mla_patch.kernels.sparse import dense as dense_decode
+from mla_patch.kernels.sparse import prefill as sparse_prefill
+from mla_patch.kernels.sparse.decode import sparse_decode_ref
+from mla_patch.kernels.sparse.dense import dense_decode_ref
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill_ref
 from mla_patch.patcher import is_ours
 
 mla_patch.startup.start()
@@ -220,7 +223,7 @@ def noted(rows: list[list[str]], kind: str) -> Any:
 
 def warm_ups(release: str) -> dict[str, Any]:
     """Of each backend that calls FlashMLA: what ours is compiled for on another chip, by attributes of its own."""
-    from mla_patch.hooks import sglang_sched_meta as hook
+    from mla_patch.hooks.sglang import sched_meta as hook
 
     hook.capability_of = lambda tensor: (8, 9)
     runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=128))
@@ -280,7 +283,7 @@ def main(release: str, out: str) -> None:
     seen["class"] = kind and kind.__module__
     backend = importlib.import_module("sglang.srt.layers.attention.flashmla_backend")
     seen["backend"] = {name: is_ours(getattr(backend, name)) for name in NAMES}
-    from mla_patch.hooks import sglang_sched_meta as hook
+    from mla_patch.hooks.sglang import sched_meta as hook
 
     tensors = {"tile_scheduler_metadata": torch.zeros(1, 8).int(), "num_splits": torch.arange(3).int()}
     tensors |= {"block_table": torch.empty(2, 0).int(), "cache_seqlens": torch.ones(2).int()}

@@ -20,11 +20,12 @@ import torch
 
 import mla_patch
 import mla_patch.startup
-from mla_patch.compat import sglang_flash_mla, sglang_trial
-from mla_patch.hooks import sglang_sched_meta as hook
-from mla_patch.kernels.layouts import V4, new_pages
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_decode import sparse_decode_ref
+from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
+from mla_patch.drive import sglang as sglang_trial
+from mla_patch.hooks.sglang import sched_meta as hook
+from mla_patch.kernels.cache.layouts import V4, new_pages
+from mla_patch.kernels.cache.quantize import quantize
+from mla_patch.kernels.sparse.decode import sparse_decode_ref
 
 libraries = []  # which torch forgets with them
 

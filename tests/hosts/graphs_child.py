@@ -206,7 +206,7 @@ def around(module: Any, runner: Any) -> contextlib.ExitStack:
 
 def main(release: str, out: str) -> None:
     logging.basicConfig(level=logging.WARNING)
-    from mla_patch.compat import sglang_trial
+    from mla_patch.drive import sglang as sglang_trial
 
     sglang_trial.prepare()
     import torch

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from mla_patch.compat.sglang_fetch import fetch
+from mla_patch.drive.sglang_fetch import fetch
 
 if TYPE_CHECKING:
     import pytest

@@ -23,9 +23,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import mla_patch
-from mla_patch import _door
-from mla_patch.compat import gpu, sglang_trial
-from mla_patch.kernels import kv_cast
+from mla_patch import _autostart
+from mla_patch.compat import gpu
+from mla_patch.drive import sglang as sglang_trial
+from mla_patch.kernels.cache import kv_cast
 
 RELEASE, OUT = sys.argv[1], Path(sys.argv[2])
 HEADS, SCALE, CONTEXT, DRAFTS, PAGE = 2, 0.07, 400, 4, 64
@@ -447,7 +448,7 @@ def main() -> None:
     sglang_trial.prepare()
     on_the_cpu()
     torch.cuda.get_device_properties = lambda device=None: Bag(multi_processor_count=132)
-    _door.enter()
+    _autostart.run()
     try:
         importlib.import_module("sglang.srt.layers.quantization")  # of some releases, before what needs it
     except Exception:

@@ -21,16 +21,14 @@ from typing import Any
 import hosts
 
 from mla_patch import sources
-from mla_patch.compat import (
-    sglang,
-    sglang_backends,
-    sglang_flash_mla,
-    sglang_graphs,
-    sglang_kv_cast,
-    sglang_sparse_prefill,
-    sglang_tokenspeed,
-)
-from mla_patch.compat.sglang_fetch import fetch_files, fetch_package
+from mla_patch.compat.sglang import backends as sglang_backends
+from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
+from mla_patch.compat.sglang import kv_cast as sglang_kv_cast
+from mla_patch.compat.sglang import sparse_prefill as sglang_sparse_prefill
+from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
+from mla_patch.drive.sglang_fetch import fetch_files, fetch_package
+from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 
 PATH = hosts.HERE / "reviewed.json"
 TABLES = {

@@ -32,16 +32,17 @@ import torch
 from torch.nn import functional
 
 import mla_patch
-from mla_patch import _door
-from mla_patch.compat import sglang_sparse_prefill as compat
-from mla_patch.compat import sglang_trial, stamps
-from mla_patch.compat.sglang_flash_mla import before_v41
-from mla_patch.compat.sglang_trial import Batch
+from mla_patch import _autostart
+from mla_patch.compat import generations as stamps
+from mla_patch.compat.sglang import sparse_prefill as compat
+from mla_patch.compat.sglang.flash_mla import before_v41
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import dequantize
-from mla_patch.kernels.layouts import V4, V32, new_pages
-from mla_patch.kernels.quantize import quantize
-from mla_patch.kernels.sparse_prefill import mla_sparse_prefill, mla_sparse_prefill_ref
+from mla_patch.drive import sglang as sglang_trial
+from mla_patch.drive.sglang import Batch
+from mla_patch.kernels.cache import dequantize
+from mla_patch.kernels.cache.layouts import V4, V32, new_pages
+from mla_patch.kernels.cache.quantize import quantize
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill, mla_sparse_prefill_ref
 from mla_patch.patcher import is_ours
 
 
@@ -562,7 +563,7 @@ def main(release: str, out: Path) -> None:
     started = time.perf_counter()
     os.environ |= {"SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "1", "SGLANG_TOPK_TRANSFORM_512_TORCH": "1"}
     os.environ |= {"SGLANG_OPT_USE_TOPK_V2": "0", "SGLANG_OPT_FLASHMLA_SPARSE_PREFILL": "1"}
-    _door.enter()  # as the start-up file does, which looks at MLA_PATCH
+    _autostart.run()  # as the start-up file does, which looks at MLA_PATCH
     sglang_trial._STUBS |= {"cutlass": {}, "cuda": {}}
     if ON_GPU:  # where the release imports more
         os.environ["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"

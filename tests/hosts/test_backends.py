@@ -6,7 +6,7 @@ import hosts
 import pytest
 from packaging.version import Version
 
-from mla_patch.hooks import sglang_decode_backends
+from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 

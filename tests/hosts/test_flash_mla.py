@@ -14,9 +14,9 @@ import hosts
 import pytest
 from packaging.version import Version
 
-from mla_patch.compat import sglang_flash_mla
-from mla_patch.compat.sglang_fetch import fetch
-from mla_patch.hooks.sglang_sched_meta import PREFILL_PROVIDERS, PROVIDERS
+from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
+from mla_patch.drive.sglang_fetch import fetch
+from mla_patch.hooks.sglang.sched_meta import PREFILL_PROVIDERS, PROVIDERS
 
 HERE = Path(__file__).parent
 PACKAGED = ("0.5.3", "0.5.4")  # which take all of FlashMLA from the flash_mla package
@@ -55,7 +55,7 @@ _ANY = """
 def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
-    from mla_patch.compat.sglang_trial import _Anything, _Stub
+    from mla_patch.drive.sglang import _Anything, _Stub
     return _Anything(name, (_Stub,), {})
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 import hosts
 import pytest
 
-from mla_patch.compat.sglang_fetch import fetch_files
+from mla_patch.drive.sglang_fetch import fetch_files
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 

@@ -10,10 +10,10 @@ import hosts
 import pytest
 from packaging.version import Version
 
-from mla_patch.compat import sglang_graphs
-from mla_patch.compat.sglang_fetch import fetch
+from mla_patch.drive.sglang_fetch import fetch
 from mla_patch.experiment import merge
 from mla_patch.experiment.schedule import Plan, Sampling, Schedule
+from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 # of every shape of the runner: one class and dict of its own, one backend and its keys, with more in the keys

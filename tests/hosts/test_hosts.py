@@ -13,8 +13,8 @@ import pytest
 from packaging.version import Version
 from tokenspeed_runs import NATIVE
 
-from mla_patch.compat import sglang_deterministic
-from mla_patch.compat.sglang_fetch import fetch
+from mla_patch.compat.sglang import deterministic as sglang_deterministic
+from mla_patch.drive.sglang_fetch import fetch
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ import pytest
 from scratch import ROOT
 from test_threads import run_trials
 
-from mla_patch.compat.sglang_fetch import fetch
+from mla_patch.drive.sglang_fetch import fetch
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 RELEASE = "0.5.18"

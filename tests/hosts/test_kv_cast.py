@@ -9,7 +9,7 @@ from typing import Any
 import hosts
 import pytest
 
-from mla_patch.compat import sglang_kv_cast as compat
+from mla_patch.compat.sglang import kv_cast as compat
 
 RELEASES = ("0.5.1", "0.5.5", "0.5.9", "0.5.11", "0.5.13", "0.5.16", "0.5.18", "0.5.22", "0.5.23")
 SPREAD = ("0.5.1", "0.5.11", "0.5.13", "0.5.18", "0.5.23")  # every way to find the pool, the pages and the lengths

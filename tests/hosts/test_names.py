@@ -11,12 +11,14 @@ from typing import Any
 import hosts
 import pytest
 
-from mla_patch import cli, plugins, release, sources
-from mla_patch.compat import gpu, sglang
-from mla_patch.compat.sglang_fetch import fetch_package
+from mla_patch import plugins, release, sources
+from mla_patch.cli import main as cli
+from mla_patch.compat import gpu
+from mla_patch.compat.sglang import decode as sglang
+from mla_patch.drive.sglang_fetch import fetch_package
+from mla_patch.eligibility import Judgement, code_of, judge
 from mla_patch.features import Feature, State
 from mla_patch.flags import Setting
-from mla_patch.judge import Judgement, code_of, judge
 from mla_patch.session import find_host
 
 FEATURES = plugins.load().features

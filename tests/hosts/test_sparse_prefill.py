@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 
-from mla_patch.compat.sglang_fetch import fetch
-from mla_patch.compat.sglang_sparse_prefill import DETERMINISTIC, PARALLEL
+from mla_patch.compat.sglang.sparse_prefill import DETERMINISTIC, PARALLEL
 from mla_patch.compat.triton import interpreted
-from mla_patch.hooks.sglang_sparse_prefill import FEW, TOO_LARGE
+from mla_patch.drive.sglang_fetch import fetch
+from mla_patch.hooks.sglang.sparse_prefill import FEW, TOO_LARGE
 
 HERE = Path(__file__).parent
 # release -> what is set; from 0.5.21 the release's own is right, so ours is asked for

@@ -12,8 +12,8 @@ import matrix
 import pytest
 from tokenspeed_runs import STEPS, environment, faults, name_in, row, run, steps_of
 
-from mla_patch.compat import sglang_fetch
-from mla_patch.hooks import sglang_tokenspeed
+from mla_patch.drive import sglang_fetch
+from mla_patch.hooks.sglang import tokenspeed as sglang_tokenspeed
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
@@ -144,7 +144,7 @@ def test_the_wheels_have_the_names_that_are_used(wheel: Path) -> None:
 
 
 def test_the_wheels_say_what_they_lack_on_a_cpu(wheel: Path, tmp_path: Path) -> None:
-    code = "from mla_patch.hooks.sglang_tokenspeed import package, problem\nprint(problem(None))\npackage()"
+    code = "from mla_patch.hooks.sglang.tokenspeed import package, problem\nprint(problem(None))\npackage()"
     env = environment("0.5.11") | {"PYTHONPATH": str(wheel)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "None\n"

@@ -78,9 +78,10 @@ import tokenspeed_mla  # noqa: E402
 import torch  # noqa: E402
 from packaging.version import Version  # noqa: E402
 
-from mla_patch.compat import gpu, sglang_trial  # noqa: E402
+from mla_patch.compat import gpu  # noqa: E402
 from mla_patch.compat.triton import interpreted  # noqa: E402
 from mla_patch.compat.types import Gpu  # noqa: E402
+from mla_patch.drive import sglang as sglang_trial  # noqa: E402
 
 if GIVEN.device == "cuda" and (interpreted() or not torch.cuda.is_available()):
     sys.exit(f"--device cuda: {'TRITON_INTERPRET is set' if interpreted() else 'torch sees no GPU'}")

@@ -1,0 +1,197 @@
+"""SGLang's MLA decode, served by mla_patch.kernels.decode: that of its Triton backend, and the feature as a whole.
+
+The decode of FlashAttention-3, FlashInfer and FlashMLA is `sglang_decode_backends`'s.
+
+Why: the host's kernel reads the latent cache once per 16 query heads, and its split scratch grows with rows x heads x
+splits. From 0.5.12 the host has an MLA kernel of its own; there the table below says on which GPUs ours is faster.
+
+A caller who does not say `has_mla` may read the split scratch, as decode context parallelism does from 0.5.15 on: then
+ours fills it as the host would.
+
+Our kernel cuts the keys of all requests into equal pieces, so that the order in which it adds up one request's values
+depends on the others. Where the engine promises that no result depends on the batch, the host's kernel serves.
+
+Scales of an fp8 cache. What is stored is never ours to change: MHA prefill, other processes and the host's own arm
+read the same bytes. So ours reads what the release stores:
+
+* to 0.5.9 latents are stored and read without scales, and the prefix half of the host's extend kernel takes none;
+* 0.5.10 and 0.5.11 store without and read with: the scales are left out of reading, in decode and extend, by an edit
+  that holds for both arms and outlives the breaker and restore;
+* from 0.5.12 both scales come with the call. V is part of the stored K, so only k_scale == v_scale can be right; any
+  other pair is declined, and the host says of its own cache what it says without us. Where the checkpoint has one scale
+  of the two, the call shows 1 and 1: that, and what MHA prefill stores undivided, is warned of once.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from mla_patch.compat import gpu, sglang, sglang_backends, sglang_deterministic, sglang_graphs
+from mla_patch.compat.sglang import Capacity, DecodeCall
+from mla_patch.compat.sglang_deterministic import decoding
+from mla_patch.compat.types import Gpu, Target, Variable
+from mla_patch.features import Asked, Feature
+from mla_patch.flags import nearest, variable
+from mla_patch.hooks import sglang_decode_backends
+from mla_patch.hookspecs import hookimpl
+
+# compute capability -> ours is faster than SGLang's own MLA decode (docs/performance.md); no row: not measured
+FASTER = {(9, 0): True}
+
+
+def native(target: Target, version: str | None) -> Asked | None:
+    """Where the Triton backend has an MLA decode of its own, the GPU decides which one serves.
+
+    Of the other backends it depends on the cache, too: see `sglang_decode_backends`.
+    """
+    return host_is_kept if target.group == "triton" and sglang.has_mla_decode(version) else None
+
+
+def host_is_kept(device: Gpu) -> str | None:
+    """Why the host's own MLA decode is kept on this device, or None."""
+    faster = FASTER.get(device.capability)
+    if faster is None:
+        return f"not measured on {device.sm}"
+    return None if faster else f"the host's own is faster on {device.sm}"
+
+
+def _backends(text: str) -> str:
+    """The backends that a list names, each once and in our order."""
+    named = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in sglang_backends.NAMES:
+            known = ", ".join(sglang_backends.NAMES)
+            raise ValueError(f"no backend {name}, expected some of {known}{nearest(name, sglang_backends.NAMES)}")
+    if not named:
+        raise ValueError(f"expected some of {', '.join(sglang_backends.NAMES)}; MLA_PATCH_DECODE=off serves none")
+    return ",".join(name for name in sglang_backends.NAMES if name in named)
+
+
+def targets(version: str | None) -> tuple[Target, ...]:
+    """The entry points of the backends that MLA_PATCH_DECODE_BACKENDS leaves to us."""
+    wanted = variable(FEATURE, "BACKENDS").split(",")
+    every = (*sglang.decode_targets(version), *sglang_backends.decode_targets(version))
+    return tuple(target for target in every if target.group in wanted)
+
+
+def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -> list[tuple[str, str]]:
+    """For `explain`: what each backend decodes, and who serves it."""
+    kept = None
+    if sglang.has_mla_decode(version) and not asked:
+        kept = host_is_kept(Gpu("", capability))
+    rows = [("triton, any cache", "mla-patch" if kept is None else f"the engine: {kept}")]
+    rows += sglang_decode_backends.serves(capability, asked)
+    wanted = variable(FEATURE, "BACKENDS").split(",")
+    return [
+        row if row[0].partition(",")[0] in wanted else (row[0], "the engine: not in MLA_PATCH_DECODE_BACKENDS")
+        for row in rows
+    ]
+
+
+FEATURE = Feature(
+    name="decode",
+    host="sglang>=0.5.1,<0.5.24",
+    targets=targets,
+    why="Triton's kernel reads the cache once per 16 query heads; FA3 and FlashInfer first cast the whole fp8 pool",
+    upstream="https://github.com/sgl-project/sglang/pull/20479",
+    drop_when="the engine reads the latent cache once per request and is at least as fast",
+    native=native,
+    hardware=gpu.not_nvidia,
+    variables=(
+        Variable(
+            "BACKENDS", (), ",".join(sglang_backends.NAMES), "backends that the decode kernel may serve", _backends
+        ),
+    ),
+    serves=serves,
+    told=sglang_decode_backends.told,
+    environment=sglang_deterministic.inherited,
+    steps=sglang_graphs.step_targets,
+    promises="deterministic inference: the engine's kernel decodes, because the order in which our kernel adds up the "
+    "values of a request depends on the other requests. The state is `refused`, and no experiment starts",
+)
+
+
+@hookimpl
+def mla_patch_features() -> list[Feature]:
+    return [FEATURE]
+
+
+def declines(call: DecodeCall) -> str | None:
+    """Why this call goes to the host, or None. What is left of shapes and dtypes is the launcher's to refuse."""
+    reason = call.extra or decoding.promise
+    if reason is not None:
+        return reason
+    try:
+        _, heads, width = call.k.shape
+    except ValueError:
+        return f"{call.k.dim()}-D cache view"
+    if width != 576 or heads != 1:
+        return f"{heads} kv heads of {width}, not one of 512 + 64"
+    k_scale = call.k_scale
+    # false of NaN too
+    if not (k_scale == call.v_scale and 0.0 < k_scale < inf):
+        return sglang.scale_problem(k_scale, call.v_scale)
+    return None
+
+
+def serve(call: DecodeCall) -> None:
+    q = call.q
+    if q.shape[1] == 1:
+        raise ValueError("MHA group size 1")  # a decline as well; `declines` has its share of 1.5 us to keep to
+    if call.splits is None:
+        from mla_patch.kernels.decode import mla_decode
+
+        mla_decode(
+            q,
+            call.k,
+            call.out,
+            call.indptr,
+            call.token_ids,
+            sm_scale=call.sm_scale,
+            k_scale=call.k_scale,
+            v_scale=call.v_scale,
+            logit_cap=call.logit_cap,
+            sinks=call.sinks,
+            xai_temperature_len=call.xai_temperature_len,
+        )
+    else:  # decode context parallelism: the caller reads its scratch afterwards
+        from mla_patch.kernels.decode_splits import mla_decode_splits
+
+        attn_logits, attn_lse, num_kv_splits, max_kv_splits = call.splits
+        mla_decode_splits(
+            q,
+            call.k,
+            call.out,
+            call.indptr,
+            call.token_ids,
+            attn_logits,
+            attn_lse,
+            num_kv_splits,
+            sm_scale=call.sm_scale,
+            k_scale=call.k_scale,
+            v_scale=call.v_scale,
+            logit_cap=call.logit_cap,
+            sinks=call.sinks,
+            xai_temperature_len=call.xai_temperature_len,
+            max_kv_splits=max_kv_splits,
+        )
+
+
+def warm(capacity: Capacity) -> int:
+    """Compile what one backend's calls can reach, before graphs are captured; how many kernels that took.
+
+    The backend's token ids, too: a few small kernels, for the feature beside this one.
+    """
+    import torch
+
+    from mla_patch.kernels import decode, decode_splits, kv_indices
+
+    if capacity.heads == 1 or not gpu.on_nvidia(torch.empty(0, device=capacity.device)):
+        return 0  # its calls are declined
+    c = capacity
+    ids = kv_indices.warmup(c.device, ())
+    if c.deterministic:
+        return ids  # its calls are declined
+    if c.splits:
+        return ids + decode_splits.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.splits)
+    return ids + decode.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch)

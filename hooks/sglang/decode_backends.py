@@ -1,0 +1,129 @@
+"""SGLang's FlashAttention-3, FlashInfer MLA and FlashMLA: their decode steps, served by mla_patch.kernels.decode.
+
+Why: with an fp8 cache, FlashAttention-3 and FlashInfer convert the layer's whole pool to 16 bits at every layer of
+every step, and FlashMLA rounds the query to e4m3. Our kernel reads the bytes of the requests' own rows, once.
+
+Ours stores the new tokens as the engine's method does, and reads what is stored without scales: no release of SGLang
+divides by one before it stores. FlashMLA's k_scale, with which its own kernel reads, is left out on both arms.
+
+An 8-bit cache is served by default. Whether ours is the faster one with a 16-bit cache depends on the batch and on the
+heads: MLA_PATCH_DECODE=on serves it, and so does an experiment, which has to compare something.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mla_patch.compat import gpu
+from mla_patch.compat.sglang import backends as sglang_backends
+from mla_patch.compat.sglang import deterministic as sglang_deterministic
+from mla_patch.compat.sglang.backends import BackendCall, BackendCapacity, FlashInferCall
+
+CONVERTS = ("fa3", "flashinfer")  # with an 8-bit cache, the whole pool, whatever the chip
+SIXTEEN_BITS = "a 16-bit cache, which mla-patch serves only with MLA_PATCH_DECODE=on"
+_SIXTEEN_BITS = {call.name: f"{call.name}: {SIXTEEN_BITS}" for call in sglang_backends.CALLS}
+# where ours takes FlashMLA's place with an 8-bit cache: exact, and from 1.25 times its speed at 16 heads to 0.74 of it
+# at 128 (docs/performance.md)
+MEASURED = ((9, 0),)
+
+
+class _Flag:
+    """What MLA_PATCH_DECODE says in this process."""
+
+    asked = False  # an explicit on, or an experiment
+
+
+def told(mode: str, asked_for: bool) -> None:
+    """Take over the feature's flag: where somebody has set it to anything but off, all that can be served is."""
+    _Flag.asked = asked_for and mode != "off"
+
+
+def declines(call: BackendCall) -> str | None:
+    """Why the engine's own backend serves this call, or None. What is left of shapes is the launcher's to refuse."""
+    if not _Flag.asked:
+        # first, since it is what most servers meet in every layer
+        dtype = getattr(sglang_backends.pool_of(call), "dtype", None)
+        if dtype is not None and dtype.itemsize > 1 and getattr(call.backend, "use_mla", True):
+            return _SIXTEEN_BITS[call.name]
+    reason = sglang_backends.problem(call) or _kept(call)
+    return None if reason is None else f"{call.name}: {reason}"
+
+
+def _kept(call: BackendCall) -> str | None:
+    """Why a decode that ours could serve is left to the engine, or None."""
+    if sglang_deterministic.is_on():
+        return sglang_deterministic.REASON
+    if _Flag.asked or call.name in CONVERTS:
+        return None
+    return by_default(call.name, 1, gpu.capability_of(call.q))
+
+
+def by_default(name: str, itemsize: int, capability: tuple[int, int] | None) -> str | None:
+    """Why the backend ``name`` keeps caches of so many bytes a value on a chip (None: a CPU), or None."""
+    if itemsize > 1:
+        return SIXTEEN_BITS
+    if name in CONVERTS or capability is None or capability in MEASURED:
+        return None
+    return f"not measured on sm_{capability[0]}{capability[1]}, where only MLA_PATCH_DECODE=on serves it"
+
+
+def serve(call: BackendCall) -> Any:
+    import torch
+
+    from mla_patch.kernels.decode import mla_decode, mla_decode_paged
+
+    layer, rows = call.layer, call.batch.batch_size
+    heads = layer.tp_q_head_num
+    cache = sglang_backends.rows_of(call)
+    q = _query(call, rows, heads)
+    out = torch.empty((rows, heads, 512), dtype=call.q.dtype, device=call.q.device)
+    sglang_backends.store(call)
+    if isinstance(call, FlashInferCall):
+        indptr, token_ids = call.tokens()
+        mla_decode(q, cache, out, indptr, token_ids, sm_scale=layer.scaling)
+    else:
+        table, lens, page_size = call.pages()  # type: ignore[attr-defined]
+        kv = sglang_backends.paged(cache, page_size)
+        mla_decode_paged(q, kv, out, table, lens, sm_scale=layer.scaling, logit_cap=layer.logit_cap or 0.0)
+    return out.view(rows, heads * 512)
+
+
+def _query(call: BackendCall, rows: int, heads: int) -> Any:
+    """Every request's query as the kernel takes it, [rows, heads, 576] or its two parts; as a rule no copy."""
+    if call.q_rope is None:
+        return call.q.reshape(rows, heads, 576)
+    return call.q.reshape(rows, heads, 512), call.q_rope.reshape(rows, heads, 64)
+
+
+def warm(capacity: BackendCapacity) -> int:
+    """Compile what one backend's calls can reach, before graphs are captured; how many kernels that took."""
+    import torch
+
+    from mla_patch.kernels import decode
+
+    probe = torch.empty(0, device=capacity.device)
+    kept = None if _Flag.asked else by_default(capacity.name, capacity.cache_dtype.itemsize, gpu.capability_of(probe))
+    if kept is not None or sglang_deterministic.is_on() or not gpu.on_nvidia(probe):
+        return 0  # its calls are declined
+    c = capacity
+    whole = c.name == "flashmla"  # models join the query for this backend alone
+    lens = (torch.int32, torch.int64) if whole else (torch.int32,)
+    return sum(
+        decode.warmup(
+            c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch, c.page_size, (kind, torch.int32), not whole
+        )
+        for kind in lens
+    )
+
+
+def serves(capability: tuple[int, int], asked: bool) -> list[tuple[str, str]]:
+    """For `explain`: what each backend decodes, and who serves it."""
+    rows = []
+    for call in sglang_backends.CALLS:
+        if not sglang_backends.is_built_on(call, capability):
+            rows.append((f"{call.name}, any cache", "nobody: SGLang builds this backend for MLA on sm_90 alone"))
+            continue
+        for what, itemsize in (("an fp8 cache", 1), ("a 16-bit cache", 2)):
+            kept = None if asked else by_default(call.name, itemsize, capability)
+            rows.append((f"{call.name}, {what}", "mla-patch" if kept is None else f"the engine: {kept}"))
+    return rows

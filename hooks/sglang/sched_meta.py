@@ -1,0 +1,279 @@
+"""FlashMLA's wrappers as SGLang calls them, served by mla_patch.flash_mla where no CUDA build can.
+
+Why: code for the newer API (`FlashMLASchedMeta`, sinks, a second cache, lengths) fails on the kernels that releases to
+0.5.12 pin, and FlashMLA has no build for most GPUs, head counts and page sizes.
+
+`PROVIDERS` says who serves a call, by the first row that applies, `PREFILL_PROVIDERS` the same of sparse prefill's;
+`mla-patch explain sched_meta` prints both. What the host's own CUDA operators can serve they keep, in every release.
+Metadata follows calls: whatever keeps the host from making tensors keeps it from serving what they are for. Not so for
+the first row, whose formats metadata do not tell, nor after the breaker, between a call and its metadata.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from mla_patch.compat import gpu
+from mla_patch.compat.gpu import capability_of
+from mla_patch.compat.sglang import deterministic as sglang_deterministic
+from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
+from mla_patch.compat.sglang.flash_mla import KvCacheCall, MetadataCall, PrefillCall
+from mla_patch.compat.types import Provider
+from mla_patch.features import Feature, Final
+from mla_patch.hookspecs import hookimpl
+
+HOST, OURS = "host", "triton"
+
+
+def _dims(tensor: Any) -> int:
+    """-1 of what is no tensor."""
+    return len(tensor.shape) if hasattr(tensor, "is_cuda") else -1
+
+
+def _odd(call: KvCacheCall) -> bool:
+    """Whether the rows below would not find what they look at."""
+    ids = [one for one in (call.indices, call.extra_indices) if one is not None]
+    return _dims(call.q) != 4 or _dims(call.k_cache) != 4 or any(_dims(one) != 3 for one in ids)
+
+
+def _unknown_format(call: KvCacheCall) -> bool:
+    known = {None: (656, 584), "V32": (656,)}.get(call.kv_format)
+    if known is None or not call.use_legacy:
+        return True
+    return call.indices is not None and _dims(call.k_cache) == 4 and call.k_cache.shape[-1] not in known
+
+
+def _newer(call: KvCacheCall) -> bool:
+    """Whether a call needs the newer API."""
+    return (
+        hasattr(call.metadata, "have_initialized")
+        or call.attn_sink is not None
+        or call.extra_k_cache is not None
+        or call.topk_length is not None
+        or call.extra_topk_length is not None
+    )
+
+
+def _no_build(call: KvCacheCall) -> bool:
+    return not call.build.has(_newer(call))
+
+
+def _other_chip(call: KvCacheCall | PrefillCall) -> bool:
+    return capability_of(call.q) not in sglang_flash_mla.CHIPS
+
+
+def _other_sparse(call: KvCacheCall) -> bool:
+    if call.indices is None:
+        return False
+    counts = [call.indices.shape[-1]]
+    if call.extra_indices is not None:
+        counts.append(call.extra_indices.shape[-1])
+    return call.q.shape[2] not in (64, 128) or any(count % 64 or not count for count in counts)
+
+
+def _v32_with_more(call: KvCacheCall) -> bool:
+    more = call.topk_length is not None or call.extra_k_cache is not None
+    return call.indices is not None and call.k_cache.shape[-1] == 656 and more
+
+
+def _other_dense(call: KvCacheCall) -> bool:
+    return call.indices is None and (capability_of(call.q) != (9, 0) or call.k_cache.shape[1] != 64)
+
+
+def _dense_e4m3(call: KvCacheCall) -> bool:
+    # the newer operator, which the wrapper gives no descales, takes 16 bits alone, the older one not without them
+    lacks = _newer(call) or call.descale_q is None or call.descale_k is None
+    return call.indices is None and call.q.element_size() == 1 and lacks
+
+
+def _dense_width(call: KvCacheCall) -> bool:
+    if call.indices is not None or call.q.shape[-1] == 576:
+        return False
+    return call.q.element_size() == 1 or call.q.shape[-1] not in sglang_flash_mla.dense_widths(call.build.module)
+
+
+def _descales(call: KvCacheCall) -> bool:
+    if call.descale_q is None and call.descale_k is None:
+        return False
+    refused = call.indices is None and call.q.element_size() > 1 and not call.build.ignores_descales
+    return refused or not call.build.descales
+
+
+PROVIDERS = (
+    Provider(HOST, "cache that our kernels cannot read: kv_format not V32, use_legacy=False, 528 or 288 bytes per row",
+        _unknown_format),
+    Provider(OURS, "invalid shape: q or the cache is not 4-D, or indices are not 3-D", _odd),
+    Provider(OURS, "FlashMLASchedMeta, sink, second cache or lengths, which the release's wrapper does not accept",
+        lambda call: _newer(call) and not call.build.newer),
+    Provider(OURS, "descales, which the release's wrapper or, in 16 bits, sgl-flash-mla does not accept", _descales),
+    Provider(OURS, "no CUDA operator of FlashMLA is loaded", _no_build),
+    Provider(OURS, "GPU other than sm_90, sm_100 and sm_103", _other_chip),
+    Provider(OURS, "empty batch or no queries", lambda call: 0 in call.q.shape[:2]),
+    Provider(OURS, "sparse: heads other than 64 or 128, or topk that is 0 or not a multiple of 64", _other_sparse),
+    Provider(OURS, "sparse, 656 bytes: lengths or a second cache", _v32_with_more),
+    Provider(OURS, "dense: GPU other than sm_90, or page size other than 64", _other_dense),
+    Provider(OURS, "dense: width other than 576 (or 512 in 16 bits, where the operator accepts it)", _dense_width),
+    Provider(OURS, "dense, e4m3: FlashMLASchedMeta or no descales", _dense_e4m3),
+    Provider(HOST, "every other call: the engine's CUDA operator serves it", lambda call: True),
+)  # fmt: skip
+
+
+def _other_prefill(call: PrefillCall) -> bool:
+    heads, width = call.q.shape[-2:]
+    return not sglang_flash_mla.prefill_takes(heads, width, call.indices.shape[-1], capability_of(call.q))
+
+
+def _other_type(call: PrefillCall) -> bool:
+    import torch
+
+    return any(getattr(one, "dtype", None) is not torch.bfloat16 for one in (call.q, call.kv))
+
+
+def _more_than_the_operator(call: PrefillCall) -> bool:
+    more = call.attn_sink is not None or call.topk_length is not None
+    return more and (not call.build.newer or sglang_flash_mla.prefill_arity(call.build.module) < 7)
+
+
+PREFILL_PROVIDERS = (
+    Provider(OURS, "sparse prefill: invalid shape: q or indices are not 3-D",
+        lambda call: _dims(call.q) != 3 or _dims(call.indices) != 3),
+    Provider(OURS, "sparse prefill: no CUDA operator of FlashMLA is loaded",
+        lambda call: not sglang_flash_mla.prefill_arity(call.build.module)),
+    Provider(OURS, "sparse prefill: sink or lengths, which the operator does not accept", _more_than_the_operator),
+    Provider(OURS, "sparse prefill: GPU other than sm_90, sm_100 and sm_103", _other_chip),
+    Provider(OURS, "sparse prefill: dtype other than bfloat16", _other_type),
+    Provider(OURS, "sparse prefill: no queries", lambda call: call.q.shape[0] == 0),
+    Provider(OURS,
+        "sparse prefill: heads other than 64 or 128, or topk that is 0 or not a multiple of 128 (sm_100: at times 64)",
+        _other_prefill),
+    Provider(HOST, "sparse prefill: every other call: the engine's CUDA operator serves it", lambda call: True),
+)  # fmt: skip
+
+
+FEATURE = Feature(
+    name="sched_meta",
+    host="sglang>=0.5.3,<0.5.24",
+    targets=sglang_flash_mla.flash_mla_targets,
+    why="older FlashMLA packages lack the newer API, and FlashMLA has no build for many GPUs and shapes",
+    upstream="https://github.com/sgl-project/sglang/pull/26132",
+    drop_when="FlashMLA serves every GPU, head count and page size that the engine runs with",
+    hardware=gpu.not_nvidia,
+    providers=tuple((row.provider, row.when) for row in (*PROVIDERS, *PREFILL_PROVIDERS)),
+    promises="deterministic inference: the promise holds for the calls that our kernels serve. Our decode then does "
+    "not split the keys of a query, which is slower for few requests with long contexts. Our sparse prefill never "
+    "splits them. FlashMLA's decode does not keep the promise, and the engine refuses FlashMLA as --attention-backend",
+)
+
+
+@hookimpl
+def mla_patch_features() -> list[Feature]:
+    return [FEATURE]
+
+
+def declines_kvcache(call: KvCacheCall) -> str | None:
+    """Why this call goes to the host, or None. What ours cannot take is the launchers' to refuse."""
+    row = next(row for row in PROVIDERS if row.applies(call))
+    return row.when if row.provider == HOST else None
+
+
+def _final(serve: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """No row gives ours a call that FlashMLA could serve, so what ours refuses is told the caller."""
+
+    @functools.wraps(serve)
+    def answer(call: Any) -> Any:
+        try:
+            return serve(call)
+        except ValueError as refusal:
+            tensor = call.cache_seqlens if isinstance(call, MetadataCall) else call.q
+            if hasattr(tensor, "is_cuda") and capability_of(tensor) is None:
+                raise  # another kind of device, for which the host may have an operator
+            raise Final(refusal) from refusal
+
+    return answer
+
+
+@_final
+def serve_kvcache(call: KvCacheCall) -> Any:
+    from mla_patch.flash_mla import flash_mla_with_kvcache
+
+    return flash_mla_with_kvcache(
+        call.q, call.k_cache, call.block_table, call.cache_seqlens, call.head_dim_v, call.metadata, call.num_splits,
+        call.softmax_scale, call.causal, call.descale_q, call.descale_k, call.is_fp8_kvcache, call.indices,
+        call.attn_sink, call.extra_k_cache, call.extra_indices, call.topk_length, call.extra_topk_length,
+        enable_batch_invariant=sglang_deterministic.is_on(),
+    )  # fmt: skip
+
+
+def declines_prefill(call: PrefillCall) -> str | None:
+    """Why this call goes to the host, or None."""
+    row = next(row for row in PREFILL_PROVIDERS if row.applies(call))
+    return row.when if row.provider == HOST else None
+
+
+@_final
+def serve_prefill(call: PrefillCall) -> Any:
+    from mla_patch.flash_mla import flash_mla_sparse_fwd
+
+    return flash_mla_sparse_fwd(
+        call.q, call.kv, call.indices, call.sm_scale, call.d_v, call.attn_sink, call.topk_length,
+        use_legacy=call.use_legacy,
+    )  # fmt: skip
+
+
+def declines_metadata(call: MetadataCall) -> str | None:
+    """Why the host makes this metadata, or None."""
+    if call.cache_seqlens is None:
+        # without operators its wrapper raises, though it has the class
+        own = sglang_flash_mla.knows_sched_meta(call.build) and call.build.has(True)
+        return "the host has a FlashMLASchedMeta of its own" if own else None
+    if _dims(call.cache_seqlens) != 1:
+        return None
+    capability = capability_of(call.cache_seqlens)
+    if (
+        not call.build.has(False)
+        or capability not in sglang_flash_mla.CHIPS
+        or (call.topk is None and capability != (9, 0))
+        or 0 in (call.cache_seqlens.shape[0], call.tokens)
+    ):
+        return None
+    if call.topk is not None and (call.topk % 64 or not call.topk or call.heads not in (None, 64, 128)):
+        return None
+    return "every other call: the engine's CUDA operator serves it"
+
+
+@_final
+def serve_metadata(call: MetadataCall) -> Any:
+    from mla_patch.flash_mla import get_mla_metadata
+
+    if call.cache_seqlens is None:
+        return sglang_flash_mla.new_sched_meta(call.build), None
+    return get_mla_metadata(call.cache_seqlens, call.tokens, call.kv_heads, call.heads, call.is_fp8_kvcache, call.topk)
+
+
+def warm(calls: list[KvCacheCall | PrefillCall]) -> int:
+    """Compile what those of a backend's calls reach that ours serve, before graphs are captured; how many kernels."""
+    from mla_patch.kernels.sparse import decode as sparse_decode
+    from mla_patch.kernels.sparse import dense as dense_decode
+    from mla_patch.kernels.sparse import prefill as sparse_prefill
+
+    compiled = 0
+    for call in calls:
+        q, device = call.q, call.q.device
+        if not gpu.on_nvidia(q):
+            continue
+        if isinstance(call, PrefillCall):
+            if declines_prefill(call) is None:
+                more, lengths = call.attn_sink is not None, call.topk_length is not None
+                compiled += sparse_prefill.warmup(device, q.shape[1], q.shape[2], q.dtype, more, lengths)
+        elif declines_kvcache(call) is not None:
+            continue
+        elif call.indices is None:
+            compiled += dense_decode.warmup(device, q.shape[2], q.dtype, call.k_cache.shape[1])
+        elif call.k_cache.shape[-1] == 656:
+            compiled += sparse_decode.warmup(device, q.shape[2])
+        else:
+            extra = () if call.extra_k_cache is None else (call.extra_k_cache.shape[1],)
+            compiled += sparse_decode.warmup(device, q.shape[2], (call.k_cache.shape[1],), extra)
+    return compiled

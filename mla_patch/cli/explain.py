@@ -1,0 +1,97 @@
+"""``mla-patch explain``: where a feature goes, and what becomes of it on a release and a GPU that need not be here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from mla_patch.compat import hosts
+from mla_patch.compat.types import Gpu, key_targets
+from mla_patch.eligibility import UNKNOWN_GPU, by_flag, code_of, kept
+from mla_patch.features import Feature, State
+from mla_patch.flags import Setting
+
+
+def in_range(version: str, feature: Feature) -> bool:
+    try:
+        return SpecifierSet(feature.requirement()[1]).contains(version, prereleases=True)
+    except ValueError:  # no version at all
+        return False
+
+
+def verdict(feature: Feature, setting: Setting, release: str, device: Gpu | None) -> dict[str, Any]:
+    """What becomes of ``feature`` in an engine of ``release``; ``device`` None: no GPU is named.
+
+    The rules are those of `judge`, for a host that need not be installed: its release stands for its source.
+    """
+    state, reason = _decide(feature, setting, release, device)
+    row = {"feature": feature.name, "host": feature.host_name, "release": release, "sm": device.sm if device else None}
+    return row | {"state": str(state), "reason": reason}
+
+
+def _decide(feature: Feature, setting: Setting, release: str, device: Gpu | None) -> tuple[State, str]:
+    decided = by_flag(feature, setting)
+    if decided is not None:
+        return decided.state, decided.reason
+    if not in_range(release, feature):
+        return State.ABSENT, f"{feature.host_name} {release} is outside {feature.requirement()[1]}"
+    refusal = feature.refusal(device)
+    ours, open_ = False, False
+    natives: dict[str, list[str]] = {}
+    for entry, homes in key_targets(feature.targets(release)).items():
+        own = feature.native(homes[0], release) if feature.native is not None and not setting.asked_for else None
+        if callable(own):
+            open_ = open_ or device is None
+            own = own(device) if device is not None else None
+        if own is None:
+            ours = True
+        else:
+            natives.setdefault(own, []).append(entry)
+    if not ours:
+        return State.NATIVE, "; ".join(kept(natives))
+    if refusal:
+        return State.REFUSED, refusal
+    return State.APPLIED, "; ".join([*kept(natives), *([UNKNOWN_GPU] if open_ else [])])
+
+
+def serves(feature: Feature, setting: Setting, release: str, device: Gpu, heads: Sequence[int]) -> list[dict[str, Any]]:
+    """Who serves, for each number of heads, where a feature chooses by it."""
+    if feature.serves is None:
+        return []
+    asked = setting.asked_for and setting.value == "on"
+    return [
+        {"host": feature.host_name, "release": release, "sm": device.sm, "heads": count, "what": what, "who": who}
+        for count in heads
+        for what, who in feature.serves(release, device.capability, count, asked)
+    ]
+
+
+def by_heads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `serves` says, for people: numbers of heads of which it says the same share a row."""
+    heads: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        heads.setdefault((row["what"], row["who"]), []).append(str(row["heads"]))
+    return [{"heads": ", ".join(counts), "what": what, "who": who} for (what, who), counts in heads.items()]
+
+
+def routes(feature: Feature) -> list[dict[str, Any]]:
+    """Where the feature goes, one row per entry point and run of releases with the same home and parameters."""
+    name, specifier = feature.requirement()
+    reviewed = [version for version in hosts.host(name).reviewed if in_range(version, feature)]
+    rows: list[dict[str, Any]] = []
+    versions: list[str | None] = [*reviewed] or [None]
+    for before, version in zip([None, *versions], versions, strict=False):
+        for target in feature.targets(version):
+            entry = (target.name, target.module, list(target.params))
+            alike = (row for row in rows if (row["name"], row["module"], row["params"]) == entry)
+            same = next((row for row in alike if row["releases"].rpartition(" - ")[2] == before), None)
+            if same:
+                same["releases"] = f"{same['releases'].partition(' - ')[0]} - {version}"
+                continue
+            rows.append({
+                "host": name, "releases": version or specifier or "any", "module": target.module, "name": target.name,
+                "kind": target.kind, "params": list(target.params), "replaced_by": code_of(target),
+            })  # fmt: skip
+    return sorted(rows, key=lambda row: row["name"])

@@ -1,0 +1,373 @@
+"""Read tokens of an fp8 latent cache back: `mla_patch.kernels.cache.layouts` says how they are stored.
+
+    slots  [n]                int32 or int64, any order, repeats allowed; a slot outside the cache gives zeros
+    out    [n, 576 or 512]    bfloat16: float32(e4m3) * scale, rounded once; rope copied bit by bit
+
+or of whole pages: row r of ``out`` is token r % ps of page ``named[r // ps]``.
+
+Bit for bit what SGLang's own kernels read. Values are decoded by the chip's own conversion from sm_89 on, else by
+integer arithmetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from mla_patch.compat import gpu
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
+from mla_patch.kernels.cache.layouts import LAYOUTS, V4, V32, Pages, new_pages, pages_of, told
+
+_INTERPRETED = interpreted()
+_PLAIN = tl.constexpr(_INTERPRETED)
+
+
+def dequantize_config() -> dict[str, int]:
+    """Launch numbers: 32 values a thread, loaded and stored 16 bytes at a time, through shared memory in between."""
+    return {"TOKENS": 4, "num_warps": 2}
+
+
+@triton.jit
+def e4m3_value(byte):
+    """e4m3 codes in an integer's low byte -> float32, exact; NaN stays NaN."""
+    magnitude = byte & 0x7F
+    half = (((byte & 0x80) << 8) | (magnitude << 7)).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.where(magnitude == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def ue8m0_value(byte):
+    """2**(byte - 127), as the host reads it: 0 is 0 and 255 infinity."""
+    return (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_bf16(x):
+    """float32 -> the bits of the nearest bfloat16, ties to even; by integers, since interpreters round otherwise."""
+    bits = x.to(tl.int32, bitcast=True)
+    up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x != x, 0x7FC0, up).to(tl.int16)
+
+
+@triton.jit
+def rounded(x, kind: tl.constexpr):
+    """float32 in another type, rounded to the nearest, where an interpreter would cut bfloat16 off."""
+    if _PLAIN and kind == tl.bfloat16:
+        return round_bf16(x).to(tl.bfloat16, bitcast=True)
+    return x.to(kind)
+
+
+@triton.jit
+def operand(x):
+    """What an interpreter can multiply: it takes bfloat16's bits for integers."""
+    if _PLAIN and x.dtype == tl.bfloat16:
+        return x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _scaled(code, scale):
+    """e4m3 codes times float32 -> bits of bfloat16, by the instructions of sm_89 and newer: a third of the work."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 a, b, l, u;
+        .reg .b32 h;
+        .reg .f32 f, g;
+        mov.b32 {a, b}, $2;
+        cvt.rn.f16x2.e4m3x2 h, a;
+        mov.b32 {l, u}, h;
+        cvt.f32.f16 f, l;
+        cvt.f32.f16 g, u;
+        mul.f32 f, f, $3;
+        mul.f32 g, g, $4;
+        cvt.rn.bf16x2.f32 $0, g, f;
+        cvt.rn.f16x2.e4m3x2 h, b;
+        mov.b32 {l, u}, h;
+        cvt.f32.f16 f, l;
+        cvt.f32.f16 g, u;
+        mul.f32 f, f, $5;
+        mul.f32 g, g, $6;
+        cvt.rn.bf16x2.f32 $1, g, f;
+        }""",
+        "=&r,=&r,r,r,r,r,r",
+        [code, scale],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "slots_end"], do_not_specialize_on_alignment=["slots", "count"]
+)  # out's address decides how wide it is written
+def _dequantize_kernel(
+    out,
+    slots,
+    count,
+    values,
+    rope,
+    scales,
+    tokens,
+    slots_end,
+    page_chunks,
+    out_stride,
+    PAGE: tl.constexpr,
+    V4: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """TOKENS of ``tokens`` rows. ``out``, ``rope`` are int16 bits of bfloat16, ``values`` bytes; ``page_chunks`` counts
+    16 bytes. Given ``count``, ``slots`` are pages, of which only the first so many are read, and written."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    wanted = token < tokens
+    if count is not None:
+        wanted = wanted & (token // PAGE < tl.load(count))
+        slot = tl.load(slots + token // PAGE, mask=wanted, other=-1).to(tl.int64) * PAGE + token % PAGE
+    else:
+        slot = tl.load(slots + token, mask=wanted, other=-1).to(tl.int64)
+    known = (slot >= 0) & (slot < slots_end)
+    slot = tl.where(known, slot, 0)
+    page = slot // PAGE * page_chunks * 16
+    at = slot % PAGE
+    # V4 has seven tiles, and an eighth that is none
+    TILES: tl.constexpr = 8 if V4 else 4
+    TILE: tl.constexpr = 512 // TILES
+    t = tl.arange(0, TILES)
+    d = (t[:, None] * TILE + tl.arange(0, TILE)[None, :])[None, :, :]
+    if V4:
+        row = page + at * 576
+        has = (t < 7)[None, :]
+        place = scales + (page + PAGE * 576 + at * 8)[:, None] + t[None, :]
+        scale = ue8m0_value(tl.load(place, mask=known[:, None] & has, other=0))
+    else:
+        row = page + at * 656
+        has = (t < 4)[None, :]
+        scale = tl.load(scales + ((row + 512) // 4)[:, None] + t[None, :], mask=known[:, None] & has, other=0.0)
+    code = tl.load(values + row[:, None, None] + d, mask=(known[:, None] & has)[:, :, None], other=0)
+    if BITS or _PLAIN:
+        value = round_bf16(e4m3_value(code.to(tl.int32)) * scale[:, :, None])
+    else:
+        value = _scaled(code, tl.broadcast_to(scale[:, :, None], [TOKENS, TILES, TILE]))
+    to = out + token * out_stride
+    tl.store(to[:, None, None] + d, value, mask=(wanted[:, None] & has)[:, :, None])
+    r = tl.arange(0, 64)[None, :]
+    SKIP: tl.constexpr = 448 if V4 else 528
+    NOPE: tl.constexpr = 448 if V4 else 512
+    last = tl.load(rope + ((row + SKIP) // 2)[:, None] + r, mask=known[:, None], other=0)
+    tl.store(to[:, None] + (NOPE + r), last, mask=wanted[:, None])
+
+
+def dequantize(
+    cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | None = None, *, config: dict[str, int] | None = None
+) -> torch.Tensor:
+    """The tokens in ``slots`` as bfloat16; see the module. One launch, none where there is no slot.
+
+    ``config`` replaces `dequantize_config`'s numbers.
+
+    Raises:
+        ValueError: a cache of no known layout, slots or out of another shape or type.
+    """
+    pages = pages_of("cache", cache)
+    if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
+        raise ValueError(f"slots: {told(slots)}, expected int32 or int64, [n], contiguous")
+    shape = (slots.numel(), pages.layout.width)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.bfloat16, device=cache.device)
+    if out.shape != shape or out.dtype != torch.bfloat16 or out.stride(1) != 1:
+        raise ValueError(f"out: {told(out)}, expected bfloat16, {shape}, the last contiguous")
+    for name, tensor in (("slots", slots), ("out", out)):
+        if tensor.device != cache.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
+    if gpu.elsewhere(cache):
+        with torch.cuda.device(cache.device):
+            return dequantize(cache, slots, out, config=config)
+    if pages.slots == 0:
+        return out.zero_()
+    _launch(out, slots, None, pages, config)
+    return out
+
+
+def dequantize_pages(
+    cache: torch.Tensor,
+    named: torch.Tensor,
+    count: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """All tokens of the first ``count`` pages in ``named``, as `mla_patch.kernels.named_pages` lists them.
+
+        cache    [pages, ps, 1, 656 or 584]    as `mla_patch.kernels.cache.layouts` has it
+        named    [capacity]    int32, pages; one outside the cache gives zeros
+        count    [1]           int32, on the device: how many of them are meant; more than capacity is capacity
+        out      [capacity * ps, 576 or 512], or with a 1 between    bfloat16; rows may lie apart. Rows of pages past
+                 ``count`` are not written
+
+    One launch, without sync, none where there is no room. ``config`` replaces `dequantize_config`'s numbers.
+
+    Raises:
+        ValueError: a cache of no known layout, a tensor of another shape, type or device.
+    """
+    pages = pages_of("cache", cache)
+    if named.dtype is not torch.int32 or named.dim() != 1 or not named.is_contiguous():
+        raise ValueError(f"named: {told(named)}, expected torch.int32, [n], contiguous")
+    if count.dtype is not torch.int32 or count.numel() != 1:
+        raise ValueError(f"count: {count.dtype}, shape {tuple(count.shape)}, expected torch.int32, [1]")
+    rows = out[:, 0] if out.dim() == 3 and out.shape[1] == 1 else out
+    shape = (named.numel() * pages.page_size, pages.layout.width)
+    if rows.shape != shape or rows.dtype is not torch.bfloat16 or rows.stride(1) != 1:
+        raise ValueError(f"out: {told(out)}, expected torch.bfloat16, {shape}, the last contiguous")
+    for name, tensor in (("named", named), ("count", count), ("out", out)):
+        if tensor.device != cache.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
+    if gpu.elsewhere(cache):
+        with torch.cuda.device(cache.device):
+            return dequantize_pages(cache, named, count, out, config=config)
+    _launch(rows, named, count, pages, config)
+    return out
+
+
+def _launch(
+    out: torch.Tensor, slots: torch.Tensor, count: torch.Tensor | None, pages: Pages, config: dict[str, int] | None
+) -> None:
+    if out.shape[0] == 0:
+        return
+    numbers = config or dequantize_config()
+    capability = (0, 0) if _INTERPRETED else gpu.capability(out.device.index)
+    _dequantize_kernel[(-(-out.shape[0] // numbers["TOKENS"]),)](
+        out.view(torch.int16), slots, count, pages.pairs.view(torch.uint8), pages.rope.view(torch.int16), pages.scales,
+        out.shape[0], pages.slots, pages.page_bytes // 16, out.stride(0),
+        PAGE=pages.page_size, V4=pages.layout is V4, BITS=capability < (8, 9), **numbers,
+    )  # fmt: skip
+
+
+def dequantize_k_cache_paged(
+    cache: torch.Tensor, slots: torch.Tensor, page_size: int | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`dequantize` for caches as SGLang holds them: [n, 1, 576 or 512] of the tokens in ``slots``, in their order.
+
+        V4      page_size given; cache [pages, bytes of a page], of any type: its bytes count
+        V3.2    page_size None; cache [..., 656], tokens one after the other
+
+    ``out`` may be a slice of a workspace: its rows may lie apart. Nothing else of it is written, and no launch is made
+    for no slot.
+
+    Raises:
+        ValueError: a cache of another shape or layout, a page size that it cannot have, slots or out as `dequantize`.
+    """
+    found = told(cache)
+    if page_size is None:
+        if not cache.shape or cache.shape[-1] != V32.bytes or not cache.is_contiguous():
+            raise ValueError(f"cache: {found}, expected [..., {V32.bytes}], contiguous, or a page_size for V4's")
+        cache = cache.view(cache.numel() // V32.bytes, 1, V32.bytes)
+    else:
+        if page_size < 1:
+            raise ValueError(f"page_size: {page_size}, expected 1 or more")
+        if cache.dim() != 2 or cache.stride(1) != 1:
+            raise ValueError(f"cache: {found}, expected [pages, bytes of a page], pages contiguous")
+        cache, used = cache.view(torch.uint8), page_size * V4.bytes
+        if cache.shape[1] < used:
+            least = V4.page_bytes(page_size)
+            raise ValueError(f"cache: {cache.shape[1]} bytes a page, expected {least} for a page_size of {page_size}")
+        cache = cache[:, :used].view(len(cache), page_size, 1, V4.bytes)
+    if out is not None:
+        shape = (slots.numel(), 1, LAYOUTS[cache.shape[-1]].width)
+        if out.shape != shape:
+            raise ValueError(f"out: shape {tuple(out.shape)}, expected {shape}")
+        out = out[:, 0]
+    return dequantize(cache, slots, out)[:, None]
+
+
+def dequantize_ref(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The definition in float64, before the rounding: [n, 576 or 512]. Slots must be in the cache."""
+    pages = pages_of("cache", cache)
+    values, scales, rope = gather(pages, slots.long())
+    tiles = values.double().view(-1, pages.layout.tiles, pages.layout.tile)
+    return torch.cat([(tiles * scales.double()[..., None]).flatten(1), rope.double()], 1)
+
+
+def dequantize_k_cache_paged_ref(
+    cache: torch.Tensor, slots: torch.Tensor, page_size: int | None = None
+) -> torch.Tensor:
+    """The definition of `dequantize_k_cache_paged`, byte by byte, on the CPU. Slots must be in the cache."""
+    raw = cache.cpu().view(torch.uint8).flatten()
+    tokens = []
+    for slot in slots.tolist():
+        if page_size is None:
+            at = slot * 656
+            values, rope, tile = raw[at : at + 512], raw[at + 528 : at + 656], 128
+            scales = raw[at + 512 : at + 528].clone().view(torch.float32).tolist()
+        else:
+            page = slot // page_size * (raw.numel() // cache.shape[0])
+            at, scale_at = page + slot % page_size * 576, page + page_size * 576 + slot % page_size * 8
+            values, rope, tile = raw[at : at + 448], raw[at + 448 : at + 576], 64
+            codes = raw[scale_at : scale_at + 7].tolist()
+            scales = [0.0 if code == 0 else math.inf if code == 255 else 2.0 ** (code - 127) for code in codes]
+        nope = values.view(torch.float8_e4m3fn).float().view(-1, tile) * torch.tensor(scales)[:, None]
+        tokens.append(torch.cat([nope.bfloat16().flatten(), rope.clone().view(torch.bfloat16)]))
+    width = V32.width if page_size is None else V4.width
+    return torch.stack(tokens)[:, None] if tokens else torch.empty(0, 1, width, dtype=torch.bfloat16)
+
+
+def gather(pages: Pages, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is stored of some tokens: e4m3 values, scales as float32, rope."""
+    flat = pages.pairs.view(torch.uint8)
+    raw = flat.as_strided((pages.pages, pages.page_size * pages.layout.bytes), (pages.page_bytes, 1))
+    page, at = slots // pages.page_size, slots % pages.page_size
+
+    def bytes_at(first: torch.Tensor, count: int) -> torch.Tensor:
+        return raw[page[:, None], first[:, None] + torch.arange(count, device=slots.device)]
+
+    if pages.layout is V32:
+        values, scales, rope = bytes_at(at * 656, 512), bytes_at(at * 656 + 512, 16), bytes_at(at * 656 + 528, 128)
+        scale = scales.view(torch.float32)
+    else:
+        values, rope = bytes_at(at * 576, 448), bytes_at(at * 576 + 448, 128)
+        scale = (bytes_at(pages.page_size * 576 + at * 8, 7).int() << 23).view(torch.float32)
+    return values.view(torch.float8_e4m3fn), scale, rope.view(torch.bfloat16)
+
+
+def compile_cases(every: bool = False) -> list[CompileCase]:
+    """Both layouts, by slots and by pages; page sizes differ by a constant alone."""
+    cases = []
+    numbers = dequantize_config()
+    kinds = ((False, 1), (False, 64), (True, 64))
+    for sm, (v4, page), whole in itertools.product(TARGETS, kinds, (False, True)):
+        signature = {"out": "*i16", "slots": "*i64" if v4 and not whole else "*i32", "values": "*u8", "rope": "*i16"}
+        signature |= {"scales": "*u8" if v4 else "*fp32", "tokens": "i32", "slots_end": "i64" if v4 else "i32"}
+        signature |= {"page_chunks": "i32", "out_stride": "i32"} | ({"count": "*i32"} if whole else {})
+        constants = {"PAGE": page, "V4": v4, "BITS": sm < 89, "TOKENS": numbers["TOKENS"]}
+        constants |= {} if whole else {"count": None}  # type: ignore[dict-item]
+        divisible = ("out", "values", "rope", "scales", "out_stride")
+        name = f"dequantize {'V4' if v4 else 'V3.2'} {page}{' pages' if whole else ''}"
+        warps = numbers["num_warps"]
+        cases.append(
+            CompileCase(name, _dequantize_kernel, signature, constants, divisible, num_warps=warps, targets=(sm,))
+        )
+    return cases
+
+
+def warmup(device: torch.device | str, page_sizes: tuple[int, ...] = ()) -> int:
+    """Compile what reading V4's caches with pages of these sizes, or V3.2's as one page of each token and as pages of
+    64, can reach; how many kernels that took. By slots of both types and by pages, into rows that begin at multiples of
+    16 bytes, as torch's do. Nothing to do on a CPU."""
+    one = torch.zeros(1, dtype=torch.int32, device=device)
+    if not one.is_cuda and not _INTERPRETED:
+        return 0
+    before = COMPILES.total
+    with COMPILES.warming():
+        for size in page_sizes or (1, 64):
+            cache = new_pages(V4 if page_sizes else V32, 1, size, device)
+            for slots in (one, one.long()):
+                dequantize(cache, slots)
+            room = torch.empty(size, V4.width if page_sizes else V32.width, dtype=torch.bfloat16, device=device)
+            dequantize_pages(cache, one, one, room)
+    return COMPILES.total - before
+
+
+watch_compiles(_dequantize_kernel)

@@ -1,0 +1,356 @@
+"""MLA decode for a caller who reads the splits afterwards, as decode context parallelism does.
+
+    attn_logits    [>= B, H, S, 512]  float32, contiguous; every split's own softmax-weighted values, before v_scale
+    attn_lse       [>= B, H, S]       float32, contiguous; natural log of the split's sum of exp(s)
+    num_kv_splits  [>= B]             int32; how many of the S splits a request is cut into
+
+    len_b = ceil(ceil(L_b / num_kv_splits_b) / 32) * 32; split i of request b has its keys i * len_b to (i + 1) * len_b
+
+Tensors, scores and out are those of `mla_patch.kernels.decode`, whose arithmetic this is; sinks count in out alone. A
+split of no keys is left as it was, in both. A number of splits outside 1 to S is taken for the nearest of these.
+
+One program per request, tile of heads and split; a second kernel reads a request's splits in ascending order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mla_patch.compat import gpu
+from mla_patch.compat.compiles import COMPILES
+from mla_patch.compat.triton import FEW_TARGETS, TARGETS, CompileCase, watch_compiles
+from mla_patch.kernels.cache.dequantize import rounded
+from mla_patch.kernels.decode import (
+    _INTERPRETED,
+    DIRECT,
+    E4M3,
+    E5M2,
+    _attend,
+    _check_call,
+    _check_device,
+    _check_list,
+    _check_rows,
+    _check_scale,
+    _kinds,
+    _numbers,
+    _store_chunk,
+)
+
+_MERGE = {"BLOCK_S": 8, "num_warps": 4}
+
+
+@triton.jit
+def _cut(indptr, num_kv_splits, b, S):
+    """Where request ``b`` begins in the token ids, how many keys it has, and how many each of its splits."""
+    first = tl.load(indptr + b).to(tl.int64)
+    length = tl.maximum(tl.load(indptr + b + 1).to(tl.int64) - first, 0).to(tl.int32)
+    splits = tl.minimum(tl.maximum(tl.load(num_kv_splits + b), 1), S)
+    return first, length, ((length + splits - 1) // splits + 31) // 32 * 32
+
+
+_CHANGING = ["sm_scale", "v_scale", "logit_cap", "xai_len"]
+_CALL_ARGS = ["q", "out", "indptr", "token_ids", "sinks", "num_kv_splits"]
+
+
+@triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_CALL_ARGS)
+def _splits_kernel(
+    q,
+    kv,
+    indptr,
+    token_ids,
+    attn_logits,
+    attn_lse,
+    num_kv_splits,
+    H,
+    S,
+    sm_scale,
+    logit_cap,
+    xai_len,
+    q_stride_b,
+    q_stride_h,
+    kv_stride,
+    KIND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    XAI: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+    first, length, each = _cut(indptr, num_kv_splits, b, S)
+    start = split * each
+    if start < length:
+        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        mask = (head < H)[:, None]
+        source = tl.multiple_of(q + b * q_stride_b + head[:, None].to(tl.int64) * q_stride_h, [16, 16])
+        ids = token_ids + first + start
+        keys = tl.minimum(each, length - start).to(tl.int32)
+        count = (keys + (BLOCK_N - 1)) // BLOCK_N
+        m, denominator, a0, a1, a2, a3, b0, b1, b2, b3 = _attend(
+            source, source + 512, mask, kv, ids, 0, count, keys, length, sm_scale, logit_cap, xai_len, kv_stride, None,
+            KIND, CAPPED, XAI, BLOCK_H, BLOCK_N, STAGES, 0,
+        )  # fmt: skip
+        factor = (1.0 / denominator)[:, None]
+        place = (b * H + head) * S + split
+        part = attn_logits + place[:, None] * 512
+        _store_chunk(part, a0 * factor, b0 * factor, mask, KIND)
+        _store_chunk(part + 128, a1 * factor, b1 * factor, mask, KIND)
+        _store_chunk(part + 256, a2 * factor, b2 * factor, mask, KIND)
+        _store_chunk(part + 384, a3 * factor, b3 * factor, mask, KIND)
+        tl.store(attn_lse + place, (m + tl.log2(denominator)) * 0.6931471805599453, mask=head < H)
+
+
+@triton.jit(do_not_specialize=["v_scale"], do_not_specialize_on_alignment=_CALL_ARGS)
+def _merge_splits_kernel(
+    out,
+    indptr,
+    sinks,
+    attn_logits,
+    attn_lse,
+    num_kv_splits,
+    H,
+    S,
+    v_scale,
+    out_stride_b,
+    out_stride_h,
+    BLOCK_S: tl.constexpr,
+):
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    _, length, each = _cut(indptr, num_kv_splits, b, S)
+    d = tl.arange(0, 512)
+    acc = tl.zeros([512], tl.float32)
+    if length > 0:
+        row = (b * H + h) * S
+        count = (length + each - 1) // each
+        top = -float("inf")
+        total = 0.0
+        for at in range(0, count, BLOCK_S):
+            some = at + tl.arange(0, BLOCK_S)
+            lse = tl.load(attn_lse + row + some, mask=some < count, other=-float("inf"))
+            part = tl.load(
+                attn_logits + (row + some)[:, None] * 512 + d[None, :], mask=(some < count)[:, None], other=0.0
+            )
+            m = tl.maximum(top, tl.max(lse, 0))
+            keep, weight = tl.exp(top - m), tl.exp(lse - m)
+            acc = acc * keep + tl.sum(part * weight[:, None], 0)
+            total = total * keep + tl.sum(weight, 0)
+            top = m
+        if sinks is not None:
+            total += tl.exp(tl.load(sinks + h).to(tl.float32) - top)
+        acc = acc * (v_scale / total)
+    tl.store(out + b * out_stride_b + h * out_stride_h + d, rounded(acc, out.dtype.element_ty))
+
+
+def mla_decode_splits(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    out: torch.Tensor,
+    indptr: torch.Tensor,
+    token_ids: torch.Tensor,
+    attn_logits: torch.Tensor,
+    attn_lse: torch.Tensor,
+    num_kv_splits: torch.Tensor,
+    *,
+    sm_scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    xai_temperature_len: int = -1,
+    max_kv_splits: int | None = None,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """`mla_decode` that leaves its splits in the caller's tensors; see the module for their layout.
+
+    ``max_kv_splits``, where the caller has it, must be S. Two launches on the current stream, no sync, no allocation
+    but for a copy of a ``q`` whose rows do not begin on 16 bytes; the grid is that of shapes, so a captured graph
+    follows lengths and ``num_kv_splits``. A request of no rows gets zeros. Returns ``out``.
+
+    Raises:
+        ValueError: as `mla_decode`, and scratch of another type, shape or layout.
+    """
+    _check_rows(kv)
+    kind = _check_call(q, None, kv, out, sinks)
+    _check_list("indptr", indptr, q.shape[0] + 1, q)
+    _check_list("token_ids", token_ids, 0, q)
+    _check_scratch(q, attn_logits, attn_lse, num_kv_splits, max_kv_splits)
+    _check_scale("k_scale", k_scale, q)
+    _check_scale("v_scale", v_scale, q)
+    batch, heads = q.shape[0], q.shape[1]
+    if batch == 0:
+        return out
+    if gpu.elsewhere(q):
+        with torch.cuda.device(q.device):
+            return mla_decode_splits(
+                q, kv, out, indptr, token_ids, attn_logits, attn_lse, num_kv_splits, sm_scale=sm_scale, k_scale=k_scale,
+                v_scale=v_scale, logit_cap=logit_cap, sinks=sinks, xai_temperature_len=xai_temperature_len,
+                max_kv_splits=max_kv_splits, config=config,
+            )  # fmt: skip
+    q = gpu.realigned(q)
+    if kind != DIRECT:
+        kv = kv.view(torch.int16)
+    capability = (0, 0) if _INTERPRETED else gpu.capability(q.device.index)
+    if kind == E4M3:
+        kind = _kinds(capability)[1]
+    numbers = dict(config or _numbers(heads, kind, capability, q.dtype is torch.float32))
+    for name in ("PER_SM", "maxnreg"):  # the grid is the caller's, and ptxas does well by itself
+        numbers.pop(name, None)
+    splits = attn_lse.shape[2]
+    _splits_kernel[(batch, -(-heads // numbers["BLOCK_H"]), splits)](
+        q, kv, indptr, token_ids, attn_logits, attn_lse, num_kv_splits, heads, splits,
+        float(sm_scale * k_scale), float(logit_cap), int(xai_temperature_len),
+        q.stride(0), q.stride(1), kv.stride(0),
+        KIND=kind, CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0, **numbers,
+    )  # fmt: skip
+    _merge_splits_kernel[(batch, heads)](
+        out, indptr, sinks, attn_logits, attn_lse, num_kv_splits, heads, splits, float(v_scale),
+        out.stride(0), out.stride(1), **_MERGE,
+    )  # fmt: skip
+    return out
+
+
+def mla_decode_splits_ref(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indptr: torch.Tensor,
+    token_ids: torch.Tensor,
+    attn_logits: torch.Tensor,
+    attn_lse: torch.Tensor,
+    num_kv_splits: torch.Tensor,
+    *,
+    sm_scale: float,
+    k_scale: float = 1.0,
+    logit_cap: float = 0.0,
+    xai_temperature_len: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of both scratch tensors, in float64, given what they held before (they are not changed)."""
+    partial, lse = attn_logits.double().clone(), attn_lse.double().clone()
+    bounds, most = indptr[: q.shape[0] + 1].tolist(), attn_lse.shape[2]
+    for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        length = end - begin
+        if length <= 0:
+            continue
+        keys = kv.reshape(kv.shape[0], -1)[token_ids[begin:end].long()].double()
+        s = q[b].double() @ keys.T * (sm_scale * k_scale)
+        if logit_cap > 0:
+            s = logit_cap * torch.tanh(s / logit_cap)
+        if xai_temperature_len > 0 and length - 1 > xai_temperature_len:
+            s = s * (math.log2(length - 1) / math.log2(xai_temperature_len))
+        each = -(-length // min(max(int(num_kv_splits[b]), 1), most))
+        each = -(-each // 32) * 32
+        for i, start in enumerate(range(0, length, each)):
+            own = slice(start, start + each)
+            partial[b, :, i] = s[:, own].softmax(-1) @ keys[own, :512]
+            lse[b, :, i] = s[:, own].logsumexp(-1)
+    return partial, lse
+
+
+def compile_cases(every: bool = False) -> list[CompileCase]:
+    """What the launch tables can ask Triton to compile: all options off and all on, or, for ``every``, the product."""
+    switches = list(itertools.product((False, True), repeat=2)) if every else [(False, False), (True, True)]
+    cases = []
+    for sm in TARGETS:
+        capability = (sm // 10, sm % 10)
+        for kind, heads, (capped, xai) in itertools.product(_kinds(capability), (16, 128), switches):
+            if not every and sm not in FEW_TARGETS and (kind == E5M2 or not capped):  # as `decode` has it
+                continue
+            numbers = _numbers(heads, kind, capability, False)
+            if heads > 16 and numbers == _numbers(16, kind, capability, False):
+                continue
+            del numbers["PER_SM"]
+            numbers.pop("maxnreg", None)
+            warps = numbers.pop("num_warps")
+            index = "*i64" if capped else "*i32"
+            signature = {"q": "*bf16", "kv": "*bf16" if kind == DIRECT else "*i16", "indptr": index, "token_ids": index}
+            signature |= {"attn_logits": "*fp32", "attn_lse": "*fp32", "num_kv_splits": "*i32"}
+            signature |= dict.fromkeys(("H", "S", "xai_len", *_STRIDES), "i32")
+            signature |= dict.fromkeys(("sm_scale", "logit_cap"), "fp32")
+            cases.append(
+                CompileCase(
+                    f"splits {('direct', 'e4m3', 'e4m3 bits', 'e5m2')[kind]}, {heads} heads, {capped} {xai}",
+                    _splits_kernel,
+                    signature,
+                    {"KIND": kind, "CAPPED": capped, "XAI": xai} | numbers,
+                    ("kv", "attn_logits", "attn_lse", "H", *_STRIDES),
+                    warps,
+                    targets=(sm,),
+                )
+            )
+    for sinks in (False, True):
+        signature = {
+            "out": "*fp32" if sinks else "*bf16",
+            "indptr": "*i32",
+            "attn_logits": "*fp32",
+            "attn_lse": "*fp32",
+        }
+        signature |= {"num_kv_splits": "*i32", "v_scale": "fp32"} | ({"sinks": "*fp32"} if sinks else {})
+        signature |= dict.fromkeys(("H", "S", "out_stride_b", "out_stride_h"), "i32")
+        options: dict[str, Any] = {"BLOCK_S": _MERGE["BLOCK_S"]} | ({} if sinks else {"sinks": None})
+        warps = _MERGE["num_warps"]
+        cases.append(CompileCase(f"merge {sinks}", _merge_splits_kernel, signature, options, num_warps=warps))
+    return cases
+
+
+_STRIDES = ("q_stride_b", "q_stride_h", "kv_stride")
+
+
+def _check_scratch(
+    q: torch.Tensor, attn_logits: torch.Tensor, attn_lse: torch.Tensor, num_kv_splits: torch.Tensor, most: int | None
+) -> None:
+    batch, heads = q.shape[0], q.shape[1]
+    for name, tensor, own, rest in (("attn_lse", attn_lse, 3, ""), ("attn_logits", attn_logits, 4, ", 512")):
+        shape = tensor.shape
+        expected = f"[{batch} or more, {heads}, S{rest}]"
+        if len(shape) != own or shape[0] < batch or shape[1] != heads or shape[3:] not in ((), (512,)):
+            raise ValueError(f"{name}: shape {tuple(shape)}, expected {expected}")
+        if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+            found = f"{tensor.dtype}, strides {tensor.stride()}"
+            raise ValueError(f"{name}: {found}, expected torch.float32 and contiguous {expected}")
+        _check_device(name, tensor, q)
+    splits = attn_lse.shape[2]
+    if attn_logits.shape[2] != splits:
+        raise ValueError(f"attn_logits: {attn_logits.shape[2]} splits, expected {splits} as attn_lse")
+    if not 1 <= splits <= 65535:
+        raise ValueError(f"attn_lse: {splits} splits, expected 1 to 65535")
+    if most is not None and most != splits:
+        raise ValueError(f"max_kv_splits: {most}, expected {splits} as attn_lse has")
+    if num_kv_splits.dtype is not torch.int32 or num_kv_splits.dim() != 1 or num_kv_splits.shape[0] < batch:
+        found = f"{num_kv_splits.dtype}, shape {tuple(num_kv_splits.shape)}"
+        raise ValueError(f"num_kv_splits: {found}, expected torch.int32, at least {batch} long")
+    if not num_kv_splits.is_contiguous():
+        raise ValueError(f"num_kv_splits: stride {num_kv_splits.stride(0)}, expected 1")
+    _check_device("num_kv_splits", num_kv_splits, q)
+
+
+watch_compiles(_splits_kernel, _merge_splits_kernel)
+
+
+def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, splits: int) -> int:
+    """Compile what `mla_decode_splits` can reach with ``splits`` places in the scratch; how many kernels that took.
+
+    One launch over an empty request, as SGLang calls: int64 token ids, a float32 output, no sinks, cap or temperature.
+    The number of requests is no parameter of these kernels. Nothing to do on a CPU.
+
+    Raises:
+        ValueError: heads or types that `mla_decode_splits` does not take.
+    """
+    q = torch.zeros(1, heads, 576, dtype=dtype, device=device)
+    if not q.is_cuda and not _INTERPRETED:
+        return 0
+    before = COMPILES.total
+    logits = torch.empty(1, heads, splits, 512, device=device)
+    kv = torch.zeros(1, 1, 576, dtype=dtype, device=device).to(cache_dtype)
+    indptr, counts = torch.zeros(2, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    with COMPILES.warming():
+        mla_decode_splits(
+            q, kv, logits[:, :, 0].clone(), indptr, ids, logits, logits[..., 0].clone(), counts, sm_scale=1.0
+        )
+    return COMPILES.total - before
