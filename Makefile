@@ -62,7 +62,7 @@ lint: setup
 
 test: lint
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not cost" --ignore=tests/hosts
-	$(PY) -m pytest -m cost $$(grep -l 'mark\.cost' tests/test_*.py)
+	$(PY) -m pytest -m cost $$(grep -rl --include='test_*.py' 'mark\.cost' tests)
 	$(PY) -m pytest -n $(WORKERS) -m "not gpu" tests/hosts
 
 hosts: setup

@@ -10,8 +10,8 @@ that attend to all compressed tokens depend on the chunk alone.
     out = cache.attend(q, chunk, swa_pages, sm_scale=..., ratio=4, pages=c4_pages, topk_indices=raw)
 
 A generation is whatever compares equal for as long as the lengths, tables and cache behind the inputs stay the same;
-`mla_patch.compat.generations` numbers objects for it. The workspace holds what one call reads and nothing across calls. Both
-belong to the stream that they were made on: a call on another stream makes its own, and a captured graph has none.
+`mla_patch.compat.generations` numbers objects for it. The workspace holds what one call reads and nothing across
+calls. Both belong to the stream that they were made on: a call on another stream makes its own, and a captured graph has none.
 """
 
 from __future__ import annotations

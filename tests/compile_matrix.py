@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # and in the worke
 import mla_patch.kernels
 from mla_patch.compat.triton import SHARED_LIMIT, TARGETS, CompileCase, compile_case, usage
 
-
 PREFIX = "mla_patch.kernels."
 
 

@@ -32,7 +32,7 @@ BORROWED = ("test_decode_splits.py",)  # which has another file's
 def files() -> tuple[list[Path], list[Path]]:
     """Test files that run as a whole, and those of which what is marked runs."""
     whole, marked = [], []
-    for path in sorted(TESTS.glob("test_*.py")):
+    for path in sorted(set(TESTS.rglob("test_*.py")) - set(TESTS.glob("hosts/*"))):
         text = path.read_text(encoding="utf-8")
         if ANY_DEVICE in text or path.name in BORROWED:
             whole.append(path)

@@ -15,7 +15,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 DEPENDENCIES = ("packaging", "pluggy", "rich", "wrapt")  # all of ours but torch, which no start-up path may need
 
 

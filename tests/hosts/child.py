@@ -63,7 +63,8 @@ def drive(outputs: dict | None = None) -> dict[str, dict]:
 
 
 # Query heads: a whole block of 16, a part of one, and, for two ranks that gather theirs, one and a part. Few, since the
-# interpreter runs a program for each in the merges of both kernels; tests/test_decode.py has other numbers.
+# interpreter runs a program for each in the merges of both kernels; tests/kernels/decode/test_decode.py has other
+# numbers.
 HEADS = {"e5m2": 16, "float16": 9, "e4m3": 3, "e4m3 k_scale 0.5": 3}
 FEW = 3
 

@@ -3,8 +3,8 @@
     python tests/hosts/reviewed.py --write      fetch every release and write the file (`make reviewed`)
 
 Names alone, no code: parameters of the functions that ours replaces or edits, in which releases; which releases have a
-module; where a module takes FlashMLA from; what a release pins. `tests/test_reviewed.py` holds the tables of compat
-against it, without a network.
+module; where a module takes FlashMLA from; what a release pins. `tests/compat/test_reviewed.py` holds the tables of
+compat against it, without a network.
 """
 
 from __future__ import annotations

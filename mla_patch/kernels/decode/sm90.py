@@ -1,7 +1,7 @@
 """MLA decode for 17 to 128 heads on sm_90, in Gluon: `mla_patch.kernels.decode` reaches it, by the same definition.
 
-`mla_patch.kernels.sm90.seesaw_pipeline` does what is done with keys; here are the schedule, which keys, and what becomes of the
-results: those of the portable kernel, with pieces in units of 128 keys, and its partials and tables.
+`mla_patch.kernels.sm90.seesaw_pipeline` does what is done with keys; here are the schedule, which keys, and what
+becomes of the results: those of the portable kernel, with pieces in units of 128 keys, and its partials and tables.
 
 Rows of a 16-bit cache are copied asynchronously. Rows of an 8-bit cache land in the upper half of the place that their
 float16 will take, and are converted there; q is scaled by a power of two for each head, as in the portable kernel.

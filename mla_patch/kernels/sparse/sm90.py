@@ -1,8 +1,8 @@
 """Sparse MLA attention for 17 to 128 heads on sm_90, in Gluon: `mla_patch.kernels.sparse.prefill` and `sparse_decode`
 reach it, by the same definitions.
 
-A program has one query, 64 of its heads and one split of its keys. `mla_patch.kernels.sm90.seesaw_pipeline` does what is done with
-keys; here they are gathered. A key that is not known comes as zeros and counts for nothing.
+A program has one query, 64 of its heads and one split of its keys. `mla_patch.kernels.sm90.seesaw_pipeline` does
+what is done with keys; here they are gathered. A key that is not known comes as zeros and counts for nothing.
 
     16 bits     rows of a workspace, copied asynchronously
     V3.2, V4    e4m3 values land as they are, and become bfloat16 times their scale where they will be read; that is

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from scratch import TESTS
 
 from mla_patch.compat.sglang import backends as sglang_backends
 from mla_patch.compat.sglang import decode as sglang
@@ -29,7 +29,7 @@ from mla_patch.hooks.sglang import sparse_prefill as sglang_sparse_prefill
 from mla_patch.hooks.sglang import tokenspeed as tokenspeed_hook
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 
-TOLD = json.loads(Path(__file__).parent.joinpath("hosts", "reviewed.json").read_text())
+TOLD = json.loads(TESTS.joinpath("hosts", "reviewed.json").read_text())
 RELEASES = tuple(TOLD["pins"])
 V4 = "sglang.srt.layers.attention.deepseek_v4_backend"
 FLASHMLA = "sglang.srt.layers.attention.flashmla_backend"

@@ -7,14 +7,13 @@ import subprocess
 import sys
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
-from scratch import clean_env
+from scratch import TESTS, clean_env
 
 from mla_patch import flash_mla
 from mla_patch.compat import gpu
@@ -824,7 +823,7 @@ for fake_chip.SM in (80, 89, 120):
 
 
 def test_what_releases_call_compiles_nothing_more():
-    code = SERVE.replace("TESTS", repr(str(Path(__file__).resolve().parent)))
+    code = SERVE.replace("TESTS", repr(str(TESTS)))
     env = clean_env({"TRITON_INTERPRET": "0"})
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

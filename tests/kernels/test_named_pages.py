@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scratch import clean_env
+from scratch import TESTS, clean_env
 from test_dequantize import bits, paged, random_cache
 from test_sparse_decode import Case as Cached
 
@@ -267,7 +266,7 @@ print("unforeseen", COMPILES.serving > 0)
 
 
 def test_nothing_compiles_after_a_warm_up():
-    code = SERVE.replace("TESTS", repr(str(Path(__file__).resolve().parent)))
+    code = SERVE.replace("TESTS", repr(str(TESTS)))
     env = clean_env({"TRITON_INTERPRET": "0"})
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

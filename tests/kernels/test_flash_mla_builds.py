@@ -1,6 +1,6 @@
 """Who serves what, beside FlashMLA's builds themselves: what is left to the host the host can, and nothing else.
 
-    FLASHMLA_BUILDS=FOLDER[:FOLDER...] TRITON_INTERPRET=0 pytest -m gpu tests/test_flash_mla_builds.py
+    FLASHMLA_BUILDS=FOLDER[:FOLDER...] TRITON_INTERPRET=0 pytest -m gpu tests/kernels/test_flash_mla_builds.py
 
 A folder holds one of
 

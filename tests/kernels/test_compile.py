@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from scratch import TESTS
 
 from mla_patch.compat.triton import TARGETS, gpu_compile, interpreted
-
-TESTS = Path(__file__).resolve().parent
-
 
 # how many compiles each kernel module's launch tables come to: one that silently had none would pass
 COMPILES = {

@@ -1,6 +1,6 @@
 """Our wrappers beside FlashMLA's own builds: the same tensors, and each side against the definition in float64.
 
-    TRITON_INTERPRET=0 PYTHONPATH=FOLDER FLASHMLA_OPS=FILE.so pytest -m gpu tests/test_flash_mla_peers.py
+    TRITON_INTERPRET=0 PYTHONPATH=FOLDER FLASHMLA_OPS=FILE.so pytest -m gpu tests/kernels/test_flash_mla_peers.py
 
     package      the newer API: FOLDER holds the unpacked wheel tokenspeed-flashmla 1.0.0.post20260615, sgl-flash-mla
                  1.0.0, or any other package `flash_mla` that has FlashMLASchedMeta

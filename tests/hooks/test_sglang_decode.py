@@ -6,13 +6,13 @@ import inspect
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import wrapt
+from scratch import ROOT
 
 from mla_patch import eligibility as judge
 from mla_patch.compat import gpu
@@ -186,7 +186,7 @@ def test_one_head_is_the_hosts() -> None:
 
 def test_the_docs_say_which_calls_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who takes the engine's splits away must know which calls then run in one."""
-    text = Path(__file__).parents[1].joinpath("docs", "tuning.md").read_text(encoding="utf-8")
+    text = ROOT.joinpath("docs", "tuning.md").read_text(encoding="utf-8")
     section = text.partition("## Free the engine's split-KV scratch")[2]
     claimed = [line.strip() for line in section.partition("`decode` declines:\n")[2].splitlines() if line.strip()]
     changes = {

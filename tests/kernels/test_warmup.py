@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from scratch import clean_env
+from scratch import TESTS, clean_env
 from triton.runtime.jit import JITFunction
 
 from mla_patch import reports
@@ -31,8 +31,6 @@ from mla_patch.kernels.indices import kv as kv_indices
 from mla_patch.kernels.sparse import decode as sparse_decode
 from mla_patch.kernels.sparse import dense as dense_decode
 from mla_patch.kernels.sparse import prefill as sparse_prefill
-
-TESTS = Path(__file__).resolve().parent
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ import contextlib
 import math
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from scratch import clean_env
+from scratch import TESTS, clean_env
 from test_decode import odd
 
 from mla_patch.compat.triton import interpreted
@@ -345,7 +344,7 @@ print("unforeseen", COMPILES.serving > 0)
 
 
 def test_nothing_compiles_after_a_warm_up():
-    tests = Path(__file__).resolve().parent
+    tests = TESTS
     code = SERVE.replace("TESTS", repr(str(tests)))
     env = clean_env({"TRITON_INTERPRET": "0"})
     command = [sys.executable, "-W", "ignore", "-c", code]
