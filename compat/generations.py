@@ -12,13 +12,13 @@ _MARK = "_mla_patch_number"
 _numbers = itertools.count(1)
 
 
-def stamp(holder: Any) -> int:
+def generation_of(holder: Any) -> int:
     """The number of what ``holder`` holds now."""
     number = vars(holder).get(_MARK)
-    return renew(holder) if number is None else number
+    return bump(holder) if number is None else number
 
 
-def renew(holder: Any) -> int:
+def bump(holder: Any) -> int:
     """Say that what ``holder`` holds has changed: it gets a new number."""
     number = next(_numbers)
     setattr(holder, _MARK, number)

@@ -17,7 +17,7 @@ Undo = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Held:
+class CachedOn:
     """Living instances that keep a target's function in an attribute, where a late activation can set ours."""
 
     place: str  # "module:Class.attribute"
@@ -47,14 +47,14 @@ class Target:
     # serve(original, call): ours has the host's own function do the work, with other arguments
     around: bool = False
     edit: Callable[..., Undo] | None = None  # kind "edit": edit(module) -> undo
-    lasting: bool = False  # an edit of what is stored: it outlives the breaker and restore()
-    counted: bool = False  # an edit that brings calls of its own: edit(module, counts), and adds to counts.served
-    held_by: tuple[Held, ...] = ()
+    survives_restore: bool = False  # an edit of what is stored: it outlives the breaker and restore()
+    counts_calls: bool = False  # an edit that brings calls of its own: edit(module, counts), and adds to counts.served
+    cached_on: tuple[CachedOn, ...] = ()
     entry: str = ""  # empty: the name
     # for shadow checks: (call) -> the same call with outputs of its own, filled as the host's are now, and pairs of
     # (the host's, its own) tensors to compare, or None where what is returned is the output; raises ValueError with the
     # reason why this call has none
-    twin: Callable[[Any], tuple[Any, list[tuple[Any, Any]] | None]] | None = None
+    shadow_clone: Callable[[Any], tuple[Any, list[tuple[Any, Any]] | None]] | None = None
     # Entry points that stand or fall together, where an engine imports one such group and not another: what has drifted
     # in one leaves the others to ours. Empty: all of the feature without a group do.
     group: str = ""
@@ -98,7 +98,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Seam:
+class MlaBackendSpec:
     """One TRT-LLM MLA backend whose kernels a plugin brings: what they will be asked for."""
 
     device: Any  # torch.device
@@ -131,7 +131,7 @@ class MlaDecode:
     seq_lens: Any
     max_seq_len: int  # of the batch, or of the model under graph capture
     softmax_scale: float
-    seam: Seam
+    seam: MlaBackendSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class MlaPrefill:
     softmax_scale: float
     is_causal: bool
     return_lse: bool
-    seam: Seam
+    seam: MlaBackendSpec
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,9 @@ class MlaKernel:
     # why it cannot run here, or None. Asked when the server's arguments are read, with what NVML tells (None: nothing),
     # and again when a backend has been built; must not touch CUDA
     problem: Callable[[Gpu | None], str | None] | None = None
-    prepare: str = ""  # "module:function", (Seam, {"decode", "prefill"} or one of them), when a backend has been built
+    prepare: str = (
+        ""  # "module:function", (MlaBackendSpec, {"decode", "prefill"} or one of them), when a backend has been built
+    )
 
 
 class Provider(NamedTuple):

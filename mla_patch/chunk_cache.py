@@ -11,7 +11,8 @@ that attend to all compressed tokens depend on the chunk alone.
 
 A generation is whatever compares equal for as long as the lengths, tables and cache behind the inputs stay the same;
 `mla_patch.compat.generations` numbers objects for it. The workspace holds what one call reads and nothing across
-calls. Both belong to the stream that they were made on: a call on another stream makes its own, and a captured graph has none.
+calls. Both belong to the stream that they were made on: a call on another stream makes its own, and a captured graph
+has none.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import wrapt
 from mla_patch import endings, imports
 from mla_patch.compat import dynamo, gpu
 from mla_patch.compat.types import Gpu
-from mla_patch.features import Counts, Final, State
+from mla_patch.features import CallRejected, Counts, State
 
 log = logging.getLogger("mla_patch")
 
@@ -28,7 +28,7 @@ HOST, PATCH = "host", "patch"
 SHADOW = "shadow"  # not an arm: the host's serves, and ours runs beside it on the same inputs
 Serve = Callable[[Any], Any]
 Declines = Callable[[Any], "str | None"]
-Twin = Callable[[Any], "tuple[Any, list[tuple[Any, Any]] | None]"]
+ShadowClone = Callable[[Any], "tuple[Any, list[tuple[Any, Any]] | None]"]
 
 
 # How much the breaker bears before it gives a feature up in this process. A served call starts the first two anew.
@@ -42,22 +42,22 @@ PAUSED = "left to the host for a second, after an out-of-memory"
 MADE_UP = "a tensor without memory, as tracers have"
 
 _compiled: Callable[[], Any] = type(None)  # whether this thread runs what torch.compile has made
-_outside: Callable[..., Any] | None = None  # `Site.dispatch`, with nothing of it compiled
+_outside: Callable[..., Any] | None = None  # `EntryPoint.dispatch`, with nothing of it compiled
 _waits: list[Any] = []  # what Dynamo is to leave alone once it is imported
 
 
-class Arms(Protocol):
+class ArmSelector(Protocol):
     """Who chooses, call by call, among the arms of a site. An experiment implements it."""
 
     candidate: str  # the arm that a shadow check runs beside the host's
 
-    def choose(self, site: Site, call: Any) -> str:
+    def choose(self, site: EntryPoint, call: Any) -> str:
         """The arm that serves ``call``: ``host``, ``patch``, a name in ``site.arms``, or ``shadow``."""
 
     def compare(self, pairs: list[tuple[Any, Any]]) -> None:
         """What the host's and the candidate made of the same call: (host's, ours), tensors."""
 
-    def attach(self, switch: Switch, counts: Counts) -> None:
+    def attach(self, switch: FeatureGate, counts: Counts) -> None:
         """The feature is in place, with this switch."""
 
     def stopped(self, reason: str) -> None:
@@ -72,20 +72,20 @@ class ArmCode:
     declines: Declines
 
 
-class Switch:
+class FeatureGate:
     """What holds for all entry points of one feature in this process; read at every call."""
 
     __slots__ = (
         "arms",
         "check",
         "failed",
+        "fast_path",
         "in_a_row",
         "malformed",
         "off",
         "on_idle",
         "on_stop",
         "pause",
-        "plain",
         "stopped",
     )
 
@@ -94,7 +94,7 @@ class Switch:
     ) -> None:
         self.off = False  # restored: whoever still holds ours reaches the host
         self.stopped = ""  # the breaker's reason, or what the first call's device decided against ours
-        self.arms: Arms | None = None
+        self.arms: ArmSelector | None = None
         # asked at the first call, then never again: the state that this device means for the feature at the entry point
         # of that name, or None
         self.check: Callable[[Gpu, str], tuple[State, str] | None] | None = None
@@ -104,12 +104,12 @@ class Switch:
         self.in_a_row = 0, 0  # calls served when `serve` last failed in passing, how often in a row
         self.failed: deque[float] = deque(maxlen=AN_HOUR)  # when it did, time.monotonic()
         self.pause = 0.0  # the host serves until then, time.monotonic(); 0: ours does
-        self.plain = True  # none of the above: one test on the fast path
+        self.fast_path = True  # none of the above: one test on the fast path
 
     def set(self, **changes: Any) -> None:
         for name, value in changes.items():
             setattr(self, name, value)
-        self.plain = not (self.off or self.stopped or self.arms or self.check or self.pause)
+        self.fast_path = not (self.off or self.stopped or self.arms or self.check or self.pause)
 
     def trip(self, reason: str) -> None:
         """The breaker: from now on the host serves; said once."""
@@ -141,10 +141,10 @@ class Switch:
         return False
 
 
-class Site:
+class EntryPoint:
     """One entry point of a host in which ours has been put."""
 
-    __slots__ = ("arms", "bind", "counts", "declines", "name", "serve", "switch", "twin")
+    __slots__ = ("arms", "bind", "counts", "declines", "name", "serve", "shadow_clone", "switch")
 
     def __init__(
         self,
@@ -152,8 +152,8 @@ class Site:
         bind: Callable[..., Any],
         arms: dict[str, ArmCode],
         counts: Counts,
-        switch: Switch,
-        twin: Twin | None = None,
+        switch: FeatureGate,
+        shadow_clone: ShadowClone | None = None,
     ):
         self.name = name
         self.bind = bind
@@ -161,7 +161,9 @@ class Site:
         self.serve, self.declines = arms[PATCH].serve, arms[PATCH].declines
         self.counts = counts
         self.switch = switch
-        self.twin = twin  # a call -> the same with outputs of its own, and (host's, ours) to compare; see `Target`
+        self.shadow_clone = (
+            shadow_clone  # a call -> the same with outputs of its own, and (host's, ours) to compare; see `Target`
+        )
 
     def dispatch(self, host: Callable[..., Any], first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve one call of the host's, or hand it to ``host``.
@@ -185,7 +187,7 @@ class Site:
             self._malformed("bind", problem)
             return host(*args, **kwargs)
         serve, declines = self.serve, self.declines
-        if not switch.plain:
+        if not switch.fast_path:
             if switch.pause and switch.is_paused():
                 self._decline(PAUSED)
                 return host(*args, **kwargs)
@@ -219,7 +221,7 @@ class Site:
         except ValueError as problem:  # a launcher's refusal, before its launch
             self._decline(endings.text_of(problem, str))
             return host(*args, **kwargs)
-        except Final as final:
+        except CallRejected as final:
             self._decline(endings.text_of(final, str))
             raise final.refusal from None
         except BaseException as problem:
@@ -236,7 +238,7 @@ class Site:
     def _shadow(self, host: Callable[..., Any], call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the candidate beside the host's on the same inputs; what the model gets is the host's."""
         switch, counts, arms = self.switch, self.counts, self.switch.arms
-        assert arms is not None and self.twin is not None  # or nobody would have chosen it
+        assert arms is not None and self.shadow_clone is not None  # or nobody would have chosen it
         reason: str | None = None
         pairs: list[tuple[Any, Any]] | None = []
         own: Any = None
@@ -246,9 +248,9 @@ class Site:
             reason = _without_arm(arms.candidate) if arm is None else arm.declines(call)
             if arm is not None and reason is None:
                 # ours first: a host that works in place would change what ours reads
-                ours, pairs = self.twin(call)
+                ours, pairs = self.shadow_clone(call)
                 own = arm.serve(ours)
-        except (ValueError, Final) as problem:
+        except (ValueError, CallRejected) as problem:
             reason = endings.text_of(problem, str)
         except BaseException as problem:
             endings.pass_on(problem)
@@ -324,7 +326,7 @@ class Site:
 
 def _leave_dynamo() -> Callable[..., Any]:
     global _outside
-    _outside = dynamo.outside(Site.dispatch)
+    _outside = dynamo.outside(EntryPoint.dispatch)
     return _outside
 
 
@@ -423,7 +425,7 @@ class _Opaque:
         if tracer is None:
             return original.__class__
         if not tracer.may_break:
-            self._self_site.counts.trace(tracer.graph)  # type: ignore[attr-defined]
+            self._self_entry.counts.trace(tracer.graph)  # type: ignore[attr-defined]
             return original.__class__
         if type(self) is FunctionStandIn and _is_method(original):
             raise dynamo.unsupported(f"mla-patch serves {original.__qualname__}")  # Dynamo would call it unbound
@@ -436,8 +438,8 @@ class _BoundStandIn(_Opaque, wrapt.BoundFunctionWrapper):
     __slots__ = ()
 
     @property
-    def _self_site(self) -> Site:
-        return self._self_parent._self_site
+    def _self_entry(self) -> EntryPoint:
+        return self._self_parent._self_entry
 
 
 class FunctionStandIn(_Opaque, _Named, wrapt.FunctionWrapper):
@@ -445,9 +447,9 @@ class FunctionStandIn(_Opaque, _Named, wrapt.FunctionWrapper):
 
     __bound_function_wrapper__ = _BoundStandIn
 
-    def __init__(self, original: Any, site: Site) -> None:
+    def __init__(self, original: Any, site: EntryPoint) -> None:
         super().__init__(original, site.dispatch)
-        self._self_site = site
+        self._self_entry = site
 
 
 class KernelStandIn(_Opaque, _Named, wrapt.CallableObjectProxy):
@@ -456,13 +458,13 @@ class KernelStandIn(_Opaque, _Named, wrapt.CallableObjectProxy):
     ``run``, ``warmup``, ``fn`` and the rest stay the host's.
     """
 
-    def __init__(self, original: Any, site: Site) -> None:
+    def __init__(self, original: Any, site: EntryPoint) -> None:
         super().__init__(original)
-        self._self_site = site
+        self._self_entry = site
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def launch(*args: Any, **kwargs: Any) -> Any:
-            return self._self_site.dispatch(self.__wrapped__[grid], grid, args, kwargs)
+            return self._self_entry.dispatch(self.__wrapped__[grid], grid, args, kwargs)
 
         return launch
 
@@ -472,11 +474,11 @@ def is_ours(value: Any) -> bool:
     return issubclass(type(value), (FunctionStandIn, KernelStandIn))
 
 
-def stand_in(original: Any, kind: str, site: Site) -> FunctionStandIn | KernelStandIn:
+def stand_in(original: Any, kind: str, site: EntryPoint) -> FunctionStandIn | KernelStandIn:
     """What is put in ``original``'s place."""
     global _compiled
     _compiled = dynamo.callback()
     if not _waits:
-        _waits.append(Site.dispatch)
-        imports.when_imported("torch._dynamo", lambda module: dynamo.leave_alone(module, Site.dispatch))
+        _waits.append(EntryPoint.dispatch)
+        imports.when_imported("torch._dynamo", lambda module: dynamo.leave_alone(module, EntryPoint.dispatch))
     return KernelStandIn(original, site) if kind == "kernel" else FunctionStandIn(original, site)

@@ -10,14 +10,14 @@ from mla_patch import endings, release, sources
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.types import Target, key_targets
-from mla_patch.features import Asked, Feature, State
+from mla_patch.features import DeviceCheck, Feature, State
 from mla_patch.flags import EXPERIMENTS, Setting
 
 UNKNOWN_GPU = "the first call's GPU decides whether the host's own is kept"  # in a reason, after why it is unknown
 
 
 @dataclass
-class Judgement:
+class Eligibility:
     """What the source of an installed host says of one feature."""
 
     state: State
@@ -26,51 +26,53 @@ class Judgement:
     watch: list[str] = field(default_factory=list)  # modules whose import is the moment to complain
     # asked of the first call's device, which may be another than the one that was known before: why the host's own is
     # kept, or None
-    asks: dict[Asked, set[str]] = field(default_factory=dict)  # and whose entry points' first call is looked at
+    device_checks: dict[DeviceCheck, set[str]] = field(
+        default_factory=dict
+    )  # and whose entry points' first call is looked at
 
 
-def judge(
+def check(
     feature: Feature,
     setting: Setting,
     host: Installed | None,
     *,
     skip_version_check: bool = False,
-) -> Judgement:
+) -> Eligibility:
     """The state that this machine would reach, from flags, versions and source alone; imports nothing of the host."""
     try:
         return _judge(feature, setting, host, skip_version_check)
     except BaseException as problem:  # a plugin's declaration; other features and the caller are not to suffer
         endings.pass_on(problem)
-        return Judgement(State.FAILED, endings.text_of(problem))
+        return Eligibility(State.FAILED, endings.text_of(problem))
 
 
-def by_flag(feature: Feature, setting: Setting) -> Judgement | None:
+def by_flag(feature: Feature, setting: Setting) -> Eligibility | None:
     """What the flag alone decides, whatever the host; None: nothing."""
     if setting.problem:
-        return Judgement(State.REFUSED, setting.problem)
+        return Eligibility(State.REFUSED, setting.problem)
     if setting.value == "off":
-        return Judgement(State.OFF, f"{setting.name}=off ({setting.source})")
+        return Eligibility(State.OFF, f"{setting.name}=off ({setting.source})")
     if setting.value in EXPERIMENTS and feature.steps is None:
-        return Judgement(
+        return Eligibility(
             State.REFUSED, f"{setting.name}={setting.value}: no arm of the host's to compare with; set on or off"
         )
     return None
 
 
-def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_version_check: bool) -> Judgement:
+def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_version_check: bool) -> Eligibility:
     decided = by_flag(feature, setting)
     if decided is not None:
         return decided
     if host is None:
-        return Judgement(State.ABSENT, f"{feature.host_name} is not installed")
+        return Eligibility(State.ABSENT, f"{feature.host_name} is not installed")
     found = release.find(feature, host, _source(), skip_version_check)
     if found.outside:
-        return Judgement(State.ABSENT, found.outside)
+        return Eligibility(State.ABSENT, found.outside)
     notes, version = found.notes, found.version
     taken: list[Target] = []
     natives: dict[str, list[str]] = {}  # why the host keeps its own: which entry points
     lost: dict[str, list[str]] = {}  # groups of entry points that have drifted: how
-    asks: dict[Asked, set[str]] = {}
+    device_checks: dict[DeviceCheck, set[str]] = {}
     watch: list[str] = []
     device = gpu.known()
     refusal = feature.refusal(device)
@@ -88,7 +90,7 @@ def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_vers
             ask = own
             own = ask(device) if device is not None and not refusal else None
             if own is None:
-                asks.setdefault(ask, set()).update(home.name for home in homes)
+                device_checks.setdefault(ask, set()).update(home.name for home in homes)
         if own is not None:
             natives.setdefault(own, []).append(entry)
             continue
@@ -105,24 +107,24 @@ def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_vers
                 problems.append(problem)
         else:
             if not problems:
-                return Judgement(State.ABSENT, f"{' or '.join(dict.fromkeys(missing))} is not installed")
+                return Eligibility(State.ABSENT, f"{' or '.join(dict.fromkeys(missing))} is not installed")
             present = [home.module for home in homes if sources.find_module(home.module)]
             if not homes[0].group:
-                return Judgement(State.DRIFTED, "; ".join(dict.fromkeys(problems)), watch=present)
+                return Eligibility(State.DRIFTED, "; ".join(dict.fromkeys(problems)), watch=present)
             watch += present
             lost.setdefault(homes[0].group, []).extend(problems)
     drifted = list(dict.fromkeys(f"{group}: {problem}" for group, problems in lost.items() for problem in problems))
     taken = [target for target in taken if target.group not in lost]
     if lost and not any(target.group for target in taken):
-        return Judgement(State.DRIFTED, "; ".join(drifted), watch=watch)
+        return Eligibility(State.DRIFTED, "; ".join(drifted), watch=watch)
     if not taken:
-        return Judgement(State.NATIVE, "; ".join([*notes, *kept(natives)]))
+        return Eligibility(State.NATIVE, "; ".join([*notes, *kept(natives)]))
     if refusal:
-        return Judgement(State.REFUSED, refusal, watch=[target.module for target in taken])
+        return Eligibility(State.REFUSED, refusal, watch=[target.module for target in taken])
     told = [*notes, *kept(natives), *drifted]
-    if asks and device is None:
+    if device_checks and device is None:
         told.append(f"{gpu.why_unknown() or 'the GPU is not known'}: {UNKNOWN_GPU}")
-    return Judgement(State.ARMED, "; ".join(told), taken, asks=asks)
+    return Eligibility(State.ARMED, "; ".join(told), taken, device_checks=device_checks)
 
 
 def kept(natives: Mapping[str, Sequence[str]]) -> list[str]:

@@ -47,7 +47,7 @@ MEANING = {
 }
 
 
-Asked = Callable[[Gpu], "str | None"]  # a device -> why not, or None
+DeviceCheck = Callable[[Gpu], "str | None"]  # a device -> why not, or None
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Feature:
     drop_when: str
     # (target, version) -> why the host's own is good enough, or None; asked once per target. Where that depends on the
     # GPU, a function of it: asked, as hardware is, at import where NVML tells, else at the first call for all targets
-    native: Callable[[Target, str | None], str | Asked | None] | None = None
-    hardware: Asked | None = None  # (gpu) -> why this device cannot, or None
+    native: Callable[[Target, str | None], str | DeviceCheck | None] | None = None
+    hardware: DeviceCheck | None = None  # (gpu) -> why this device cannot, or None
     # () -> why ours would break what the host promises in a process with this environment, or None
     environment: Callable[[], str | None] | None = None
     variables: tuple[Variable, ...] = ()
@@ -82,7 +82,7 @@ class Feature:
     memory: Callable[[], int] | None = None  # bytes that ours holds between calls in this process, for the report
     # (mode, whether somebody set it): told whenever this process has decided about the feature, for hooks that serve
     # more calls where they are asked for
-    told: Callable[[str, bool], None] | None = None
+    on_decision: Callable[[str, bool], None] | None = None
 
     @property
     def flag(self) -> str:
@@ -114,7 +114,7 @@ class Feature:
         return name in (self.name, self.label)
 
 
-class Final(Exception):
+class CallRejected(Exception):
     """A ``serve``'s refusal of a call that the host cannot serve either: the caller is raised ``refusal``."""
 
     def __init__(self, refusal: ValueError) -> None:

@@ -23,9 +23,9 @@ from typing import Any
 
 from mla_patch import endings
 from mla_patch.compat.types import Arm, Gpu, Target, Undo
-from mla_patch.dispatch import PATCH, ArmCode, Arms, Site, Switch, is_ours, stand_in
-from mla_patch.eligibility import UNKNOWN_GPU, Judgement, code_of, difference
-from mla_patch.features import FIRST_CALLS, Asked, Counts, Feature, State
+from mla_patch.dispatch import PATCH, ArmCode, ArmSelector, EntryPoint, FeatureGate, is_ours, stand_in
+from mla_patch.eligibility import UNKNOWN_GPU, Eligibility, code_of, difference
+from mla_patch.features import FIRST_CALLS, Counts, DeviceCheck, Feature, State
 from mla_patch.flags import Setting
 from mla_patch.imports import PATIENCE, is_executed_now, is_initializing, when_executed_again, when_imported
 from mla_patch.reports import FeatureStatus, TargetStatus
@@ -49,7 +49,7 @@ class Mismatch(Exception):
 
 
 @dataclass
-class Place:
+class Binding:
     """A name that was bound to the host's object and is bound to ours now."""
 
     holder: Any  # a module, a class, or a weak reference to an instance
@@ -88,7 +88,7 @@ class Around:
 
 
 @dataclass(slots=True)
-class Kept:
+class CachedReference:
     """A living instance that keeps a target's function in an attribute that can be set."""
 
     instance: Any
@@ -103,14 +103,14 @@ class Kept:
 
 
 @dataclass
-class Found:
+class ConfirmedTarget:
     """A target's live object, confirmed."""
 
     target: Target
     holder: Any
     attribute: str
     value: Any
-    kept: list[Kept]
+    kept: list[CachedReference]
     ours: Any = None  # what stood there, where something that cannot be confirmed stands there now
 
 
@@ -129,19 +129,19 @@ class Taken:
 
 
 @dataclass
-class Run:
+class ActiveFeature:
     """One feature on one host in this process: what was decided, and what was done."""
 
     feature: Feature
     setting: Setting
     status: FeatureStatus
-    switch: Switch
-    arms: Arms | None = None  # the experiment that chooses; None: ours serves
+    switch: FeatureGate
+    arms: ArmSelector | None = None  # the experiment that chooses; None: ours serves
     targets: list[Target] = field(default_factory=list)
     # (gpu) -> why the host's own is kept, or None; and at which entry points that is a question
-    asks: dict[Asked, set[str]] = field(default_factory=dict)
+    device_checks: dict[DeviceCheck, set[str]] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)  # entry point -> stand-in; somebody may keep it over restore()
-    places: list[Place] = field(default_factory=list)
+    places: list[Binding] = field(default_factory=list)
     undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
     taken: dict[int, Taken] = field(default_factory=dict)  # by the target's place in `targets`
     lost: set[str] = field(default_factory=set)  # groups of targets that the live host has otherwise than reviewed
@@ -221,10 +221,10 @@ class Patcher:
         self.arms = list(arms)
         self.strict = strict
         self.changed = changed
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, ActiveFeature] = {}
 
-    def apply(self, feature: Feature, setting: Setting, judgement: Judgement, arms: Arms | None = None) -> None:
-        """Act on a judgement: wait for the host's modules, or replace at once in those imported already.
+    def apply(self, feature: Feature, setting: Setting, checked: Eligibility, arms: ArmSelector | None = None) -> None:
+        """Act on what was checked: wait for the host's modules, or replace at once in those imported already.
 
         Raises:
             SystemExit: strict, and an asked-for feature cannot be had.
@@ -234,24 +234,26 @@ class Patcher:
             status = FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
             status.memory = feature.memory
             # atomic: all threads get the one that came first
-            run = self.runs.setdefault(feature.label, Run(feature, setting, status, self._switch(feature)))
+            run = self.runs.setdefault(feature.label, ActiveFeature(feature, setting, status, self._switch(feature)))
         decided: list[str] = []
         run.turns.take(
-            functools.partial(self._decide, run, setting, judgement, arms, decided),
+            functools.partial(self._decide, run, setting, checked, arms, decided),
             functools.partial(self._watch, run, decided),
         )
 
-    def _decide(self, run: Run, setting: Setting, judgement: Judgement, arms: Arms | None, modules: list[str]) -> None:
-        """Take the judgement over; fills ``modules`` with those to wait for."""
-        if run.feature.told is not None:
+    def _decide(
+        self, run: ActiveFeature, setting: Setting, checked: Eligibility, arms: ArmSelector | None, modules: list[str]
+    ) -> None:
+        """Take over what was checked; fills ``modules`` with those to wait for."""
+        if run.feature.on_decision is not None:
             try:
-                run.feature.told(setting.value, setting.asked_for)
+                run.feature.on_decision(setting.value, setting.asked_for)
             except BaseException as problem:  # a plugin's; its hook goes on as it was
                 endings.pass_on(problem)
                 log.warning("mla-patch: %s was not told of its flag", run.feature.label, exc_info=True)
-        if run.status.state in STANDING and judgement.state is State.ARMED:
-            if run.asks and not judgement.asks:  # asked for by now: ours serves whatever the device
-                run.asks, run.setting = {}, setting
+        if run.status.state in STANDING and checked.state is State.ARMED:
+            if run.device_checks and not checked.device_checks:  # asked for by now: ours serves whatever the device
+                run.device_checks, run.setting = {}, setting
                 run.status.value, run.status.source = setting.value, setting.source
                 self._forget_unknown_gpu(run)
             self._look(run)
@@ -263,12 +265,12 @@ class Patcher:
         run.setting, run.arms = setting, arms
         run.warned = bool(setting.problem)  # said with the other flags
         run.status.value, run.status.source = setting.value, setting.source
-        run.status.state, run.status.reason, run.notes = judgement.state, judgement.reason, judgement.reason
-        run.targets, run.asks, run.lost = judgement.targets, judgement.asks, set()
-        run.status.targets = [TargetStatus(t.module, t.name, t.kind) for t in judgement.targets]
-        modules += dict.fromkeys([target.module for target in run.targets] or judgement.watch)
+        run.status.state, run.status.reason, run.notes = checked.state, checked.reason, checked.reason
+        run.targets, run.device_checks, run.lost = checked.targets, checked.device_checks, set()
+        run.status.targets = [TargetStatus(t.module, t.name, t.kind) for t in checked.targets]
+        modules += dict.fromkeys([target.module for target in run.targets] or checked.watch)
 
-    def _watch(self, run: Run, modules: list[str]) -> None:
+    def _watch(self, run: ActiveFeature, modules: list[str]) -> None:
         self.changed()
         for module in modules:
             when_imported(module, run.again.setdefault(module, functools.partial(self._imported, run)))
@@ -290,8 +292,8 @@ class Patcher:
         for run in list(self.runs.values()):
             run.turns.renew()
 
-    def _switch(self, feature: Feature) -> Switch:
-        return Switch(
+    def _switch(self, feature: Feature) -> FeatureGate:
+        return FeatureGate(
             functools.partial(self._stopped, feature.label), functools.partial(self._served_none, feature.label)
         )
 
@@ -300,7 +302,7 @@ class Patcher:
         level = logging.WARNING if self.runs[label].setting.asked_for else logging.INFO
         log.log(level, "mla-patch: %s served none of its first %d calls: %s", label, FIRST_CALLS, reason)
 
-    def _complain(self, run: Run) -> None:
+    def _complain(self, run: ActiveFeature) -> None:
         """Warn once of an asked-for feature that cannot be had, and of one that fails; strict ends the process."""
         status, setting = run.status, run.setting
         if run.warned or status.satisfied or status.state is State.OFF:
@@ -312,17 +314,17 @@ class Patcher:
         run.warned = True
         log.warning(self._complaint(run))
 
-    def _complaint(self, run: Run) -> str:
+    def _complaint(self, run: ActiveFeature) -> str:
         asked = f"{run.setting.name}={run.setting.value}, {run.setting.source}"
         return f"mla-patch: {run.feature.label} ({asked}) is {run.status.state}: {run.status.reason}"
 
-    def _first_call(self, run: Run, device: Gpu, name: str) -> tuple[State, str] | None:
+    def _first_call(self, run: ActiveFeature, device: Gpu, name: str) -> tuple[State, str] | None:
         """What the device of the first call, at the entry point ``name``, decides; None: ours serves.
 
         An engine calls one group of entry points, so what is a question for another group alone is none here.
         """
         asks = [(State.REFUSED, run.feature.hardware)]
-        asks += [(State.NATIVE, ask) for ask, names in run.asks.items() if name in names]
+        asks += [(State.NATIVE, ask) for ask, names in run.device_checks.items() if name in names]
         for state, ask in asks:
             reason = ask(device) if ask is not None else None
             if reason is not None:
@@ -331,7 +333,7 @@ class Patcher:
         self.changed()
         return None
 
-    def _forget_unknown_gpu(self, run: Run) -> None:
+    def _forget_unknown_gpu(self, run: ActiveFeature) -> None:
         run.notes, run.status.reason = _without(run.notes, UNKNOWN_GPU), _without(run.status.reason, UNKNOWN_GPU)
 
     def _stopped(self, label: str, reason: str, state: State) -> None:
@@ -357,7 +359,7 @@ class Patcher:
 
     # what follows runs inside the host's import
 
-    def _imported(self, run: Run, module: types.ModuleType) -> None:
+    def _imported(self, run: ActiveFeature, module: types.ModuleType) -> None:
         """A module of the host has been imported; nothing of ours may fail that import, strict apart."""
         arms: dict[str, dict[str, ArmCode]] = {}
         problem: BaseException | None = None
@@ -388,7 +390,7 @@ class Patcher:
         when_executed_again(module.__name__, run.again[module.__name__])
         run.turns.take(work, then)
 
-    def _leave_group(self, run: Run, module: str, problem: BaseException) -> bool:
+    def _leave_group(self, run: ActiveFeature, module: str, problem: BaseException) -> bool:
         """Whether the host keeps its own code in one group of entry points alone, of which ours has taken nothing."""
         groups = {target.group for target in run.targets if target.module == module}
         others = {target.group for target in run.targets} - groups - run.lost - {""}
@@ -404,9 +406,9 @@ class Patcher:
         self._look(run)
         return True
 
-    def _leave(self, run: Run, problem: BaseException) -> None:
+    def _leave(self, run: ActiveFeature, problem: BaseException) -> None:
         """The host keeps its own code: it is not what was reviewed, or ours has failed."""
-        self._undo(run, lasting=True)
+        self._undo(run, everything=True)
         if isinstance(problem, Mismatch):
             run.status.state, run.status.reason = problem.state, str(problem)
         else:
@@ -414,7 +416,7 @@ class Patcher:
             run.warned = not (self.strict and run.setting.asked_for)
             log.warning("mla-patch: %s failed, the host keeps its own code", run.feature.label, exc_info=problem)
 
-    def _load_arms(self, run: Run, module: str) -> dict[str, dict[str, ArmCode]]:
+    def _load_arms(self, run: ActiveFeature, module: str) -> dict[str, dict[str, ArmCode]]:
         """Entry point -> its arms' code. Imported before the turn: an import may take long."""
         loaded: dict[str, dict[str, ArmCode]] = {}
         for target in run.targets:
@@ -431,7 +433,9 @@ class Patcher:
                     )
         return loaded
 
-    def _take(self, run: Run, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool) -> None:
+    def _take(
+        self, run: ActiveFeature, module: types.ModuleType, arms: dict[str, dict[str, ArmCode]], late: bool
+    ) -> None:
         mine = {
             at: target
             for at, target in enumerate(run.targets)
@@ -453,20 +457,24 @@ class Patcher:
         if run.arms is not None:
             run.switch.set(arms=run.arms)
             run.arms.attach(run.switch, run.status.counts)
-        if run.feature.hardware is not None or run.asks:  # the first call may come from another GPU than was expected
+        if (
+            run.feature.hardware is not None or run.device_checks
+        ):  # the first call may come from another GPU than was expected
             run.switch.set(check=functools.partial(self._first_call, run))
         self._look(run)
 
-    def _edit(self, run: Run, target: Target, module: types.ModuleType) -> Undo:
+    def _edit(self, run: ActiveFeature, target: Target, module: types.ModuleType) -> Undo:
         """Make one edit; where it was made before and has been displaced since, on top of what is left of that."""
         if target.edit is None:
             raise TypeError(f"{target.module}.{target.name}: an edit needs a function")
-        undo = target.edit(module, *((run.status.counts,) if target.counted else ()))
+        undo = target.edit(module, *((run.status.counts,) if target.counts_calls else ()))
         _, before = run.undos.get(target.name, (target, None))
         run.undos[target.name] = (target, undo if before is None else functools.partial(_call_all, undo, before))
         return undo
 
-    def _find(self, run: Run, at: int, target: Target, module: types.ModuleType, late: bool) -> Found:
+    def _find(
+        self, run: ActiveFeature, at: int, target: Target, module: types.ModuleType, late: bool
+    ) -> ConfirmedTarget:
         """A target's live object, confirmed. Where somebody has put something else since, what stood there: ours."""
         taken = run.taken.get(at)
         holder, value = find(module, target.name)
@@ -474,7 +482,7 @@ class Patcher:
         if taken is None or not taken.is_current() or not any(holder is place.where() for place in run.places):
             return self._confirm(run, target, module, late)
         log.warning("mla-patch: %s.%s was %s, and is ours again", target.module, target.name, self._tell(value))
-        return Found(target, holder, target.name.rpartition(".")[2], value, [], ours)
+        return ConfirmedTarget(target, holder, target.name.rpartition(".")[2], value, [], ours)
 
     # what stands now, asked whenever somebody wants to know
 
@@ -483,7 +491,7 @@ class Patcher:
         for run in list(self.runs.values()):
             run.turns.look(functools.partial(self._look_quietly, run), functools.partial(self._tell_displaced, run))
 
-    def _look_quietly(self, run: Run) -> None:
+    def _look_quietly(self, run: ActiveFeature) -> None:
         if any(is_executed_now(target.module) for target in run.targets):
             return  # halfway, what was there before is gone and ours is not there yet
         try:
@@ -491,14 +499,14 @@ class Patcher:
         except Exception:
             log.debug("mla-patch: the state of %s cannot be asked", run.feature.label, exc_info=True)
 
-    def _tell_displaced(self, run: Run) -> None:
+    def _tell_displaced(self, run: ActiveFeature) -> None:
         """Once each time that something takes the place of what was asked for. Strict ends no engine at work."""
         displaced = run.status.state is State.DISPLACED
         if displaced and not run.told and run.setting.asked_for:
             log.warning(self._complaint(run))
         run.told = displaced
 
-    def _look(self, run: Run) -> None:
+    def _look(self, run: ActiveFeature) -> None:
         status = run.status
         if status.state not in STANDING or not run.taken:
             return
@@ -544,13 +552,13 @@ class Patcher:
         status.reason = "; ".join(dict.fromkeys(notes))
         status.state = State.DISPLACED if displaced else State.APPLIED if is_there else State.ARMED
 
-    def _homes(self, run: Run) -> set[tuple[int, str]]:
+    def _homes(self, run: ActiveFeature) -> set[tuple[int, str]]:
         """What holds the entry points of a feature now, by id, and their names there."""
         targets = [one.target for one in run.taken.values() if one.target.kind != "edit"]
         modules = [(sys.modules.get(target.module), target.name) for target in targets]
         return {(id(find(module, name)[0]), name.rpartition(".")[2]) for module, name in modules if module is not None}
 
-    def _is_reached(self, run: Run, hiders: list[int]) -> bool:
+    def _is_reached(self, run: ActiveFeature, hiders: list[int]) -> bool:
         """Whether calls have come since these were first seen in all places of ours: then they hand calls on to it."""
         counts = run.status.counts
         calls = counts.served + sum(list(counts.declined.values()))
@@ -558,7 +566,7 @@ class Patcher:
             run.hidden_by = hiders, calls
         return bool(hiders) and calls > run.hidden_by[1]
 
-    def _cover(self, run: Run) -> None:
+    def _cover(self, run: ActiveFeature) -> None:
         """Put ours back under the names that others have bound to something else since. Entry points are `_take`'s."""
         homes = self._homes(run)
         for place in list(run.places):
@@ -568,25 +576,25 @@ class Patcher:
             value = own(holder, place.attribute)
             stands = value is place.ours or reaches(value, self._wanted(run))
             if value is not None and not stands and is_found(holder):
-                self._bind(run, Place(place.holder, place.attribute, value, place.ours))
+                self._bind(run, Binding(place.holder, place.attribute, value, place.ours))
 
-    def _wanted(self, run: Run, name: str = "") -> Callable[[Any], bool]:
+    def _wanted(self, run: ActiveFeature, name: str = "") -> Callable[[Any], bool]:
         """What is a stand-in of this feature's that serves."""
 
         def wanted(value: Any) -> bool:
             if not is_ours(value):
                 return False
-            site = value._self_site
+            site = value._self_entry
             return site.counts is run.status.counts and site.switch is run.switch and name in ("", site.name)
 
         return wanted
 
-    def _stands(self, run: Run, at: int) -> bool:
+    def _stands(self, run: ActiveFeature, at: int) -> bool:
         """Whether a target that ours has taken is ours still, as far as can be seen."""
         taken = run.taken.get(at)
         return taken is not None and taken.is_current() and not self._hiders(run, taken)
 
-    def _hiders(self, run: Run, taken: Taken) -> list[tuple[str, Any]]:
+    def _hiders(self, run: ActiveFeature, taken: Taken) -> list[tuple[str, Any]]:
         """(words, what stands there) for each name that a target has put ours under and that is not ours any more."""
         target = taken.target
         if target.kind != "edit":
@@ -611,10 +619,10 @@ class Patcher:
     def _tell(self, value: Any) -> str:
         if not is_ours(value):
             return describe(value)
-        serve = value._self_site.serve
+        serve = value._self_entry.serve
         return describe(serve.serve if is_a(serve, Around) else serve)
 
-    def _confirm(self, run: Run, target: Target, module: types.ModuleType, late: bool) -> Found:
+    def _confirm(self, run: ActiveFeature, target: Target, module: types.ModuleType, late: bool) -> ConfirmedTarget:
         """The live object and where it is bound.
 
         Raises:
@@ -637,37 +645,37 @@ class Patcher:
                 raise Mismatch(f"{where} was wrapped or replaced by {somebody} before ours came", State.REFUSED)
             raise Mismatch(change)
         ours = _ours_below(value, target.name, run.status.counts)
-        if not late or (ours is not None and ours._self_site.switch is run.switch):
-            return Found(target, holder, attribute, value, [])
+        if not late or (ours is not None and ours._self_entry.switch is run.switch):
+            return ConfirmedTarget(target, holder, attribute, value, [])
         function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-        kept = list(_kept(target, function if ours is None else ours.__wrapped__, run.status.counts))
+        kept = list(_cached_references(target, function if ours is None else ours.__wrapped__, run.status.counts))
         # whoever keeps what has ours below it reaches ours: an edit of ours that outlives restore(), for one
         reached = ours is not None or is_ours(value)
-        keeper = None if reached else _keeper(function, kept, target.module.partition(".")[0], holder)
+        keeper = None if reached else _other_referrer(function, kept, target.module.partition(".")[0], holder)
         if keeper is not None:
             raise Mismatch(f"{where} was imported before and is kept by {keeper}", State.REFUSED)
-        return Found(target, holder, attribute, value, kept)
+        return ConfirmedTarget(target, holder, attribute, value, kept)
 
-    def _replace(self, run: Run, found: Found, arms: dict[str, ArmCode]) -> None:
+    def _replace(self, run: ActiveFeature, found: ConfirmedTarget, arms: dict[str, ArmCode]) -> None:
         target = found.target
         if found.ours is not None:
             inherited = found.attribute not in names_of(found.holder)
-            self._bind(run, Place(found.holder, found.attribute, found.value, found.ours, inherited))
+            self._bind(run, Binding(found.holder, found.attribute, found.value, found.ours, inherited))
             return
         ours = _ours_below(found.value, target.name, run.status.counts)
-        if ours is not None and ours._self_site.switch is run.switch:
+        if ours is not None and ours._self_entry.switch is run.switch:
             return  # a second import hook of the same application
         kept = run.made.get(target.entry or target.name)
         if ours is None and kept is not None and kept.__wrapped__ is found.value:
             ours = kept
         if ours is not None:
             # ours from before restore(), kept by an instance or under somebody else's wrapper: it serves again
-            ours._self_site.switch = run.switch
+            ours._self_entry.switch = run.switch
         else:
             assert target.bind is not None  # or its arms would not have been loaded
             if target.around:
                 arms = {name: ArmCode(Around(code.serve), code.declines) for name, code in arms.items()}
-            site = Site(target.name, target.bind, arms, run.status.counts, run.switch, target.twin)
+            site = EntryPoint(target.name, target.bind, arms, run.status.counts, run.switch, target.shadow_clone)
             ours = run.made[target.entry or target.name] = stand_in(found.value, target.kind, site)
             if target.around:
                 for code in arms.values():
@@ -675,26 +683,26 @@ class Patcher:
         original = ours.__wrapped__
         if found.value is original or found.value is ours:
             inherited = isinstance(found.holder, type) and found.attribute not in vars(found.holder)
-            self._bind(run, Place(found.holder, found.attribute, original, ours, inherited))
+            self._bind(run, Binding(found.holder, found.attribute, original, ours, inherited))
         if isinstance(found.holder, type):
             return  # a method is looked up on its class at every call
         package = found.target.module.partition(".")[0]
         for holder, attribute, before, after in _bindings(original, ours, package):
-            self._bind(run, Place(holder, attribute, before, after))
+            self._bind(run, Binding(holder, attribute, before, after))
         for one in found.kept:
             after = ours if one.within is None else one.within(ours)
             # a backend that the engine drops is not to live on in our books
-            self._bind(run, Place(weakref.ref(one.instance), one.attribute, one.bound, after))
+            self._bind(run, Binding(weakref.ref(one.instance), one.attribute, one.bound, after))
 
-    def _bind(self, run: Run, place: Place) -> None:
+    def _bind(self, run: ActiveFeature, place: Binding) -> None:
         run.places.append(place)
         setattr(place.where(), place.attribute, place.ours)
 
-    def _undo(self, run: Run, lasting: bool = False) -> None:
-        """Take everything back; edits of what is stored only with ``lasting``, while nothing is stored yet."""
+    def _undo(self, run: ActiveFeature, everything: bool = False) -> None:
+        """Take everything back; edits of what is stored only with ``everything``, while nothing is stored yet."""
         run.switch.set(off=True)
         for name, (target, undo) in reversed(list(run.undos.items())):
-            if target.lasting and not lasting:
+            if target.survives_restore and not everything:
                 continue
             del run.undos[name]
             try:
@@ -828,14 +836,14 @@ def _all_that_lives() -> Iterator[None]:
             gc.freeze()
 
 
-def _kept(target: Target, value: Any, counts: Counts) -> Iterator[Kept]:
-    """Living instances in ``target.held_by`` that keep ``value``.
+def _cached_references(target: Target, value: Any, counts: Counts) -> Iterator[CachedReference]:
+    """Living instances in ``target.cached_on`` that keep ``value``.
 
     Raises:
         Mismatch: one keeps what is neither the host's nor ours, or is beyond change.
     """
     where = f"{target.module}.{target.name}"
-    for held in target.held_by:
+    for held in target.cached_on:
         module, _, path = held.place.partition(":")
         name, _, attribute = path.partition(".")
         owner = getattr(sys.modules.get(module), name, None)
@@ -856,14 +864,14 @@ def _kept(target: Target, value: Any, counts: Counts) -> Iterator[Kept]:
             problem = held.fixed(instance) if held.fixed is not None else None
             if problem is not None:
                 raise Mismatch(f"{where} is kept by attribute {attribute} of a {name}: {problem}", State.REFUSED)
-            yield Kept(instance, attribute, bound, held.within if made else None)
+            yield CachedReference(instance, attribute, bound, held.within if made else None)
 
 
 def _subclasses(owner: type) -> set[type]:
     return {owner}.union(*map(_subclasses, type.__subclasses__(owner)))
 
 
-def _keeper(value: Any, kept: list[Kept], package: str, holder: Any) -> str | None:
+def _other_referrer(value: Any, kept: list[CachedReference], package: str, holder: Any) -> str | None:
     """Somebody who keeps ``value`` where no name can be rebound, or None. ``holder`` is where it is looked up.
 
     No closure may be made over ``value`` here: it would be found, too.
@@ -941,7 +949,7 @@ def _names_for(owner: Any, value: Any) -> list[str]:
 def _ours_below(value: Any, name: str, counts: Counts) -> Any:
     """The stand-in of the feature that counts in ``counts`` for its entry point ``name``, in what ``value`` wraps."""
     for _ in range(32):  # wrappers can be wound in a circle
-        if is_ours(value) and value._self_site.name == name and value._self_site.counts is counts:
+        if is_ours(value) and value._self_entry.name == name and value._self_entry.counts is counts:
             return value
         value = getattr(value, "__wrapped__", None)
         if value is None:

@@ -30,11 +30,11 @@ def start() -> None:
         return
     _note_directory()
     for name in HOST_PACKAGES:
-        before(name, wake)
+        before(name, on_host_import)
     for name in HOST_PACKAGES:
         module = sys.modules.get(name)
         if module is not None and not is_namespace(getattr(module, "__spec__", None)):
-            wake(name)
+            on_host_import(name)
 
 
 def _note_directory() -> None:
@@ -49,7 +49,7 @@ def started() -> bool:
     return bool(_started)
 
 
-def wake(package: str) -> None:
+def on_host_import(package: str) -> None:
     """A host is being imported: load plugins, judge features, wait for its modules.
 
     Raises:
@@ -61,7 +61,7 @@ def wake(package: str) -> None:
         _unpatched(package, problem)
         return
     try:
-        _get_session().wake(package)
+        _get_session().on_host_import(package)
     except BaseException as problem:
         endings.pass_on(problem)
         _unpatched(package, problem)

@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_patch.compat import gpu
-from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
 from mla_patch.features import Counts, State
 
 LAYERS, WIDTH, ERROR = 3, 8, 1e-3
@@ -72,7 +72,7 @@ def host_decode(q: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(q * 2)
 
 
-def twin(call: Call) -> tuple[Call, list[tuple[Any, Any]]]:
+def shadow_clone(call: Call) -> tuple[Call, list[tuple[Any, Any]]]:
     ours = Call(call.q, call.out.clone())
     return ours, [(call.out, ours.out)]
 
@@ -200,9 +200,9 @@ class Engine:
         codes = {"patch": self.serve, **arms}
         declines = lambda call: "declined" if self.declining else None  # noqa: E731
         self.declining = False
-        self.switch = Switch(self._stopped)
+        self.switch = FeatureGate(self._stopped)
         sites = {name: ArmCode(serve, declines) for name, serve in codes.items()}
-        site = Site("decode", Call, sites, self.counts, self.switch, twin)
+        site = EntryPoint("decode", Call, sites, self.counts, self.switch, shadow_clone)
         self.decode = stand_in(host_decode, "call", site)
         self.module = ModuleType("engine")
         # classes of its own, since the edits change them

@@ -292,7 +292,7 @@ def paged(cache: Any, page_size: int) -> Any:
     return cache.as_strided((cache.shape[0] // page_size, page_size, 576), (row * page_size, row, 1))
 
 
-def twin(call: BackendCall) -> tuple[BackendCall, None]:
+def shadow_clone(call: BackendCall) -> tuple[BackendCall, None]:
     """For shadow checks: the output is what is returned. Both arms store the new tokens, the same bytes twice."""
     return call, None
 
@@ -327,7 +327,7 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
                 call,
                 f"{hook}:declines",
                 f"{hook}:serve",
-                twin=twin,
+                shadow_clone=shadow_clone,
                 group=call.name,
                 arms=False,
             )
@@ -335,7 +335,9 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
         ]
         if call is FlashMlaCall and (version is None or Version(version) >= Version("0.5.6")):
             name = f"{call.owner}.scales"
-            targets.append(Target(call.module, name, kind="edit", edit=leave_scale_out, lasting=True, group=call.name))
+            targets.append(
+                Target(call.module, name, kind="edit", edit=leave_scale_out, survives_restore=True, group=call.name)
+            )
         targets.append(Target(call.module, f"{call.owner}.warmup", kind="edit", edit=_WARMING[call], group=call.name))
     return tuple(targets)
 

@@ -67,7 +67,7 @@ from packaging.version import Version
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
-from mla_patch.compat.types import Held, Host, Target, Undo
+from mla_patch.compat.types import CachedOn, Host, Target, Undo
 from mla_patch.hooks.editing import Undoing, set_methods
 
 log = logging.getLogger("mla_patch")
@@ -303,7 +303,16 @@ def era_of(eras: Eras, version: str | None) -> list[Any]:
 def _builders(name: str, first: tuple[str, ...], eras: Eras, version: str | None, serve: str) -> list[Target]:
     hook = "mla_patch.hooks.sglang.kv_indices"
     return [
-        Target(home, name, first + rest, "kernel", bind, f"{hook}:declines", f"{hook}:{serve}", twin=index_twin)
+        Target(
+            home,
+            name,
+            first + rest,
+            "kernel",
+            bind,
+            f"{hook}:declines",
+            f"{hook}:{serve}",
+            shadow_clone=index_shadow_clone,
+        )
         for home in era_of(_INDEX_HOMES, version)
         for rest, bind in era_of(eras, version)
     ]
@@ -416,7 +425,7 @@ def has_mla_decode(version: str | None) -> bool:
     return version is None or Version(version) >= Version("0.5.12")
 
 
-def decode_twin(call: DecodeCall) -> tuple[DecodeCall, list[tuple[Any, Any]]]:
+def decode_shadow_clone(call: DecodeCall) -> tuple[DecodeCall, list[tuple[Any, Any]]]:
     """For shadow checks: the call with an output of its own."""
     if call.splits is not None:  # scratch that the caller reads, which ours would have filled before the host
         raise ValueError("no shadow check: the caller reads the split scratch")
@@ -428,7 +437,7 @@ def decode_twin(call: DecodeCall) -> tuple[DecodeCall, list[tuple[Any, Any]]]:
 _SHADOWED = 1 << 22  # entries of an index table, beyond which a copy of it is too much to compare
 
 
-def index_twin(call: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+def index_shadow_clone(call: Any) -> tuple[Any, list[tuple[Any, Any]]]:
     """For shadow checks: the launch of a builder with a table of its own."""
     if call.out.numel() > _SHADOWED:
         raise ValueError(f"no shadow check: {call.out.numel()} entries, at most {_SHADOWED}")
@@ -454,7 +463,7 @@ def _captured(backend: Any) -> str | None:
 
 
 _KEPT = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.decode_attention_fwd"
-_HELD = (Held(_KEPT, within=_disabled, fixed=_captured),)
+_HELD = (CachedOn(_KEPT, within=_disabled, fixed=_captured),)
 
 
 def decode_targets(version: str | None) -> tuple[Target, ...]:
@@ -470,8 +479,8 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
             bind,
             f"{hook}:declines",
             f"{hook}:serve",
-            held_by=_HELD,
-            twin=decode_twin,
+            cached_on=_HELD,
+            shadow_clone=decode_shadow_clone,
         )
         for home in era_of(_DECODE_HOMES, version)
         for params, bind in era_of(_DECODE, version)
@@ -480,7 +489,7 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
     if version is None or has_mla_decode(version):
         targets.append(triton(backend, name, kind="edit", edit=watch_scales))
     elif Version(version) >= Version("0.5.10"):
-        targets.append(triton(backend, name, kind="edit", edit=leave_scales_out, lasting=True))
+        targets.append(triton(backend, name, kind="edit", edit=leave_scales_out, survives_restore=True))
     if version is None or Version(version) >= Version("0.5.3"):
         watch = sglang_deterministic.watch_decodes
         targets.append(triton(backend, "TritonAttnBackend.deterministic", kind="edit", edit=watch))

@@ -338,7 +338,7 @@ def flash_mla_targets(version: str | None) -> tuple[Target, ...]:
             found += _metadata(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE_META[:1], "0.5.13")
             found += _wrapper(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE[2:], package_call)
         else:
-            found.append(Target(_V4, "flash_mla", kind="edit", edit=be_the_package, counted=True))
+            found.append(Target(_V4, "flash_mla", kind="edit", edit=be_the_package, counts_calls=True))
     return (*found, *_warm_ups(release))
 
 

@@ -276,7 +276,7 @@ def targets(version: str | None) -> tuple[Target, ...]:
         found += [
             Target(
                 module, f"{owner}.forward_extend", params, bind=call, declines=f"{_HOOK}:declines",
-                serve=f"{_HOOK}:serve", around=True, twin=twin, group=group,
+                serve=f"{_HOOK}:serve", around=True, shadow_clone=shadow_clone, group=group,
             )
             for params in sglang.era_of(sglang_backends.PARAMS[call.home], version)
         ]  # fmt: skip
@@ -284,6 +284,6 @@ def targets(version: str | None) -> tuple[Target, ...]:
     return tuple(found)
 
 
-def twin(call: ExtendCall) -> tuple[ExtendCall, None]:
+def shadow_clone(call: ExtendCall) -> tuple[ExtendCall, None]:
     """For a shadow check: the same call, since the method returns what it makes, and stores the same keys twice."""
     return call, None

@@ -46,7 +46,7 @@ import wrapt
 from packaging.version import Version
 
 from mla_patch.compat import gpu
-from mla_patch.compat.generations import renew, stamp
+from mla_patch.compat.generations import bump, generation_of
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang.decode import warm_once_built
 from mla_patch.compat.sglang.flash_mla import SGL_KERNEL, v4_heads, v32_backend
@@ -257,8 +257,8 @@ def generation(call: ChunkCall) -> tuple[int, ...]:
     """What all layers of a chunk share, and no other chunk does."""
     full_to_swa = call.pool.full_to_swa_index_mapping
     return (
-        stamp(call.backend.forward_metadata), stamp(call.batch), stamp(call.pool), full_to_swa.data_ptr(),
-        call.backend.req_to_token.data_ptr(), call.q.shape[0],
+        generation_of(call.backend.forward_metadata), generation_of(call.batch), generation_of(call.pool),
+        full_to_swa.data_ptr(), call.backend.req_to_token.data_ptr(), call.q.shape[0],
     )  # fmt: skip
 
 
@@ -483,7 +483,7 @@ def number_metadata(module: ModuleType) -> Undo:
     def renewing(original: Any) -> Any:
         @functools.wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            renew(self)
+            bump(self)
             result = original(self, *args, **kwargs)
             if "sparse_prefill_cache" in vars(self):
                 self.sparse_prefill_cache = None  # of the host, which forgets it after a replay to 0.5.14
@@ -511,7 +511,7 @@ class _PagedBatch(wrapt.ObjectProxy):
 
 def asked_once(backend: Any, batch: Any, ratio: int, ask: Callable[[], bool]) -> bool:
     """What the first layer of that ratio was told in this step is all its layers' answer."""
-    step = stamp(backend.forward_metadata), stamp(batch)
+    step = generation_of(backend.forward_metadata), generation_of(batch)
     known = vars(backend).get(_PAGES)
     if known is None or known[0] != step:
         known = step, {}

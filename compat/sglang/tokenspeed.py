@@ -40,7 +40,7 @@ from packaging.version import Version
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang.deterministic import REASON
-from mla_patch.compat.types import Gpu, Mark, MlaDecode, MlaKernel, MlaPrefill, Seam, Target, Undo
+from mla_patch.compat.types import Gpu, Mark, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill, Target, Undo
 from mla_patch.hooks.editing import Undoing, set_methods
 
 log = logging.getLogger("mla_patch")
@@ -75,7 +75,7 @@ def targets(version: str | None) -> tuple[Target, ...]:
         ),
         Target(
             "sglang.srt.layers.attention.trtllm_mla_backend", "TRTLLMMLABackend.kernels", kind="edit", edit=seam,
-            counted=True,
+            counts_calls=True,
         ),
     )  # fmt: skip
 
@@ -235,7 +235,7 @@ def _kernels_of(owner: Any, counts: Any) -> Any:
             device = torch.device(runner.device)
             told = gpu.from_tensor(torch.empty(0, device=device)) if device.type == "cuda" else None
             chosen = kernels(told, asked)
-            self._mla_patch_seam = Seam(
+            self._mla_patch_seam = MlaBackendSpec(
                 device=device if device.type != "cuda" else torch.device("cuda", torch.cuda.current_device()),
                 heads=self.num_q_heads,
                 kv_lora_rank=self.kv_lora_rank,

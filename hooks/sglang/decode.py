@@ -30,7 +30,7 @@ from mla_patch.compat import gpu, sglang, sglang_backends, sglang_deterministic,
 from mla_patch.compat.sglang import Capacity, DecodeCall
 from mla_patch.compat.sglang_deterministic import decoding
 from mla_patch.compat.types import Gpu, Target, Variable
-from mla_patch.features import Asked, Feature
+from mla_patch.features import DeviceCheck, Feature
 from mla_patch.flags import nearest, variable
 from mla_patch.hooks import sglang_decode_backends
 from mla_patch.hookspecs import hookimpl
@@ -39,7 +39,7 @@ from mla_patch.hookspecs import hookimpl
 FASTER = {(9, 0): True}
 
 
-def native(target: Target, version: str | None) -> Asked | None:
+def native(target: Target, version: str | None) -> DeviceCheck | None:
     """Where the Triton backend has an MLA decode of its own, the GPU decides which one serves.
 
     Of the other backends it depends on the cache, too: see `sglang_decode_backends`.
@@ -103,7 +103,7 @@ FEATURE = Feature(
         ),
     ),
     serves=serves,
-    told=sglang_decode_backends.told,
+    on_decision=sglang_decode_backends.on_decision,
     environment=sglang_deterministic.inherited,
     steps=sglang_graphs.step_targets,
     promises="deterministic inference: the engine's kernel decodes, because the order in which our kernel adds up the "

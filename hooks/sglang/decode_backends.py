@@ -33,7 +33,7 @@ class _Flag:
     asked = False  # an explicit on, or an experiment
 
 
-def told(mode: str, asked_for: bool) -> None:
+def on_decision(mode: str, asked_for: bool) -> None:
     """Take over the feature's flag: where somebody has set it to anything but off, all that can be served is."""
     _Flag.asked = asked_for and mode != "off"
 

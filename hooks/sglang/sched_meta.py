@@ -21,7 +21,7 @@ from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.compat.sglang.flash_mla import KvCacheCall, MetadataCall, PrefillCall
 from mla_patch.compat.types import Provider
-from mla_patch.features import Feature, Final
+from mla_patch.features import CallRejected, Feature
 from mla_patch.hookspecs import hookimpl
 
 HOST, OURS = "host", "triton"
@@ -189,7 +189,7 @@ def _final(serve: Callable[[Any], Any]) -> Callable[[Any], Any]:
             tensor = call.cache_seqlens if isinstance(call, MetadataCall) else call.q
             if hasattr(tensor, "is_cuda") and capability_of(tensor) is None:
                 raise  # another kind of device, for which the host may have an operator
-            raise Final(refusal) from refusal
+            raise CallRejected(refusal) from refusal
 
     return answer
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
-from mla_patch.compat.types import Gpu, MlaDecode, MlaKernel, MlaPrefill, Seam, Target, Variable
+from mla_patch.compat.types import Gpu, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill, Target, Variable
 from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
 
@@ -150,7 +150,7 @@ def workspace_bytes(multiprocessors: int, heads: int, q_len: int, kv_lora_rank: 
     return multiprocessors * rows * (kv_lora_rank + 1) * 4
 
 
-def workspace(seam: Seam, q_len: int) -> Any:
+def workspace(seam: MlaBackendSpec, q_len: int) -> Any:
     """One call's int8 scratch, large enough for ``q_len`` query tokens of a request.
 
     It is kept for no later call: two graphs that share it would overwrite each other's, and torch's allocator gives
@@ -166,7 +166,7 @@ def _use_pdl(device: Any) -> bool:
     return device.type == "cuda" and gpu.capability(gpu.index_of(device)) >= (9, 0)
 
 
-def prepare(seam: Seam, parts: frozenset[str]) -> None:
+def prepare(seam: MlaBackendSpec, parts: frozenset[str]) -> None:
     """Before a backend serves: its prefill compiled, which takes minutes and is done once."""
     module = package()
     if "prefill" not in parts or not seam.has_prefill:

@@ -24,7 +24,7 @@ def in_range(version: str, feature: Feature) -> bool:
 def verdict(feature: Feature, setting: Setting, release: str, device: Gpu | None) -> dict[str, Any]:
     """What becomes of ``feature`` in an engine of ``release``; ``device`` None: no GPU is named.
 
-    The rules are those of `judge`, for a host that need not be installed: its release stands for its source.
+    The rules are those of `eligibility`, for a host that need not be installed: its release stands for its source.
     """
     state, reason = _decide(feature, setting, release, device)
     row = {"feature": feature.name, "host": feature.host_name, "release": release, "sm": device.sm if device else None}

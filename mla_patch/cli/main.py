@@ -36,7 +36,7 @@ from mla_patch.cli.status import unsatisfied
 from mla_patch.compat import gpu, hosts
 from mla_patch.compat.types import Gpu, Host
 from mla_patch.drive import sglang_fetch
-from mla_patch.eligibility import Judgement, code_of, judge, nothing_active, release_here
+from mla_patch.eligibility import Eligibility, check, code_of, nothing_active, release_here
 from mla_patch.features import MEANING, Feature, State
 from mla_patch.session import experiment, find_host
 
@@ -391,12 +391,12 @@ def _would_be(feature: Feature, flags: flags_.Flags, plugins: plugins_.Plugins) 
     setting = flags.feature(feature)
     skip = flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
     host = find_host(feature.host_name)
-    verdict = judge(feature, setting, host, skip_version_check=skip)
+    verdict = check(feature, setting, host, skip_version_check=skip)
     if setting.value in flags_.EXPERIMENTS and verdict.state is State.ARMED:
         try:
             experiment(feature, setting, flags, verdict, plugins)
         except ValueError as problem:
-            verdict = Judgement(State.REFUSED, str(problem))
+            verdict = Eligibility(State.REFUSED, str(problem))
     status = reports.FeatureStatus(feature.name, feature.host_name, feature.flag, setting.value, setting.source)
     status.state, status.reason = verdict.state, verdict.reason
     status.targets = [reports.TargetStatus(t.module, t.name, t.kind, code_of(t)) for t in verdict.targets]
@@ -413,7 +413,7 @@ def _not_installed(row: Mapping[str, Any]) -> bool:
 
 
 def _findings(found: Sequence[hosts.Installed], flags: flags_.Flags, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What about this interpreter and environment keeps the plugin out, or makes its judgement less sure."""
+    """What about this interpreter and environment keeps the plugin out, or makes what it finds less sure."""
     findings = []
     active = flags.on("MLA_PATCH")
     if flags.on("MLA_PATCH_STRICT") and not active:

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from mla_patch import reports
 from mla_patch.compat import dynamo
-from mla_patch.dispatch import ArmCode, Site, Switch, is_ours, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, is_ours, stand_in
 from mla_patch.features import Counts, State
 
 
@@ -65,10 +65,10 @@ class Host:
 
     def __init__(self) -> None:
         self.counts, self.stops = Counts(), []
-        self.switch = Switch(lambda *stop: self.stops.append(stop))
+        self.switch = FeatureGate(lambda *stop: self.stops.append(stop))
 
-        def site(bind: Callable[..., Any]) -> Site:
-            return Site("host", bind, {"patch": ArmCode(serve, lambda call: None)}, self.counts, self.switch)
+        def site(bind: Callable[..., Any]) -> EntryPoint:
+            return EntryPoint("host", bind, {"patch": ArmCode(serve, lambda call: None)}, self.counts, self.switch)
 
         class Backend:
             def method(self, q: Any) -> Any:
@@ -168,7 +168,7 @@ def test_nothing_of_ours_is_compiled() -> None:
         seen.append(torch._C._dynamo.eval_frame.get_eval_frame_callback())
         return call.q * 3
 
-    it.function._self_site.serve = watch
+    it.function._self_entry.serve = watch
     torch.compile(lambda q: it.function(q) + 1, backend="eager")(torch.ones(1))
     torch.compile(it.function, backend="eager")(torch.ones(1))
     assert seen == [None, None] and it.counts.served == 2
@@ -185,7 +185,7 @@ def test_nothing_of_ours_is_compiled() -> None:
 
 def test_calls_out_of_a_compiled_function_may_be_declined_restored_or_fail() -> None:
     it = Host()
-    site, ones = it.function._self_site, torch.ones(1)
+    site, ones = it.function._self_entry, torch.ones(1)
     step = torch.compile(lambda q: it.function(q) + 1, backend="eager")
     site.declines = lambda call: "not today"
     assert step(ones).item() == 3 and it.counts.declined == {"not today": 1}
@@ -247,7 +247,7 @@ def test_a_trace_without_dynamo() -> None:
         call.q.data_ptr()
         return call.q * 3
 
-    it.function._self_site.serve = launches
+    it.function._self_entry.serve = launches
     exported = torch.export.export(Model(it.function), (torch.ones(1),), strict=False).module()
     assert exported(torch.ones(1)).item() == 3 and not it.stops
     assert it.counts.declined == {"a tensor without memory, as tracers have": 1}
@@ -272,7 +272,7 @@ def test_neither_torch_nor_dynamo_is_imported(run_python: Any) -> None:
     code = """
 import sys
 from mla_patch.compat import dynamo
-from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
 from mla_patch.features import Counts
 
 def host(q):
@@ -280,7 +280,7 @@ def host(q):
 
 def put():
     codes = {"patch": ArmCode(lambda call: "ours", lambda call: None)}
-    return stand_in(host, "call", Site("host", lambda q: q, codes, Counts(), Switch(lambda *stop: None)))
+    return stand_in(host, "call", EntryPoint("host", lambda q: q, codes, Counts(), FeatureGate(lambda *stop: None)))
 
 print(put()(1), isinstance(put(), type(host)), "torch" in sys.modules)
 import torch
@@ -318,7 +318,7 @@ def test_another_thread_is_not_taken_for_a_compiled_function() -> None:
             both.wait(20)
         return call.q * 3
 
-    it.function._self_site.serve = waits
+    it.function._self_entry.serve = waits
     thread = threading.Thread(target=eager)
     thread.start()
     assert torch.compile(lambda q: it.function(q) + 1, backend="eager")(torch.ones(1)).item() == 4

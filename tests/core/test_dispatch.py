@@ -19,8 +19,8 @@ import wrapt
 from mla_patch import dispatch
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
-from mla_patch.dispatch import AN_HOUR, IN_A_ROW, MADE_UP, MALFORMED, PAUSED, ArmCode, Site, Switch, stand_in
-from mla_patch.features import FIRST_CALLS, MAX_REASONS, Counts, Final, State
+from mla_patch.dispatch import AN_HOUR, IN_A_ROW, MADE_UP, MALFORMED, PAUSED, ArmCode, EntryPoint, FeatureGate, stand_in
+from mla_patch.features import FIRST_CALLS, MAX_REASONS, CallRejected, Counts, State
 
 
 class Call:
@@ -61,9 +61,9 @@ class Patched:
         self.counts = Counts()
         self.stops: list[tuple[str, State]] = []
         self.idle: list[str] = []
-        self.switch = Switch(lambda *stop: self.stops.append(stop), self.idle.append)
+        self.switch = FeatureGate(lambda *stop: self.stops.append(stop), self.idle.append)
         codes = {name: ArmCode(serve, declines) for name, serve in ({"patch": serve} | arms).items()}
-        self.site = Site("decode", bind, codes, self.counts, self.switch)
+        self.site = EntryPoint("decode", bind, codes, self.counts, self.switch)
         self.call = stand_in(host, "call", self.site)
 
 
@@ -89,7 +89,7 @@ def test_declined_with_its_reason() -> None:
     assert patched.call(1, 2, 0.25) == ("host", 1, 2, 0.25)
     assert patched.counts.declined == {"scale 0.5": 2, "scale 0.25": 1}
     assert patched.counts.served == 0
-    assert patched.switch.plain
+    assert patched.switch.fast_path
 
 
 def test_an_unknown_argument_is_the_hosts() -> None:
@@ -120,7 +120,7 @@ def test_a_launchers_refusal_is_declined() -> None:
 
 
 def refuses_finally(call: Any) -> Any:
-    raise Final(MetadataMismatch("b 2, called with 1"))
+    raise CallRejected(MetadataMismatch("b 2, called with 1"))
 
 
 class MetadataMismatch(AssertionError, ValueError):
@@ -244,7 +244,7 @@ def test_a_failure_that_passes_is_tried_again(
         assert patched.call(problem, 2)[0] == "host"
         clock.now += dispatch.PAUSE
     assert patched.call(1, 2)[0] == "ours"
-    assert not patched.stops and patched.switch.plain
+    assert not patched.stops and patched.switch.fast_path
     assert patched.counts.declined == {f"failed in passing: {type(problem).__name__}": IN_A_ROW - 1}
     for _ in range(IN_A_ROW + 1):
         assert patched.call(problem, 2)[0] == "host"
@@ -279,7 +279,7 @@ def test_the_host_serves_for_a_moment_after_an_out_of_memory(monkeypatch: pytest
         graph.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
         assert patched.call(1, 2)[0] == "ours"  # a graph would keep the host's for good
     clock.now += dispatch.PAUSE
-    assert patched.call(1, 2)[0] == "ours" and patched.switch.plain
+    assert patched.call(1, 2)[0] == "ours" and patched.switch.fast_path
 
 
 def test_what_ours_has_allocated_is_free_when_the_host_serves() -> None:
@@ -406,7 +406,7 @@ def test_off_passes_through() -> None:
 class Turns:
     """Chooses by the call."""
 
-    def choose(self, site: Site, call: Any) -> str:
+    def choose(self, site: EntryPoint, call: Any) -> str:
         assert site.name == "decode"
         return call.q
 
@@ -420,7 +420,7 @@ def test_arms_are_chosen_call_by_call() -> None:
     assert patched.call("tuned", 2, 0.5)[0] == "host"  # an arm declines as the feature does
     assert patched.counts.declined == {"scale 0.5": 1}
     patched.switch.set(arms=None)
-    assert patched.switch.plain and patched.call("host", 2)[0] == "ours"
+    assert patched.switch.fast_path and patched.call("host", 2)[0] == "ours"
 
 
 def test_a_chooser_that_breaks() -> None:
@@ -455,7 +455,7 @@ def test_hardware_is_asked_once_at_the_first_call_on_a_device(monkeypatch: pytes
     assert asked == []
     assert patched.call(Tensor(), 2)[0] == "ours"
     assert patched.call(Tensor(), 2)[0] == "ours"
-    assert asked == [("device 1", "decode")] and patched.switch.plain
+    assert asked == [("device 1", "decode")] and patched.switch.fast_path
 
 
 class Inherits(Call):
@@ -586,7 +586,7 @@ def measure(repeats: int = 25, calls: int = 4000) -> dict[str, list[float]]:
     space: dict[str, Any] = {}
     exec(SOURCE, space)
     code = ArmCode(lambda call: None, space["declines"])
-    site = Site("decode", space["bind"], {"patch": code}, Counts(), Switch(lambda reason, fault: None))
+    site = EntryPoint("decode", space["bind"], {"patch": code}, Counts(), FeatureGate(lambda reason, fault: None))
     arms = {
         "bare": space["host"],
         "wrapt": wrapt.FunctionWrapper(space["host"], lambda wrapped, instance, args, kwargs: wrapped(*args, **kwargs)),
@@ -641,16 +641,18 @@ class Shadowing:
     def __init__(self) -> None:
         self.compared: list[Any] = []
 
-    def choose(self, site: Site, call: Any) -> str:
+    def choose(self, site: EntryPoint, call: Any) -> str:
         return "shadow"
 
     def compare(self, pairs: Any) -> None:
         self.compared += pairs
 
 
-def shadowed(serve: Callable[[Any], Any], twin: Any = None, **more: Any) -> tuple[Patched, Shadowing]:
+def shadowed(serve: Callable[[Any], Any], shadow_clone: Any = None, **more: Any) -> tuple[Patched, Shadowing]:
     patched, arms = Patched(patch=serve, **more), Shadowing()
-    patched.site.twin = twin or (lambda call: (Call([*call.q], call.kv, call.scale), [(call.q, "ours")]))
+    patched.site.shadow_clone = shadow_clone or (
+        lambda call: (Call([*call.q], call.kv, call.scale), [(call.q, "ours")])
+    )
     patched.call = stand_in(in_place, "call", patched.site)
     patched.switch.set(arms=arms)
     return patched, arms
@@ -683,7 +685,7 @@ def refuses(call: Any) -> Any:
     [
         ({"serve": refuses}, {"q: expected int32": 1}),
         ({"serve": refuses_finally}, {"b 2, called with 1": 1}),
-        ({"serve": serve, "twin": refuses}, {"q: expected int32": 1}),
+        ({"serve": serve, "shadow_clone": refuses}, {"q: expected int32": 1}),
         ({"serve": serve, "declines": lambda call: "no"}, {"no": 1}),
     ],
 )

@@ -9,7 +9,7 @@ from scratch import ROOT
 import mla_patch
 from mla_patch import flags
 from mla_patch.compat.types import Variable
-from mla_patch.eligibility import judge
+from mla_patch.eligibility import check
 from mla_patch.features import Feature, State
 
 
@@ -163,7 +163,7 @@ def test_a_misspelt_switch_withholds_what_it_looks_like(name: str, value: str) -
         found = flags.read(environ, ALL)
         assert found.problems == [problem]
         for one in (DECODE, DECODE_VLLM):
-            verdict = judge(one, found.feature(one), None)
+            verdict = check(one, found.feature(one), None)
             assert (verdict.state, verdict.reason) == (State.REFUSED, problem)
         assert not found.feature(PREFILL).problem
     # whoever says it in the program, or to a command, has spelt it right
@@ -189,7 +189,7 @@ def test_a_name_that_looks_like_two_switches_withholds_neither() -> None:
 @pytest.mark.parametrize("value", ["of", "offf", "nope", "0ff", "disabel"])
 def test_a_switch_off_that_cannot_be_read_refuses_the_feature(value: str) -> None:
     found = flags.read({"MLA_PATCH_DECODE": value}, ALL)
-    assert judge(DECODE, found.feature(DECODE), None).state is State.REFUSED
+    assert check(DECODE, found.feature(DECODE), None).state is State.REFUSED
 
 
 def test_a_reader_of_a_plugins_that_raises_anything_costs_its_own_variable() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from mla_patch.compat.sglang.decode import DecodeCall
 from mla_patch.compat.triton import Relaunch, interpreted
-from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
 from mla_patch.features import Counts
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.kernels import decode
@@ -56,7 +56,9 @@ def test_host_time_of_an_eager_call(
     """A call that is like an earlier one goes past Triton's look at its arguments, and is the faster for it."""
     given, counts = arguments("cuda", heads, torch.float8_e4m3fn), Counts()
     code = ArmCode(sglang_decode.serve, sglang_decode.declines)
-    served = stand_in(host, "call", Site("decode", DecodeCall, {"patch": code}, counts, Switch(lambda *stop: None)))
+    served = stand_in(
+        host, "call", EntryPoint("decode", DecodeCall, {"patch": code}, counts, FeatureGate(lambda *stop: None))
+    )
 
     def entry() -> None:
         served(*given, logit_cap=0.0, has_mla=True)

@@ -806,7 +806,7 @@ def test_what_made_a_kernel_may_keep_it(fake_host: FakeHost) -> None:
 HELD = """
     import functools
     from dataclasses import replace
-    from mla_patch.compat.types import Held
+    from mla_patch.compat.types import CachedOn
 
     def within(fn):
         @functools.wraps(fn)
@@ -818,8 +818,8 @@ HELD = """
     def fixed(instance):
         return "it is cast in stone" if getattr(instance, "stone", False) else None
 
-    HELD = Held("fakehost.caller:Keeper.decode", WITHIN, fixed)
-    FEATURES = [feature("ops", replace(DECODE, held_by=(HELD,)))]
+    HELD = CachedOn("fakehost.caller:Keeper.decode", WITHIN, fixed)
+    FEATURES = [feature("ops", replace(DECODE, cached_on=(HELD,)))]
 """
 SELF_KEPT = "    self.decode = decode"
 WRAPPED_KEPT = """from fakeplug import within
@@ -1186,8 +1186,8 @@ def undo_fails(module):
     return undo
 
 LIST = Target("fakehost.ops", "the list", kind="edit", edit=rename)
-SCALE = Target("fakehost.ops", "the scale", kind="edit", edit=scale, lasting=True)
-COUNTED = Target("fakehost.ops", "counted", kind="edit", edit=counting, counted=True)
+SCALE = Target("fakehost.ops", "the scale", kind="edit", edit=scale, survives_restore=True)
+COUNTED = Target("fakehost.ops", "counted", kind="edit", edit=counting, counts_calls=True)
 FAILS = Target("fakehost.more", "fails", kind="edit", edit=fails)
 UNDO_FAILS = Target("fakehost.ops", "hard to undo", kind="edit", edit=undo_fails)
 """
@@ -1283,7 +1283,7 @@ def test_an_edit_that_lasts_lies_over_a_method_of_ours(fake_host: FakeHost) -> N
         module.Backend.forward = before
         return set_methods(module.Backend, {"forward": forward})
 
-    LOUDER = Target("fakehost.layers", "louder", kind="edit", edit=louder, lasting=True)
+    LOUDER = Target("fakehost.layers", "louder", kind="edit", edit=louder, survives_restore=True)
     FEATURES = [feature("method", METHOD, LOUDER)]
     """)
     code = """
@@ -1871,7 +1871,7 @@ def test_the_first_call_decides_that_ours_serves(fake_host: FakeHost) -> None:
     mla_patch.apply()
     print(state())
     print(c.decode(tensor, 2), c.decode(tensor, 2), state(), asked)
-    print(fakehost.ops.decode._self_site.switch.plain)  # nothing is asked of a call any more
+    print(fakehost.ops.decode._self_entry.switch.fast_path)  # nothing is asked of a call any more
     """
     assert fake_host.says(code).splitlines() == [WAITS, "ours ours applied [0]", "True"]
 

@@ -155,7 +155,11 @@ def test_our_hooks_are_those_that_the_package_registers() -> None:
     assert dict(re.findall(r'^(\w+) = "([\w.:]+)"$', section, re.MULTILINE)) == plugins.OWN_HOOKS
     hooks = (ROOT / "hooks").glob("*/*.py")
     # one that declares no feature serves another's entry points
-    found = {f"mla_patch.hooks.{path.parent.name}.{path.stem}" for path in hooks if "\nFEATURE = Feature(" in path.read_text()}
+    found = {
+        f"mla_patch.hooks.{path.parent.name}.{path.stem}"
+        for path in hooks
+        if "\nFEATURE = Feature(" in path.read_text()
+    }
     assert set(plugins.OWN_HOOKS.values()) == found
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from mla_patch import eligibility as judge
-from mla_patch import release
+from mla_patch import eligibility, release
 from mla_patch.compat import gpu, hosts
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.sglang import decode as sglang
@@ -206,8 +205,8 @@ def test_metadata_that_is_left_over(more: dict[str, str | None], version: str | 
     assert note in found.note if note else not found.note
 
 
-def judged(one: Feature) -> judge.Judgement:
-    return judge.judge(one, Setting(one.flag, "on", "default"), find_host("sglang"))
+def judged(one: Feature) -> eligibility.Eligibility:
+    return eligibility.check(one, Setting(one.flag, "on", "default"), find_host("sglang"))
 
 
 def test_a_package_that_is_not_installed_has_not_drifted(site: Path) -> None:
@@ -226,7 +225,7 @@ def test_another_makers_gpu_is_refused_and_not_unmeasured(monkeypatch: pytest.Mo
 
     What is not measured is the Triton backend's part alone; behind other backends an fp8 cache is served on any.
     """
-    monkeypatch.setattr(judge, "_source_problem", lambda target: None)
+    monkeypatch.setattr(eligibility, "_source_problem", lambda target: None)
     for device, state, reason in (
         (Gpu("NVIDIA A100", (8, 0)), State.ARMED, "not measured on sm_80"),
         (Gpu("Z100SM", (9, 0), cuda=False), State.REFUSED, "not an NVIDIA GPU"),
@@ -234,5 +233,5 @@ def test_another_makers_gpu_is_refused_and_not_unmeasured(monkeypatch: pytest.Mo
     ):
         monkeypatch.setattr(gpu, "_told", [device])
         where = Installed(sglang.HOST, "0.5.23", "")
-        told = judge.judge(sglang_decode.FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), where)
+        told = eligibility.check(sglang_decode.FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), where)
         assert told.state is state and reason in told.reason

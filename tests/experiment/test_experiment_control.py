@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_patch.dispatch import ArmCode, Site, Switch
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.experiment import control, control_file
 from mla_patch.experiment.assign import Assigner
 from mla_patch.experiment.breaker import Breaker
@@ -496,10 +496,10 @@ def test_the_breaker_stops_this_rank_at_once_and_the_others_at_a_step(
 def test_an_exception_in_ours_reaches_the_other_ranks(path: Path) -> None:
     """Wired to the dispatcher's switch, in whichever of the two it starts."""
     one = rank(path)
-    switch = Switch(lambda reason, fault: breaker.trip(reason))
+    switch = FeatureGate(lambda reason, fault: breaker.trip(reason))
     breaker = Breaker(0.02, switch.trip, lambda reason: one.trip("decode", reason))
     assigner = Assigner("decode", Plan(), one, breaker)
-    site = Site("decode", lambda: (), {PATCH: ArmCode(lambda call: 1 / 0, lambda call: None)}, Counts(), switch)
+    site = EntryPoint("decode", lambda: (), {PATCH: ArmCode(lambda call: 1 / 0, lambda call: None)}, Counts(), switch)
     assert site.dispatch(lambda: "host", None, (), {}) == "host"
     one.poll()
     assert assigner.assignment(1000) == ("host", NOT_COMPARED, NOT_COMPARED)

@@ -19,7 +19,7 @@ from fake_engine import ERROR, LAYERS, ByKey, BySize, DraftByKey, Engine, Tape, 
 
 from mla_patch.cli import ab
 from mla_patch.compat import steps
-from mla_patch.dispatch import ArmCode, Switch
+from mla_patch.dispatch import ArmCode, FeatureGate
 from mla_patch.experiment import analysis, control, control_file, merge
 from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
 from mla_patch.experiment.record import Error, Timing
@@ -754,7 +754,7 @@ def test_a_wait_in_the_step_is_seen(
     with torch.device("meta"):
         one = start(ab="block=1,warmup=0")
         if where == "the arm":
-            codes, serve = one.engine.decode._self_site.arms, one.engine.serve
+            codes, serve = one.engine.decode._self_entry.arms, one.engine.serve
             codes["patch"] = ArmCode(lambda call: (WAITS[what](call.q), serve(call))[1], codes["patch"].declines)
         else:
             monkeypatch.setattr(one.experiment, "due", lambda step: bool(WAITS[what](torch.ones(2))) and False)
@@ -795,7 +795,7 @@ def test_off_the_engines_step_and_replay_are_untouched() -> None:
     runner = engine.start(ByKey)
     for owner in (type(runner), type(runner.graph_runner)):
         assert not [name for name, value in vars(owner).items() if hasattr(value, "__wrapped__")]
-    assert type(runner.graph_runner.graphs) is dict and engine.switch.plain
+    assert type(runner.graph_runner.graphs) is dict and engine.switch.fast_path
 
 
 def test_two_ranks_run_the_same_arm_and_the_breaker_holds_for_both(tmp_path: Path) -> None:
@@ -803,7 +803,7 @@ def test_two_ranks_run_the_same_arm_and_the_breaker_holds_for_both(tmp_path: Pat
     trials = [live.add("decode", "ab", "block=2,warmup=0", "every=8") for live in lives]
     stops: list[list[Any]] = [[], []]
     for trial, told in zip(trials, stops, strict=True):
-        switch = Switch(lambda *stop, told=told: told.append(stop))
+        switch = FeatureGate(lambda *stop, told=told: told.append(stop))
         switch.set(arms=trial)
         trial.attach(switch, Counts())
 
@@ -848,7 +848,7 @@ def test_features_in_the_same_graphs_multiply(tmp_path: Path, caplog: Any) -> No
     two = live.add("two", "ab", "", "every=4")
     other = live.add("beside", "ab", "", "every=4")  # has no call in a graph
     for trial in (one, two, other):
-        trial.attach(Switch(lambda *stop: None), Counts())
+        trial.attach(FeatureGate(lambda *stop: None), Counts())
     assert live.labels() == []
     live.in_graphs |= {"one", "two"}
     assert live.labels() == ["two=patch", "one=patch", "one=patch,two=patch", "shadow"]

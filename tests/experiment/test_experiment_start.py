@@ -131,7 +131,7 @@ def test_a_plugins_arm_takes_part(engine: FakeHost, tmp_path: Path) -> None:
     [
         ("ab", {}, "MLA_PATCH_REPORT is not set: an experiment needs a directory for its records"),
         ("ab", {"ab": "arms=host+none"}, "MLA_PATCH_AB: arms=none: ops has host, patch, host-again"),
-        ("shadow", {}, "MLA_PATCH_OPS=shadow: decode does not say what it writes (twin)"),
+        ("shadow", {}, "MLA_PATCH_OPS=shadow: decode does not say what it writes (shadow_clone)"),
     ],
 )
 def test_refused_with_the_reason(engine: FakeHost, tmp_path: Path, mode: str, env: dict, reason: str) -> None:

@@ -14,13 +14,13 @@ import torch
 import wrapt
 from scratch import ROOT
 
-from mla_patch import eligibility as judge
+from mla_patch import eligibility
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.types import Gpu, Target
-from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
 from mla_patch.features import Counts, State
 from mla_patch.flags import Setting
 from mla_patch.hooks.sglang import decode as sglang_decode
@@ -63,8 +63,8 @@ class Served:
         target = target_of(version)
         assert target.bind is not None
         self.counts = Counts()
-        self.switch = Switch(lambda reason, fault: None)
-        site = Site(
+        self.switch = FeatureGate(lambda reason, fault: None)
+        site = EntryPoint(
             target.name, target.bind, {"patch": ArmCode(serve, sglang_decode.declines)}, self.counts, self.switch
         )
         self.call = stand_in(lambda *args, **kwargs: "host", "call", site)
@@ -281,9 +281,9 @@ def test_without_nvml_the_first_calls_gpu_decides(
     monkeypatch.setattr(gpu, "from_nvml", lambda: None)
     monkeypatch.setattr(gpu, "_told", [])
     where = Installed(sglang.HOST, "0.5.23", "")
-    monkeypatch.setattr(judge, "_source_problem", lambda target: None)
-    told = judge.judge(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), where)
-    assert told.state == "armed" and told.reason.endswith(judge.UNKNOWN_GPU)
+    monkeypatch.setattr(eligibility, "_source_problem", lambda target: None)
+    told = eligibility.check(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), where)
+    assert told.state == "armed" and told.reason.endswith(eligibility.UNKNOWN_GPU)
     patcher = Patcher()
     patcher.apply(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), told)
     run = patcher.runs[FEATURE.label]
@@ -335,7 +335,7 @@ def forward(module: ModuleType, one: Any, use_mla: bool = True) -> list[Any]:
 
 @pytest.mark.parametrize("version", ERAS)
 def test_each_release_has_the_edit_for_its_scales(version: str) -> None:
-    *edits, last = [(one.edit, one.lasting) for one in sglang.decode_targets(version) if one.kind == "edit"]
+    *edits, last = [(one.edit, one.survives_restore) for one in sglang.decode_targets(version) if one.kind == "edit"]
     assert last == (sglang.warm_decode, False)
     release = tuple(map(int, version.split(".")))
     if release >= (0, 5, 3):

@@ -18,7 +18,7 @@ from mla_patch.compat.sglang import backends as sglang_backends
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang.backends import CALLS, Fa3Call, FlashInferCall
 from mla_patch.compat.types import Target
-from mla_patch.dispatch import HOST, PATCH, SHADOW, ArmCode, Site, Switch, stand_in
+from mla_patch.dispatch import HOST, PATCH, SHADOW, ArmCode, EntryPoint, FeatureGate, stand_in
 from mla_patch.features import Counts
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
@@ -245,13 +245,13 @@ class Step:
         return torch.stack(rows).view(len(rows), -1)
 
 
-def patched(step: Step, monkeypatch: pytest.MonkeyPatch) -> Site:
+def patched(step: Step, monkeypatch: pytest.MonkeyPatch) -> EntryPoint:
     """Put ours in the place of the step's method."""
     hook = sglang_decode_backends
     owner = type(step.backend)
-    site = Site(
+    site = EntryPoint(
         f"{owner.__name__}.forward_decode", step.call, {PATCH: ArmCode(hook.serve, hook.declines)}, Counts(),
-        Switch(lambda reason, state: None), sglang_backends.twin,
+        FeatureGate(lambda reason, state: None), sglang_backends.shadow_clone,
     )  # fmt: skip
     monkeypatch.setattr(owner, "forward_decode", stand_in(vars(owner)["forward_decode"], "call", site))
     return site
@@ -319,7 +319,7 @@ def test_serves_and_stores_as_the_engine_does(name: str, era: str, monkeypatch: 
 def test_every_cache(
     name: str, dtype: torch.dtype, halves: bool, monkeypatch: pytest.MonkeyPatch, real_kernel: None
 ) -> None:
-    sglang_decode_backends.told("on", True)
+    sglang_decode_backends.on_decision("on", True)
     step = Step(name, dtype, halves=halves)
     site = patched(step, monkeypatch)
     # without its rope FlashAttention's backend cannot store a whole key: a layer that shares one stores nothing
@@ -359,7 +359,7 @@ def test_a_16_bit_cache_waits_to_be_asked_for() -> None:
             ("on", False, False), ("on", True, True), ("off", True, False), ("ab", True, True),
             ("shadow", True, True), ("ab+shadow", True, True), ("on", False, False),
         ]:  # fmt: skip
-            sglang_decode_backends.told(mode, asked_for)
+            sglang_decode_backends.on_decision(mode, asked_for)
             expected = None if served else f"{name}: {sglang_decode_backends.SIXTEEN_BITS}"
             assert step.reason() == expected, (name, mode)
             assert Step(name, E4M3).reason() is None
@@ -479,7 +479,7 @@ DECLINED: dict[str, tuple[str, Callable[[Step], Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("name", "change", "given", "says"), DECLINED.values(), ids=DECLINED)
 def test_declined(name: str, change: Callable[[Step], Any], given: dict[str, Any], says: str) -> None:
-    sglang_decode_backends.told("on", True)
+    sglang_decode_backends.on_decision("on", True)
     step = Step(name)
     assert step.reason() is None
     change(step)
@@ -496,7 +496,7 @@ def test_a_subclass_is_left_alone(name: str) -> None:
 
 def test_deterministic_inference_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang_deterministic, "is_on", lambda: True)
-    sglang_decode_backends.told("on", True)
+    sglang_decode_backends.on_decision("on", True)
     assert [Step(name).reason() for name in BY_NAME] == [f"{name}: {sglang_deterministic.REASON}" for name in BY_NAME]
 
 
@@ -535,7 +535,7 @@ def test_what_nobody_takes_is_the_engines_and_stops_nothing(
 def test_what_the_launcher_refuses_is_declined_and_stored_once_more(
     monkeypatch: pytest.MonkeyPatch, real_kernel: None
 ) -> None:
-    sglang_decode_backends.told("on", True)
+    sglang_decode_backends.on_decision("on", True)
     step = Step("fa3", torch.bfloat16)  # beside a float16 q
     site = patched(step, monkeypatch)
     assert step.decode().shape == (3, HEADS * 512)
@@ -687,7 +687,7 @@ def test_flashmlas_scale_is_left_out_on_both_arms(
     version: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edits = [one for one in sglang_backends.decode_targets(version) if one.name == "FlashMLABackend.scales"]
-    assert [(one.edit, one.lasting) for one in edits] == [(sglang_backends.leave_scale_out, True)]
+    assert [(one.edit, one.survives_restore) for one in edits] == [(sglang_backends.leave_scale_out, True)]
     from mla_patch.compat.sglang import decode as sglang
 
     monkeypatch.setattr(sglang, "_said", set())
@@ -826,10 +826,10 @@ def test_a_backend_is_warmed_once_it_is_built(warmed: list[tuple[Any, ...]], cap
         warmed.clear()
         owner(Runner(HALF))
         assert warmed == []  # its calls are declined
-        sglang_decode_backends.told("on", True)
+        sglang_decode_backends.on_decision("on", True)
         owner(Runner(HALF))
         assert [args[3] for args in warmed] == [HALF] * len(expected[name])
-        sglang_decode_backends.told("on", False)
+        sglang_decode_backends.on_decision("on", False)
         warmed.clear()
         other = Runner(E4M3)
         other.token_to_kv_pool = SimpleNamespace()
@@ -878,7 +878,7 @@ def test_a_compiled_step_reaches_ours(run_python) -> None:
 import sys, torch
 from types import ModuleType
 from mla_patch.compat.sglang.backends import Fa3Call
-from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
 from mla_patch.features import Counts
 
 module = ModuleType(Fa3Call.module)
@@ -891,7 +891,8 @@ class FlashAttentionBackend:
 owner = module.FlashAttentionBackend
 counts = Counts()
 arm = ArmCode(lambda call: call.q + 10, lambda call: None)
-site = Site("FlashAttentionBackend.forward_decode", Fa3Call, {"patch": arm}, counts, Switch(lambda *told: None))
+gate = FeatureGate(lambda *told: None)
+site = EntryPoint("FlashAttentionBackend.forward_decode", Fa3Call, {"patch": arm}, counts, gate)
 owner.forward_decode = stand_in(owner.forward_decode, "call", site)
 backend = owner()
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mla_patch import eligibility as judge
-from mla_patch import plugins
+from mla_patch import eligibility, plugins
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
@@ -110,10 +109,10 @@ def test_a_process_of_a_deterministic_engine_knows_from_its_start(
     value: str, on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, value)
-    monkeypatch.setattr(judge, "_source_problem", lambda target: None)
+    monkeypatch.setattr(eligibility, "_source_problem", lambda target: None)
     where = Installed(sglang.HOST, "0.5.11", "")
     for mode in ("on", "ab"):  # ours serves in neither, whoever asks
-        told = judge.judge(sglang_decode.FEATURE, Setting("MLA_PATCH_DECODE", mode, "environment"), where)
+        told = eligibility.check(sglang_decode.FEATURE, Setting("MLA_PATCH_DECODE", mode, "environment"), where)
         assert (told.state is State.REFUSED) == on, mode
         assert told.reason == (f"{REASON} ({VARIABLE}={value})" if on else "")
 

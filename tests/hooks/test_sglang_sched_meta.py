@@ -20,7 +20,7 @@ from mla_patch.compat import gpu
 from mla_patch.compat.sglang import flash_mla as compat
 from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
-from mla_patch.dispatch import ArmCode, Site, Switch, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
 from mla_patch.features import Counts
 from mla_patch.hooks.sglang import sched_meta as hook
 from mla_patch.kernels.cache.layouts import V4, new_pages
@@ -295,8 +295,8 @@ class Wrapped:
         kind = {"flash_mla_with_kvcache": "kvcache", "get_mla_metadata": "metadata"}.get(name, "prefill")
         code = ArmCode(getattr(hook, f"serve_{kind}"), getattr(hook, f"declines_{kind}"))
         self.counts, self.stops = Counts(), []
-        switch = Switch(lambda *stop: self.stops.append(stop))
-        site = Site(name, targets("0.5.9", name)[0].bind, {"patch": code}, self.counts, switch)
+        switch = FeatureGate(lambda *stop: self.stops.append(stop))
+        site = EntryPoint(name, targets("0.5.9", name)[0].bind, {"patch": code}, self.counts, switch)
         self.call = stand_in(self.host, "call", site)
 
     @staticmethod

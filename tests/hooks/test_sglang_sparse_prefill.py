@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from mla_patch import flags
 from mla_patch.compat import gpu
-from mla_patch.compat.generations import renew, stamp
+from mla_patch.compat.generations import bump, generation_of
 from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang import sparse_prefill as compat
 from mla_patch.compat.types import Gpu, key_targets
@@ -278,7 +278,7 @@ def test_a_layer_of_few_queries_attends_over_pages(device, monkeypatch) -> None:
     assert hook.declines_chunk(forward(ratio=4, batch=long(64))) is None
     monkeypatch.delenv(ROUTE)
     assert hook.declines_chunk(few) == hook.FEW
-    renew(few.batch)
+    bump(few.batch)
     device(5)  # of 6
     assert hook.declines_chunk(few) is None
 
@@ -362,7 +362,7 @@ def test_a_generation_is_of_this_step_these_pages_and_this_pool() -> None:
     assert compat.generation(call) == first
     for holder in (call.backend.forward_metadata, call.batch, call.pool):
         before = compat.generation(call)
-        renew(holder)
+        bump(holder)
         assert compat.generation(call) != before
     call.pool.full_to_swa_index_mapping = torch.zeros(9)
     assert compat.generation(call) not in (first, before)
@@ -416,13 +416,13 @@ def test_metadata_filled_anew_has_a_new_number(module) -> None:
     undo = compat.number_metadata(module)
     one = module.DSV4Metadata()
     for call, result in ((one.copy_, "copied"), (getattr(one, REFRESH), "refreshed")):
-        before, one.sparse_prefill_cache = stamp(one), "stale"
+        before, one.sparse_prefill_cache = generation_of(one), "stale"
         assert call(None) == result
-        assert stamp(one) != before and one.sparse_prefill_cache is None
+        assert generation_of(one) != before and one.sparse_prefill_cache is None
     undo()
-    before = stamp(one)
+    before = generation_of(one)
     one.copy_(None)
-    assert stamp(one) == before
+    assert generation_of(one) == before
 
 
 Q = torch.zeros(6, 1, 64, 512)

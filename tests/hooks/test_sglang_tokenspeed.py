@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from mla_patch import eligibility as judge
+from mla_patch import eligibility
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 from mla_patch.compat.sglang.decode import HOST
-from mla_patch.compat.types import Gpu, MlaDecode, MlaKernel, MlaPrefill, Seam
+from mla_patch.compat.types import Gpu, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill
 from mla_patch.features import Counts, State
 from mla_patch.flags import Setting
 from mla_patch.hooks.sglang import tokenspeed as hook
@@ -89,7 +89,7 @@ def prefill(call: MlaPrefill) -> Any:
     return (out, torch.zeros(call.q.shape[:2])) if call.return_lse else out
 
 
-def prepare(seam: Seam, parts: frozenset[str]) -> None:
+def prepare(seam: MlaBackendSpec, parts: frozenset[str]) -> None:
     calls.append((seam, parts))
 
 
@@ -305,12 +305,12 @@ def test_a_package_that_cannot_be_used_says_so(monkeypatch: Any) -> None:
 # scratch and compiling ahead
 
 
-def a_seam(**changes: Any) -> Seam:
+def a_seam(**changes: Any) -> MlaBackendSpec:
     given = {
         "device": torch.device("cpu"), "heads": 16, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 192,
         "v_head_dim": 128, "page_size": 64, "draft_tokens": 1, "has_prefill": True,
     }  # fmt: skip
-    return Seam(**given | changes)
+    return MlaBackendSpec(**given | changes)
 
 
 @pytest.mark.parametrize("heads", [1, 4, 8, 16, 64, 128])
@@ -712,13 +712,13 @@ def test_half_of_the_points() -> None:
     ],
 )
 def test_releases(version: str | None, edit: str, state: State, monkeypatch: Any) -> None:
-    monkeypatch.setattr(judge, "_source_problem", lambda target: None)
+    monkeypatch.setattr(eligibility, "_source_problem", lambda target: None)
     first = hook.FEATURE.targets(version)[0]
     assert (first.edit.__name__, hook.FEATURE.default) == (edit, "on")  # type: ignore[union-attr]
     host = Installed(HOST, version, "/nowhere", "")
     default, asked = (Setting(hook.FEATURE.flag, "on", source) for source in ("default", "environment"))
-    assert judge.judge(hook.FEATURE, default, host).state is state
-    assert judge.judge(hook.FEATURE, asked, host).state is State.ARMED  # beside the host's own
+    assert eligibility.check(hook.FEATURE, default, host).state is state
+    assert eligibility.check(hook.FEATURE, asked, host).state is State.ARMED  # beside the host's own
 
 
 def test_calls_are_small_and_travel() -> None:

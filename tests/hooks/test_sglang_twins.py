@@ -31,16 +31,16 @@ def token_call(out: torch.Tensor) -> sglang.TokenIndicesCall:
 
 
 @pytest.mark.parametrize(
-    "call, twin, serve",
+    "call, shadow_clone, serve",
     [
-        (decode_call(), sglang.decode_twin, sglang_decode.serve),
-        (token_call(torch.full((7,), -1)), sglang.index_twin, sglang_kv_indices.serve_token_indices),
+        (decode_call(), sglang.decode_shadow_clone, sglang_decode.serve),
+        (token_call(torch.full((7,), -1)), sglang.index_shadow_clone, sglang_kv_indices.serve_token_indices),
     ],
     ids=["decode", "token ids"],
 )
-def test_ours_writes_to_an_output_of_its_own(call: Any, twin: Any, serve: Any) -> None:
+def test_ours_writes_to_an_output_of_its_own(call: Any, shadow_clone: Any, serve: Any) -> None:
     before = call.out.clone()
-    ours, pairs = twin(call)
+    ours, pairs = shadow_clone(call)
     assert [(host is call.out, own is ours.out) for host, own in pairs] == [(True, True)]
     assert all(getattr(ours, name) is getattr(call, name) for name in type(call).__slots__ if name != "out")
     torch.testing.assert_close(ours.out, before, equal_nan=True)  # so that what nobody writes is equal
@@ -52,19 +52,19 @@ def test_ours_writes_to_an_output_of_its_own(call: Any, twin: Any, serve: Any) -
 
 def test_scratch_that_the_caller_reads_is_not_filled_beside_the_host() -> None:
     with pytest.raises(ValueError, match="the caller reads the split scratch"):
-        sglang.decode_twin(decode_call(has_mla=False))
+        sglang.decode_shadow_clone(decode_call(has_mla=False))
 
 
 def test_tables_that_cannot_be_copied() -> None:
     with pytest.raises(ValueError, match="4194305 entries, at most 4194304"):
-        sglang.index_twin(token_call(torch.empty((1 << 22) + 1, dtype=torch.int8)))
+        sglang.index_shadow_clone(token_call(torch.empty((1 << 22) + 1, dtype=torch.int8)))
     with pytest.raises(ValueError, match="not contiguous"):
-        sglang.index_twin(token_call(torch.empty(8, 8)[:, :4]))
+        sglang.index_shadow_clone(token_call(torch.empty(8, 8)[:, :4]))
 
 
 def test_every_entry_point_of_every_release_can_be_shadowed() -> None:
     for feature in (sglang_decode.FEATURE, sglang_kv_indices.FEATURE):
         for version in (*sglang.HOST.reviewed, None):
             targets = [target for target in feature.targets(version) if target.kind != "edit"]
-            assert targets and all(target.twin is not None for target in targets)
+            assert targets and all(target.shadow_clone is not None for target in targets)
             assert feature.steps is not None and len(feature.steps(version)) == (3 if version is None else 2)

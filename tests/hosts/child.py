@@ -2,7 +2,7 @@
 
     python child.py RELEASE OUT.json        with the release on PYTHONPATH and MLA_PATCH=1
 
-Judges nothing: it writes down what it saw, and the tests judge.
+Judges nothing: it writes down what it saw, and the tests eligibility.
 """
 
 import importlib

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 import mla_patch
 from mla_patch import _autostart
-from mla_patch.compat import generations as stamps
+from mla_patch.compat import generations
 from mla_patch.compat.sglang import sparse_prefill as compat
 from mla_patch.compat.sglang.flash_mla import before_v41
 from mla_patch.compat.triton import interpreted
@@ -367,9 +367,9 @@ def refilled(trial: Trial, method: str) -> dict[str, Any] | None:
     now = trial.metadata(later, same)
     getattr(metadata, method)(trial.backend.forward_metadata)
     trial.backend.forward_metadata = metadata
-    number = stamps.stamp(batch)
+    number = generations.generation_of(batch)
     vars(batch).update(vars(now))
-    vars(batch)[stamps._MARK] = number
+    vars(batch)[generations._MARK] = number
     return counted(lambda: [one(trial, 0, batch, later, same)])
 
 

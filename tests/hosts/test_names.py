@@ -16,7 +16,7 @@ from mla_patch.cli import main as cli
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import decode as sglang
 from mla_patch.drive.sglang_fetch import fetch_package
-from mla_patch.eligibility import Judgement, code_of, judge
+from mla_patch.eligibility import Eligibility, check, code_of
 from mla_patch.features import Feature, State
 from mla_patch.flags import Setting
 from mla_patch.session import find_host
@@ -68,14 +68,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(gpu, "_told", [])
 
-    def judged(where: Path, capability: tuple[int, int] = (9, 0)) -> dict[str, Judgement]:
+    def judged(where: Path, capability: tuple[int, int] = (9, 0)) -> dict[str, Eligibility]:
         with monkeypatch.context() as patch:
             patch.syspath_prepend(str(where))
             patch.setitem(sys.modules, "pynvml", nvml(capability))
             gpu._visible.cache_clear()
             found = find_host("sglang")
             assert found is not None
-            return {f"{one.name}={value}": judge(one, setting, found) for one, value, setting in _settings()}
+            return {f"{one.name}={value}": check(one, setting, found) for one, value, setting in _settings()}
 
     yield judged
     gpu._visible.cache_clear()
@@ -92,9 +92,9 @@ def _settings() -> list[tuple[Feature, str, Setting]]:
     return rows
 
 
-def told(judgement: Judgement) -> Any:
+def told(checked: Eligibility) -> Any:
     """What an engine would do, without the words for it."""
-    return judgement.state, [(t.module, t.name, t.params, code_of(t), t.bind) for t in judgement.targets]
+    return checked.state, [(t.module, t.name, t.params, code_of(t), t.bind) for t in checked.targets]
 
 
 @pytest.mark.parametrize("version", [one for one in hosts.chosen() if one not in hosts.OLD])
@@ -105,15 +105,15 @@ def test_the_source_decides_what_a_name_does_not_tell(version: str, here: Any, t
     states = set()
     for capability in GPUS:
         true = here(own, capability)
-        states |= {judgement.state for judgement in true.values()}
+        states |= {checked.state for checked in true.values()}
         for called in CALLED if capability == GPUS[0] else CALLED[:1]:
             seen = here(folders[called], capability)
-            for label, judgement in true.items():
+            for label, checked in true.items():
                 found = seen[label]
-                if (found.state, judgement.state) != (State.ABSENT, State.ABSENT):
-                    assert _comparable(told(found)) == _comparable(told(judgement)), (called, label, found.reason)
-                    assert found.reason.endswith(judgement.reason), (called, label)
-                elif "is outside" in judgement.reason:
+                if (found.state, checked.state) != (State.ABSENT, State.ABSENT):
+                    assert _comparable(told(found)) == _comparable(told(checked)), (called, label, found.reason)
+                    assert found.reason.endswith(checked.reason), (called, label)
+                elif "is outside" in checked.reason:
                     assert "is outside" in found.reason, (called, label, found.reason)
     assert State.ARMED in states
 
@@ -162,20 +162,20 @@ CANDIDATES = {
 def test_release_candidates(candidate: str, here: Any, tmp_path: Path) -> None:
     seen = here(site(tmp_path / "site", fetch_package("sglang", candidate), candidate))
     for name, taken in CANDIDATES[candidate].items():
-        judgement = seen[f"{name}=default"]
+        checked = seen[f"{name}=default"]
         if taken is None:
-            assert judgement.state is State.ABSENT and "is outside" in judgement.reason
+            assert checked.state is State.ABSENT and "is outside" in checked.reason
         else:
-            assert judgement.state is State.ARMED
-            assert judgement.reason == f"sglang {candidate}: taken for {taken} by its source"
+            assert checked.state is State.ARMED
+            assert checked.reason == f"sglang {candidate}: taken for {taken} by its source"
 
 
 def test_a_release_under_a_candidates_name(here: Any, tmp_path: Path) -> None:
     """The code of 0.5.11 called a candidate of 0.5.12: the next release does not fit it, but its neighbour does."""
     seen = here(site(tmp_path / "site", fetch_package("sglang", "0.5.11"), "0.5.12rc3"), (8, 0))
     for name in ("decode", "sparse_prefill", "tokenspeed"):
-        judgement = seen[f"{name}=default"]
-        assert judgement.state is State.ARMED and "taken for 0.5.11 by its source" in judgement.reason, name
+        checked = seen[f"{name}=default"]
+        assert checked.state is State.ARMED and "taken for 0.5.11 by its source" in checked.reason, name
 
 
 def test_explain_of_a_build_in_between(

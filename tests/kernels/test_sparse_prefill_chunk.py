@@ -20,7 +20,7 @@ from mla_patch.chunk_cache import (
     pages_are_faster,
     workspace_rows,
 )
-from mla_patch.compat.generations import renew, stamp
+from mla_patch.compat.generations import bump, generation_of
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels.cache.dequantize import dequantize_k_cache_paged_ref
 from mla_patch.kernels.cache.layouts import V4
@@ -203,24 +203,24 @@ def test_a_new_generation_builds_anew() -> None:
     given = model.inputs(*CHUNKS[0])
 
     def generation():
-        return stamp(metadata), stamp(kv)
+        return generation_of(metadata), generation_of(kv)
 
     first = cache.chunk(generation(), lambda: given)
     assert cache.chunk(generation(), lambda: given) is first
     given.seq_lens.copy_(torch.tensor(CHUNKS[1][0]))
     given.extend_lens.copy_(torch.tensor(CHUNKS[1][1]))
-    renew(metadata)
+    bump(metadata)
     second = cache.chunk(generation(), lambda: model.inputs(*CHUNKS[1]))
     assert second is not first and second.swa_slots.numel() != first.swa_slots.numel()
-    renew(kv)
+    bump(kv)
     assert cache.chunk(generation(), lambda: given) is not second
-    assert stamp(SimpleNamespace()) not in (stamp(metadata), stamp(kv))
+    assert generation_of(SimpleNamespace()) not in (generation_of(metadata), generation_of(kv))
 
 
 def test_a_number_is_never_used_twice() -> None:
     seen = set()
     for _ in range(50):  # whose addresses repeat
-        seen.add(stamp(SimpleNamespace()))
+        seen.add(generation_of(SimpleNamespace()))
     assert len(seen) == 50
 
 
