@@ -605,7 +605,7 @@ def warmed(monkeypatch):
     monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
     monkeypatch.setitem(sys.modules, compat.SGL_KERNEL, module)
     for kernel in (dense_decode, sparse_decode, sparse_prefill):
-        name = kernel.__name__.rpartition(".")[2]
+        name = kernel.__name__.removeprefix("mla_patch.kernels.")
         monkeypatch.setattr(kernel, "warmup", lambda *args, name=name: calls.append((name, *args[1:])) or 1)
     return calls
 
@@ -631,7 +631,7 @@ def test_flashmla_is_warmed_where_ours_serves(cache, machine, warmed):
     assert not warmed  # on an H200 FlashMLA serves
     machine(SM120)
     assert module.FlashMLABackend(runner(cache=cache), skip_prefill=True).num_q_heads == 16
-    assert warmed == [("dense_decode", 16, cache, 64)]
+    assert warmed == [("sparse.dense", 16, cache, 64)]
     undo()
     assert dict(vars(module.FlashMLABackend)) == before
 
@@ -642,7 +642,7 @@ def test_e4m3_of_the_package_is_warmed_on_an_h200_too(machine, warmed, monkeypat
     backend = FlashMLABackend(runner(cache=torch.float8_e4m3fn))
     for home in (compat.SGL_KERNEL, compat.PACKAGE):
         hook.warm(compat.dense_calls(home, backend, runner()))
-    assert warmed == [("dense_decode", 16, torch.float8_e4m3fn, 64)]
+    assert warmed == [("sparse.dense", 16, torch.float8_e4m3fn, 64)]
 
 
 class Backend(SimpleNamespace):
@@ -660,16 +660,16 @@ def warm_v32(backend: Any, home: str = compat.SGL_KERNEL) -> int:
     return hook.warm(compat.v32_calls(home, backend, runner()))
 
 
-PREFILLS = [("sparse_prefill", 128, 576, torch.bfloat16, False, lens) for lens in (False, True)]
+PREFILLS = [("sparse.prefill", 128, 576, torch.bfloat16, False, lens) for lens in (False, True)]
 
 
 def test_v32_is_warmed_for_its_implementations(machine, warmed, monkeypatch):
     machine(SM120)
     assert warm_v32(v32()) == 0 and warm_v32(v32(dsa_decode_impl="flashmla_kv", qk_rope_head_dim=0)) == 0
-    assert warm_v32(v32(dsa_decode_impl="flashmla_kv")) == 1 and warmed == [("sparse_decode", 64)]
+    assert warm_v32(v32(dsa_decode_impl="flashmla_kv")) == 1 and warmed == [("sparse.decode", 64)]
     warmed.clear()
     assert warm_v32(v32(dsa_prefill_impl="flashmla_auto")) == 3
-    assert warmed == [("sparse_decode", 64), *PREFILLS]
+    assert warmed == [("sparse.decode", 64), *PREFILLS]
     warmed.clear()
     warm_v32(v32(dsa_prefill_impl="flashmla_sparse", device_sm_major=8, num_q_heads=128))
     assert warmed == PREFILLS
@@ -680,7 +680,7 @@ def test_v32_is_warmed_for_its_implementations(machine, warmed, monkeypatch):
     monkeypatch.setitem(globals(), "NSA_PREFILL_IMPL", "flashmla_sparse")
     monkeypatch.setitem(globals(), "NSA_DECODE_IMPL", "flashmla_kv")
     warm_v32(older)
-    assert warmed == [("sparse_decode", 20), ("sparse_prefill", 20, 576, torch.bfloat16, False, False)]
+    assert warmed == [("sparse.decode", 20), ("sparse.prefill", 20, 576, torch.bfloat16, False, False)]
 
 
 def test_v32_on_an_h200_is_warmed_for_what_flashmla_has_no_build_for(machine, warmed):
@@ -690,7 +690,7 @@ def test_v32_on_an_h200_is_warmed_for_what_flashmla_has_no_build_for(machine, wa
     without = v32(**both, nsa_index_topk=2048)
     del without.flashmla_kv_num_q_heads, without.device_sm_major
     assert warm_v32(without) == 3
-    assert [call[:2] for call in warmed] == [("sparse_decode", 16), *[("sparse_prefill", 16)] * 2]
+    assert [call[:2] for call in warmed] == [("sparse.decode", 16), *[("sparse.prefill", 16)] * 2]
 
 
 def v4(**changes: Any) -> SimpleNamespace:
@@ -701,13 +701,13 @@ def v4(**changes: Any) -> SimpleNamespace:
 def test_v4_is_warmed_for_each_of_its_caches(machine, warmed):
     machine((8, 9))
     compiled = hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(), runner()))
-    both = [("sparse_decode", (128,), extra) for extra in ((), (64,), (2,))]
-    both += [("sparse_prefill", 512, torch.bfloat16, True, True)]
+    both = [("sparse.decode", (128,), extra) for extra in ((), (64,), (2,))]
+    both += [("sparse.prefill", 512, torch.bfloat16, True, True)]
     assert warmed == [(name, heads, *rest) for heads in (64, 128) for name, *rest in both] and compiled == 8
     warmed.clear()
     # a model of V4.1's has other ratios
     hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(present_ratios=(1, 4)), runner()))
-    assert {call[3] for call in warmed if call[0] == "sparse_decode"} == {(), (64,)}
+    assert {call[3] for call in warmed if call[0] == "sparse.decode"} == {(), (64,)}
     warmed.clear()
     other = SimpleNamespace(page_size=256, swa_kv_pool=SimpleNamespace(page_size=128, kv_cache_total_dim=528))
     for backend in (v4(token_to_kv_pool=other), v4(trtllm_attn=True)):
@@ -732,7 +732,7 @@ def test_v4_of_0512_is_warmed_where_the_package_is_ours(machine, warmed, monkeyp
     del backend._forward_prefill_sparse
     hook.warm(compat.v4_calls(compat.PACKAGE, backend, runner()))  # on an H200
     undo()
-    assert {call[:2] for call in warmed} == {("sparse_decode", 64), ("sparse_decode", 128)}
+    assert {call[:2] for call in warmed} == {("sparse.decode", 64), ("sparse.decode", 128)}
 
 
 SERVE = """

@@ -503,7 +503,7 @@ def test_another_route_of_the_releases_is_left(module, device, monkeypatch, rout
 def test_what_a_v4_backend_has_compiled(module, monkeypatch, ratios: tuple[int, ...]) -> None:
     seen: list[Any] = []
     for kernel in (dequantize, prefill_indices, sparse_prefill):
-        name = kernel.__name__.rpartition(".")[2]
+        name = kernel.__name__.removeprefix("mla_patch.kernels.")
         monkeypatch.setattr(kernel, "warmup", lambda *given, name=name: seen.append((name, *given)) or 1)
     small = SimpleNamespace(page_size=128, kv_cache_total_dim=584)
     one = SimpleNamespace(
@@ -515,14 +515,14 @@ def test_what_a_v4_backend_has_compiled(module, monkeypatch, ratios: tuple[int, 
     pages = (128, *(256 // ratio for ratio in ratios if ratio))
     assert asked == compat.Reads("cpu", pages, (20, 64)) and hook.warm(asked) == 3
     # FlashMLA attends with 64 heads there
-    prefill = ("sparse_prefill", "cpu", 20, 512, torch.bfloat16, True)
-    assert seen == [("dequantize", "cpu", pages), ("prefill_indices", "cpu"), prefill]
+    prefill = ("sparse.prefill", "cpu", 20, 512, torch.bfloat16, True)
+    assert seen == [("cache.dequantize", "cpu", pages), ("indices.prefill", "cpu"), prefill]
     one.trtllm_attn = True
     assert compat.v4_reads(module, one, runner) is None
     one.trtllm_attn, small.kv_cache_total_dim = False, 640
     assert compat.v4_reads(module, one, runner) is None
     seen.clear()
-    assert hook.warm(compat.Reads("cpu")) == 1 and seen == [("dequantize", "cpu", ())]  # V3.2's
+    assert hook.warm(compat.Reads("cpu")) == 1 and seen == [("cache.dequantize", "cpu", ())]  # V3.2's
     seen.clear()
     monkeypatch.setattr(hook.gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4), cuda=False))
     assert hook.warm(asked) == 0 and not seen

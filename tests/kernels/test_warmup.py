@@ -540,16 +540,16 @@ def test_warmup_of_what_is_asked(
     assert cli.main(["warmup"]) == 0
     assert "compiled for NVIDIA H200 (sm_90)" in capsys.readouterr().out
     for kernel in (dense_decode, sparse_decode, sparse_prefill):
-        name = kernel.__name__.rpartition(".")[2]
+        name = kernel.__name__.removeprefix("mla_patch.kernels.")
         monkeypatch.setattr(kernel, "warmup", lambda *args, name=name: warmed.append((name, *args)) or 3)
     warmed.clear()
     result = told(capsys, "--backend", "flashmla", "dsa", "dsv4", "--heads", "64", "--cache", "bf16", "e4m3", "e5m2")
     assert warmed[1:] == [
-        *[("dense_decode", "cuda", 64, kind) for kind in (half, fp8)],
-        ("sparse_decode", "cuda", 64),
-        *[("sparse_prefill", "cuda", 64, 576, half, False, lengths) for lengths in (False, True)],
-        ("sparse_decode", "cuda", 64, (128,), (64, 2)),
-        ("sparse_prefill", "cuda", 64, 512, half, True),
+        *[("sparse.dense", "cuda", 64, kind) for kind in (half, fp8)],
+        ("sparse.decode", "cuda", 64),
+        *[("sparse.prefill", "cuda", 64, 576, half, False, lengths) for lengths in (False, True)],
+        ("sparse.decode", "cuda", 64, (128,), (64, 2)),
+        ("sparse.prefill", "cuda", 64, 512, half, True),
     ]
     assert [(row["kernel"], row.get("cache"), row["compiled"]) for row in result["kernels"][1:]] == [
         ("dense_decode", "bf16", 3), ("dense_decode", "e4m3", 3), ("sparse_decode", "V3.2", 3),
