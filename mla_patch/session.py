@@ -14,10 +14,10 @@ from mla_patch.imports import when_imported
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mla_patch.eligibility import Eligibility
     from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
     from mla_patch.features import Feature
     from mla_patch.flags import Flags, Setting
-    from mla_patch.judge import Judgement
     from mla_patch.plugins import Plugins
     from mla_patch.reports import Writer
 
@@ -44,8 +44,8 @@ class Session:
 
     def begin(self) -> None:
         """This session has become the process's own: what is set for the whole process."""
-        from mla_patch.compat import sglang_tokenspeed
         from mla_patch.compat.compiles import COMPILES
+        from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 
         sglang_tokenspeed.KERNELS.update((kernel.name, kernel) for kernel in self.plugins.kernels)
         COMPILES.has_served = self.report.has_served
@@ -57,7 +57,7 @@ class Session:
         own = object()
         return self.once.setdefault(what, own) is own
 
-    def wake(self, package: str) -> None:
+    def on_host_import(self, package: str) -> None:
         """The features of one host, at the moment of its import."""
         from mla_patch import endings
 
@@ -80,23 +80,23 @@ class Session:
 
         Another host may still be imported by this process; the feature is its own then.
         """
+        from mla_patch.eligibility import Eligibility, check
         from mla_patch.features import SATISFIED
-        from mla_patch.judge import Judgement, judge
 
         here = [feature.name for feature in self.plugins.features if _package(feature.host_name) == package]
         skip = self.flags.on("MLA_PATCH_SKIP_VERSION_CHECK")
-        lost: dict[str, list[tuple[Feature, Setting, Judgement]]] = {}
+        lost: dict[str, list[tuple[Feature, Setting, Eligibility]]] = {}
         for feature in self.plugins.features:
             setting = self.flags.feature(feature)
             if setting.asked_for and setting.value != "off" and feature.name not in here:
                 found = find_host(feature.host_name)
-                judgement = judge(feature, setting, found, skip_version_check=skip)
-                lost.setdefault(feature.name, []).append((feature, setting, judgement))
+                checked = check(feature, setting, found, skip_version_check=skip)
+                lost.setdefault(feature.name, []).append((feature, setting, checked))
         for rows in lost.values():
-            if not any(judgement.state in SATISFIED for _, _, judgement in rows):
-                feature, setting, judgement = rows[0]
+            if not any(checked.state in SATISFIED for _, _, checked in rows):
+                feature, setting, checked = rows[0]
                 # without the modules that its host would import: there is no later moment to say it
-                self._apply(feature, setting, Judgement(judgement.state, judgement.reason))
+                self._apply(feature, setting, Eligibility(checked.state, checked.reason))
 
     def _announce(self, package: str) -> None:
         """One line in the log, at the end of the host's import: what is active, what is not and why, where it is told.
@@ -147,8 +147,8 @@ class Session:
     def activate(self, chosen: Mapping[str, str], chosen_by: str, wanted: Any) -> None:
         """Judge the wanted features and hand them to the patcher."""
         from mla_patch import flags
+        from mla_patch.eligibility import Eligibility, check
         from mla_patch.features import State
-        from mla_patch.judge import Judgement, judge
 
         self._tell_problems()
         settings = flags.read(self.environ, self.plugins.features, chosen, chosen_by, self.directory)
@@ -162,20 +162,20 @@ class Session:
             self.report.engine = self.report.engine or (found.host.package if found else "")
             if found is not None and found.host.package == self.report.engine:
                 self.report.host_version = found.version
-            judgement = judge(feature, setting, found, skip_version_check=skip)
+            checked = check(feature, setting, found, skip_version_check=skip)
             under_test = None
-            if setting.value in flags.EXPERIMENTS and judgement.state is State.ARMED:
+            if setting.value in flags.EXPERIMENTS and checked.state is State.ARMED:
                 try:
-                    under_test = self._test(feature, setting, settings, judgement)
+                    under_test = self._test(feature, setting, settings, checked)
                 except ValueError as problem:
-                    judgement = Judgement(State.REFUSED, str(problem), watch=[t.module for t in judgement.targets])
-            self._apply(feature, setting, judgement, under_test)
+                    checked = Eligibility(State.REFUSED, str(problem), watch=[t.module for t in checked.targets])
+            self._apply(feature, setting, checked, under_test)
 
     def _apply(
-        self, feature: Feature, setting: Setting, judgement: Judgement, under_test: FeatureExperiment | None = None
+        self, feature: Feature, setting: Setting, checked: Eligibility, under_test: FeatureExperiment | None = None
     ) -> None:
         try:
-            self.patcher.apply(feature, setting, judgement, under_test)
+            self.patcher.apply(feature, setting, checked, under_test)
         finally:
             self._list_features()
             self._start_writer()
@@ -188,11 +188,11 @@ class Session:
     def _list_features(self) -> None:
         self.report.features = [run.status for run in self.patcher.runs.copy().values()]
 
-    def _test(self, feature: Feature, setting: Setting, settings: Flags, judgement: Judgement) -> FeatureExperiment:
+    def _test(self, feature: Feature, setting: Setting, settings: Flags, checked: Eligibility) -> FeatureExperiment:
         """Put a feature under test; ValueError: it cannot be, with the reason."""
         from mla_patch.experiment.live import ExperimentSession
 
-        values = experiment(feature, setting, settings, judgement, self.plugins)
+        values = experiment(feature, setting, settings, checked, self.plugins)
         experiments: ExperimentSession = ExperimentSession(settings.text("MLA_PATCH_REPORT"), lambda: self.report.stem)
         self.experiments = experiments = self.once.setdefault("experiments", experiments)
         return experiments.add(*values)
@@ -230,7 +230,7 @@ class Session:
 
 
 def experiment(
-    feature: Feature, setting: Setting, settings: Flags, judgement: Judgement, plugins: Plugins
+    feature: Feature, setting: Setting, settings: Flags, checked: Eligibility, plugins: Plugins
 ) -> tuple[str, str, str, str, tuple[str, ...]]:
     """What `ExperimentSession.add` takes to put ``feature`` under test.
 
@@ -240,9 +240,11 @@ def experiment(
     from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
 
     if "shadow" in setting.value:
-        for target in judgement.targets:
-            if target.kind != "edit" and target.twin is None:
-                raise ValueError(f"{setting.name}={setting.value}: {target.name} does not say what it writes (twin)")
+        for target in checked.targets:
+            if target.kind != "edit" and target.shadow_clone is None:
+                raise ValueError(
+                    f"{setting.name}={setting.value}: {target.name} does not say what it writes (shadow_clone)"
+                )
     more = tuple(arm.name for arm in plugins.arms if feature.matches(arm.feature))
     values = feature.name, setting.value, settings.text("MLA_PATCH_AB"), settings.text("MLA_PATCH_SHADOW"), more
     FeatureExperiment(ExperimentSession(settings.text("MLA_PATCH_REPORT"), str), *values)

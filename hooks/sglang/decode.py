@@ -26,13 +26,17 @@ from __future__ import annotations
 
 from math import inf
 
-from mla_patch.compat import gpu, sglang, sglang_backends, sglang_deterministic, sglang_graphs
-from mla_patch.compat.sglang import Capacity, DecodeCall
-from mla_patch.compat.sglang_deterministic import decoding
+from mla_patch.compat import gpu
+from mla_patch.compat.sglang import backends as sglang_backends
+from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang import deterministic as sglang_deterministic
+from mla_patch.compat.sglang.decode import Capacity, DecodeCall
+from mla_patch.compat.sglang.deterministic import decoding
 from mla_patch.compat.types import Gpu, Target, Variable
 from mla_patch.features import DeviceCheck, Feature
 from mla_patch.flags import nearest, variable
-from mla_patch.hooks import sglang_decode_backends
+from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
+from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 from mla_patch.hookspecs import hookimpl
 
 # compute capability -> ours is faster than SGLang's own MLA decode (docs/performance.md); no row: not measured
@@ -155,7 +159,7 @@ def serve(call: DecodeCall) -> None:
             xai_temperature_len=call.xai_temperature_len,
         )
     else:  # decode context parallelism: the caller reads its scratch afterwards
-        from mla_patch.kernels.decode_splits import mla_decode_splits
+        from mla_patch.kernels.decode.splits import mla_decode_splits
 
         attn_logits, attn_lse, num_kv_splits, max_kv_splits = call.splits
         mla_decode_splits(
@@ -184,7 +188,9 @@ def warm(capacity: Capacity) -> int:
     """
     import torch
 
-    from mla_patch.kernels import decode, decode_splits, kv_indices
+    from mla_patch.kernels import decode
+    from mla_patch.kernels.decode import splits as decode_splits
+    from mla_patch.kernels.indices import kv as kv_indices
 
     if capacity.heads == 1 or not gpu.on_nvidia(torch.empty(0, device=capacity.device)):
         return 0  # its calls are declined

@@ -47,7 +47,7 @@ from mla_patch.experiment.timing import EventPool, device_event
 from mla_patch.features import Counts
 
 if TYPE_CHECKING:
-    from mla_patch.dispatch import Site, Switch
+    from mla_patch.dispatch import EntryPoint, FeatureGate
 
 log = logging.getLogger("mla_patch")
 INTERVAL = 0.1  # seconds between two reads of shadow results
@@ -88,14 +88,14 @@ class FeatureExperiment:
         self.breaker = Breaker(parse_shadow(shadow).tolerance, self._stop, self._publish)
         self.drain: Drain | None = None
         self._session = session
-        self._switch: Switch | None = None
+        self._switch: FeatureGate | None = None
         self._ring: Ring | None = None
         self._tag = 0
         self._in_graph = False
 
     # for the dispatcher
 
-    def choose(self, site: Site, call: Any) -> str:
+    def choose(self, site: EntryPoint, call: Any) -> str:
         if self._session.graph_open is not None and gpu.capturing():
             self._session.graph_open.add(self.name)
         return HOST if self.arm == AGAIN else self.arm
@@ -121,7 +121,7 @@ class FeatureExperiment:
             self._ring.begin(self._session.step if self._session.graph_open is None else 0)
             self.drain = Drain(self._ring, self.name)
 
-    def attach(self, switch: Switch, counts: Counts) -> None:
+    def attach(self, switch: FeatureGate, counts: Counts) -> None:
         self._switch, self.counts = switch, counts
         counts.replayed = counts.replayed or 0
 

@@ -264,7 +264,7 @@ def test_arms(fake_host: FakeHost) -> None:
     code = """
     mla_patch.apply()
     import fakehost.caller as c
-    site = c.decode._self_site
+    site = c.decode._self_entry
     print(sorted(site.arms), mla_patch.report()["problems"])
 
     class Take:
