@@ -34,3 +34,11 @@ def test_the_index_lists_every_page():
     index = ROOT / "docs" / "README.md"
     listed = {link.partition("#")[0] for link in LINK.findall(index.read_text(encoding="utf-8"))}
     assert {page.name for page in index.parent.glob("*.md")} - {index.name} <= listed
+
+
+def test_every_named_file_exists():
+    folders = "|".join(("tests", "bench", "docs", "examples", "hooks", "compat", "mla_patch"))
+    path = re.compile(rf"`(?:[^`\n]* )?((?:{folders})/[\w./-]+)[^`\n]*`")
+    named = [(page, name) for page in PAGES for name in path.findall(page.read_text(encoding="utf-8"))]
+    assert len(named) > 20
+    assert [f"{page.relative_to(ROOT)}: {name}" for page, name in named if not (ROOT / name).exists()] == []
