@@ -3,7 +3,7 @@
 compute-sanitizer --tool memcheck|racecheck python bench/sanitize.py [NAME ...]
 
 Every result is compared with its reference. Without a name, all of these run: kv_indices, kv_cast, decode, decode_wide,
-pages_and_splits, sparse_and_dense, prefill_indices, sparse_prefill, sparse_prefill_paged.
+pages_and_splits, sparse_and_dense, prefill_indices, sparse_prefill, fp8_pages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
 
-from mla_patch.kernels.cache.dequantize import dequantize, dequantize_pages
+from mla_patch.kernels.cache.dequantize import dequantize, dequantize_ref
 from mla_patch.kernels.cache.kv_cast import cast_pages, cast_pages_ref
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
@@ -30,13 +30,10 @@ from mla_patch.kernels.indices.prefill import (
     combine_topk_swa_indices,
     combine_topk_swa_indices_ref,
 )
-from mla_patch.kernels.named_pages import name_pages, name_pages_ref
 from mla_patch.kernels.sparse.decode import sparse_decode, sparse_decode_ref
 from mla_patch.kernels.sparse.dense import dense_decode, dense_decode_ref
 from mla_patch.kernels.sparse.prefill import (
     mla_sparse_prefill,
-    mla_sparse_prefill_paged,
-    mla_sparse_prefill_paged_ref,
     mla_sparse_prefill_ref,
 )
 
@@ -198,30 +195,14 @@ def sparse_prefill() -> None:
         assert (got.double() - want).norm() <= 4e-3 * want.norm()
 
 
-def sparse_prefill_paged() -> None:
-    """Directly from pages, and over a workspace that has room for a third of the pages that are named."""
-    for layout, heads, queries in ((V32, 3, 7), (V4, 70, 90)):
-        cache, second = new_pages(layout, 9, 64, "cuda"), new_pages(layout, 70, 2, "cuda")
-        for one, slots in ((cache, 576), (second, 140)):
-            quantize(torch.randn(slots, layout.width, device="cuda"), one, torch.arange(slots, device="cuda"))
-        q = (torch.randn(queries, heads, layout.width, device="cuda") / 4).bfloat16()
-        ids = torch.randint(-9, 600, (queries, 1, 130), device="cuda").int()
-        more = torch.randint(-1, 141, (queries, 1, 33), device="cuda").int()
-        lens = torch.randint(0, 140, (queries,), device="cuda").int()
-        options = {"sm_scale": 0.04, "topk_length": lens, "attn_sink": torch.randn(heads, device="cuda")}
-        options |= {"extra_k_cache": second, "extra_indices": more, "extra_topk_length": lens // 4}
-        want = mla_sparse_prefill_paged_ref(q, cache, ids, **options)[0]
-        got = mla_sparse_prefill_paged(q, cache, ids, **options)[0]
-        assert (got.double() - want).norm() <= 4e-3 * want.norm()
-        for one, lists, size in ((cache, ids, 64), (second, more, 2)):
-            room = len(one) // 3
-            rows, named, count = name_pages(lists, len(one), size, room, topk_length=lens)
-            wanted, pages, number = name_pages_ref(lists, len(one), size, room, topk_length=lens)
-            assert rows.tolist() == wanted and count.tolist() == [number] and named[: len(pages)].tolist() == pages
-            kv = torch.zeros(room * size, 1, layout.width, device="cuda", dtype=torch.bfloat16)
-            dequantize_pages(one, named, count, kv)
-            kept = rows >= 0
-            assert torch.equal(kv[rows[kept].long(), 0], dequantize(one, lists[kept]))
+def fp8_pages() -> None:
+    """Tokens written to fp8 pages and read back."""
+    for layout, pages, size in ((V32, 9, 64), (V4, 70, 2)):
+        cache = new_pages(layout, pages, size, "cuda")
+        every = torch.arange(pages * size, device="cuda")
+        quantize(torch.randn(len(every), layout.width, device="cuda"), cache, every)
+        slots = torch.randint(0, len(every), (300,), device="cuda").int()
+        assert torch.equal(dequantize(cache, slots), dequantize_ref(cache, slots).bfloat16())
 
 
 EVERY: dict[str, Callable[[], None]] = {
@@ -233,7 +214,7 @@ EVERY: dict[str, Callable[[], None]] = {
     "sparse_and_dense": sparse_and_dense,
     "prefill_indices": prefill_indices,
     "sparse_prefill": sparse_prefill,
-    "sparse_prefill_paged": sparse_prefill_paged,
+    "fp8_pages": fp8_pages,
 }
 
 

@@ -4,12 +4,11 @@
                                    [--rounds N] [--rep MS] [--json OUT] [--device cpu]
 
     attention     the attention kernel over a workspace
-    dequantise    fp8 tokens to bfloat16, by slots and by pages, and a plain copy of as many bytes
+    dequantise    fp8 tokens to bfloat16, and a plain copy of as many bytes
     indices       the kernels that build indices, for 4096 queries
     path          from the fp8 cache to the output, for chunks of a prefill:
                       all        dequantise every token of the context, then attend; "by sglang" uses the dequantiser of
                                  an installed SGLang 0.5.23 or later
-                      compact    dequantise only the pages that the chunk's indices name, then attend
                       pages      attend directly to the pages, as the provider's decode kernel does
                   "share" is the fraction of the context from which the chunk's indices are drawn: all of it, or a part,
                   as of an indexer that prefers few tokens
@@ -48,7 +47,7 @@ from peers import Call
 from mla_patch.compat.sglang.flash_mla import before_v41
 from mla_patch.compat.sglang.sparse_prefill import most_queries
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.cache.dequantize import dequantize, dequantize_config, dequantize_pages, dequantize_ref
+from mla_patch.kernels.cache.dequantize import dequantize, dequantize_config, dequantize_ref
 from mla_patch.kernels.cache.layouts import V4, V32, Layout, new_pages
 from mla_patch.kernels.cache.quantize import quantize
 from mla_patch.kernels.indices.prefill import (
@@ -57,12 +56,9 @@ from mla_patch.kernels.indices.prefill import (
     combine_topk_swa_indices,
     combine_topk_swa_indices_ref,
 )
-from mla_patch.kernels.named_pages import name_pages
-from mla_patch.kernels.sparse.decode import sparse_decode
+from mla_patch.kernels.sparse.decode import sparse_decode, sparse_decode_ref
 from mla_patch.kernels.sparse.prefill import (
     mla_sparse_prefill,
-    mla_sparse_prefill_paged,
-    mla_sparse_prefill_paged_ref,
     mla_sparse_prefill_ref,
     sparse_prefill_config,
 )
@@ -173,9 +169,8 @@ def dequantise_cases(args: argparse.Namespace) -> Cases:
 
 def dequantise_case(layout: Layout, tokens: int) -> Case:
     pages = tokens // PAGE
-    case = Case(cache=new_cache(layout, pages, PAGE), named=torch.randperm(pages, device=DEVICE).int())
-    case.slots = slots_of(case.named, PAGE, tokens)
-    case.count = torch.tensor([pages], dtype=torch.int32, device=DEVICE)
+    case = Case(cache=new_cache(layout, pages, PAGE))
+    case.slots = slots_of(torch.randperm(pages, device=DEVICE), PAGE, tokens)
     case.out = torch.full((tokens, layout.width), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     case.bytes = tokens * (layout.bytes + 2 * layout.width)
     case.picks = torch.randint(0, tokens, (4096,), device=DEVICE)
@@ -196,18 +191,15 @@ def dequantise_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
     def by_slots(case: Case, config: Any = None) -> Call:
         return lambda: dequantize(case.cache, case.slots, case.out, config=config)
 
-    def by_pages(case: Case, config: Any = None) -> Call:
-        return lambda: dequantize_pages(case.cache, case.named, case.count, case.out, config=config)
-
     def copy(case: Case) -> Call:
         source = torch.ones(case.bytes // 2, dtype=torch.uint8, device=DEVICE)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
-    arms: peers.Arms = {"slots": by_slots, "pages": by_pages, "copy": copy}
+    arms: peers.Arms = {"slots": by_slots, "copy": copy}
     for tokens, warps in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)) if args.sweep else ():
         config = {"TOKENS": tokens, "num_warps": warps}
-        arms[f"pages, {tokens} tokens {warps} warps"] = lambda case, config=config: by_pages(case, config)
+        arms[f"slots, {tokens} tokens {warps} warps"] = lambda case, config=config: by_slots(case, config)
     return arms
 
 
@@ -219,9 +211,6 @@ def indices_cases(args: argparse.Namespace) -> Cases:
     for topk in (8,) if tiny() else (512, 1024):
         yield f"indices combine queries {queries} topk {topk}", lambda topk=topk: combine_case(queries, topk)
     yield f"indices swa ids queries {queries}", lambda: swa_case(queries)
-    for layout, contexts in itertools.product((V32, V4), ((256,) if tiny() else (8192, 131072))):
-        title = f"indices name pages {layout.name} queries {queries} context {contexts}"
-        yield title, lambda c=(layout, queries, contexts): names_case(*c)
 
 
 def ints(values: Any) -> torch.Tensor:
@@ -267,21 +256,6 @@ def swa_case(queries: int) -> Case:
     return Case(
         call=lambda: build_swa_token_ids(*own, WINDOW, total), bytes=total * (4 + 8 + 4),
         right=lambda result: [part.tolist() for part in result] == want,
-    )  # fmt: skip
-
-
-def names_case(layout: Layout, queries: int, context: int) -> Case:
-    topk = min(TOPK if layout is V32 else COMPRESSED, context // 4)
-    tokens = context if layout is V32 else context // RATIO
-    pages = -(-tokens // PAGE)
-    ids = torch.randint(-1, tokens, (queries, 1, topk), device=DEVICE, dtype=torch.int32)
-    every = torch.unique(ids[ids >= 0] // PAGE).int()
-    place = torch.searchsorted(every, (ids // PAGE).contiguous()).int()
-    want = torch.where(ids >= 0, place * PAGE + ids % PAGE, -1)
-    return Case(
-        call=lambda: name_pages(ids, pages, PAGE, pages), bytes=3 * 4 * ids.numel(),
-        right=lambda result: torch.equal(result[0], want) and torch.equal(result[1][: len(every)], every)
-        and result[2].tolist() == [len(every)],
     )  # fmt: skip
 
 
@@ -353,7 +327,8 @@ def path_case(layout: Layout, heads: int, chunk: int, context: int, share: float
     case.flops = 2 * chunk * heads * keys * (layout.width + 512)
     picks = pick(case)
     extra = {name: value if name == "extra_k_cache" else value[picks] for name, value in case.extra.items()}
-    case.want = mla_sparse_prefill_paged_ref(case.q[picks], case.cache, case.ids[picks], case.sm_scale, **extra)[0]
+    queries = case.q[picks][:, None]  # each as a request of one token
+    case.want = sparse_decode_ref(queries, case.cache, case.ids[picks], sm_scale=case.sm_scale, **extra)[0][:, 0]
     named = torch.unique(case.ids[case.ids >= 0] // PAGE).numel()
     case.default = f"{named} of {case.pages} pages named"
     return case
@@ -394,31 +369,10 @@ def all_tokens(name: str, dequantize: Callable[..., Any] = dequantize) -> Callab
     return make
 
 
-def compact(name: str) -> Callable[[Case], Call]:
-    def make(case: Case) -> Call:
-        attend, kv, split = provider(name), workspace(case), case.pages * PAGE
-        more = case.extra.get("extra_indices")
-        topk = case.ids.shape[2]
-        both = torch.empty(case.chunk, 1, topk + (0 if more is None else WINDOW), dtype=torch.int32, device=DEVICE)
-
-        def call() -> Any:
-            _, named, count = name_pages(case.ids, len(case.cache), PAGE, case.pages, out=both[..., :topk])
-            dequantize_pages(case.cache, named, count, kv[:split])
-            if more is not None:
-                where = {"base": split, "out": both[..., topk:]}
-                _, named, count = name_pages(more, len(case.window), WINDOW_PAGE, case.window_pages, **where)
-                dequantize_pages(case.window, named, count, kv[split:])
-            return attend(case.q, kv, both, case.sm_scale)
-
-        return call
-
-    return make
-
-
 def over_pages(name: str) -> Callable[[Case], Call]:
     def make(case: Case) -> Call:
         if name == "ours":
-            return straight(case)
+            return decoded(case)
         most = most_queries(case.q.device)
         if most is not None and case.chunk > most:
             raise RuntimeError(f"{case.chunk} queries, expected at most {most}, the most that its schedule takes")
@@ -428,32 +382,24 @@ def over_pages(name: str) -> Callable[[Case], Call]:
     return make
 
 
-def decoded(case: Case) -> Call:
+def decoded(case: Case, config: dict[str, int] | None = None) -> Call:
     """Each query as a request of one token, by our decode kernel, which splits the keys.
 
     mla-patch serves few queries over pages this way on GPUs for which FlashMLA has no build.
     """
-    return lambda: (
-        sparse_decode(case.q[:, None], case.cache, case.ids, sm_scale=case.sm_scale, **case.extra)[0][:, 0],
-    )
-
-
-def straight(case: Case, config: dict[str, int] | None = None) -> Call:
-    return lambda: mla_sparse_prefill_paged(case.q, case.cache, case.ids, case.sm_scale, **case.extra, config=config)
+    options = {"sm_scale": case.sm_scale, "config": config, **case.extra}
+    return lambda: (sparse_decode(case.q[:, None], case.cache, case.ids, **options)[0][:, 0],)
 
 
 def path_arms(case: Case, args: argparse.Namespace) -> peers.Arms:
     arms: peers.Arms = {}
     if args.sweep:
-        arms["pages"] = straight
+        arms["pages"] = decoded
         for name, config in peers.configs(case.q.shape[1], (1, 2, 3)).items():
-            arms[f"pages {name}"] = lambda case, config=config | {"PER_SM": 1}: straight(case, config)
+            arms[f"pages {name}"] = lambda case, config=config | {"PER_SM": 1}: decoded(case, config)
         return arms
     for name in args.provider:
-        arms |= {f"all, {name}": all_tokens(name), f"compact, {name}": compact(name)}
-        arms[f"pages, {name}"] = over_pages(name)
-    if "ours" in args.provider:
-        arms["pages by decode, ours"] = decoded
+        arms |= {f"all, {name}": all_tokens(name), f"pages, {name}": over_pages(name)}
     if "flash_mla" in args.provider:
         arms["all by sglang, flash_mla"] = all_tokens("flash_mla", sglangs)
     return arms

@@ -112,16 +112,16 @@ def sglang(monkeypatch):
 
 
 CPU = ("--device", "cpu")
-OURS = {"all, ours", "compact, ours", "pages, ours", "pages by decode, ours"}
-PATH = OURS | {"all, flash_mla", "compact, flash_mla", "pages, flash_mla", "all by sglang, flash_mla"}
+OURS = {"all, ours", "pages, ours"}
+PATH = OURS | {"all, flash_mla", "pages, flash_mla", "all by sglang, flash_mla"}
 
 
 @pytest.mark.parametrize(
     "section, count, arms",
     [
         ("attention", 2, {"ours", "flash_mla"}),
-        ("dequantise", 2, {"slots", "pages", "copy"}),
-        ("indices", 4, {"ours"}),
+        ("dequantise", 2, {"slots", "copy"}),
+        ("indices", 2, {"ours"}),
         ("path", 2, PATH),
     ],
 )
@@ -167,13 +167,12 @@ def test_the_path_is_what_it_says(load, run, flash_mla, monkeypatch):
     (row,) = told["rows"]
     assert row["case"] == "path V4 heads 3 chunk 4 context 256 share 0.25   1 of 1 pages named"
     assert set(row["arms"]) == PATH - OURS
-    # 32 compressed keys and a window of 128; both caches' rows in one workspace, for every arm the same
-    q, kv, topk = (4, 3, 512), (64 + 256, 1, 512), {(4, 1, 32 + 128), (4, 1, 256)}
-    assert {call[:2] for call in flash_mla} == {(q, kv)} and {call[2] for call in flash_mla} == topk
+    # 32 compressed keys and a window of 128, padded to 256; both caches' rows in one workspace
+    assert set(flash_mla) == {((4, 3, 512), (64 + 256, 1, 512), (4, 1, 256))}
     assert row["flops"] == 2 * 4 * 3 * (32 + 128) * (512 + 512)
 
 
-@pytest.mark.parametrize("section, layout, count", [("dequantise", "V4", 3 + 16), ("attention", "512", 1 + 24)])
+@pytest.mark.parametrize("section, layout, count", [("dequantise", "V4", 2 + 16), ("attention", "512", 1 + 24)])
 def test_a_sweep_tries_our_launch_numbers(section, layout, count, load, run, monkeypatch):
     module = load("sparse_prefill")
     monkeypatch.setattr(module.peers, "time_us", lambda call, rep: 1.0)
@@ -185,7 +184,12 @@ def test_a_sweep_tries_our_launch_numbers(section, layout, count, load, run, mon
 def test_a_sweep_of_the_path_is_that_of_the_pages(load, monkeypatch):
     module = load("sparse_prefill")
     seen = []
-    monkeypatch.setattr(module, "mla_sparse_prefill_paged", lambda *args, **options: seen.append(options["config"]))
+
+    def decode(q, *args, **options):
+        seen.append(options["config"])
+        return q, None
+
+    monkeypatch.setattr(module, "sparse_decode", decode)
     case = SimpleNamespace(q=torch.zeros(1, 64, 512), cache=None, ids=None, sm_scale=1.0, extra={})
     for make in module.path_arms(case, SimpleNamespace(sweep=True)).values():
         make(case)()
@@ -196,18 +200,18 @@ def test_a_sweep_of_the_path_is_that_of_the_pages(load, monkeypatch):
 
 def test_a_wrong_kernel_has_no_time(load, run, monkeypatch):
     module = load("sparse_prefill")
-    right = module.name_pages
+    right = module.combine_topk_swa_indices
 
     def wrong(*args, **options):
-        rows, named, count = right(*args, **options)
-        return rows.add_(1), named, count
+        ids, lens = right(*args, **options)
+        return ids.add_(1), lens
 
-    monkeypatch.setattr(module, "name_pages", wrong)
+    monkeypatch.setattr(module, "combine_topk_swa_indices", wrong)
     monkeypatch.setattr(module.peers, "time_us", lambda call, rep: 1.0)
-    told = run(module, "indices", "path", "--match", "V3.2", "--provider", "ours", *CPU)
-    for row in told["rows"]:
-        refused = {name for name, arm in row["arms"].items() if "refused" in arm}
-        assert refused == ({"ours"} if row["case"].startswith("indices") else {"compact, ours"})
+    told = run(module, "indices", "path", "--provider", "ours", *CPU)
+    refused = [[name for name, arm in row["arms"].items() if "refused" in arm] for row in told["rows"]]
+    # combine, windows; the path of V3.2, whose indices need no combining, and V4's
+    assert refused == [["ours"], [], [], ["all, ours"]]
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,16 @@ import pytest
 import test_decode
 import test_decode_splits
 import test_kv_cast
-import test_named_pages
 import test_prefill_indices
+import test_sparse_decode
 import test_sparse_prefill
 import torch
 
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import decode, named_pages
+from mla_patch.kernels import decode
 from mla_patch.kernels.cache import dequantize, kv_cast
-from mla_patch.kernels.cache.layouts import V4, new_pages
+from mla_patch.kernels.cache.layouts import V4
 from mla_patch.kernels.decode import splits as decode_splits
 from mla_patch.kernels.indices import kv as kv_indices
 from mla_patch.kernels.indices import prefill as prefill_indices
@@ -58,12 +58,6 @@ def paged_tokens() -> None:
     assert not dequantize.dequantize_k_cache_paged(torch.zeros(3, 1, 656, dtype=torch.uint8), slots).any()
 
 
-def whole_pages() -> None:
-    one = torch.ones(1, dtype=torch.int32)
-    out = torch.full((2, 512), torch.nan, dtype=torch.bfloat16)
-    assert not dequantize.dequantize_pages(new_pages(V4, 3, 2), one, one, out).any()
-
-
 CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
     "decode": (decode, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Case([40, 3], 2).check()),
     "pages": (decode, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Paged([40, 3], 2, 16).check()),
@@ -73,17 +67,11 @@ CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
         lambda: test_decode_splits.Splits([40, 3], 2, 2).check(),
     ),
     "dequantize": (dequantize, ["_dequantize_kernel"], paged_tokens),
-    "whole pages": (dequantize, ["_dequantize_kernel"], whole_pages),
-    "named pages": (
-        named_pages,
-        ["_mark_kernel", "_count_kernel", "_number_kernel", "_rows_kernel"],
-        test_named_pages.test_golden,
-    ),
     "sparse prefill": (sparse_prefill, ["_sparse_prefill_kernel"], lambda: test_sparse_prefill.Case(topk=9).check()),
-    "paged sparse prefill": (
+    "sparse decode": (
         sparse_decode,
         ["_query_kernel", "_sparse_kernel"],
-        lambda: test_sparse_prefill.Paged(V4, topk=9).check(),
+        lambda: test_sparse_decode.Case(V4, topk=9).check(),
     ),
     "combine": (prefill_indices, ["_combine_kernel"], lambda: test_prefill_indices.Chunk([9], [2], 4, 4, 4).check()),
     "swa ids": (prefill_indices, ["_swa_kernel"], test_prefill_indices.test_golden_windows),

@@ -86,9 +86,6 @@ WRONG: set[tuple[str, str]] = {
     ("compat.sglang", "flash_mla"),
     ("compat.sglang", "hooks.editing"),
     ("compat.sglang", "hooks.sglang"),
-    ("kernels", "compat.compiles"),
-    ("kernels", "compat.gpu"),
-    ("kernels", "compat.triton"),
     ("session", "compat.sglang"),
 }
 VERSIONS_TO_MOVE = {"hooks.sglang.edits.graphs"}  # the same of version literals

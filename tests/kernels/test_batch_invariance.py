@@ -17,7 +17,6 @@ from mla_patch.compat.triton import interpreted
 from mla_patch.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 from mla_patch.kernels.cache.dequantize import dequantize
 from mla_patch.kernels.cache.layouts import V4, V32
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill_paged
 
 DEVICE = "cpu" if interpreted() else "cuda"
 # on sm_90 more than 16 heads are another kernel's; more keys and queries than a GPU takes at once
@@ -80,16 +79,6 @@ def test_sparse_prefill(width, heads):
     beside = case.run()
     case.q, case.indices = case.q[:1], case.indices[:1]
     assert equal(case.run(), beside)
-
-
-@heads_
-def test_sparse_prefill_over_pages(heads):
-    case = Sparse(V4, OTHERS, 1, heads, KEYS)
-
-    def run(count):
-        return mla_sparse_prefill_paged(case.q[:count, 0], case.cache, case.indices[:count], 0.05)
-
-    assert equal(run(1), run(OTHERS))
 
 
 def test_keys_that_are_read_back():

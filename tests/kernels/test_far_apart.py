@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.cache.dequantize import dequantize, dequantize_pages
+from mla_patch.kernels.cache.dequantize import dequantize
 from mla_patch.kernels.cache.kv_cast import cast_pages
 from mla_patch.kernels.cache.layouts import V4, V32, Layout, new_pages
 from mla_patch.kernels.cache.quantize import quantize
@@ -25,11 +25,10 @@ from mla_patch.kernels.decode import mla_decode, mla_decode_paged
 from mla_patch.kernels.decode.splits import mla_decode_splits
 from mla_patch.kernels.indices.kv import build_page_table, build_token_indices
 from mla_patch.kernels.indices.prefill import build_swa_token_ids, combine_topk_swa_indices
-from mla_patch.kernels.named_pages import name_pages
 from mla_patch.kernels.sparse import decode as module
 from mla_patch.kernels.sparse.decode import sparse_decode as sparse
 from mla_patch.kernels.sparse.dense import dense_decode
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill, mla_sparse_prefill_paged
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
 
 pytestmark = pytest.mark.xdist_group("much memory")  # one worker, since a GPU holds few of these tensors at once
 
@@ -160,24 +159,9 @@ def prefilling(heads: int) -> tuple[Args, Callable[[Args], Any]]:
     return args, call
 
 
-def prefilling_pages(layout: Layout, heads: int) -> tuple[Args, Callable[[Args], Any]]:
-    args = {"q": some(3, heads, layout.width, dtype=torch.bfloat16), "k_cache": pages(layout, 3, 2)}
-    args |= {"indices": slots(3, 1, 9, end=6)}
-
-    def call(a: Args) -> Any:
-        return mla_sparse_prefill_paged(a["q"], a["k_cache"], a["indices"], 0.04)
-
-    return args, call
-
-
 def reading(layout: Layout) -> tuple[Args, Callable[[Args], Any]]:
     args = {"cache": pages(layout, 3, 2), "out": some(6, layout.width, dtype=torch.bfloat16)}
     return args, lambda a: dequantize(a["cache"], ints(5, 0, 3, 2, 4, 1), a["out"])
-
-
-def reading_pages(layout: Layout) -> tuple[Args, Callable[[Args], Any]]:
-    args = {"cache": pages(layout, 3, 2), "out": some(6, layout.width, dtype=torch.bfloat16)}
-    return args, lambda a: dequantize_pages(a["cache"], ints(2, 0, 1), ints(3), a["out"])
 
 
 def storing(layout: Layout) -> tuple[Args, Callable[[Args], Any]]:
@@ -232,16 +216,6 @@ def combining() -> tuple[Args, Callable[[Args], Any]]:
     return args, call
 
 
-def naming() -> tuple[Args, Callable[[Args], Any]]:
-    # each query names pages that no other does
-    args = {"indices": slots(3, 1, 2, end=12), "out": torch.zeros(3, 1, 2, dtype=torch.int32, device=DEVICE)}
-
-    def call(a: Args) -> Any:
-        return name_pages(a["indices"], 6, 2, 6, out=a["out"])
-
-    return args, call
-
-
 def casting(compact: bool) -> tuple[Args, Callable[[Args], Any]]:
     args = {"cache": some(3, 576, dtype=torch.float32).to(E4M3), "out": some(3, 576), "table": ints(2, 0, 1).view(3, 1)}
 
@@ -261,7 +235,6 @@ CASES: dict[str, tuple[Callable[[], tuple[Args, Callable[[Args], Any]]], dict[st
     "token ids": (token_ids, {"req_to_token": (0,)}),
     "windows": (windows, {"req_to_token": (0,)}),
     "combined": (combining, {"topk_indices": (0,), "out_indices": (0,)}),
-    "named pages": (naming, {"indices": (0,), "out": (0,)}),
 }
 CASES |= {
     f"cast pages{name}": (lambda compact=compact: casting(compact), {"cache": (0,), "out": (0,), "table": (0,)})
@@ -293,15 +266,10 @@ for _heads in HEADS:
                 lambda n=_layout, h=_heads: attending(n, h, 1, 3),
                 {"q": (1,), "indices": (1,), "extra_indices": (1,)},
             ),
-            f"sparse prefill by pages {_name}, {_heads} heads": (
-                lambda n=_layout, h=_heads: prefilling_pages(n, h),
-                {"q": (0, 1), "k_cache": (0,), "indices": (0,)},
-            ),
         }
 for _name, _layout in WIDTHS.items():
     CASES |= {
         f"dequantize {_name}": (lambda n=_layout: reading(n), {"cache": (0,), "out": (0,)}),
-        f"dequantize pages {_name}": (lambda n=_layout: reading_pages(n), {"cache": (0,), "out": (0,)}),
         f"quantize {_name}": (lambda n=_layout: storing(n), {"x": (0,), "cache": (0,)}),
     }
 
@@ -362,8 +330,7 @@ class LastPrograms:
 
 
 @pytest.mark.skipif(not interpreted(), reason="on a GPU, test_sparse_prefill runs all programs")
-@pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
-def test_so_many_queries_that_their_results_reach_past_31_bits(prefill, monkeypatch):
+def test_so_many_queries_that_their_results_reach_past_31_bits(monkeypatch):
     """Results are contiguous, so that only their number takes the last one there."""
     heads, queries = 128, 2**31 // (128 * 512) + 2
     for name, each in (("_sparse_kernel", heads // 16), ("_query_kernel", heads // 4)):
@@ -372,9 +339,6 @@ def test_so_many_queries_that_their_results_reach_past_31_bits(prefill, monkeypa
     q = some(1, 1, heads, 512, dtype=torch.bfloat16)
 
     def call(count: int) -> list[torch.Tensor]:
-        if prefill:
-            lists = ids[0].expand(count, 1, 9)
-            return [one[-1] for one in mla_sparse_prefill_paged(q[0].expand(count, -1, -1), cache, lists, 0.04)]
         out, lse = sparse(q.expand(1, count, -1, -1), cache, ids.expand(1, count, 9), sm_scale=0.04)
         return [out[0, -1], lse[0, :, -1]]
 

@@ -14,7 +14,7 @@ from test_far_apart import same
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.flash_mla import FlashMLASchedMeta, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
-from mla_patch.kernels.cache.dequantize import dequantize, dequantize_k_cache_paged, dequantize_pages
+from mla_patch.kernels.cache.dequantize import dequantize, dequantize_k_cache_paged
 from mla_patch.kernels.cache.kv_cast import cast_pages
 from mla_patch.kernels.cache.layouts import V4, V32, Layout, new_pages
 from mla_patch.kernels.cache.quantize import quantize
@@ -22,10 +22,9 @@ from mla_patch.kernels.decode import mla_decode, mla_decode_paged
 from mla_patch.kernels.decode.splits import mla_decode_splits
 from mla_patch.kernels.indices.kv import build_page_table, build_token_indices
 from mla_patch.kernels.indices.prefill import build_swa_token_ids, combine_topk_swa_indices
-from mla_patch.kernels.named_pages import name_pages
 from mla_patch.kernels.sparse.decode import sparse_decode
 from mla_patch.kernels.sparse.dense import dense_decode
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill, mla_sparse_prefill_paged
+from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
 
 DEVICE = "cpu" if interpreted() else "cuda"
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -106,14 +105,6 @@ def prefilling() -> Case:
     return lambda **a: mla_sparse_prefill(sm_scale=0.05, **a), args
 
 
-def prefilling_pages(layout: Layout) -> Case:
-    args = {"q": floats(2, 3, layout.width), "k_cache": cache(layout), "indices": ints(5, 0, 3, 1, 2, 4).view(2, 1, 3)}
-    args |= {"attn_sink": floats(3), "topk_length": ints(2, 3), "out": floats(2, 3, 512)}
-    args |= {"extra_k_cache": cache(layout), "extra_indices": ints(1, 4, 0, 0).view(2, 1, 2)}
-    args |= {"extra_topk_length": ints(1, 2)}
-    return lambda **a: mla_sparse_prefill_paged(sm_scale=0.05, **a), args
-
-
 def building(token_ids: bool) -> Case:
     args = {"req_to_token": torch.arange(36, device=DEVICE).int().view(3, 12), "req_pool": ints(2, 0)}
     args |= {"lens": ints(3, 5), "kv_start": ints(1, 2)}
@@ -142,11 +133,6 @@ def reading(layout: Layout) -> Case:
     return dequantize, args
 
 
-def reading_pages(layout: Layout) -> Case:
-    args = {"cache": cache(layout), "named": ints(2, 0), "count": ints(2), "out": floats(4, layout.width)}
-    return dequantize_pages, args
-
-
 def reading_a_pool() -> Case:
     args = {"cache": cache(V32).view(3, 2, 656), "slots": ints(5, 0, 3), "out": floats(3, 1, 576)}
     return dequantize_k_cache_paged, args
@@ -155,12 +141,6 @@ def reading_a_pool() -> Case:
 def storing(layout: Layout) -> Case:
     args = {"x": floats(3, layout.width), "cache": cache(layout), "slots": ints(5, 0, 3)}
     return lambda **a: dequantize(quantize(**a), ints(*range(6))), args
-
-
-def naming() -> Case:
-    args = {"indices": ints(5, 0, 3, 1, 2, 4).view(2, 1, 3), "topk_length": ints(2, 3)}
-    args |= {"out": ints(*[0] * 6).view(2, 1, 3)}
-    return lambda **a: (name_pages(**a, pages=3, page_size=2, capacity=3)[0],), args
 
 
 def casting() -> Case:
@@ -206,19 +186,15 @@ CASES: dict[str, Callable[[], Case]] = {
     "sparse_decode V3.2": lambda: sparse(V32),
     "sparse_decode V4": lambda: sparse(V4),
     "mla_sparse_prefill": prefilling,
-    "mla_sparse_prefill_paged V3.2": lambda: prefilling_pages(V32),
-    "mla_sparse_prefill_paged V4": lambda: prefilling_pages(V4),
     "build_page_table": lambda: building(False),
     "build_token_indices": lambda: building(True),
     "build_swa_token_ids": windows,
     "combine_topk_swa_indices": combining,
     "dequantize V3.2": lambda: reading(V32),
     "dequantize V4": lambda: reading(V4),
-    "dequantize_pages": lambda: reading_pages(V4),
     "dequantize_k_cache_paged": reading_a_pool,
     "quantize V3.2": lambda: storing(V32),
     "quantize V4": lambda: storing(V4),
-    "name_pages": naming,
     "cast_pages": casting,
     "flash_mla_with_kvcache sparse": flash_mla_sparse,
     "flash_mla_with_kvcache dense": flash_mla_dense,

@@ -3,8 +3,6 @@
     slots  [n]                int32 or int64, any order, repeats allowed; a slot outside the cache gives zeros
     out    [n, 576 or 512]    bfloat16: float32(e4m3) * scale, rounded once; rope copied bit by bit
 
-or of whole pages: row r of ``out`` is token r % ps of page ``named[r // ps]``.
-
 Bit for bit what SGLang's own kernels read. Values are decoded by the chip's own conversion from sm_89 on, else by
 integer arithmetic.
 """
@@ -103,12 +101,11 @@ def _scaled(code, scale):
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "slots_end"], do_not_specialize_on_alignment=["slots", "count"]
+    do_not_specialize=["tokens", "slots_end"], do_not_specialize_on_alignment=["slots"]
 )  # out's address decides how wide it is written
 def _dequantize_kernel(
     out,
     slots,
-    count,
     values,
     rope,
     scales,
@@ -122,14 +119,10 @@ def _dequantize_kernel(
     TOKENS: tl.constexpr,
 ):
     """TOKENS of ``tokens`` rows. ``out``, ``rope`` are int16 bits of bfloat16, ``values`` bytes; ``page_chunks`` counts
-    16 bytes. Given ``count``, ``slots`` are pages, of which only the first so many are read, and written."""
+    16 bytes."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     wanted = token < tokens
-    if count is not None:
-        wanted = wanted & (token // PAGE < tl.load(count))
-        slot = tl.load(slots + token // PAGE, mask=wanted, other=-1).to(tl.int64) * PAGE + token % PAGE
-    else:
-        slot = tl.load(slots + token, mask=wanted, other=-1).to(tl.int64)
+    slot = tl.load(slots + token, mask=wanted, other=-1).to(tl.int64)
     known = (slot >= 0) & (slot < slots_end)
     slot = tl.where(known, slot, 0)
     page = slot // PAGE * page_chunks * 16
@@ -188,62 +181,15 @@ def dequantize(
             return dequantize(cache, slots, out, config=config)
     if pages.slots == 0:
         return out.zero_()
-    _launch(out, slots, None, pages, config)
+    if out.shape[0]:
+        numbers = config or dequantize_config()
+        capability = (0, 0) if _INTERPRETED else gpu.capability(out.device.index)
+        _dequantize_kernel[(-(-out.shape[0] // numbers["TOKENS"]),)](
+            out.view(torch.int16), slots, pages.pairs.view(torch.uint8), pages.rope.view(torch.int16), pages.scales,
+            out.shape[0], pages.slots, pages.page_bytes // 16, out.stride(0),
+            PAGE=pages.page_size, V4=pages.layout is V4, BITS=capability < (8, 9), **numbers,
+        )  # fmt: skip
     return out
-
-
-def dequantize_pages(
-    cache: torch.Tensor,
-    named: torch.Tensor,
-    count: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    config: dict[str, int] | None = None,
-) -> torch.Tensor:
-    """All tokens of the first ``count`` pages in ``named``, as `mla_patch.kernels.named_pages` lists them.
-
-        cache    [pages, ps, 1, 656 or 584]    as `mla_patch.kernels.cache.layouts` has it
-        named    [capacity]    int32, pages; one outside the cache gives zeros
-        count    [1]           int32, on the device: how many of them are meant; more than capacity is capacity
-        out      [capacity * ps, 576 or 512], or with a 1 between    bfloat16; rows may lie apart. Rows of pages past
-                 ``count`` are not written
-
-    One launch, without sync, none where there is no room. ``config`` replaces `dequantize_config`'s numbers.
-
-    Raises:
-        ValueError: a cache of no known layout, a tensor of another shape, type or device.
-    """
-    pages = pages_of("cache", cache)
-    if named.dtype is not torch.int32 or named.dim() != 1 or not named.is_contiguous():
-        raise ValueError(f"named: {told(named)}, expected torch.int32, [n], contiguous")
-    if count.dtype is not torch.int32 or count.numel() != 1:
-        raise ValueError(f"count: {count.dtype}, shape {tuple(count.shape)}, expected torch.int32, [1]")
-    rows = out[:, 0] if out.dim() == 3 and out.shape[1] == 1 else out
-    shape = (named.numel() * pages.page_size, pages.layout.width)
-    if rows.shape != shape or rows.dtype is not torch.bfloat16 or rows.stride(1) != 1:
-        raise ValueError(f"out: {told(out)}, expected torch.bfloat16, {shape}, the last contiguous")
-    for name, tensor in (("named", named), ("count", count), ("out", out)):
-        if tensor.device != cache.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
-    if gpu.elsewhere(cache):
-        with torch.cuda.device(cache.device):
-            return dequantize_pages(cache, named, count, out, config=config)
-    _launch(rows, named, count, pages, config)
-    return out
-
-
-def _launch(
-    out: torch.Tensor, slots: torch.Tensor, count: torch.Tensor | None, pages: Pages, config: dict[str, int] | None
-) -> None:
-    if out.shape[0] == 0:
-        return
-    numbers = config or dequantize_config()
-    capability = (0, 0) if _INTERPRETED else gpu.capability(out.device.index)
-    _dequantize_kernel[(-(-out.shape[0] // numbers["TOKENS"]),)](
-        out.view(torch.int16), slots, count, pages.pairs.view(torch.uint8), pages.rope.view(torch.int16), pages.scales,
-        out.shape[0], pages.slots, pages.page_bytes // 16, out.stride(0),
-        PAGE=pages.page_size, V4=pages.layout is V4, BITS=capability < (8, 9), **numbers,
-    )  # fmt: skip
 
 
 def dequantize_k_cache_paged(
@@ -333,18 +279,17 @@ def gather(pages: Pages, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def compile_cases(every: bool = False) -> list[CompileCase]:
-    """Both layouts, by slots and by pages; page sizes differ by a constant alone."""
+    """Both layouts; page sizes differ by a constant alone."""
     cases = []
     numbers = dequantize_config()
     kinds = ((False, 1), (False, 64), (True, 64))
-    for sm, (v4, page), whole in itertools.product(TARGETS, kinds, (False, True)):
-        signature = {"out": "*i16", "slots": "*i64" if v4 and not whole else "*i32", "values": "*u8", "rope": "*i16"}
+    for sm, (v4, page) in itertools.product(TARGETS, kinds):
+        signature = {"out": "*i16", "slots": "*i64" if v4 else "*i32", "values": "*u8", "rope": "*i16"}
         signature |= {"scales": "*u8" if v4 else "*fp32", "tokens": "i32", "slots_end": "i64" if v4 else "i32"}
-        signature |= {"page_chunks": "i32", "out_stride": "i32"} | ({"count": "*i32"} if whole else {})
+        signature |= {"page_chunks": "i32", "out_stride": "i32"}
         constants = {"PAGE": page, "V4": v4, "BITS": sm < 89, "TOKENS": numbers["TOKENS"]}
-        constants |= {} if whole else {"count": None}  # type: ignore[dict-item]
         divisible = ("out", "values", "rope", "scales", "out_stride")
-        name = f"dequantize {'V4' if v4 else 'V3.2'} {page}{' pages' if whole else ''}"
+        name = f"dequantize {'V4' if v4 else 'V3.2'} {page}"
         warps = numbers["num_warps"]
         cases.append(
             CompileCase(name, _dequantize_kernel, signature, constants, divisible, num_warps=warps, targets=(sm,))
@@ -354,8 +299,8 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
 
 def warmup(device: torch.device | str, page_sizes: tuple[int, ...] = ()) -> int:
     """Compile what reading V4's caches with pages of these sizes, or V3.2's as one page of each token and as pages of
-    64, can reach; how many kernels that took. By slots of both types and by pages, into rows that begin at multiples of
-    16 bytes, as torch's do. Nothing to do on a CPU."""
+    64, can reach; how many kernels that took. By slots of both types, into rows that begin at multiples of 16 bytes, as
+    torch's do. Nothing to do on a CPU."""
     one = torch.zeros(1, dtype=torch.int32, device=device)
     if not one.is_cuda and not _INTERPRETED:
         return 0
@@ -365,8 +310,6 @@ def warmup(device: torch.device | str, page_sizes: tuple[int, ...] = ()) -> int:
             cache = new_pages(V4 if page_sizes else V32, 1, size, device)
             for slots in (one, one.long()):
                 dequantize(cache, slots)
-            room = torch.empty(size, V4.width if page_sizes else V32.width, dtype=torch.bfloat16, device=device)
-            dequantize_pages(cache, one, one, room)
     return COMPILES.total - before
 
 

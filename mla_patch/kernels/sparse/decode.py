@@ -27,8 +27,7 @@ captured graph is right for all of them. A second kernel merges where there is m
 On sm_90 more than 16 heads are `mla_patch.kernels.sparse.sm90`'s, where values become bfloat16: exact where scales are
 powers of two, else to 2**-9.
 
-The same kernel serves paged dense caches for `mla_patch.kernels.sparse.dense`, and prefill straight from fp8 pages for
-`mla_patch.kernels.sparse.prefill`.
+The same kernel serves paged dense caches for `mla_patch.kernels.sparse.dense`.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ import triton.language as tl
 
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.compat.triton import FEW_TARGETS, HAS_GLUON, TARGETS, CompileCase, interpreted, watch_compiles
+from mla_patch.compat.triton import HAS_GLUON, TARGETS, CompileCase, interpreted, watch_compiles
 from mla_patch.kernels.cache.dequantize import dequantize_ref, operand, rounded
 from mla_patch.kernels.cache.layouts import V4, V32, Pages, new_pages, pages_of, told
 
@@ -137,7 +136,6 @@ def _query_kernel(q, halves, units, H, Sq, q_b, q_s, q_h, NOPE: tl.constexpr, BL
 @triton.jit
 def _attend(
     m,
-    peak,
     weights,
     acc,
     acc_rope,
@@ -159,12 +157,11 @@ def _attend(
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
     BITS: tl.constexpr,
-    PEAK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """``count`` blocks of keys more, from block ``first`` of ``keys`` that ``ids`` names: pages of a dense cache, else
-    slots. ``places`` says how many of them the cache has. PEAK: of a sparse cache, the greatest score, too."""
+    slots. ``places`` says how many of them the cache has."""
     # nope values of a sparse cache as tiles of pairs; V4 has seven, and an eighth of zeros
     TILES: tl.constexpr = 8 if KIND == 3 else 4
     PAIRS: tl.constexpr = 256 // TILES
@@ -225,9 +222,6 @@ def _attend(
             s = s * unit[:, None] * own[None, :]
             s = tl.dot(qr, operand(kr).T, s)
             s = s * scale
-            if PEAK:
-                # m has the keys' scales in it
-                peak = tl.maximum(peak, tl.max(tl.where(known[None, :], s, -float("inf")), 1))
             s = s + tl.log2(own)[None, :]
         s = tl.where(known[None, :], s, -float("inf"))
         top = tl.maximum(m, tl.max(s, 1))
@@ -245,7 +239,7 @@ def _attend(
                 acc_rope = tl.dot(w, kr.to(tl.float32), acc_rope * keep[:, None])
             else:
                 acc_rope = tl.dot(w.to(tl.bfloat16), kr, acc_rope * keep[:, None])
-    return m, peak, weights, acc, acc_rope
+    return m, weights, acc, acc_rope
 
 
 _STRIDES = (
@@ -263,10 +257,10 @@ _STRIDES = (
     "lse_h",
     "lse_s",
 )
-_CHANGING = ["Sq", "topk", "extra_topk", "places", "extra_places", "sm_scale", "log_unit"]
+_CHANGING = ["Sq", "topk", "extra_topk", "places", "extra_places", "sm_scale"]
 _CHANGING += ["causal", "ids_b", "ids_s", "extra_ids_b", "extra_ids_s", "lse_b", "lse_h", "lse_s", "splits"]
 _CALL_ARGS = ["ids", "extra_ids", "lens", "extra_lens", "sinks"]
-_CALL_ARGS += ["descale_q", "descale_k", "max_logits"]
+_CALL_ARGS += ["descale_q", "descale_k"]
 
 
 @triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_CALL_ARGS)
@@ -291,7 +285,6 @@ def _sparse_kernel(
     sinks,
     descale_q,
     descale_k,
-    max_logits,
     H,
     Sq,
     topk,
@@ -299,7 +292,6 @@ def _sparse_kernel(
     places,
     extra_places,
     sm_scale,
-    log_unit,
     causal,
     splits,
     q_b,
@@ -325,11 +317,7 @@ def _sparse_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One query, BLOCK_H of its heads, one of the splits of its keys. EXTRA_PAGE is 0 where there is one cache.
-
-    Given ``max_logits`` it is prefill's: a base-2 logarithm of the statistics is multiplied by ``log_unit``, and
-    ``halves`` are the bytes of ``out``, each of which this program reads before it writes it.
-    """
+    """One query, BLOCK_H of its heads, one of the splits of its keys. EXTRA_PAGE is 0 where there is one cache."""
     tiles = (H + BLOCK_H - 1) // BLOCK_H
     tile = tl.program_id(0) % tiles
     rest = tl.program_id(0) // tiles
@@ -375,28 +363,25 @@ def _sparse_kernel(
     else:
         qr = query
     qr = operand(qr)
-    if max_logits is not None:
-        tl.debug_barrier()  # no warp writes out before all have read their halves
     m = tl.full([BLOCK_H], -float("inf"), tl.float32)
-    peak = m
     weights = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_H, 512], tl.float32)
     acc_rope = tl.zeros([BLOCK_H, 64], tl.float32)
     own = ids + at * ids_b
     if KIND >= 2:
         own += s.to(tl.int64) * ids_s
-    m, peak, weights, acc, acc_rope = _attend(
-        m, peak, weights, acc, acc_rope, query, qr, unit, values, rope, scales, own, start,
+    m, weights, acc, acc_rope = _attend(
+        m, weights, acc, acc_rope, query, qr, unit, values, rope, scales, own, start,
         tl.minimum(stop, blocks) - start, keys, places, scale, page_stride, row_stride,
-        KIND, ROPE, PAGE, BITS, max_logits is not None, BLOCK_N, STAGES,
+        KIND, ROPE, PAGE, BITS, BLOCK_N, STAGES,
     )  # fmt: skip
     if EXTRA_PAGE > 0:
         begin = tl.maximum(start - blocks, 0)
         own = extra_ids + at * extra_ids_b + s.to(tl.int64) * extra_ids_s
-        m, peak, weights, acc, acc_rope = _attend(
-            m, peak, weights, acc, acc_rope, query, qr, unit, extra_values, extra_rope, extra_scales, own,
+        m, weights, acc, acc_rope = _attend(
+            m, weights, acc, acc_rope, query, qr, unit, extra_values, extra_rope, extra_scales, own,
             begin, stop - blocks - begin, extra_keys, extra_places, scale, extra_page_stride, row_stride,
-            KIND, ROPE, EXTRA_PAGE, BITS, max_logits is not None, BLOCK_N, STAGES,
+            KIND, ROPE, EXTRA_PAGE, BITS, BLOCK_N, STAGES,
         )  # fmt: skip
     denominator = tl.sum(weights, 1)
     lonely = denominator == 0.0
@@ -416,12 +401,7 @@ def _sparse_kernel(
         if descale_k is not None:
             factor = factor * tl.load(descale_k)
         factor = factor[:, None]
-        if max_logits is not None:
-            log = log * log_unit
-            tl.store(max_logits + line.to(tl.int64) * H + head, peak * log_unit, mask=is_head)
-        else:
-            log = log * 0.6931471805599453
-        log = tl.where(lonely, float("inf"), log)
+        log = tl.where(lonely, float("inf"), log * 0.6931471805599453)
         tl.store(lse + at * lse_b + s.to(tl.int64) * lse_s + head.to(tl.int64) * lse_h, log, mask=is_head)
         to = out + (line.to(tl.int64) * H + head[:, None]) * 512
     kind = to.dtype.element_ty
@@ -497,27 +477,22 @@ def launch(
     descale: tuple[torch.Tensor, torch.Tensor] | None = None,
     causal: bool = False,
     dtype: torch.dtype = torch.bfloat16,
-    out: torch.Tensor | None = None,
-    max_logits: torch.Tensor | None = None,
-    log_unit: float | None = None,
     batch_invariant: bool = False,
     config: dict[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch over tensors that are checked. ``keys``: values, rope, scales, page size, page and row stride, places.
 
-    ``max_logits`` [B, Sq, H] float32 and ``log_unit`` go together, over a sparse cache: prefill, which is not split.
-    Nor is what is to be ``batch_invariant``: how many splits there are depends on how many queries there are.
+    What is to be ``batch_invariant`` is not split: how many splits there are depends on how many queries there are.
     """
     if gpu.elsewhere(q):
         with torch.cuda.device(q.device):
             return launch(
                 kind, q, keys, ids, lens, most, sm_scale=sm_scale, extra=extra, extra_ids=extra_ids,
-                extra_lens=extra_lens, sinks=sinks, descale=descale, causal=causal, dtype=dtype, out=out,
-                max_logits=max_logits, log_unit=log_unit, batch_invariant=batch_invariant, config=config,
+                extra_lens=extra_lens, sinks=sinks, descale=descale, causal=causal, dtype=dtype,
+                batch_invariant=batch_invariant, config=config,
             )  # fmt: skip
     batch, queries, heads, width = q.shape
-    if out is None:
-        out = torch.empty(batch, queries, heads, 512, dtype=dtype, device=q.device)
+    out = torch.empty(batch, queries, heads, 512, dtype=dtype, device=q.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device).transpose(1, 2)
     if batch == 0 or queries == 0:
         return out, lse
@@ -534,7 +509,7 @@ def launch(
     extra_most = extra_ids.shape[-1] if extra_ids is not None else 0
     lines = batch * queries
     splits = 1
-    if max_logits is None and not batch_invariant:
+    if not batch_invariant:
         splits = split_count(lines * tiles, -(-most // size) + -(-extra_most // size), places)
     partial, partial_lse = out, lse  # not read
     if splits > 1:
@@ -548,14 +523,13 @@ def launch(
     halves = units = None
     if wide:
         launch_wide(
-            q, values, page_stride, page, count, ids, lens, out, lse, max_logits, partial, partial_lse, splits,
-            sm_scale=sm_scale, log_unit=log_unit or LN2, sinks=sinks,
+            q, values, page_stride, page, count, ids, lens, out, lse, None, partial, partial_lse, splits,
+            sm_scale=sm_scale, log_unit=LN2, sinks=sinks,
             extra=extra and (extra[0], x_stride, x_page, x_count, extra_ids, extra_lens),
         )  # fmt: skip
     else:
         if kind >= SPARSE_V32:
-            # a chunk's queries are many, and its results begin where their halves end
-            halves = out.view(torch.float16) if max_logits is not None else torch.empty_like(out, dtype=torch.float16)
+            halves = torch.empty_like(out, dtype=torch.float16)
             units = torch.empty(lines * heads, dtype=torch.float32, device=q.device)
             _query_kernel[(lines * -(-heads // 4),)](
                 q, halves, units, heads, queries, q.stride(0), q.stride(1), q.stride(2), NOPE=width - 64, BLOCK_H=4,
@@ -563,8 +537,8 @@ def launch(
             )  # fmt: skip
         _sparse_kernel[(tiles * splits * lines,)](
             q, halves, units, out, lse, partial, partial_lse, values, rope, scales, ids, lens, x_values, x_rope,
-            x_scales, extra_ids, extra_lens, sinks, descale_q, descale_k, max_logits, heads, queries, most, extra_most,
-            count, x_count, float(sm_scale), log_unit, int(causal), splits, q.stride(0), q.stride(1), q.stride(2),
+            x_scales, extra_ids, extra_lens, sinks, descale_q, descale_k, heads, queries, most, extra_most,
+            count, x_count, float(sm_scale), int(causal), splits, q.stride(0), q.stride(1), q.stride(2),
             page_stride, row_stride, x_stride, *strides, *x_strides, *lse.stride(),
             KIND=kind, ROPE=width == 576 or kind == SPARSE_V4, PAGE=page, EXTRA_PAGE=x_page,
             BITS=(0, 0) < capability < (8, 9), MERGE=splits > 1, **numbers,
@@ -654,29 +628,10 @@ def sparse_decode(
     Raises:
         ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
     """
-    return attend_pages(
-        q, k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length,
-        sm_scale=sm_scale, sinks=attn_sink, batch_invariant=batch_invariant, config=config,
-    )  # fmt: skip
-
-
-def attend_pages(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    indices: torch.Tensor,
-    topk_length: torch.Tensor | None,
-    extra_k_cache: torch.Tensor | None,
-    extra_indices: torch.Tensor | None,
-    extra_topk_length: torch.Tensor | None,
-    *,
-    sinks: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`launch` over fp8 pages, for decode and prefill, whose arguments have the same names, once they are checked."""
     pages = _check_queries(q, k_cache)
     _check_indices("indices", indices, q)
     _check_lengths("topk_length", topk_length, q)
-    check_sinks(sinks, q)
+    check_sinks(attn_sink, q)
     extra = None
     if (extra_k_cache is None) != (extra_indices is None):
         lacks = "extra_k_cache" if extra_k_cache is None else "extra_indices"
@@ -694,7 +649,8 @@ def attend_pages(
     _check_lengths("extra_topk_length", extra_topk_length, q)
     return launch(
         SPARSE_V4 if pages.layout is V4 else SPARSE_V32, q, _addresses(pages), indices, topk_length,
-        indices.shape[-1], extra=extra, extra_ids=extra_indices, extra_lens=extra_topk_length, sinks=sinks, **options,
+        indices.shape[-1], extra=extra, extra_ids=extra_indices, extra_lens=extra_topk_length, sinks=attn_sink,
+        sm_scale=sm_scale, batch_invariant=batch_invariant, config=config,
     )  # fmt: skip
 
 
@@ -794,13 +750,9 @@ def _check_lengths(name: str, lens: torch.Tensor | None, q: torch.Tensor) -> Non
 
 
 def compile_cases(every: bool = False) -> list[CompileCase]:
-    """Every way of storing keys, with all options off and all on, and prefill; page sizes differ in a constant."""
+    """Every way of storing keys, with all options off and all on; page sizes differ in a constant."""
     cases = []
-    forms = ((False, False), (True, False), (True, True))
-    for sm, kind, heads, (full, prefill) in itertools.product(TARGETS, range(4), (16, 64), forms):
-        # it differs from decode at the ends of the loop
-        if prefill and (kind < SPARSE_V32 or not (every or sm in FEW_TARGETS)):
-            continue
+    for sm, kind, heads, full in itertools.product(TARGETS, range(4), (16, 64), (False, True)):
         numbers = sparse_config(heads, (sm // 10, sm % 10))
         extra = full and kind >= SPARSE_V32
         if (heads > 16 and numbers == sparse_config(16, (sm // 10, sm % 10))) or (
@@ -815,7 +767,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         signature |= {"partial": "*fp32", "partial_lse": "*fp32", "values": kinds[kind]}
         signature |= dict.fromkeys((*_COUNTS, *_STRIDES), "i32") | {"sm_scale": "fp32"}
         options: dict[str, Any] = {"rope": None, "scales": None, "halves": None, "units": None, "lens": None}
-        options |= dict.fromkeys(("sinks", "descale_q", "descale_k", "max_logits", "log_unit"))
+        options |= dict.fromkeys(("sinks", "descale_q", "descale_k"))
         options |= dict.fromkeys(("extra_values", "extra_rope", "extra_scales", "extra_ids", "extra_lens"))
         if scales is not None:
             signature |= {"rope": "*bf16", "scales": scales, "halves": "*fp16", "units": "*fp32"}
@@ -828,11 +780,9 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         if extra:
             signature |= {"extra_values": "*i16", "extra_rope": "*bf16", "extra_scales": scales or ""}
             signature |= {"extra_ids": "*i32", "extra_lens": "*i32"}
-        if prefill:
-            signature |= {"max_logits": "*fp32", "log_unit": "fp32"}
         options = {name: value for name, value in options.items() if name not in signature}
         options |= {"KIND": kind, "ROPE": True, "PAGE": 64, "EXTRA_PAGE": 2 if extra else 0, "BITS": sm < 89}
-        options |= {"MERGE": full and not prefill, **numbers}
+        options |= {"MERGE": full, **numbers}
         divisible: tuple[str, ...] = (
             "q",
             "out",
@@ -848,9 +798,9 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         divisible += ("row_stride",) if kind < SPARSE_V32 else ("rope", "scales", "halves", "units")
         divisible += ("extra_values", "extra_rope", "extra_scales") if extra else ()
         what = ("dense", "dense e4m3", "sparse V3.2", "sparse V4")[kind]
-        name = f"sparse_{'prefill' if prefill else 'decode'} {what}, {heads} heads, {full}"
+        name = f"sparse_decode {what}, {heads} heads, {full}"
         # addresses of the tensor cores' operands, which the loop over keys has no registers for
-        stack = (1200 if prefill else 1100) if heads > 16 else 192
+        stack = 1100 if heads > 16 else 192
         cases.append(
             CompileCase(name, _sparse_kernel, signature, options, divisible, warps, targets=(sm,), stack=stack)
         )

@@ -16,10 +16,6 @@ and lse +inf, whatever the sink.
 
 One program per query and tile of heads; keys are gathered a tile at a time. On sm_90 more than 16 heads are
 `mla_patch.kernels.sparse.sm90`'s.
-
-`mla_sparse_prefill_paged` needs no workspace: the same over the pages of an fp8 cache, or of two, by
-`mla_patch.kernels.sparse.decode`'s kernel. It decodes a key for every query that names it; a workspace holds it decoded
-once for all of them.
 """
 
 from __future__ import annotations
@@ -35,9 +31,8 @@ import triton.language as tl
 from mla_patch.compat import gpu
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.cache.dequantize import dequantize_ref, operand, rounded
-from mla_patch.kernels.cache.layouts import V4, V32, new_pages
-from mla_patch.kernels.sparse.decode import LN2, attend_pages, is_wide, launch_wide
+from mla_patch.kernels.cache.dequantize import operand, rounded
+from mla_patch.kernels.sparse.decode import LN2, is_wide, launch_wide
 
 _INTERPRETED = interpreted()
 
@@ -195,56 +190,6 @@ def mla_sparse_prefill(
     return out, max_logits, lse
 
 
-def mla_sparse_prefill_paged(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    indices: torch.Tensor,
-    sm_scale: float,
-    *,
-    attn_sink: torch.Tensor | None = None,
-    topk_length: torch.Tensor | None = None,
-    extra_k_cache: torch.Tensor | None = None,
-    extra_indices: torch.Tensor | None = None,
-    extra_topk_length: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    return_log2: bool = False,
-    config: dict[str, int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`mla_sparse_prefill` straight from the pages of an fp8 cache. Returns ``out, max_logits, lse`` as it does.
-
-        q               [Sq, H, 576 or 512]    bfloat16
-        k_cache         [pages, ps, 1, 656 or 584]    V3.2 under 576 wide queries and V4 under 512 wide ones, pages of
-                        any size, as `mla_patch.kernels.cache.layouts` has them
-        indices         [Sq, 1, topk]    int32, slots: page * ps + token; outside the cache is no key
-        topk_length     [Sq]    int32, int64 or None
-        extra_*         a second cache with its own page size, indices and lengths, of the same layout: one softmax
-        out             [Sq, H, 512]    bfloat16, contiguous, elsewhere than q
-
-    Values are rounded as `mla_patch.kernels.sparse.decode` says, V4's only where a token's scales lie far apart. No
-    queries launch nothing. Without sync; results come from torch's allocator at every call, and of scratch only a float
-    for each query and head, so a captured graph has them in its pool. ``config`` replaces
-    `mla_patch.kernels.sparse.decode.sparse_config`'s numbers.
-
-    Raises:
-        ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
-    """
-    _check_q(q)
-    queries, heads, _ = q.shape
-    if out is None:
-        out = torch.empty(queries, heads, 512, dtype=torch.bfloat16, device=q.device)
-    _check_out(out, q, torch.bfloat16)
-    if not out.is_contiguous():
-        raise ValueError(f"out: {_shape(out)}, expected contiguous")
-    if queries and out.data_ptr() == q.data_ptr():
-        raise ValueError("out: the memory of q, expected memory of its own")
-    max_logits = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
-    _, lse = attend_pages(
-        q[:, None], k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length, sm_scale=sm_scale,
-        sinks=attn_sink, out=out, max_logits=max_logits, log_unit=1.0 if return_log2 else LN2, config=config,
-    )  # fmt: skip
-    return out, max_logits, lse[..., 0]
-
-
 def mla_sparse_prefill_ref(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -256,54 +201,13 @@ def mla_sparse_prefill_ref(
     return_log2: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition, in float64: out [Sq, H, 512], max_logits and lse [Sq, H]."""
-    found = []
-    for s in range(len(q)):
-        ids = indices[s, 0, : max(0, int(topk_length[s])) if topk_length is not None else None].long()
-        found.append(kv[ids[(ids >= 0) & (ids < kv.shape[0])], 0].double())
-    return _attend_ref(q, found, sm_scale, d_v, attn_sink, return_log2)
-
-
-def mla_sparse_prefill_paged_ref(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    indices: torch.Tensor,
-    sm_scale: float,
-    *,
-    attn_sink: torch.Tensor | None = None,
-    topk_length: torch.Tensor | None = None,
-    extra_k_cache: torch.Tensor | None = None,
-    extra_indices: torch.Tensor | None = None,
-    extra_topk_length: torch.Tensor | None = None,
-    return_log2: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The definition, in float64 on the stored bytes: out [Sq, H, 512], max_logits and lse [Sq, H]."""
-    sets = [(k_cache, indices, topk_length)]
-    if extra_k_cache is not None and extra_indices is not None:
-        sets.append((extra_k_cache, extra_indices, extra_topk_length))
-    found = []
-    for s in range(len(q)):
-        keys = []
-        for cache, ids, lens in sets:
-            slots = ids[s, 0, : max(0, int(lens[s])) if lens is not None else None].long()
-            keys.append(dequantize_ref(cache, slots[(slots >= 0) & (slots < cache.shape[0] * cache.shape[1])]))
-        found.append(torch.cat(keys))
-    return _attend_ref(q, found, sm_scale, 512, attn_sink, return_log2)
-
-
-def _attend_ref(
-    q: torch.Tensor,
-    found: list[torch.Tensor],
-    sm_scale: float,
-    d_v: int,
-    attn_sink: torch.Tensor | None,
-    return_log2: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of every query to the keys that were ``found`` for it."""
     queries, heads = q.shape[:2]
     out = torch.zeros(queries, heads, d_v, dtype=torch.float64, device=q.device)
     max_logits = torch.full((queries, heads), -math.inf, dtype=torch.float64, device=q.device)
     lse = torch.full((queries, heads), math.inf, dtype=torch.float64, device=q.device)
-    for s, keys in enumerate(found):
+    for s in range(queries):
+        ids = indices[s, 0, : max(0, int(topk_length[s])) if topk_length is not None else None].long()
+        keys = kv[ids[(ids >= 0) & (ids < kv.shape[0])], 0].double()
         if len(keys):
             scores = q[s].double() @ keys.T * sm_scale
             max_logits[s] = scores.amax(-1)
@@ -429,37 +333,6 @@ def warmup(
     lens = torch.ones(1, dtype=torch.int32, device=device) if more or lengths else None
     with COMPILES.warming():
         mla_sparse_prefill(q, q[:, :1], ids, 1.0, attn_sink=sink, topk_length=lens)
-    return COMPILES.total - before
-
-
-def warmup_paged(
-    device: torch.device | str,
-    heads: int,
-    page_sizes: tuple[int, ...] = (),
-    extra: tuple[int, ...] = (),
-    more: bool = False,
-) -> int:
-    """Compile what `mla_sparse_prefill_paged` can reach of V4's caches with pages of these sizes, alone and beside each
-    of ``extra``, or, where no sizes are given, of V3.2's; ``more``: with sink and int32 lengths. How many kernels that
-    took. Queries, topk and base change nothing.
-
-    Real launches over one token. Nothing to do on a CPU.
-    """
-    layout = V4 if page_sizes else V32
-    q = torch.zeros(1, heads, layout.width, dtype=torch.bfloat16, device=device)
-    if not q.is_cuda and not _INTERPRETED:
-        return 0
-    before = COMPILES.total
-    ids = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
-    lens = torch.ones(1, dtype=torch.int32, device=device) if more else None
-    sink = torch.zeros(heads, device=device) if more else None
-    with COMPILES.warming():
-        for size, second in itertools.product(page_sizes or (64,), (0, *extra)):
-            options: dict[str, Any] = {"attn_sink": sink, "topk_length": lens}
-            if second:
-                options |= {"extra_k_cache": new_pages(layout, 1, second, device), "extra_indices": ids}
-                options |= {"extra_topk_length": lens}
-            mla_sparse_prefill_paged(q, new_pages(layout, 1, size, device), ids, 1.0, **options)
     return COMPILES.total - before
 
 
