@@ -207,14 +207,45 @@ def compile_case(case: CompileCase, sm: int) -> Any:
     )
 
 
-def cuobjdump() -> Path:
-    """The disassembler in Triton's wheel."""
+def cuda_tool(name: str) -> Path:
+    """One of CUDA's tools in Triton's wheel, such as "cuobjdump".
+
+    Raises:
+        FileNotFoundError: this Triton ships none.
+    """
     from triton.backends import nvidia
 
-    found = sorted(Path(nvidia.__path__[0]).glob("**/cuobjdump"))
+    found = sorted(Path(nvidia.__path__[0]).glob(f"**/bin/{name}"))
     if not found:
-        raise FileNotFoundError("this Triton ships no cuobjdump")
+        raise FileNotFoundError(f"this Triton ships no {name}")
     return found[0]
+
+
+# What ptxas says before it goes on to code that is right and slow: wgmma instructions wait for one another (C7510 -
+# C7514, C7517), or registers stay divided evenly among the warps (C7507, C7508).
+SLOW_CODE = re.compile(r"\(C75\d\d\)|Potential Performance Loss")
+
+
+def slow_code(ptx: str) -> list[str]:
+    """ptxas' warnings that a kernel of sm_90 is assembled into slow code; none where it has nothing of the kind.
+
+    Triton keeps its own run of ptxas to itself, and does not run it for what its cache holds, so ptxas runs here again.
+    """
+    if "wgmma" not in ptx and "setmaxnreg" not in ptx:
+        return []
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target\s+(sm_(\d+)\w*)", ptx, re.MULTILINE)
+    if target is None:
+        raise ValueError("PTX without a .target line")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        ptxas = get_ptxas(int(target[2])).path  # which of the wheel's two
+        command = [ptxas, "-v", f"--gpu-name={target[1]}", source, "-o", Path(folder) / "kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = (done.stdout + done.stderr).splitlines()
+    return [line.strip() for line in lines if SLOW_CODE.search(line)]
 
 
 def usage(compiled: Any) -> Usage:
@@ -222,7 +253,7 @@ def usage(compiled: Any) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        done = subprocess.run([cuobjdump(), "-res-usage", path], capture_output=True, text=True, check=True)
+        done = subprocess.run([cuda_tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
     # ` Function name: REG:18 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:592 TEXTURE:0 ...`
     line = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", done.stdout)
     if line is None:

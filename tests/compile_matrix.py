@@ -5,8 +5,8 @@
 A module anywhere under mla_patch/kernels takes part by defining `compile_cases(every: bool) -> list[CompileCase]`: what
 its launch table can ask Triton to compile, with all options off and all on, or, with --every, their product.
 Runs in its own process, without TRITON_INTERPRET. Exit 1: something does not compile, needs more shared memory than
-the chip has, or spills. With one job each case is named before it is compiled, so that a process that is killed tells
-where it was. It and its workers end with whoever started them.
+the chip has, spills, or makes ptxas warn of slow code. With one job each case is named before it is compiled, so that
+a process that is killed tells where it was. It and its workers end with whoever started them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # and in the workers, which import this file
 
+import triton
+
 import mla_patch.kernels
-from mla_patch.compat.triton import SHARED_LIMIT, TARGETS, CompileCase, compile_case, usage
+from mla_patch.compat.triton import SHARED_LIMIT, TARGETS, CompileCase, compile_case, slow_code, usage
 
 PREFIX = "mla_patch.kernels."
 
@@ -47,7 +49,8 @@ def check(every: bool, index: int, sm: int) -> tuple[str, str, int, str]:
     """(family, case, sm, what it takes, ending in the fault if there is one); by index, since kernels do not pickle."""
     family, case = collect(every)[index]
     try:
-        taken = usage(compile_case(case, sm))
+        compiled = compile_case(case, sm)
+        taken, slow = usage(compiled), slow_code(compiled.asm["ptx"])
     except Exception as problem:
         return family, case.name, sm, f"FAILED {problem!r}"
     faults = []
@@ -55,6 +58,7 @@ def check(every: bool, index: int, sm: int) -> tuple[str, str, int, str]:
         faults.append(f"FAILED {SHARED_LIMIT[sm]} KiB of shared memory is all there is")
     if taken.stack > case.stack:
         faults.append(f"FAILED expected a stack of at most {case.stack}")
+    faults += [f"FAILED {warning}" for warning in slow]
     return (
         family,
         case.name,
@@ -98,6 +102,7 @@ def main() -> int:
         for sm in args.sm or TARGETS
         if sm in case.targets and args.match in case.name and args.family in ("", family)
     ]
+    print(f"Triton {triton.__version__}", flush=True)
     failed = 0
     for family, name, sm, result in results(work, cases, args.jobs):
         failed += "FAILED" in result

@@ -118,6 +118,11 @@ def fetch_package(name: str, version: str, cache: Path | None = None) -> Path:
     return _folder(cache or cache_dir(), f"{name}-{version}", [f"{name}=={version}"], _ANY_MACHINE)
 
 
+def fetch_triton(version: str, cache: Path | None = None) -> Path:
+    """The folder with one release of Triton for the Python that runs."""
+    return _folder(cache or cache_dir(), f"triton-{version}-{sys.implementation.cache_tag}", [f"triton=={version}"])
+
+
 def fetch_files(name: str, version: str, wanted: str, cache: Path | None = None) -> Path:
     """A folder with those files of one package's wheel whose paths match ``wanted``, a regular expression.
 
@@ -191,7 +196,7 @@ def _lock(cache: Path) -> Iterator[None]:
 
 # how the folders are called that are made here, whole or by half
 _OURS = re.compile(
-    r"\.?(wheel|sglang|sglang-kernel|sgl-kernel|sgl-flash-mla|tokenspeed-mla|common|transformers)-[\w.+-]+|\.lock"
+    r"\.?(wheel|sglang|sglang-kernel|sgl-kernel|sgl-flash-mla|tokenspeed-mla|common|transformers|triton)-[\w.+-]+|\.lock"
 )
 
 

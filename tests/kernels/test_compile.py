@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from scratch import TESTS
+from scratch import ROOT, TESTS
 
-from mla_patch.compat.triton import TARGETS, gpu_compile, interpreted
+from mla_patch.compat.triton import TARGETS, gpu_compile, interpreted, slow_code
+from mla_patch.drive import sglang_fetch
 
 # how many compiles each kernel module's launch tables come to: one that silently had none would pass
 COMPILES = {
@@ -30,9 +31,9 @@ COMPILES = {
 }
 
 
-def run(*command: str, limit: float = 1800) -> subprocess.CompletedProcess[str]:
+def run(*command: str, limit: float = 1800, **more: str) -> subprocess.CompletedProcess[str]:
     """A process without the interpreter, and none of its own left behind; one that is too slow tells its last line."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | more
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, *command], cwd=TESTS, env=env, start_new_session=True, **streams) as process:
         try:
@@ -60,6 +61,46 @@ def test_every_launch_table_entry_compiles_within_the_chip(family):
         for sm in TARGETS:
             for builder in ("token_indices", "page_table 64"):
                 assert f"indices.kv: sm_{sm}  {builder} " in done.stdout
+
+
+@pytest.mark.network
+def test_warp_specialized_kernels_compile_with_the_triton_of_engines():
+    """CI has a newer Triton than torch 2.11, whose ptxas may think otherwise of registers and of wgmma."""
+    path = os.pathsep.join(map(str, (sglang_fetch.fetch_triton("3.6.0"), ROOT)))
+    for family, cases in {"decode.sm90": 2, "sparse.sm90": 4}.items():  # one for each kind of cache, with its options
+        command = ("compile_matrix.py", "--jobs", "1", "--family", family, "--match", "True")
+        done = run(*command, PYTHONPATH=path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.splitlines()[0] == "Triton 3.6.0"
+        assert done.stdout.splitlines()[-1] == f"{cases} compiled, 0 failed"
+
+
+SETMAXNREG = "setmaxnreg.dec.sync.aligned.u32 40;"  # without a register count at entry
+READ_TOO_EARLY = """
+.reg .f32 %f<4>; .reg .b64 %d<4>;
+ld.param.u64 %d3, [p]; mov.b64 %d1, 0; mov.b64 %d2, 0;
+mov.f32 %f0, 0f00000000; mov.f32 %f1, 0f00000000; mov.f32 %f2, 0f00000000; mov.f32 %f3, 0f00000000;
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, %d1, %d2, 1, 1, 1, 0, 0;
+add.f32 %f0, %f0, 0f3F800000;
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+st.global.f32 [%d3], %f0;
+"""
+
+
+@pytest.mark.parametrize(
+    "body, code",
+    [
+        pytest.param(SETMAXNREG, "C7508", id="registers"),
+        pytest.param(READ_TOO_EARLY, "C7517", id="wgmma"),
+        pytest.param("", "", id="neither"),
+    ],
+)
+def test_code_that_ptxas_calls_slow_is_a_failure(body, code):
+    head = ".version 8.4\n.target sm_90a\n.address_size 64\n.visible .entry k(.param .u64 p) {"
+    found = slow_code(f"{head}\n{body}\nret;\n}}")
+    assert [code in line for line in found] == ([True] if code else [])
 
 
 def test_every_kernel_module_is_compiled():
