@@ -820,7 +820,7 @@ def _child(name: str, argv: Sequence[str], environ: dict[str, str], args: argpar
     if args.fetch is not None:
         folders = _fetched(name, args.fetch)
         environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", f"mla_patch.{name}", *argv]
+    command = [sys.executable, "-m", f"mla_patch.cli.{name}", *argv]
     result: dict[str, Any] | None = None
     with _progress(args.json) as tell, tempfile.TemporaryFile("w+", errors="replace") as errors:
         child = subprocess.Popen(

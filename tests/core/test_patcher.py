@@ -1381,7 +1381,7 @@ GROUPS = """
 from dataclasses import replace
 told = []
 one, other = (replace(each, group=name) for each, name in ((PREFILL, "one"), (ATTEND, "other")))
-FEATURES = [feature("both", one, other, told=lambda mode, asked_for: told.append((mode, asked_for)))]
+FEATURES = [feature("both", one, other, on_decision=lambda mode, asked_for: told.append((mode, asked_for)))]
 """
 
 
