@@ -1,0 +1,1 @@
+"""What the kernel families share: no kernel of its own, and no family is known here."""
