@@ -1,8 +1,7 @@
-"""A small engine with steps and graph runners as SGLang's releases have them, and graphs that work without a GPU.
+"""A small engine with the steps and graph runners of SGLang's releases, and with graphs that work without a GPU.
 
-A graph is a tape of the operators that torch dispatched while it was captured; a replay runs them again on the same
-tensors. The model adds to each layer's attention, which is twice the query; ours is off by ``ERROR``, so that a
-result tells whose it is.
+A graph is a tape of the operators that torch dispatched during the capture. A replay runs them again on the same
+tensors. The attention of a layer is twice the query. Ours is off by ``ERROR``, so that a result shows which arm ran.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ LAYERS, WIDTH, ERROR = 3, 8, 1e-3
 
 
 class Tape(TorchDispatchMode):
-    """Takes the place of torch.cuda.CUDAGraph and of its context."""
+    """Replaces torch.cuda.CUDAGraph and its context."""
 
     open: list[Tape] = []
 
@@ -85,7 +84,7 @@ class ShapeKey:
 
 
 class BySize:
-    """0.5.1 - 0.5.13."""
+    """The runner of SGLang 0.5.1 - 0.5.13."""
 
     name = "CudaGraphRunner"
 
@@ -116,7 +115,7 @@ class BySize:
 
 
 class ByKey:
-    """From 0.5.14."""
+    """The runner of SGLang 0.5.14 and later."""
 
     name = "DecodeCudaGraphRunner"
 
@@ -155,7 +154,7 @@ class ByKey:
 
 
 class DraftBySize(BySize):
-    """EAGLE's, 0.5.1 - 0.5.13: not a subclass, but it captures with the other's loop."""
+    """EAGLE's runner of 0.5.1 - 0.5.13. It is not a subclass of the other runner, but uses its capture loop."""
 
     name = "EAGLEDraftCudaGraphRunner"
 
@@ -170,7 +169,7 @@ class DraftBySize(BySize):
 
 
 class DraftByKey(ByKey):
-    """EAGLE's, from 0.5.14: each size is captured twice, as 0.5.23 does where it samples drafts."""
+    """EAGLE's runner of 0.5.14 and later. It captures each size twice, as 0.5.23 does when it samples drafts."""
 
     name = "EAGLEDraftCudaGraphRunner"
 
@@ -205,11 +204,11 @@ class Engine:
         site = EntryPoint("decode", Call, sites, self.counts, self.switch, shadow_clone)
         self.decode = stand_in(host_decode, "call", site)
         self.module = ModuleType("engine")
-        # classes of its own, since the edits change them
+        # new classes for each engine, since the edits change them
         self.module.ModelRunner = type("ModelRunner", (_ModelRunner,), dict(vars(_ModelRunner)))
         for runner in (BySize, ByKey):
             setattr(self.module, runner.name, type(runner.name, (runner,), dict(vars(runner))))
-        # what EAGLE's are beside, or below
+        # EAGLE's runners use or extend these
         self.drafts = {
             BySize: type(DraftBySize.name, (DraftBySize,), dict(vars(DraftBySize))),
             ByKey: type(DraftByKey.name, (self.module.DecodeCudaGraphRunner,), dict(vars(DraftByKey))),
@@ -218,7 +217,7 @@ class Engine:
     def _stopped(self, reason: str, state: State) -> None:
         self.stops.append((reason, state))
         if self.switch.arms is not None:
-            self.switch.arms.stopped(reason)  # as the patcher does
+            self.switch.arms.stopped(reason)  # as the patcher does it
 
     def serve(self, call: Call) -> None:
         if self.error == "raise" or (self.error == "raise in a graph" and Tape.open):
@@ -239,13 +238,13 @@ class Engine:
         return made
 
     def start_eagle(self, runner: type) -> Any:
-        """A draft model whose decodes are replayed from graphs of its own."""
+        """A draft model whose decode steps are replayed from its own graphs."""
         made = self.module.ModelRunner(self, True)
         made.eagle = self.drafts[runner](made)
         return made
 
     def whose(self, out: torch.Tensor) -> str:
-        """Which arm a step's result is of."""
+        """The arm that produced the result of a step."""
         ratio = float(out.flatten()[0]) / 2**LAYERS
         return "host" if ratio == 1 else "patch" if abs(ratio - (1 + self.error) ** LAYERS) < 1e-5 else f"? {ratio}"
 
@@ -261,7 +260,7 @@ class _ModelRunner:
         self.dist_port = 1234
 
     def draft(self, q: torch.Tensor) -> torch.Tensor:
-        """All steps of a draft, here one; the model is called as it is outside of graphs."""
+        """All steps of a draft (here one). The model is called as outside graphs."""
         return self.forward(SimpleNamespace(forward_mode=Mode("decode"), batch_size=len(q), seq_lens_sum=len(q), q=q))
 
     def forward(self, forward_batch: Any, pp_proxy_tensors: Any = None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""``mla-patch ab``: commands reach a running engine, a look at it gives no verdict, a report does."""
+"""``mla-patch ab``: commands reach a running engine, watching gives no verdict, a report does."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def told(capsys: pytest.CaptureFixture[str], *argv: Any) -> tuple[int, Any]:
 
 
 def heard(one: Running) -> None:
-    """Wait until the rank's thread has said where it is."""
+    """Wait until the heartbeat of the rank states its step."""
     end = time.monotonic() + 10
     while not (beats := control_file.read(one.path())[1]) or beats[0].step < one.live.step:
         assert time.monotonic() < end
@@ -66,7 +66,7 @@ def test_commands_reach_the_engine(running: Running, capsys: pytest.CaptureFixtu
         assert answer["run"] == running.path().stem and command["at"] > running.live.step
         reach(running, command["at"] + 4)
         found = set(running.run(40))
-        assert found - ({"host"} if argv[0] == "set" else set()) == whose  # shadow steps are the host's
+        assert found - ({"host"} if argv[0] == "set" else set()) == whose  # shadow steps run the engine's arm
     heard(running)
     _, answer = told(capsys, "set", running.folder, "decode", "ratio=0.2")
     assert (answer["commands"][0]["kind"], answer["commands"][0]["value"]) == ("ratio", 0.2)
@@ -84,7 +84,9 @@ def test_commands_reach_the_engine(running: Running, capsys: pytest.CaptureFixtu
         (("watch", "{}/none", "--once"), "not a directory"),
     ],
 )
-def test_what_cannot_be_done(running: Running, capsys: Any, argv: tuple[str, ...], problem: str) -> None:
+def test_commands_that_cannot_be_carried_out(
+    running: Running, capsys: Any, argv: tuple[str, ...], problem: str
+) -> None:
     heard(running)
     assert running.live.recorder is not None
     running.run(2)
@@ -100,7 +102,7 @@ def test_a_setting_is_an_arm_or_a_ratio(tmp_path: Path, capsys: Any, given: str)
     assert ended.value.code == 2 and "expected arm=NAME or ratio=SHARE" in capsys.readouterr().err
 
 
-def test_ranks_that_are_not_heard_get_no_command(tmp_path: Path, capsys: Any) -> None:
+def test_no_command_is_sent_while_a_rank_cannot_be_heard(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "r.control"
     control_file.create(path, {"run": "r", "ranks": 2, "features": {"decode": ["host", "patch"]}})
     control.Control(path, 0, thread=False).poll()
@@ -108,7 +110,7 @@ def test_ranks_that_are_not_heard_get_no_command(tmp_path: Path, capsys: Any) ->
     assert "1 of 2 ranks are heard here; ranks on several nodes need a shared directory" in capsys.readouterr().err
 
 
-def test_an_engine_that_has_ended_gets_no_command(tmp_path: Path, capsys: Any) -> None:
+def test_no_command_is_sent_to_an_engine_that_has_ended(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "r.control"
     control_file.create(path, {"run": "r", "ranks": 1, "features": {"decode": ["host", "patch"]}})
     with control_file.opened(path, os.O_RDWR) as file:
@@ -141,7 +143,7 @@ def test_an_engine_that_was_killed_a_second_ago_is_a_finding(
 
 
 def test_waiting(running: Running, capsys: Any) -> None:
-    """Until every rank has passed the step; a rank that steps on, one that is idle, one that hangs."""
+    """``--wait`` waits until every rank has reached the step: one that steps, one that is idle, one that hangs."""
     heard(running)
     going = threading.Event()
 
@@ -159,7 +161,7 @@ def test_waiting(running: Running, capsys: Any) -> None:
     assert (status, answer["findings"]) == (0, [])
     assert answer["ranks"][0]["reached"] and answer["ranks"][0]["step"] >= answer["commands"][0]["at"]
     heard(running)
-    assert cli.main(["ab", "stop", str(running.folder), "--wait"]) == 0  # nothing steps: the next step obeys
+    assert cli.main(["ab", "stop", str(running.folder), "--wait"]) == 0  # the engine is idle, so its next step obeys
     assert "1 rank(s) have read it" in capsys.readouterr().out
     assert set(running.run(1)) == {"host"}
 
@@ -167,7 +169,7 @@ def test_waiting(running: Running, capsys: Any) -> None:
 def test_a_rank_that_does_not_get_there_is_a_finding(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It steps, so that it is not idle, and has not come to the step when the time is over."""
+    """The rank runs steps, so it is not idle, but it has not reached the step when the time is over."""
     quiet(tmp_path, 2)
     ranks = [control.Control(tmp_path / "r.control", rank, thread=False) for rank in (0, 1)]
     monkeypatch.setattr(control.Controller, "_measure", lambda self: 1000.0)
@@ -193,7 +195,9 @@ def test_a_rank_that_does_not_get_there_is_a_finding(
     assert answer["findings"][0].startswith("rank 0 has read the command and is at step ")
 
 
-def test_another_users_engine_says_as_whom_to_run(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_for_another_users_engine_the_error_names_the_user(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quiet(tmp_path)
     owner = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: owner + 12345)
@@ -204,7 +208,7 @@ def test_another_users_engine_says_as_whom_to_run(tmp_path: Path, capsys: Any, m
         assert f"the engine runs as user {name}, this is user #{owner + 12345}: run it as that user" in err
 
 
-def test_a_look_gives_no_verdict(running: Running, capsys: Any) -> None:
+def test_watching_gives_no_verdict(running: Running, capsys: Any) -> None:
     running.run(60)
     assert running.live.recorder is not None
     heard(running)
@@ -238,7 +242,7 @@ def test_watching_goes_on_until_interrupted(running: Running, capsys: Any, monke
 def record_run(
     folder: Path, name: str, started: float, factor: float, note: str = "", lonely: tuple[str, ...] = ()
 ) -> None:
-    """``lonely``: buckets in which the host's arm has no step."""
+    """``lonely``: buckets in which the engine's arm has no step."""
     recorder = record.Recorder(
         folder / name, {"run": name, "rank": 0, "started": started, "tolerance": {"decode": 0.02}}
     )
@@ -286,7 +290,7 @@ def test_damaged_lines_are_a_finding(tmp_path: Path, capsys: Any) -> None:
 def test_rows_that_are_missing_at_the_end_are_a_finding(
     tmp_path: Path, capsys: Any, reached: int, missing: int
 ) -> None:
-    """A control file never grows, so a full disk does not stop the heartbeats in it."""
+    """The size of a control file is fixed, so a full disk does not stop its heartbeats."""
     record_run(tmp_path, "r", 1.0, 0.8)
     path = tmp_path / "r.control"
     control_file.create(path, {"run": "r", "ranks": 1, "features": {"decode": ["host", "patch"]}})

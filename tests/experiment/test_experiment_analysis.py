@@ -1,4 +1,4 @@
-"""Verdicts: no more than one in twenty is false, on latencies as ugly as real ones, and a real difference is found."""
+"""Verdicts: on latencies as irregular as real ones, at most one in twenty is false, and a real difference is found."""
 
 import itertools
 import json
@@ -25,10 +25,10 @@ def latencies(runs: int, steps: int, seed: int) -> np.ndarray:
     out = np.empty((runs, steps), np.float32)
     for step in range(steps):
         walk += rng.normal(0, 0.001, runs)  # clocks and temperature
-        near = 0.95 * near + rng.normal(0, 0.006, runs)  # what neighbouring steps share
+        near = 0.95 * near + rng.normal(0, 0.006, runs)  # shared by neighbouring steps
         out[:, step] = walk + near + slope * step
     out += 0.03 * rng.standard_t(2, size=out.shape).astype(np.float32)  # no variance
-    out += (rng.random(out.shape) < 0.01) * rng.pareto(1.5, out.shape).astype(np.float32)  # not even a mean, nearly
+    out += (rng.random(out.shape) < 0.01) * rng.pareto(1.5, out.shape).astype(np.float32)  # almost without a mean
     return 3000 * np.exp(np.minimum(out, 20))
 
 
@@ -40,7 +40,7 @@ def block_medians(runs: int, blocks: int, plan: Plan, seed: int) -> np.ndarray:
 
 
 def effects(medians: np.ndarray, plan: Plan, slow: float) -> list[float]:
-    """One run's, through the schedule; ``slow`` is what the tried arm's times are multiplied by."""
+    """The effects of one run under the schedule. The times of the tried arm are multiplied by ``slow``."""
     schedule = Schedule(plan)
     groups: dict[int, dict[str, list[float]]] = {}
     for number, us in enumerate(medians):
@@ -52,7 +52,7 @@ def effects(medians: np.ndarray, plan: Plan, slow: float) -> list[float]:
 
 
 def verdicts(runs: int, groups: int, slow: float = 1.0, seed: int = 0, plan: Plan = Plan()) -> tuple[Counter, float]:  # noqa: B008
-    """What is said of so many runs, and how often the interval holds the truth."""
+    """The verdicts on ``count`` runs, and how often the interval contains the true ratio."""
     medians = block_medians(runs, groups * Schedule(plan).size, plan, seed)
     said: Counter = Counter()
     covered = 0
@@ -64,7 +64,7 @@ def verdicts(runs: int, groups: int, slow: float = 1.0, seed: int = 0, plan: Pla
     return said, covered / runs
 
 
-def test_a_a_names_a_difference_in_at_most_one_run_of_twenty() -> None:
+def test_an_a_a_check_finds_a_difference_in_at_most_one_run_of_twenty() -> None:
     said, covered = verdicts(1000, 32, seed=5)
     assert said[FASTER] + said[SLOWER] <= 50, said
     assert said[DRIFTING] <= 20, said
@@ -72,14 +72,14 @@ def test_a_a_names_a_difference_in_at_most_one_run_of_twenty() -> None:
 
 
 @pytest.mark.parametrize("ratio, groups", [(0.1, 16), (0.25, 20), (0.8, 20)])
-def test_a_a_at_other_ratios(ratio: float, groups: int) -> None:
+def test_an_a_a_check_at_other_ratios(ratio: float, groups: int) -> None:
     said, covered = verdicts(250, groups, seed=6, plan=Plan(ratio=ratio))
     assert said[FASTER] + said[SLOWER] <= 16, said  # 5% and two standard errors of 250 runs, less the interval's say
     assert covered >= 0.93
 
 
 def test_these_latencies_would_fool_a_naive_test() -> None:
-    """The same data, each step taken for independent: the simulation is ugly enough to be worth passing."""
+    """A test that takes each step for independent fails on the same data, so the simulation is hard enough."""
     steps = np.log(latencies(200, 2048, seed=5))
     schedule = Schedule(Plan(warmup=0))
     tried = np.array([schedule.assignment(step).arm == PATCH for step in range(2048)])
@@ -89,7 +89,7 @@ def test_these_latencies_would_fool_a_naive_test() -> None:
 
 
 def test_a_slow_down_of_3_percent_is_found_within_8192_steps() -> None:
-    """32 groups of 4 blocks of 64 steps: as docs and README may state."""
+    """32 groups of 4 blocks of 64 steps. The documentation may state this."""
     said, _ = verdicts(200, 32, slow=1.03, seed=7)
     assert said[SLOWER] >= 196 and said[FASTER] == 0, said
     said, _ = verdicts(200, 32, slow=1 / 1.03, seed=8)
@@ -106,15 +106,15 @@ def test_with_many_buckets_a_whole_report_is_wrong_in_at_most_one_of_twenty() ->
         wrong += any(one.verdict in (FASTER, SLOWER) for one in comparisons)
         by_itself += any(one.p < 0.05 for one in comparisons)
     assert wrong <= 12  # 5%, and two standard errors of 150 reports
-    assert by_itself > 30  # what the adjustment is for
+    assert by_itself > 30  # without the adjustment
 
 
-# -- through the rows
+# -- from rows
 
 
 def rows(groups: int, slow: float = 1.0, *, plan: Plan = Plan(block=8), bucket: str = "graph/1/1024", seed: int = 1,  # noqa: B008
          tried: str = PATCH, drift: float = 0.0, feature: str = "decode") -> list[Timing]:  # fmt: skip
-    """So many groups of gently noisy steps."""
+    """``groups`` groups of steps with little noise."""
     draw = random.Random(seed)
     schedule = Schedule(plan)
     found = []
@@ -144,15 +144,15 @@ def test_faster_slower_even() -> None:
 
 
 @pytest.mark.parametrize("size, verdict", [(0.001, EVEN), (-0.004, EVEN), (0.006, SLOWER), (-0.006, FASTER)])
-def test_a_sure_difference_below_the_resolution_is_none(size: float, verdict: str) -> None:
-    """0.1% of a step lay between two captures of one graph on an H200, 37 groups, interval 1.0006 to 1.0012."""
+def test_a_certain_difference_below_the_resolution_is_no_verdict(size: float, verdict: str) -> None:
+    """On an H200, two captures of one graph differed by 0.1% of a step: 37 groups, interval 1.0006 to 1.0012."""
     one = Comparison("decode", "graph/1/1024", PATCH, 1, 1, 37, 148, 2368)
     decide([one], [[size + 1e-5 * (i % 7 - 3) for i in range(37)]])
     assert one.p < 0.05 and not one.interval[0] <= 1 <= one.interval[1]
     assert one.verdict == verdict
 
 
-def test_it_is_the_same_each_time() -> None:
+def test_the_analysis_is_deterministic() -> None:
     assert compare(rows(12, 0.9)) == compare(rows(12, 0.9))
 
 
@@ -165,7 +165,7 @@ def test_the_least_number_of_groups(groups: int, enough: bool) -> None:
         assert (one.verdict, one.ratio, one.interval, one.p) == (TOO_FEW, None, None, None)
 
 
-def test_latency_that_drifts_with_both_arms_is_no_hindrance() -> None:
+def test_a_drift_of_both_arms_does_not_prevent_a_verdict() -> None:
     (one,) = compare(rows(20, 0.97, drift=0.5))
     assert one.verdict == FASTER
     assert one.ratio == pytest.approx(0.97, rel=0.01)
@@ -180,13 +180,13 @@ def changing(before: float, after: float) -> list[Timing]:
     ]
 
 
-def test_an_effect_that_changes_is_no_verdict() -> None:
+def test_an_effect_that_changes_is_drifting() -> None:
     (one,) = compare(changing(0.9, 1.1))
     assert one.verdict == DRIFTING
     first, second = one.drift["first"], one.drift["second"]
     assert (first, second) == (pytest.approx(0.9, rel=0.02), pytest.approx(1.1, rel=0.02))
     assert one.text == f"drifting: {first:.3f} of host's time in the first half, {second:.3f} in the second"
-    assert compare(changing(0.9, 0.7))[0].verdict == FASTER  # of one mind in both halves
+    assert compare(changing(0.9, 0.7))[0].verdict == FASTER  # the same arm is faster in both halves
 
 
 def test_warmup_forced_arms_and_impossible_times_are_left_out() -> None:
@@ -203,7 +203,7 @@ def test_a_group_that_lacks_an_arm_is_left_out() -> None:
     without = [row for row in timings if row.group != gone or row.arm == HOST]
     assert compare(without)[0].groups == 11
     few = [row for row in timings if row.group != gone or row.arm == HOST or row.step % 8 < 3]
-    assert compare(few)[0].groups == 11  # three steps make no median
+    assert compare(few)[0].groups == 11  # a block needs more than three steps for a median
 
 
 def test_buckets_features_and_arms_are_apart() -> None:
@@ -242,13 +242,13 @@ def test_a_report_is_json() -> None:
     assert analysis.analyse(Merged("empty"))["comparisons"] == []
 
 
-# -- the statistics by themselves
+# -- the statistics alone
 
 
 @pytest.mark.parametrize(
     "values", [[1.0, 2.0, -3.0, 4.0, 5.0, 6.0, 7.0, 8.0], [1.0, 1.0, -1.0, 2.0, 2.0], [0.0, 0.0, 3.0, -4.0, 5.0], [1.0]]
 )
-def test_signed_rank_is_the_enumeration(values: list[float]) -> None:
+def test_signed_rank_equals_the_enumeration(values: list[float]) -> None:
     kept = [value for value in values if value]
     order = sorted(map(abs, kept))
     ranks = [2 * order.index(abs(v)) + order.count(abs(v)) + 1 for v in kept]
@@ -262,7 +262,7 @@ def test_signed_rank_is_the_enumeration(values: list[float]) -> None:
     assert stats.signed_rank(values) == pytest.approx(extreme / len(plus))
 
 
-def test_signed_rank_beyond_goes_on_smoothly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signed_rank_with_more_effects_continues_smoothly(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(3)
     off = []
     for _ in range(50):

@@ -1,4 +1,4 @@
-"""The page in a real browser: drawn as meant, silent, and asking nobody for anything."""
+"""The page in a real browser: drawn correctly, without complaints in its console, and without any request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mla_patch.experiment import analysis
 from mla_patch.experiment.html import report_html
 
 PROGRAM = find()
-# CI says NEED_BROWSER=1: there, a page that nobody has looked at is a failure
+# CI sets NEED_BROWSER=1, so that a missing browser is a failure there and no skip
 NEEDED = os.environ.get("NEED_BROWSER") == "1"
 pytestmark = pytest.mark.skipif(
     PROGRAM is None and not NEEDED, reason="THE REPORT'S PAGE WAS NOT LOOKED AT: no Chromium (apt install chromium)"
@@ -51,7 +51,7 @@ BOXES = """
 """
 
 
-def test_the_page_is_drawn_and_asks_nobody(browser: Browser, page: Path) -> None:
+def test_the_page_is_drawn_and_requests_nothing(browser: Browser, page: Path) -> None:
     browser.load(page)
     assert asked(browser) == [page.as_uri()]
     assert browser.complaints == []
@@ -61,18 +61,18 @@ def test_the_page_is_drawn_and_asks_nobody(browser: Browser, page: Path) -> None
     width = browser.evaluate("document.documentElement.clientWidth")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width  # wide tables scroll by themselves
     plots, tables = browser.evaluate(BOXES % "svg"), browser.evaluate(BOXES % "table")
-    assert len(plots) == 3 and len(tables) == 4  # verdicts, shadow checks, events, what was patched
+    assert len(plots) == 3 and len(tables) == 4  # verdicts, shadow checks, events, entry points
     for left, top, right, bottom in plots:
         assert right - left > 200 and bottom - top > 40
     for left, _, right, _ in (*plots, *browser.evaluate(BOXES % ".wide")):
         assert left >= 0 and right <= width
     blocks = sorted(box[1::2] for box in (*plots, *tables))
-    assert all(below[0] >= above[1] for above, below in pairwise(blocks))  # none over another
+    assert all(below[0] >= above[1] for above, below in pairwise(blocks))  # no plot covers another
 
     assert browser.evaluate("document.querySelectorAll('svg circle').length") == 3 + 6 + 100
     assert browser.evaluate("document.querySelectorAll('tbody tr').length") == 3 + 1 + 1 + 2
     assert "patch" in browser.evaluate("document.querySelector('table').innerText")
-    # what the style sheet says is what is drawn: the policy lets it through
+    # the style sheet applies, so the policy allows it
     colour = "getComputedStyle(document.querySelector('svg circle.c1')).fill"
     assert browser.evaluate(colour) == "rgb(11, 122, 117)"
 
@@ -87,12 +87,12 @@ def test_light_dark_and_paper_differ(browser: Browser, page: Path, media: str, p
     browser.load(page)
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == page_colour
     shot = browser.screenshot()
-    assert shot.startswith(b"\x89PNG") and len(shot) > 20_000  # a blank one has 5000 bytes
+    assert shot.startswith(b"\x89PNG") and len(shot) > 20_000  # a blank screenshot has 5000 bytes
     assert browser.complaints == [] and asked(browser) == [page.as_uri()]
 
 
-def test_the_policy_holds_and_what_it_stops_is_seen(browser: Browser, page: Path) -> None:
-    """The checks above can fail: a page that fetches and runs is told from ours, and the policy stops both."""
+def test_the_policy_stops_requests_and_the_test_detects_them(browser: Browser, page: Path) -> None:
+    """The checks above can fail: they detect a page that fetches and runs code, and the policy stops both."""
     text, image = page.read_text(encoding="utf-8"), "http://127.0.0.1:9/image"
     bad = f'<img src="{image}"><script>document.title = "ran"; console.log("ran")</script></body>'
     text = text.replace("</body>", bad)

@@ -1,4 +1,4 @@
-"""Live control: what cannot be trusted is ignored and told, and all ranks change arms at the same step."""
+"""Live control: a file that cannot be trusted is ignored and reported, and all ranks change arms at the same step."""
 
 import fcntl
 import logging
@@ -41,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rank(path: Path, number: int = 0) -> Control:
-    """Looks when it is told to."""
+    """A rank's side without a thread: it reads the file when the test calls ``poll``."""
     return Control(path, number, thread=False)
 
 
@@ -61,7 +61,7 @@ def test_the_file_is_made_once_and_for_its_owner(path: Path) -> None:
 
 
 def test_all_ranks_change_at_the_stated_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Controller, "_measure", lambda self: 177.0)  # steps a second
+    monkeypatch.setattr(Controller, "_measure", lambda self: 177.0)  # steps per second
     plan = Plan(seed=1)
     ranks = [rank(path, number) for number in range(4)]
     assigners = [Assigner("decode", plan, one) for one in ranks]
@@ -72,7 +72,7 @@ def test_all_ranks_change_at_the_stated_step(path: Path, monkeypatch: pytest.Mon
             assert send(path, "decode", "arm", "patch", at=None).at == 193
         if step % 7 == 0:
             for one in ranks[:2]:
-                one.poll()  # these read early, the others at the last moment
+                one.poll()  # these ranks read early, the others at the last moment
         if step == 190:
             for one in ranks:
                 one.poll()
@@ -84,7 +84,7 @@ def test_all_ranks_change_at_the_stated_step(path: Path, monkeypatch: pytest.Mon
 
 
 def sends(path: Path, monkeypatch: pytest.MonkeyPatch, ranks: list[Control], pace: int) -> int:
-    """The step of a command that is sent while the ranks take ``pace`` steps in the quarter second that it measures."""
+    """The step at which a command takes effect if ranks run ``pace`` steps in the quarter second that is measured."""
     clock = [time.time_ns()]
     monkeypatch.setattr(time, "time_ns", lambda: clock[0])
 
@@ -105,10 +105,10 @@ def sends(path: Path, monkeypatch: pytest.MonkeyPatch, ranks: list[Control], pac
     [(1, 0, 1001), (1, 250, 1001), (2, 0, 1001), (2, 1, 1001 + 4), (2, 5, 1005 + 9), (2, 250, 1250 + 352)],
     ids=["one, idle", "one, busy", "two, idle", "two, long prompts", "two, prompts", "two, decoding"],
 )
-def test_the_lead_is_bounded_by_time(
+def test_how_far_ahead_a_command_takes_effect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, pace: int, at: int
 ) -> None:
-    """0.35 seconds of steps and two; none where there is nobody to part from, or nothing runs."""
+    """As many steps as run in 0.35 s, and two; the next step if there is one rank or the engine is idle."""
     path = tmp_path / "r.control"
     control_file.create(path, ABOUT | {"ranks": number})
     ranks = [rank(path, one) for one in range(number)]
@@ -128,7 +128,7 @@ def test_the_next_step_of_an_idle_engine_obeys(tmp_path: Path, number: int) -> N
     for one in ranks:
         one.poll()
     send(path, "decode", "arm", "host", at=None)
-    for one in ranks:  # their threads go on while nothing steps
+    for one in ranks:  # the threads read the file even when no steps run
         one.poll()
     assignments = [[assigner.assignment(step) for assigner in assigners] for step in range(16, 40)]
     assert all(assignment == ("host", NOT_COMPARED, NOT_COMPARED) for step in assignments for assignment in step)
@@ -143,13 +143,13 @@ def test_one_rank_is_never_late(tmp_path: Path) -> None:
     assigner.assignment(150)
     one.poll()
     assert send(path, "decode", "arm", "patch", at=None).at == 151
-    for step in range(151, 160):  # before the file has been read
+    for step in range(151, 160):  # the file has not been read yet
         assigner.assignment(step)
     one.poll()
     assert (assigner.assignment(160).arm, assigner.late) == ("patch", 0)
 
 
-def test_a_rank_says_what_it_has_read(path: Path) -> None:
+def test_a_heartbeat_names_the_newest_command_read(path: Path) -> None:
     one = rank(path, 2)
     one.poll()
     assert [(beat.rank, beat.seen) for beat in control_file.read(path)[1]] == [(2, 0)]
@@ -167,22 +167,24 @@ def test_every_command(path: Path) -> None:
     send(path, "decode", "ratio", 0.9, at=2000)
     send(path, "decode", "arm", "patch", at=4000)
     send(path, "decode", "start", at=4050)
-    send(path, "kv_indices", "arm", "mine", at=0)  # another feature's
+    send(path, "kv_indices", "arm", "mine", at=0)  # a command to another feature
     one.poll()
     assignments = [assigner.assignment(step) for step in range(4200)]
     assert assignments[:500] == [Schedule(Plan(block=10, warmup=20)).assignment(step) for step in range(500)]
-    assert set(assignments[500:1020]) == {("host", NOT_COMPARED, NOT_COMPARED)}  # stopped, and the new start's warmup
+    assert set(assignments[500:1020]) == {
+        ("host", NOT_COMPARED, NOT_COMPARED)
+    }  # first stopped, then in the warmup of the new start
     assert assignments[1020].block == 1020
     tried = sum(assignment.arm == "patch" for assignment in assignments[2000:4000]) / 2000
     assert tried == 0.9
     assert {assignment.group for assignment in assignments[2000:2100]} == {2000, NOT_COMPARED}
     assert set(assignments[4000:4050]) == {("patch", NOT_COMPARED, NOT_COMPARED)}
-    given = Schedule(Plan(block=10, warmup=20, start=4050))  # the ratio of before is no more
+    given = Schedule(Plan(block=10, warmup=20, start=4050))  # the earlier ratio is no longer valid
     assert assignments[4050:] == [given.assignment(step) for step in range(4050, 4200)]
     assert [command.kind for command in assigner.taken] == ["stop", "start", "ratio", "arm", "start"]
 
 
-def test_order_is_by_step_then_by_time(path: Path) -> None:
+def test_commands_are_obeyed_by_step_then_in_order_of_writing(path: Path) -> None:
     one = rank(path)
     assigner = Assigner("kv_indices", Plan(warmup=0), one)
     send(path, "kv_indices", "arm", "host", at=50)
@@ -199,7 +201,7 @@ def test_a_late_rank_obeys_and_is_counted(path: Path) -> None:
     send(path, "decode", "arm", "patch", at=100)
     one.poll()
     assert (assigner.assignment(151).arm, assigner.late) == ("patch", 1)
-    fresh = Assigner("decode", Plan(), rank(path))  # a rank that starts now has missed nothing
+    fresh = Assigner("decode", Plan(), rank(path))  # for a rank that starts now, no command is late
     fresh._control.poll()
     assert (fresh.assignment(151).arm, fresh.late) == ("patch", 0)
 
@@ -215,7 +217,7 @@ def test_a_command_takes_effect_through_the_thread(path: Path) -> None:
             time.sleep(0.01)
         with Controller(path) as controller:
             command = controller.send("decode", "arm", "patch")
-        assert command.at == 5001  # it is idle
+        assert command.at == 5001  # the engine is idle
         while assigner._inbox.next_at != command.at:
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -224,7 +226,7 @@ def test_a_command_takes_effect_through_the_thread(path: Path) -> None:
         one.close()
 
 
-def test_the_faster_the_engine_the_more_steps_it_is_given(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faster_engine_gets_more_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = rank(path)
 
     def pause(seconds: float) -> None:
@@ -233,11 +235,11 @@ def test_the_faster_the_engine_the_more_steps_it_is_given(path: Path, monkeypatc
 
     one.step = 10
     one.poll()
-    now = iter(range(10**18, 10**19, 10**9))  # a second from look to look
+    now = iter(range(10**18, 10**19, 10**9))  # one second passes between two reads
     monkeypatch.setattr(time, "time_ns", lambda: next(now))
     one.poll()
     monkeypatch.setattr(time, "sleep", pause)
-    assert send(path, "decode", "stop", at=None).at == 1010 + control.MARGIN + 350  # what comes in 0.35 s
+    assert send(path, "decode", "stop", at=None).at == 1010 + control.MARGIN + 350  # steps in 0.35 s
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_the_faster_the_engine_the_more_steps_it_is_given(path: Path, monkeypatc
         (("decode", "stop"), 7, "at=7: a rank is at step 7 already"),
     ],
 )
-def test_what_cannot_be_sent(path: Path, args: tuple, at: int, problem: str) -> None:
+def test_commands_that_are_refused(path: Path, args: tuple, at: int, problem: str) -> None:
     one = rank(path)
     if at == 7:
         one.step = 7
@@ -280,7 +282,7 @@ def test_two_controllers_at_once(path: Path, killed: bool) -> None:
         if killed:
             other.kill()
         other.communicate(b"")
-    assert send(path, "decode", "stop").seq == 1  # its lock went with it
+    assert send(path, "decode", "stop").seq == 1  # the lock ended with its process
 
 
 def test_writers_wait_for_each_other(path: Path) -> None:
@@ -302,14 +304,14 @@ def send_many(path: Path, number: int) -> None:
             one.poll()
 
 
-def test_a_writer_that_hangs_is_told_of(path: Path) -> None:
+def test_a_writer_that_hangs_is_reported(path: Path) -> None:
     with control_file.opened(path, os.O_RDWR) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ControlError, match="locked by another process"):
             send(path, "decode", "stop")
 
 
-# -- what cannot be trusted
+# -- files that cannot be trusted
 
 
 def spoil(path: Path, at: int, data: bytes) -> None:
@@ -347,7 +349,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_a_spoilt_file_is_ignored_and_told_once(
+def test_a_damaged_file_is_ignored_and_reported_once(
     how: str, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = rank(path)
@@ -360,7 +362,7 @@ def test_a_spoilt_file_is_ignored_and_told_once(
         for step in range(20):
             one.poll()
             arm = assigner.assignment(step).arm
-    assert arm == "patch"  # what was read before holds
+    assert arm == "patch"  # commands that were read before stay valid
     assert re.search(reason, one.problem)
     assert len(caplog.records) == 1
     with pytest.raises(ControlError, match=reason):
@@ -392,7 +394,7 @@ def test_an_older_file_in_its_place_is_refused(path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [0, 4, 11, 12, 16, 40, 200])
 def test_a_torn_write_is_never_acted_on(path: Path, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer dies after ``cut`` bytes of its slot."""
+    """The writer dies after it has written ``cut`` bytes of a slot."""
     one = rank(path)
     send(path, "decode", "arm", "host", at=10)
     write = os.pwrite
@@ -418,12 +420,12 @@ def test_every_flipped_bit_is_seen(path: Path) -> None:
 
 
 @pytest.mark.parametrize("at, step", [(-1, 0), (1.5, 0), (True, 0), (control_file.NEVER, 0)])
-def test_a_step_that_cannot_be(at: object, step: int) -> None:
+def test_commands_for_impossible_steps(at: object, step: int) -> None:
     with pytest.raises(ValueError, match="at="):
         Command("decode", "stop", at, 1)  # type: ignore[arg-type]
 
 
-def test_a_spoilt_heartbeat_is_nobody(path: Path) -> None:
+def test_a_damaged_heartbeat_is_ignored(path: Path) -> None:
     one = rank(path, 5)
     one.step = 1000
     one.poll()
@@ -433,19 +435,19 @@ def test_a_spoilt_heartbeat_is_nobody(path: Path) -> None:
     assert send(path, "decode", "stop", at=None).at == 1
 
 
-def test_a_rank_that_has_gone_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_has_ended_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = rank(path, 0), rank(path, 1)
     one.step, two.step = 10**9, 500
     now = time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: now - 11 * 10**9)
-    one.poll()  # the last that was heard of it
+    one.poll()  # its last heartbeat
     monkeypatch.undo()
     two.poll()
     assert [beat.rank for beat in control_file.read(path)[1]] == [1]
     assert send(path, "decode", "stop", at=None).at == 501
 
 
-def test_old_commands_make_room_and_the_breakers_stay(path: Path) -> None:
+def test_old_commands_are_dropped_and_those_of_breakers_kept(path: Path) -> None:
     one = rank(path)
     one.trip("decode", "x" * 400)
     one.poll()
@@ -468,7 +470,7 @@ def tripping(path: Path, number: int, log: list[str]) -> tuple[Control, Assigner
 def test_the_breaker_stops_this_rank_at_once_and_the_others_at_a_step(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "LEAD", 0.0)  # these steps take no time
+    monkeypatch.setattr(control, "LEAD", 0.0)  # steps take no time in this test
     monkeypatch.setattr(control, "INTERVAL", 0.0)
     said: list[str] = []
     (one, mine), (two, other) = tripping(path, 0, said), tripping(path, 1, said)
@@ -485,16 +487,16 @@ def test_the_breaker_stops_this_rank_at_once_and_the_others_at_a_step(
     (command,) = control_file.read(path)[0].commands
     assert (command.kind, command.by) == ("trip", "rank 0")
     assert command.at == tripped_at - 1 + control.MARGIN
-    assert differed and set(differed) <= set(range(tripped_at, command.at))  # what the records leave out
+    assert differed and set(differed) <= set(range(tripped_at, command.at))  # steps that the records leave out
     reason = "shadow check at step 500, layer 3: error 0.05, tolerance 0.02"
-    assert said == [f"0: {reason}", f"1: rank 0: {reason}"]  # once in each
+    assert said == [f"0: {reason}", f"1: rank 0: {reason}"]  # one log line in each rank
     send(path, "decode", "arm", "patch", at=2000)
     one.poll(), two.poll()
-    assert {mine.assignment(2500).arm, other.assignment(2500).arm} == {"host"}  # for good
+    assert {mine.assignment(2500).arm, other.assignment(2500).arm} == {"host"}  # permanently
 
 
-def test_an_exception_in_ours_reaches_the_other_ranks(path: Path) -> None:
-    """Wired to the dispatcher's switch, in whichever of the two it starts."""
+def test_an_exception_of_our_kernel_stops_the_other_ranks_too(path: Path) -> None:
+    """The breaker and the dispatcher's switch stop each other, whichever of them stops first."""
     one = rank(path)
     switch = FeatureGate(lambda reason, fault: breaker.trip(reason))
     breaker = Breaker(0.02, switch.trip, lambda reason: one.trip("decode", reason))
@@ -528,7 +530,7 @@ def test_the_breaker_works_without_a_file(tmp_path: Path, caplog: pytest.LogCapt
         (Error(1, "decode", 0, 0.0, float("inf"), 0), "error inf, expected at most 0.02"),
     ],
 )
-def test_what_trips_it(error: Error, reason: str) -> None:
+def test_which_errors_trip_the_breaker(error: Error, reason: str) -> None:
     said: list[str] = []
     breaker = Breaker(0.02, said.append)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The page: whole, self-contained, and not to be broken by a name."""
+"""The page: complete, without external resources, and safe against any name."""
 
 import json
 import math
@@ -20,7 +20,7 @@ VOID = {"meta", "br", "link", "img", "input"}
 
 
 class Page(HTMLParser):
-    """Checks that every element is closed in its turn; keeps text, names and attributes."""
+    """Checks that elements are closed in the right order; keeps text, names and attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ PROCESSES = [
 
 
 def plots(page: str) -> list[ElementTree.Element]:
-    """Each svg, as strict XML."""
+    """Every svg of the page, parsed as strict XML."""
     return [ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page, re.S)]
 
 
@@ -99,7 +99,7 @@ def numbers(element: ElementTree.Element) -> list[float]:
 
 def test_a_whole_page() -> None:
     report = analysis.analyse(sample()) | {"tolerance": 0.02}
-    text = report_html(json.loads(json.dumps(report)), PROCESSES)  # as it comes from a file
+    text = report_html(json.loads(json.dumps(report)), PROCESSES)  # as read from a file
     page = Page(text)
     assert text.startswith("<!doctype html>")
     said = " ".join(page.text)
@@ -118,7 +118,7 @@ def test_a_whole_page() -> None:
         assert all(0 <= number <= max(width, height) for number in numbers(plot))
 
 
-def test_what_is_faster_lies_left_of_1() -> None:
+def test_a_faster_arm_lies_left_of_1() -> None:
     one = analysis.analyse(sample())["comparisons"][0]
     (ratio, *_) = plots(report_html(analysis.analyse(sample())))
     middle = next(float(line.attrib["x1"]) for line in ratio.iter("line") if line.attrib["class"] == "one")
@@ -188,7 +188,7 @@ def test_every_string_is_escaped() -> None:
 @pytest.mark.parametrize(
     "merged", [Merged("empty"), sample(groups=3), Merged("e", errors=[Error(1, "decode", 0, math.inf, math.nan, 9)])]
 )
-def test_little_or_nothing_to_say(merged: Merged) -> None:
+def test_a_page_about_little_or_nothing(merged: Merged) -> None:
     report = analysis.analyse(merged)
     page = Page(report_html(report))
     said = " ".join(page.text)

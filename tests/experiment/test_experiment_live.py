@@ -51,11 +51,11 @@ class Running:
         self.runner = self.engine.start(runner)
 
     def run(self, count: int, **how: Any) -> list[str]:
-        """Whose each step's result is."""
+        """Run ``count`` steps; for each, the arm that its result is of."""
         found = []
         for _ in range(count):
             found.append(self.engine.whose(self.runner.forward(batch(**how))))
-            self.live.read()  # its thread does it ten times a second
+            self.live.read()  # in an engine, a thread does this ten times a second
         return found
 
     def rows(self) -> list[Any]:
@@ -103,7 +103,7 @@ def test_each_step_runs_the_arm_of_its_number(start: Start) -> None:
     assert one.engine.counts.served == LAYERS * planned(1, 41).count("patch")
 
 
-def test_outside_of_steps_the_hosts_serves(start: Start) -> None:
+def test_outside_steps_the_engines_arm_serves(start: Start) -> None:
     one = start(ab="block=1,warmup=0,ratio=0.9")
     one.run(20)
     assert one.engine.whose(one.engine.model(torch.ones(1, 8))) == "host"
@@ -112,10 +112,10 @@ def test_outside_of_steps_the_hosts_serves(start: Start) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_what_one_more_graph_takes_is_measured_on_one(
+def test_what_another_graph_costs_is_measured_on_one_graph(
     start: Start, runner: type, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first graph of all takes what the host compiles and allocates; a second of the same size tells."""
+    """The first graph also costs what the engine compiles and allocates, so a second of the same size is measured."""
     free = iter([2**40, 2**40 - 1878 * 2**20, 2**39, 2**39 - 56 * 2**20])
     monkeypatch.setattr(sglang_graphs.gpu, "free_memory", lambda: next(free, 0))
     caplog.set_level(logging.WARNING)
@@ -129,11 +129,11 @@ def test_graphs_are_captured_once_per_arm_and_chosen_at_replay(start: Start, run
     caplog.set_level(logging.WARNING)
     one = start(runner=runner)
     graphs = one.runner.graph_runner.graphs
-    assert one.engine.counts.captured == 2 * LAYERS  # two sizes, one arm of ours
+    assert one.engine.counts.captured == 2 * LAYERS  # two sizes with one arm of ours each
     served = one.engine.counts.served
     assert one.run(40) == planned(1, 41)
     assert one.run(2, size=7) == planned(41, 43)
-    assert one.engine.counts.served == served  # no Python of ours at replay
+    assert one.engine.counts.served == served  # a replay runs no Python of ours
     patched = planned(1, 43).count("patch")
     assert one.engine.counts.replayed == LAYERS * patched
     rows = [row for row in one.rows() if isinstance(row, Timing)]
@@ -156,11 +156,11 @@ def test_a_draft_models_graphs_are_captured_once(start: Start, runner: type) -> 
     assert one.engine.whose(draft.forward(batch())) == "host"
 
 
-# --- draft models, where they are asked for
+# --- draft models, with draft=1
 
 
 def spoken(one: Running, count: int, decode: Callable[..., Any], **how: Any) -> tuple[list[str], list[str]]:
-    """Whose each step's result is, and whose the draft's after it."""
+    """For each step, the arm that its result is of, and the arm of the draft after it."""
     steps, drafts = [], []
     for _ in range(count):
         steps += one.run(1)
@@ -171,7 +171,9 @@ def spoken(one: Running, count: int, decode: Callable[..., Any], **how: Any) -> 
 
 @pytest.mark.parametrize("draft", ["", ",draft=0", ",draft=1"])
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_draft_models_decodes_run_the_steps_arm_if_asked(start: Start, runner: type, draft: str, caplog: Any) -> None:
+def test_with_draft_1_a_draft_decodes_with_the_arm_of_its_step(
+    start: Start, runner: type, draft: str, caplog: Any
+) -> None:
     one = start(ab=AB + draft, runner=runner)
     before = one.engine.counts.captured
     eagle = one.engine.start_eagle(runner)
@@ -208,7 +210,7 @@ def test_a_draft_model_without_graphs(start: Start, asked: bool) -> None:
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_a_draft_alone_has_calls_in_graphs(start: Start, runner: type) -> None:
-    """As with SGLang's Triton backend, whose verify is an extend: the steps' own graphs are captured once."""
+    """As with SGLang's Triton backend, whose verify is an extend: the graphs of the target model are captured once."""
     one = start(ab=f"{AB},draft=1")
     model, one.runner.model = one.runner.model, lambda q: q * 2**LAYERS
     one.runner.graph_runner = getattr(one.engine.module, runner.name)(one.runner)
@@ -254,7 +256,7 @@ def test_a_breaker_that_trips_between_a_step_and_its_draft(start: Start, runner:
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_a_draft_that_is_captured_while_steps_run(start: Start, runner: type) -> None:
-    """Its model is called in captures and warm-ups: those are no decodes."""
+    """Captures and warm-ups call the draft model, too. Those calls are not decode steps."""
     one = start(ab="block=1,warmup=0,ratio=0.9,draft=1")
     while one.run(1) != ["patch"]:
         pass
@@ -264,7 +266,7 @@ def test_a_draft_that_is_captured_while_steps_run(start: Start, runner: type) ->
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_draft_runner_of_another_shape_keeps_the_hosts_arm(start: Start, runner: type, caplog: Any) -> None:
+def test_a_draft_runner_with_other_methods_keeps_the_engines_arm(start: Start, runner: type, caplog: Any) -> None:
     one = start(ab=f"{AB},draft=1")
     owner = one.engine.drafts[runner]
     if runner is BySize:
@@ -278,7 +280,7 @@ def test_a_draft_runner_of_another_shape_keeps_the_hosts_arm(start: Start, runne
     assert told.startswith("mla-patch: the draft model's graphs keep the host's arm: EAGLEDraftCudaGraphRunner.")
 
 
-def test_a_draft_runner_that_makes_no_keys_is_the_hosts(start: Start) -> None:
+def test_a_draft_runner_without_keys_keeps_the_engines_arm(start: Start) -> None:
     one = start(ab=f"{AB},draft=1")
     owner = one.engine.drafts[ByKey]
 
@@ -298,7 +300,7 @@ def test_a_draft_runner_that_makes_no_keys_is_the_hosts(start: Start) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_an_arm_without_a_graph_is_no_arm(start: Start, runner: type) -> None:
+def test_a_step_whose_arm_has_no_graph_is_not_compared(start: Start, runner: type) -> None:
     one = start(runner=runner, ab="block=1,warmup=0")
     graphs = one.runner.graph_runner
     if runner is BySize:
@@ -314,7 +316,7 @@ def test_an_arm_without_a_graph_is_no_arm(start: Start, runner: type) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_undone_the_hosts_graphs_are_replayed(start: Start, runner: type) -> None:
+def test_after_undo_the_engines_graphs_are_replayed(start: Start, runner: type) -> None:
     one = start(runner=runner, ab="block=1,warmup=0,ratio=0.9")
     assert "patch" in one.run(12)
     for undo in one.undo:
@@ -336,7 +338,7 @@ def test_features_share_the_edits() -> None:
     assert module.ModelRunner.forward is plain
 
 
-def test_a_runner_of_another_shape_is_told() -> None:
+def test_a_runner_with_other_methods_is_reported() -> None:
     module = Engine().module
     del module.CudaGraphRunner.capture
     with pytest.raises(TypeError, match=r"CudaGraphRunner\.capture does not exist, expected \(self"):
@@ -348,7 +350,7 @@ def test_a_runner_of_another_shape_is_told() -> None:
 
 
 @pytest.mark.parametrize("runner", [None, *RUNNERS])
-def test_a_a_runs_the_hosts_code_under_both_names(start: Start, runner: Any) -> None:
+def test_an_a_a_check_runs_the_engines_code_under_both_names(start: Start, runner: Any) -> None:
     one = start(ab=f"{AB},arms=host+{AGAIN}", runner=runner)
     assert set(one.run(40)) == {"host"}
     if runner is not None:
@@ -389,7 +391,7 @@ def test_no_directory_no_experiment() -> None:
         ExperimentSession("", lambda: "").add("decode", "ab", AB, "")
 
 
-def test_declined_steps_are_no_arms(start: Start) -> None:
+def test_steps_with_declined_calls_are_not_compared(start: Start) -> None:
     one = start(ab="block=1,warmup=0")
     one.engine.declining = True
     assert set(one.run(20)) == {"host"}
@@ -410,7 +412,7 @@ def test_prefill_and_idle_steps(start: Start) -> None:
 
 @pytest.mark.parametrize("mode", ["shadow", "ab+shadow"])
 @pytest.mark.parametrize("runner", [None, *RUNNERS])
-def test_a_shadow_step_gives_the_hosts_result_and_the_error(start: Start, runner: Any, mode: str) -> None:
+def test_a_shadow_step_returns_the_engines_result_and_records_the_error(start: Start, runner: Any, mode: str) -> None:
     one = start(mode, runner=runner)
     due = [step for step in range(1, 65) if Sampling(8).due(step)]
     arms = planned(1, 65) if "ab" in mode else ["host"] * 64
@@ -428,7 +430,7 @@ def test_a_shadow_step_gives_the_hosts_result_and_the_error(start: Start, runner
         assert one.engine.counts.captured == sizes * labels * LAYERS
 
 
-def test_a_host_that_steps_in_inference_mode_and_out_of_it(start: Start) -> None:
+def test_an_engine_may_step_inside_and_outside_inference_mode(start: Start) -> None:
     one = start("shadow", shadow="every=1")
     with torch.inference_mode():
         one.run(4)
@@ -455,7 +457,7 @@ def test_an_arm_that_is_wrong_trips_the_breaker(start: Start, runner: Any) -> No
     assert [(command.kind, command.feature) for command in trips] in ([("trip", "decode")], [])
 
 
-def test_the_other_ranks_are_told(start: Start) -> None:
+def test_the_breaker_tells_the_other_ranks(start: Start) -> None:
     one = start("ab+shadow", "block=1,warmup=0", error=0.05)
     one.run(20)
     end = time.monotonic() + 10
@@ -474,10 +476,10 @@ def test_an_exception_in_an_arm_trips_the_breaker(start: Start) -> None:
     assert one.engine.stops == [("decode: RuntimeError('boom')", State.FAILED)]
     assert one.experiment.breaker.reason == "decode: RuntimeError('boom')"
     rows = [row for row in one.rows() if isinstance(row, Timing)]
-    assert len(rows) == 20 and {row.arm for row in rows} == {"host"}  # also of the step in which it happened
+    assert len(rows) == 20 and {row.arm for row in rows} == {"host"}  # in the step of the exception, too
 
 
-def test_a_batch_that_tells_nothing_costs_the_experiment_alone(start: Start) -> None:
+def test_an_unreadable_batch_stops_only_the_experiment(start: Start) -> None:
     one = start(ab="block=1,warmup=0")
     odd = batch()
     del odd.seq_lens_sum
@@ -487,7 +489,7 @@ def test_a_batch_that_tells_nothing_costs_the_experiment_alone(start: Start) -> 
 
 @pytest.mark.parametrize("error", ["raise", "raise in a graph"])
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_an_arm_that_cannot_be_captured_leaves_the_hosts_graphs(start: Start, runner: type, error: str) -> None:
+def test_an_arm_that_cannot_be_captured_leaves_the_engines_graphs(start: Start, runner: type, error: str) -> None:
     one = start(ab="block=1,warmup=0", error=error, runner=runner)
     where = "decode: " if error == "raise" else "capturing decode=patch: "
     assert one.engine.stops == [(f"{where}RuntimeError('boom')", State.FAILED)]
@@ -526,7 +528,7 @@ def test_commands_switch_arms_without_a_restart(start: Start, runner: Any) -> No
     assert [note.partition(",")[0] for note in notes] == ["arm patch", "stop", "start"]
 
 
-def test_a_folder_that_cannot_be_written_costs_the_records_alone(start: Start, tmp_path: Path) -> None:
+def test_an_unwritable_folder_costs_only_the_records(start: Start, tmp_path: Path) -> None:
     one = start()
     one.live.directory = tmp_path / "file" / "below"
     (tmp_path / "file").touch()
@@ -537,7 +539,7 @@ def test_a_folder_that_cannot_be_written_costs_the_records_alone(start: Start, t
 
 
 @pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), control_file.ControlError("no room")])
-def test_a_control_file_that_cannot_be_made_costs_the_commands_alone(
+def test_a_control_file_that_cannot_be_created_costs_only_the_commands(
     start: Start, problem: Exception, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     def create(path: Path, about: Any) -> None:
@@ -550,7 +552,7 @@ def test_a_control_file_that_cannot_be_made_costs_the_commands_alone(
     assert len(one.rows()) == 12
 
 
-def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_an_error_of_ours_does_not_reach_the_engine(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     one = start(ab="block=1,warmup=0")
     one.run(4)
     monkeypatch.setattr(one.experiment.assigner, "assignment", lambda step: 1 / 0)
@@ -561,10 +563,10 @@ def test_an_error_of_ours_leaves_the_host_alone(start: Start, monkeypatch: pytes
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("problem", [ZeroDivisionError("x"), KeyboardInterrupt("killed")])
-def test_checks_that_cannot_be_read_stop_the_arm(
+def test_shadow_results_that_cannot_be_read_stop_the_arm(
     start: Start, monkeypatch: pytest.MonkeyPatch, problem: BaseException
 ) -> None:
-    """The reader fails, or is killed: its thread ends with the latter."""
+    """The reader fails or is killed. In the second case its thread ends."""
     one = start("ab+shadow", "block=1,warmup=0", "every=1")
 
     def take(drain: Drain) -> Any:
@@ -581,8 +583,8 @@ def test_checks_that_cannot_be_read_stop_the_arm(
     one.live.experiments["decode"].drain = None
 
 
-def test_two_readers_take_each_check_once(start: Start) -> None:
-    """The thread, and whoever closes."""
+def test_two_readers_take_each_shadow_result_once(start: Start) -> None:
+    """The readers are the session's thread and the caller of close()."""
     one = start("shadow", shadow="every=1")
     one.run(1)
     drain, inside = one.experiment.drain, threading.Barrier(2)
@@ -591,7 +593,7 @@ def test_two_readers_take_each_check_once(start: Start) -> None:
 
     def slow() -> list[Error]:
         found = take()
-        with contextlib.suppress(threading.BrokenBarrierError):  # broken: the other waits for its turn
+        with contextlib.suppress(threading.BrokenBarrierError):  # broken, because the other reader waits for the lock
             inside.wait(0.2)
         return found
 
@@ -629,7 +631,7 @@ def test_what_is_lost_is_in_the_report(start: Start, monkeypatch: pytest.MonkeyP
     assert finding in [f"{one.live.recorder.header['run']}: {note['text']}" for note in told["runs"][0]["notes"]]
 
 
-def test_the_hosts_exception_is_the_hosts(start: Start) -> None:
+def test_an_exception_of_the_engine_is_passed_on_unchanged(start: Start) -> None:
     one = start()
     one.run(2)
     bad = batch()
@@ -639,14 +641,14 @@ def test_the_hosts_exception_is_the_hosts(start: Start) -> None:
     assert one.experiment.arm == "host" and one.run(2) == planned(4, 6)
 
 
-def test_a_host_that_counts_anew(start: Start) -> None:
+def test_an_engine_may_restart_its_step_count(start: Start) -> None:
     one = start()
     one.run(10)
     one.runner.forward_pass_id = 0
     assert one.run(10) == planned(11, 21)
 
 
-def test_a_rank_is_named_by_what_all_ranks_of_a_run_share(start: Start) -> None:
+def test_the_name_of_a_run_is_the_same_on_all_its_ranks(start: Start) -> None:
     one = start()
     rank = sglang_graphs.rank_info(one.runner)
     assert (rank.rank, rank.ranks, rank.device) == (0, 1, "cpu")
@@ -660,7 +662,7 @@ def test_a_rank_is_named_by_what_all_ranks_of_a_run_share(start: Start) -> None:
 
 
 class Event:
-    """In place of torch.cuda.Event."""
+    """Replaces torch.cuda.Event."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         pass
@@ -680,7 +682,7 @@ class Event:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What has waited, by name. With all tensors on ``meta``, whatever needs a value or a copy off it fails besides."""
+    """Names of the functions that have waited. Tensors are on ``meta``, so that reading a value fails as well."""
     seen: list[str] = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for owner, names in (
@@ -709,7 +711,7 @@ def test_no_step_waits_for_the_device(
         copies.append(sources)
         return Never()
 
-    # the one way off the device is the drain's copy on a stream of its own
+    # data leave the device only by the drain's copy on a side stream
     monkeypatch.setattr("mla_patch.experiment.live.Drain", functools.partial(Drain, copy=copy_aside))
     with torch.device("meta"):
         one = start("ab+shadow", "block=4,warmup=4,draft=1", runner=runner)
@@ -726,7 +728,7 @@ def test_no_step_waits_for_the_device(
     assert len(copies) == 1 and one.experiment.drain is not None and one.experiment.drain.problem == ""
     served = one.engine.counts.replayed if runner else one.engine.counts.served
     assert served is not None and served > 2 * 64 * LAYERS / 4
-    assert {row.us for row in one.rows() if isinstance(row, Timing)} == {1000.0}  # by the device's events
+    assert {row.us for row in one.rows() if isinstance(row, Timing)} == {1000.0}  # measured by the device's events
 
 
 WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -747,10 +749,10 @@ WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("what", WAITS)
 @pytest.mark.parametrize("where", ["the arm", "the schedule"])
-def test_a_wait_in_the_step_is_seen(
+def test_a_wait_within_a_step_is_detected(
     start: Start, waits: list[str], what: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test above can fail."""
+    """The test above fails if a step waits."""
     with torch.device("meta"):
         one = start(ab="block=1,warmup=0")
         if where == "the arm":
@@ -781,7 +783,7 @@ def test_a_step_costs_little(start: Start, mode: str) -> None:
             total += number
         return total
 
-    # in turns, since a shared machine's pace changes from one second to the next
+    # alternately, since the speed of a shared machine changes from one second to the next
     took = [(timeit.timeit(step, number=500) / 500, timeit.timeit(plain, number=500) / 500) for _ in range(15)]
     fastest, loop = (min(times) for times in zip(*took, strict=True))
     # 20 us with a device's two events; a machine that takes 2.5 us for the loop is held to 15, a slower one to its pace
@@ -789,7 +791,7 @@ def test_a_step_costs_little(start: Start, mode: str) -> None:
 
 
 @pytest.mark.cost
-def test_off_the_engines_step_and_replay_are_untouched() -> None:
+def test_without_an_experiment_step_and_replay_are_untouched() -> None:
     engine = Engine()
     assert steps.watcher is None
     runner = engine.start(ByKey)
@@ -839,14 +841,14 @@ def test_two_ranks_run_the_same_arm_and_the_breaker_holds_for_both(tmp_path: Pat
     ((run,), problems) = merge.read_runs(tmp_path)
     assert (problems, run.ranks, run.differed) == ([], [0, 1], len(apart))
     assert not {row.step for row in run.timings} & set(apart)
-    assert [note.what for note in run.notes] == ["breaker", "command", "command"]  # published, and taken by both
+    assert [note.what for note in run.notes] == ["breaker", "command", "command"]  # published once, obeyed by both
 
 
 def test_features_in_the_same_graphs_multiply(tmp_path: Path, caplog: Any) -> None:
     live = ExperimentSession(str(tmp_path), lambda: "engine")
     one = live.add("one", "ab+shadow", "", "every=4")
     two = live.add("two", "ab", "", "every=4")
-    other = live.add("beside", "ab", "", "every=4")  # has no call in a graph
+    other = live.add("beside", "ab", "", "every=4")  # it has no call in a graph
     for trial in (one, two, other):
         trial.attach(FeatureGate(lambda *stop: None), Counts())
     assert live.labels() == []
@@ -874,7 +876,7 @@ def test_features_in_the_same_graphs_multiply(tmp_path: Path, caplog: Any) -> No
     live.close()
 
 
-def test_many_arms_are_warned_of(tmp_path: Path, caplog: Any) -> None:
+def test_a_warning_for_many_arms(tmp_path: Path, caplog: Any) -> None:
     live = ExperimentSession(str(tmp_path), lambda: "engine")
     live.add("many", "ab", "", "", tuple("abcdefgh"))
     live.in_graphs.add("many")

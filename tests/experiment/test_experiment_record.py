@@ -1,4 +1,4 @@
-"""Records: cheap to add, bounded, and never in the engine's way, whatever happens to the disk."""
+"""Records: cheap to add, bounded in size, and never a problem for the engine, whatever happens to the disk."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ NOTE = Note(9, "decode", "breaker", 'shadow error "0.5"\n')
 
 @pytest.fixture
 def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    monkeypatch.setattr(record, "INTERVAL", 3600)  # a test flushes when it wants to
+    monkeypatch.setattr(record, "INTERVAL", 3600)  # no thread: a test calls flush itself
     one = Recorder(tmp_path / "reports" / "engine-1", {"run": "r", "rank": 0})
     yield one
     one._stop.set()
@@ -67,7 +67,7 @@ def test_the_thread_writes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_record_has_its_header_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever looks for records may find one at any moment; where links are not to be had, a moment later."""
+    """A reader may find the file at any moment. On a file system without hard links, a moment later."""
     seen = []
     written = Recorder._put
 
@@ -129,7 +129,7 @@ def test_a_torn_last_line_is_dropped(recorder: Recorder, cut: int) -> None:
     ["", '["t",1]', "\0" * 40, "nonsense", "[]", "[[]]", "3", '{"a": 1}', '["x",1,2]', '["lost","many"]',
      '["t","one","decode","host",0,0,"graph/1/1",1.0]'],
 )  # fmt: skip
-def test_what_is_no_row_is_counted_and_the_others_are_read(recorder: Recorder, line: str) -> None:
+def test_invalid_rows_are_counted_and_valid_rows_are_read(recorder: Recorder, line: str) -> None:
     recorder.add(timing(1))
     recorder.flush()
     with open(recorder.path, "a") as file:
@@ -155,7 +155,7 @@ def test_what_is_no_row_is_counted_and_the_others_are_read(recorder: Recorder, l
         b'{"format": 1, "rank": 0, "tolerance": {"decode": 0}}\n',
     ],
 )
-def test_a_file_without_our_header_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_file_without_a_header_is_reported(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.steps.jsonl").write_bytes(content)
     (tmp_path / "b.steps.jsonl").mkdir()
     runs, problems = read_runs(tmp_path)
@@ -166,7 +166,7 @@ def test_a_file_without_our_header_is_named(content: bytes, tmp_path: Path) -> N
     ]
 
 
-def test_a_full_queue_loses_rows_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_loses_rows_and_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "INTERVAL", 3600)
     recorder = Recorder(tmp_path / "a", {"rank": 0}, capacity=10)
     recorder._stop.set()
@@ -178,7 +178,7 @@ def test_a_full_queue_loses_rows_and_says_so(tmp_path: Path, monkeypatch: pytest
     assert ([row.step for row in log.rows], log.lost, recorder.lost) == (list(range(10)), 15, 15)
 
 
-def test_a_full_disk_loses_rows_and_nothing_else(
+def test_a_full_disk_costs_only_rows(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write = os.write
@@ -187,7 +187,7 @@ def test_a_full_disk_loses_rows_and_nothing_else(
     full = [True]
 
     def short(file: int, data: bytes) -> int:
-        """Takes 20 bytes, as a disk that fills up does, then no more."""
+        """Writes 20 bytes and then fails, as on a disk that fills up."""
         if not full[0]:
             return write(file, data)
         if len(data) > 20 and data.startswith(b'["t",2'):
@@ -199,7 +199,7 @@ def test_a_full_disk_loses_rows_and_nothing_else(
         for step in (2, 3, 4):
             recorder.add(timing(step))
             recorder.flush()
-    assert len(caplog.records) == 1  # said once
+    assert len(caplog.records) == 1  # logged once
     assert "No space left" in caplog.text
     assert recorder.lost == 3
     full[0] = False
@@ -262,7 +262,7 @@ def test_a_directory_that_others_may_write_to_gets_no_rows(tmp_path: Path, caplo
 
 @pytest.mark.parametrize("half", [record.SUFFIX, record.OLD])
 @pytest.mark.parametrize("kind", ["FIFO", "link", "directory"])
-def test_what_is_no_plain_file_is_not_read(recorder: Recorder, half: str, kind: str) -> None:
+def test_only_plain_files_are_read(recorder: Recorder, half: str, kind: str) -> None:
     recorder.add(timing(1))
     recorder.close()
     path = recorder.path.with_name(f"engine-1{half}")
@@ -281,14 +281,14 @@ def test_size_is_bounded_and_the_newest_rows_stay(recorder: Recorder) -> None:
             recorder.flush()
     folder = recorder.path.parent
     assert sorted(os.listdir(folder)) == ["engine-1.steps.jsonl", "engine-1.steps.old.jsonl"]
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 20000 + 2000  # one write may go beyond
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 20000 + 2000  # one write may exceed the limit
     recorder.close()
     steps = [row.step for row in read_log(recorder.path).rows]
     assert steps == list(range(steps[0], 2000)) and len(steps) > 100
 
 
 def test_bytes_of_a_row(recorder: Recorder) -> None:
-    """32 MiB are then 350000 steps, as the module says."""
+    """32 MiB then hold 350000 steps, as the module's docstring says."""
     recorder.add(timing(1000000, "patch", block=999936, group=999808, bucket="graph/128/131072", us=2731.51953125))
     recorder.flush()
     assert len(recorder.path.read_text().splitlines()[1]) < 96
@@ -315,7 +315,7 @@ def test_buckets(mode: str, batch: int, context: int, name: str) -> None:
 # -- merging
 
 
-def test_steps_on_which_ranks_differed_are_left_out() -> None:
+def test_steps_on_which_the_ranks_differed_are_left_out() -> None:
     a = Log({"rank": 0}, [timing(1), timing(2, "patch"), timing(3), ERROR], damaged=1)
     b = Log({"rank": 1}, [timing(1, us=9), timing(2, "host", us=9), timing(4), NOTE], lost=2)
     merged = merge("r", [b, a])
@@ -324,7 +324,7 @@ def test_steps_on_which_ranks_differed_are_left_out() -> None:
     assert (merged.errors, merged.notes) == ([ERROR], [NOTE])
 
 
-def test_a_step_that_differed_in_one_feature_serves_no_other() -> None:
+def test_a_step_that_differed_in_one_feature_is_left_out_for_all() -> None:
     both = [timing(1), timing(1, feature="kv_indices")]
     merged = merge("r", [Log({"rank": 0}, both), Log({"rank": 1}, [both[0], timing(1, "patch", feature="kv_indices")])])
     assert (merged.timings, merged.differed) == ([], 1)

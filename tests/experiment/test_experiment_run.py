@@ -1,4 +1,4 @@
-"""All parts together: an engine of two ranks, without an engine, commanded while it runs."""
+"""All parts together: two ranks, with a loop in place of the engine, get commands while they run."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 from mla_patch.experiment import analysis, control, control_file, merge
 from mla_patch.experiment.html import report_html
 
-# What an engine's integration does at each step. The barrier stands for its collectives, the clock for its device.
+# What the edits in an engine do at each step. The barrier stands for its collectives, the clock for its device.
 RANK = """
 import multiprocessing, os, random, sys, time
 from pathlib import Path

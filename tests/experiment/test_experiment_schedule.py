@@ -1,4 +1,4 @@
-"""The schedule: balanced, the same everywhere, and drawn from nothing but the seed and the step number."""
+"""The schedule: balanced, the same on every rank, and determined by the seed and the step number alone."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from mla_patch.experiment.schedule import (
 
 
 def blocks(plan: Plan, count: int) -> list[str]:
-    """The arms of the first ``count`` blocks, each taken at its last step."""
+    """The arms of the first ``count`` blocks, read at the last step of each."""
     schedule = Schedule(plan)
     first = plan.start + plan.warmup
     return [schedule.assignment(first + (i + 1) * plan.block - 1).arm for i in range(count)]
@@ -34,11 +34,11 @@ def groups(plan: Plan, count: int) -> list[tuple[str, ...]]:
     return [tuple(arms[i * size : (i + 1) * size]) for i in range(count)]
 
 
-def test_names_are_the_dispatchers() -> None:
+def test_the_dispatcher_has_the_same_names() -> None:
     assert (HOST, PATCH) == (dispatch.HOST, dispatch.PATCH)
 
 
-def test_half_gives_abba_or_baab() -> None:
+def test_ratio_one_half_gives_abba_or_baab() -> None:
     seen = Counter("".join(arm[0] for arm in group) for group in groups(Plan(), 400))
     assert set(seen) == {"hpph", "phhp"}
     assert 160 < seen["hpph"] < 240  # a fair coin: 200 +- 4 sigma
@@ -46,7 +46,7 @@ def test_half_gives_abba_or_baab() -> None:
 
 def test_more_than_two_arms_are_mirrored_too() -> None:
     drawn = groups(Plan(arms=("host", "patch", "mine")), 300)
-    assert len(set(drawn)) == 6  # every order turns up
+    assert len(set(drawn)) == 6  # every order occurs
     for group in drawn:
         assert group == group[::-1]
         assert set(Counter(group).values()) == {2}
@@ -60,7 +60,7 @@ def test_tenths_are_exact_in_every_group(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6, 0.8])
-def test_even_counts_are_mirrored(ratio: float) -> None:
+def test_even_numbers_of_blocks_are_mirrored(ratio: float) -> None:
     drawn = groups(Plan(ratio=ratio), 200)
     assert all(group == group[::-1] for group in drawn)
     assert len(set(drawn)) > 4
@@ -74,14 +74,14 @@ def test_other_ratios_hold_in_the_long_run_and_no_group_lacks_an_arm(ratio: floa
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3])
-def test_every_place_of_a_group_is_as_likely(ratio: float) -> None:
+def test_every_place_in_a_group_is_equally_likely(ratio: float) -> None:
     drawn = groups(Plan(ratio=ratio, block=1), 2000)
     for place in range(10):
         assert sum(group[place] == PATCH for group in drawn) == pytest.approx(2000 * ratio, abs=90)  # 4 sigma
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.25, 0.3, 0.7, 0.9, 0.03])
-def test_as_many_blocks_are_compared_of_each_arm_and_a_coin_tells_which(ratio: float) -> None:
+def test_equal_numbers_of_blocks_are_compared_and_chance_decides_which(ratio: float) -> None:
     plan = Plan(ratio=ratio, block=1, warmup=0)
     schedule = Schedule(plan)
     first, spread = Counter(), Counter()
@@ -99,21 +99,21 @@ def test_as_many_blocks_are_compared_of_each_arm_and_a_coin_tells_which(ratio: f
     assert spread["mirrored"] == 1000 or ratio not in (0.2, 0.8)
 
 
-def test_tried_arms_share_their_ratio() -> None:
+def test_several_arms_share_the_ratio() -> None:
     drawn = groups(Plan(ratio=0.4, arms=("host", "a", "b")), 100)
     total = Counter(arm for group in drawn for arm in group)
     assert total == {"host": 600, "a": 200, "b": 200}
     assert all({"host", "a", "b"} == set(group) for group in groups(Plan(ratio=0.03, arms=("host", "a", "b")), 50))
 
 
-def test_warmup_and_what_is_before_the_start_run_the_first_arm() -> None:
+def test_warmup_and_earlier_steps_run_the_first_arm() -> None:
     schedule = Schedule(Plan(start=1000, warmup=10, block=4))
     for step in (0, 999, 1000, 1009):
         assert schedule.assignment(step) == (HOST, NOT_COMPARED, NOT_COMPARED)
     assert schedule.assignment(1010).block == 1010
 
 
-def test_a_turn_is_named_by_first_steps() -> None:
+def test_blocks_and_groups_are_named_by_their_first_steps() -> None:
     schedule = Schedule(Plan(block=4, warmup=2))
     for step in range(2, 200):
         assignment = schedule.assignment(step)
@@ -122,10 +122,12 @@ def test_a_turn_is_named_by_first_steps() -> None:
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(ratio=0.3, seed=7), Plan(block=1, arms=("host", "a", "b"))], ids=repr)
-def test_it_carries_no_state(plan: Plan) -> None:
+def test_the_schedule_has_no_state(plan: Plan) -> None:
     one = Schedule(plan)
     forwards = [one.assignment(step) for step in range(5000)]
-    assert [Schedule(plan).assignment(step) for step in range(0, 5000, 37)] == forwards[::37]  # each from nothing
+    assert [Schedule(plan).assignment(step) for step in range(0, 5000, 37)] == forwards[
+        ::37
+    ]  # each from a new schedule
     assert [one.assignment(step) for step in reversed(range(5000))] == forwards[::-1]
 
 
@@ -136,7 +138,7 @@ def test_seed_and_salt_change_the_draw() -> None:
 
 
 def test_another_process_draws_the_same() -> None:
-    """Ranks differ in their hash seeds and in nothing that may matter."""
+    """Ranks differ in Python's hash seed, which must not matter."""
     code = (
         "from mla_patch.experiment.schedule import Plan, Schedule; s = Schedule(Plan(seed=3, salt='decode'));"
         "print(''.join(s.assignment(i).arm[0] for i in range(128, 4224, 64)))"
@@ -147,14 +149,14 @@ def test_another_process_draws_the_same() -> None:
     ]
     mine = "".join(arm[0] for arm in blocks(Plan(seed=3, salt="decode"), 64))
     assert [run.stdout.strip() for run in runs] == [mine, mine], runs[0].stderr
-    # pinned: a rank of an older release draws this too
+    # pinned, so that releases draw the same order
     assert mine == PINNED
 
 
 PINNED = "phhphpphhpphphhpphhphpphphhpphhpphhphpphphhphpphphhpphhpphhphpph"
 
 
-def test_importing_it_takes_the_standard_library_alone() -> None:
+def test_importing_it_loads_only_the_standard_library() -> None:
     code = (
         "import sys, pkgutil, mla_patch.experiment as e\n"
         "for m in pkgutil.iter_modules(e.__path__): __import__('mla_patch.experiment.' + m.name)\n"
@@ -181,7 +183,7 @@ def test_one_step_in_each_window_is_sampled(every: int) -> None:
     due = [step for step in range(every * 200) if sampling.due(step)]
     assert [step // every for step in due] == list(range(200))
     if every > 2:
-        assert len({step % every for step in due}) > every // 2  # at changing places
+        assert len({step % every for step in due}) > every // 2  # at different places of the windows
 
 
 # -- the variables
@@ -202,7 +204,7 @@ def test_ab(text: str, plan: Plan) -> None:
     assert flags.read({"MLA_PATCH_AB": text}, []).problems == []
 
 
-def test_arms_that_are_not_named_are_all() -> None:
+def test_without_arms_all_arms_run() -> None:
     assert parse_ab("block=8", (HOST, PATCH, "mine")).arms == (HOST, PATCH, "mine")
     assert parse_ab("arms = host+mine", (HOST, PATCH, "mine")).arms == (HOST, "mine")
 

@@ -1,4 +1,4 @@
-"""Shadow checks: the error is right, no value is looked at on the way, and a replay needs no Python."""
+"""Shadow checks: the error is right, no value is read from the device, and a replay needs no Python."""
 
 import math
 
@@ -31,7 +31,7 @@ def drain(ring: Ring) -> Drain:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 7, 33)], ids=str)
-def test_it_is_the_definition(ring: Ring, drain: Drain, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_the_error_equals_the_definition(ring: Ring, drain: Drain, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     host = torch.randn(shape).to(dtype)
     ours = (host.double() * (1 + 0.01 * torch.randn(shape).double())).to(dtype)
@@ -40,7 +40,7 @@ def test_it_is_the_definition(ring: Ring, drain: Drain, dtype: torch.dtype, shap
     (error,) = fetch(ring, drain)
     d = ours.double() - host.double()
     assert error[:3] == (77, "decode", 5)
-    # float32 inside, the sums in float64
+    # the difference is computed in float32, sums in float64
     assert error.max_abs == pytest.approx(d.abs().max().item(), rel=1e-5, abs=1e-7)
     assert error.relative == pytest.approx((d.norm() / host.double().norm()).item(), rel=1e-4, abs=1e-7)
     assert error.nan == 0
@@ -64,26 +64,26 @@ NAN, INF = math.nan, math.inf
         ([3.0, 4.0], [3.0, NAN], (0.0, 0.0, 1)),
         ([3.0, 4.0], [INF, 4.5], (0.5, 0.1, 1)),
         ([3.0, 4.0], [NAN, NAN], (0.0, 0.0, 2)),
-        ([NAN, 4.0], [1.0, 4.0], (0.0, 0.0, 0)),  # the host's own
+        ([NAN, 4.0], [1.0, 4.0], (0.0, 0.0, 0)),  # not finite in the engine's result
         ([NAN, INF], [NAN, INF], (0.0, 0.0, 0)),
         ([0.0, 0.0], [0.0, 0.0], (0.0, 0.0, 0)),
         ([0.0, 0.0], [0.0, 2.0], (2.0, INF, 0)),
         ([3e38, 4.0], [-3e38, 4.0], (INF, INF, 0)),
     ],
 )
-def test_what_is_not_finite(ring: Ring, drain: Drain, host: list, ours: list, expected: tuple) -> None:
+def test_values_that_are_not_finite(ring: Ring, drain: Drain, host: list, ours: list, expected: tuple) -> None:
     ring.compare(torch.tensor(host), torch.tensor(ours))
     (error,) = fetch(ring, drain)
     assert (error.max_abs, error.relative, error.nan) == pytest.approx(expected)
 
 
-def test_inputs_are_left_alone(ring: Ring) -> None:
+def test_inputs_are_not_changed(ring: Ring) -> None:
     host, ours = torch.tensor([1.0, NAN]), torch.tensor([NAN, 2.0])
     ring.compare(host, ours)
     assert str(host.tolist() + ours.tolist()) == "[1.0, nan, nan, 2.0]"
 
 
-def test_shapes_that_differ_are_refused_and_nothing_is_nothing(ring: Ring) -> None:
+def test_different_shapes_are_refused_and_empty_tensors_ignored(ring: Ring) -> None:
     with pytest.raises(ValueError, match=r"ours: shape \(2,\), expected the host's \(3,\)"):
         ring.compare(torch.ones(3), torch.ones(2))
     ring.compare(torch.ones(0, 4), torch.ones(0, 4))
@@ -91,7 +91,7 @@ def test_shapes_that_differ_are_refused_and_nothing_is_nothing(ring: Ring) -> No
 
 
 class Ops(TorchDispatchMode):
-    """Every operation, by name."""
+    """Records the name of every operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,16 +103,16 @@ class Ops(TorchDispatchMode):
 
 
 def test_a_comparison_is_some_30_small_kernels(ring: Ring) -> None:
-    """As the guide says."""
+    """docs/experiments.md states this."""
     host, ours = torch.ones(4, 5, dtype=torch.bfloat16), torch.ones(4, 5, dtype=torch.bfloat16)
     with Ops() as ops:
         ring.compare(host, ours)
     assert len([name for name in ops.names if name not in ("detach", "view", "unsqueeze")]) <= 31
 
 
-def test_no_value_is_looked_at() -> None:
-    """A step that reads a value waits for the device, and cannot be captured."""
-    ring = Ring("meta")  # has no values: whoever asks for one raises
+def test_no_value_is_read() -> None:
+    """Reading a value would wait for the device and could not be captured."""
+    ring = Ring("meta")  # it has no values, so reading one raises
     ring.begin(3)
     ring.compare(torch.ones(4, 5, device="meta"), torch.ones(4, 5, device="meta"))
     ring = Ring("cpu")
@@ -127,8 +127,8 @@ def test_no_value_is_looked_at() -> None:
     assert not {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal"} & set(ops.names)
 
 
-def test_a_replayed_graph_writes_on(ring: Ring, drain: Drain) -> None:
-    """Traced once, run often: nothing of the step or the row is in Python."""
+def test_a_replayed_graph_continues_the_rows(ring: Ring, drain: Drain) -> None:
+    """Traced once and run often: neither the step nor the row number is a Python number."""
     host, ours = torch.ones(2, 3), torch.ones(2, 3)
 
     def layer(host: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_a_replayed_graph_writes_on(ring: Ring, drain: Drain) -> None:
         return ring.count
 
     graph = make_fx(layer)(host, ours)
-    start = int(ring.count)  # what tracing did
+    start = int(ring.count)  # written while tracing
     for step in (100, 101, 102):
         ring.begin(step)
         ours.fill_(step)
@@ -170,14 +170,14 @@ def test_each_row_comes_once(ring: Ring, drain: Drain) -> None:
 
 def test_rows_that_were_overwritten_are_counted(ring: Ring, drain: Drain) -> None:
     put(ring, *range(40))
-    assert [error.step for error in fetch(ring, drain)] == list(range(25, 40))  # one of 16 may be in the making
+    assert [error.step for error in fetch(ring, drain)] == list(range(25, 40))  # one of the 16 may be half written
     assert drain.lost == 25
     put(ring, 40)
     assert [error.step for error in fetch(ring, drain)] == [40]
     assert drain.lost == 25
 
 
-def test_a_row_that_is_not_itself_is_lost(ring: Ring, drain: Drain) -> None:
+def test_a_row_with_the_wrong_number_is_lost(ring: Ring, drain: Drain) -> None:
     put(ring, 1, 2, 3)
     ring.rows[1, 0] = 17
     assert [error.step for error in fetch(ring, drain)] == [1, 3]
@@ -185,7 +185,7 @@ def test_a_row_that_is_not_itself_is_lost(ring: Ring, drain: Drain) -> None:
 
 
 class Slow:
-    """A device that copies when it is told to, and may write on meanwhile."""
+    """A device that copies when the test says so, and can write rows in the meantime."""
 
     def __init__(self) -> None:
         self.copies = 0
@@ -208,11 +208,11 @@ class Slow:
         return bool(self.done)
 
 
-def test_nothing_is_waited_for(ring: Ring) -> None:
+def test_the_drain_never_waits(ring: Ring) -> None:
     device = Slow()
     drain = Drain(ring, "decode", copy=device)
     drain.poll()
-    assert device.copies == 0  # nothing to fetch
+    assert device.copies == 0  # there is nothing to fetch
     put(ring, 1)
     for _ in range(5):
         drain.poll()
@@ -220,7 +220,7 @@ def test_nothing_is_waited_for(ring: Ring) -> None:
     put(ring, 2)
     device.done = True
     drain.poll()
-    drain.poll()  # not yet taken: the buffers are not touched
+    drain.poll()  # not taken yet, so the buffers are not overwritten
     assert device.copies == 1
     assert [error.step for error in drain.take()] == [1]
     drain.poll()
@@ -248,7 +248,7 @@ def test_rows_written_during_the_copy(ring: Ring, more: int, kept: list[int], lo
     assert drain.lost == lost + max(more - 15, 0)
 
 
-def test_a_broken_device_is_the_engines_to_tell(ring: Ring) -> None:
+def test_an_error_of_the_device_is_left_to_the_engine(ring: Ring) -> None:
     device = Slow()
     drain = Drain(ring, "decode", copy=device)
     put(ring, 1)
@@ -271,13 +271,13 @@ def test_a_capture_is_not_disturbed(ring: Ring) -> None:
 
 
 def test_results_land_on_the_cpu_whatever_the_default_device_is(ring: Ring) -> None:
-    """Pinned memory is the CPU's: under a default device of CUDA, as engines load models, torch would refuse it."""
+    """Engines load models with CUDA as the default device, for which torch refuses pinned memory."""
     with torch.device("meta"):
         drain = Drain(ring, "decode")
     assert {tensor.device.type for tensor in drain._host} == {"cpu"}
 
 
-def test_the_rings_size() -> None:
-    """What is copied each time; docs state it."""
+def test_the_size_of_the_ring() -> None:
+    """The size of each copy, which docs/experiments.md states."""
     assert Ring("cpu").rows.numel() * 8 < 64 << 10
     assert shadow.BAD == 6

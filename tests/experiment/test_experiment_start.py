@@ -1,4 +1,4 @@
-"""From the flags to arms in an engine: what is asked for, refused and reported, each in a fresh interpreter."""
+"""From flags to arms in an engine: what runs, what is refused, what is reported. Each test has a fresh interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device times: nothing is waited for, nothing grows, and what gives no time is counted."""
+"""Device times: nothing waits, memory is bounded, and steps without a time are counted."""
 
 import timeit
 
@@ -8,13 +8,13 @@ from mla_patch.experiment.timing import EventPool
 
 
 class Device:
-    """Reaches an event when a test says so. Its events have no synchronize: to call it is an error."""
+    """A device that passes an event when the test says so. Its events have no ``synchronize``, so calling it fails."""
 
     def __init__(self) -> None:
         self.made = 0
         self.clock = 0.0  # ms
         self.queries = 0
-        self.reached = -1.0  # all that was recorded up to this time
+        self.reached = -1.0  # the device has passed all events up to this time
 
     def event(self) -> "FakeEvent":
         self.made += 1
@@ -53,7 +53,7 @@ def run(pool: EventPool, device: Device, about: object, ms: float = 1.0) -> None
     device.clock += 1  # between steps
 
 
-def test_times_come_back_in_order_when_the_device_is_there(device: Device) -> None:
+def test_times_come_back_in_order_once_the_device_has_passed(device: Device) -> None:
     pool = EventPool(device.event)
     for step in range(3):
         run(pool, device, ("step", step), ms=step + 0.5)
@@ -66,7 +66,7 @@ def test_times_come_back_in_order_when_the_device_is_there(device: Device) -> No
     assert (pool.untimed, pool.dropped) == (0, 0)
 
 
-def test_pairs_are_used_again(device: Device) -> None:
+def test_pairs_are_reused(device: Device) -> None:
     pool = EventPool(device.event)
     for step in range(1000):
         run(pool, device, step)
@@ -86,12 +86,12 @@ def test_the_pool_is_bounded(device: Device) -> None:
     assert pool.untimed == 12
 
 
-def test_a_harvest_asks_little(device: Device) -> None:
+def test_a_harvest_makes_few_queries(device: Device) -> None:
     pool = EventPool(device.event)
     for step in range(100):
         run(pool, device, step)
     pool.harvest()
-    assert device.queries == 1  # the oldest is not done: no other is
+    assert device.queries == 1  # if the oldest is not done, no other is queried
     device.reached = device.clock
     assert len(pool.harvest(limit=3)) == 3
 
@@ -120,13 +120,13 @@ def test_lost_pairs_are_replaced(device: Device) -> None:
         pool._pending[-1][2][1].lost = True
         device.reached = device.clock
         for _ in range(3):
-            pool.begin()  # untimed: a step that is left
+            pool.begin()  # not timed: a step that raised
         pool.harvest()
         assert pool._pending == type(pool._pending)(), step
     assert pool.dropped >= 10
 
 
-def test_a_step_that_was_left_is_no_time(device: Device) -> None:
+def test_a_step_that_raised_has_no_time(device: Device) -> None:
     pool = EventPool(device.event)
     pool.begin()  # and the engine raised
     device.clock = 100
@@ -138,7 +138,7 @@ def test_a_step_that_was_left_is_no_time(device: Device) -> None:
     assert pool.harvest() == []
 
 
-def test_nothing_is_recorded_or_asked_while_a_graph_is_captured(device: Device) -> None:
+def test_nothing_is_recorded_or_queried_during_a_capture(device: Device) -> None:
     capturing = [False]
     pool = EventPool(device.event, capturing=lambda: capturing[0])
     run(pool, device, "before")
@@ -162,4 +162,4 @@ def test_a_step_costs_little(device: Device) -> None:
             pool.end(step)
             pool.harvest()
 
-    assert min(timeit.repeat(steps, number=1, repeat=5)) / 2000 < 8e-6  # with the fake's own share
+    assert min(timeit.repeat(steps, number=1, repeat=5)) / 2000 < 8e-6  # includes the time of the fake itself

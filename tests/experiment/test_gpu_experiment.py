@@ -1,4 +1,4 @@
-"""Experiments on a GPU: real CUDA graphs of one pool, real events, and torch's own watch for whatever waits."""
+"""Experiments on a GPU: CUDA graphs of one pool, device events, and torch's own detection of synchronisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 
 class CudaTape:
-    """`fake_engine.Tape`, of CUDA."""
+    """`fake_engine.Tape` with CUDA graphs."""
 
     pool: Any = None
 
@@ -44,7 +44,7 @@ def test_arms_errors_and_times(tmp_path: Path, runner: Any, monkeypatch: pytest.
     with torch.device("cuda"):
         one = Running(tmp_path, "ab+shadow", "block=4,warmup=4", "every=8,tolerance=0.02", runner)
         one.runner.device = "cuda"
-        outs = [one.runner.forward(batch()).clone()]  # the first opens files
+        outs = [one.runner.forward(batch()).clone()]  # the first step opens files
         given = batch()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -54,7 +54,7 @@ def test_arms_errors_and_times(tmp_path: Path, runner: Any, monkeypatch: pytest.
         due = [step for step in range(1, 65) if Sampling(8).due(step)]
         want = ["host" if step in due else arm for step, arm in enumerate(planned(1, 65), 1)]
         assert [one.engine.whose(out) for out in outs] == want
-        for _ in range(100):  # until what is under way has arrived
+        for _ in range(100):  # until pending results have arrived
             one.runner.forward(given)
             torch.cuda.synchronize()
             time.sleep(0.01)
