@@ -43,7 +43,7 @@ def why_unknown() -> str:
 def _by_nvml() -> tuple[Gpu | None, str]:
     build = _torch_build()
     if build is not None and build.hip:
-        return None, "torch is built for ROCm, and NVML tells of NVIDIA's GPUs alone"
+        return None, "torch is built for ROCm, and NVML knows only NVIDIA GPUs"
     return _visible(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER"))
 
 
@@ -64,12 +64,12 @@ def _visible(chosen: str | None, order: str | None) -> tuple[Gpu | None, str]:
     except Exception:  # no NVML, no driver, or a module of that name that is something else
         gpus, driver = [], ""
     if not gpus:
-        return None, "NVML tells of no GPU"
+        return None, "NVML reports no GPU"
     seen = gpus
     if chosen is not None:
         numbers, places = _choose(chosen, gpus)
         if not places:
-            return None, "CUDA_VISIBLE_DEVICES leaves no GPU"
+            return None, "CUDA_VISIBLE_DEVICES excludes every GPU"
         if numbers and order != "PCI_BUS_ID" and _differ(gpus):
             return None, f"CUDA_VISIBLE_DEVICES counts GPUs from the fastest on, and they differ ({_kinds(gpus)})"
         seen = [gpus[place] for place in places]

@@ -53,17 +53,17 @@ def installed(known: Host, where: str | None) -> Installed | None:
         return None
     versions = _in_metadata(known, where)
     if len(versions) > 1:  # an upgrade that was broken off leaves the older release's behind
-        return Installed(known, None, where, f"its metadata says {' and '.join(versions)}, of which one is left over")
+        return Installed(known, None, where, f"its metadata says {' and '.join(versions)}; one of them is left over")
     if versions:
         (version,) = versions
-        note = "" if _tells(version) else f"its metadata says {version}, which tells nothing"
+        note = "" if _tells(version) else f"its metadata says {version}, which is not informative"
         return Installed(known, version if _tells(version) else None, where, note)
     told = _version_file(where)
     overlay = next((p for p in sys.path if p and os.path.realpath(p) == os.path.realpath(os.path.dirname(where))), "")
     note = f"{known.name} in {where} has no metadata of its own (an overlay or an editable install)"
     if overlay and overlay in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         note = f"{known.name} comes from PYTHONPATH ({overlay}) and has no metadata"
-    return Installed(known, told, where, note if told else f"{note}; its version cannot be told")
+    return Installed(known, told, where, note if told else f"{note}; its version is unknown")
 
 
 def _in_metadata(known: Host, where: str) -> list[str]:

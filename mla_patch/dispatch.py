@@ -36,7 +36,7 @@ MALFORMED = 32  # calls in a row at which `bind` or `declines` raises the same e
 IN_A_ROW = 3  # failures of `serve` that can pass, such as an out-of-memory
 AN_HOUR = 16  # of these, whatever was served between them
 PAUSE = 1.0  # seconds in which the host serves after an out-of-memory: one step's layers would fail one after the other
-PAUSED = "left to the host for a second, after an out-of-memory"
+PAUSED = "left to the engine for one second after an out-of-memory"
 
 
 MADE_UP = "a tensor without memory, as tracers have"
@@ -302,10 +302,10 @@ class EntryPoint:
         elif not passes(problem):
             self.switch.trip(f"{self.name}: {endings.text_of(problem)}")
         elif not self.switch.bears_failure(self.counts.served):
-            self.switch.trip(f"{self.name}: {endings.text_of(problem)}, again and again")
+            self.switch.trip(f"{self.name}: {endings.text_of(problem)}, repeatedly")
         else:
             # At most AN_HOUR of these lines in an hour. As text: a record that is kept would keep what ours allocated
-            text = f"the host serves this call, and ours is tried again: {endings.text_of(problem)}"
+            text = f"the engine serves this call, and ours is tried again: {endings.text_of(problem)}"
             log.warning("mla-patch: %s: %s", self.name, text)
             self._decline(f"failed in passing: {type(problem).__name__}")
             if is_out_of_memory(problem):

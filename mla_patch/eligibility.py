@@ -13,7 +13,9 @@ from mla_patch.compat.types import Target, key_targets
 from mla_patch.features import DeviceCheck, Feature, State
 from mla_patch.flags import EXPERIMENTS, Setting
 
-UNKNOWN_GPU = "the first call's GPU decides whether the host's own is kept"  # in a reason, after why it is unknown
+UNKNOWN_GPU = (
+    "the GPU of the first call decides whether the engine's code is kept"  # in a reason, after why it is unknown
+)
 
 
 @dataclass
@@ -54,7 +56,7 @@ def by_flag(feature: Feature, setting: Setting) -> Eligibility | None:
         return Eligibility(State.OFF, f"{setting.name}=off ({setting.source})")
     if setting.value in EXPERIMENTS and feature.steps is None:
         return Eligibility(
-            State.REFUSED, f"{setting.name}={setting.value}: no arm of the host's to compare with; set on or off"
+            State.REFUSED, f"{setting.name}={setting.value}: there is no host arm to compare with; set on or off"
         )
     return None
 
@@ -153,7 +155,7 @@ def nothing_active(hosts: Sequence[Installed], rows: Sequence[Mapping[str, Any]]
     for host in hosts:
         name, mine = host.host.name, [row for row in rows if row["host"] == host.host.name]
         if not mine and not active:
-            found.append(f"no feature is written for {name}: MLA_PATCH=1 changes nothing in it")
+            found.append(f"no feature exists for {name}: MLA_PATCH=1 changes nothing in it")
         if name in active or all(row["state"] in (State.OFF, State.NATIVE) for row in mine):
             continue
         reasons: dict[str, list[str]] = {}
@@ -161,18 +163,16 @@ def nothing_active(hosts: Sequence[Installed], rows: Sequence[Mapping[str, Any]]
             reasons.setdefault(f"{row['state']}, {row['reason']}", []).append(row["name"])
         why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         text = f"MLA_PATCH=1 leaves nothing active on {name} {host.version or 'of an unknown version'} ({why})"
-        found.append(f"{text}. Ways out: {', or '.join(_ways_out(name, mine))}")
+        found.append(f"{text}. Options: {', or '.join(_ways_out(name, mine))}")
     return found
 
 
 def _ways_out(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a person can do where no feature of a host is active."""
-    ways = [f"another release of {name}: `mla-patch list` says which"]
+    ways = [f"another release of {name} (`mla-patch list` says which)"]
     if any(" is outside " in row["reason"] for row in rows if row["state"] == State.ABSENT):
-        ways.insert(0, "MLA_PATCH_SKIP_VERSION_CHECK=1, which applies what looks as it was reviewed")
-    ways += [
-        f"{row['flag']}=on, which puts ours in the place of the host's" for row in rows if row["state"] == State.NATIVE
-    ]
+        ways.insert(0, "MLA_PATCH_SKIP_VERSION_CHECK=1, which patches entry points that match the reviewed ones")
+    ways += [f"{row['flag']}=on, which replaces the engine's code" for row in rows if row["state"] == State.NATIVE]
     ways += [f"{row['flag']} unset" for row in rows if row["state"] == State.OFF]
     return ways
 

@@ -57,7 +57,7 @@ def text_of(problem: BaseException, form: Callable[[object], str] = repr) -> str
         return form(problem)
     except BaseException as another:
         pass_on(another)
-        return f"{type(problem).__name__}, which has no words"
+        return f"{type(problem).__name__}, which cannot be printed"
 
 
 def _write(text: str) -> None:

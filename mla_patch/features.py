@@ -35,15 +35,15 @@ class State(str, Enum):
 SATISFIED = frozenset({State.APPLIED, State.NATIVE, State.ARMED})
 
 MEANING = {
-    State.OFF: "switched off by its flag, or restored",
-    State.ABSENT: "the host, or a package that its entry points lie in, is not installed, or is outside the range",
-    State.ARMED: "everything that can be checked without importing the host is right; its module is not imported yet",
-    State.NATIVE: "the host has it already, so ours stands aside",
-    State.DRIFTED: "the host's entry point is missing or its parameters changed; the host keeps its own code",
+    State.OFF: "its flag or restore() switched it off",
+    State.ABSENT: "the engine, or a package with its entry points, is not installed, or is outside the range",
+    State.ARMED: "everything checked so far is right; the engine has not imported its module yet",
+    State.NATIVE: "the engine has its own implementation, so ours steps aside",
+    State.DRIFTED: "an entry point is missing or its parameters changed; the engine keeps its own code",
     State.REFUSED: "this GPU, configuration, flag or moment does not allow it",
-    State.APPLIED: "ours has taken the place of the host's",
-    State.DISPLACED: "something else stands where ours was put, and takes its calls; apply() puts ours back",
-    State.FAILED: "an error of ours; the host keeps its own code",
+    State.APPLIED: "our code stands in place of the engine's",
+    State.DISPLACED: "other code stands where we put ours, and takes its calls; apply() puts ours back",
+    State.FAILED: "our code raised an error; the engine's own code serves",
 }
 
 

@@ -55,9 +55,9 @@ def directory_problem(path: str | os.PathLike[str]) -> str | None:
         os.close(_open_directory(path))
     except FileNotFoundError:
         if os.path.lexists(path):
-            return "found a link to nothing, expected a directory"
+            return "found a dangling link, expected a directory"
         above = next(one for one in path.absolute().parents if os.path.lexists(one))
-        return None if _writable(above) else f"it cannot be made: this process may not write to {above}"
+        return None if _writable(above) else f"it cannot be created: this process may not write to {above}"
     except OSError as problem:
         return _text(problem)
     return None if _writable(path) else "this process may not write to it"
@@ -125,18 +125,18 @@ def _check_directory(found: os.stat_result, path: Path) -> None:
     mode, me = stat.S_IMODE(found.st_mode), os.geteuid()
     if mode & stat.S_ISVTX and mode & 0o002:  # as /tmp: everybody's on purpose, so nobody is told to change it
         raise Refused(
-            f"mode {mode:04o} lets everybody write to it: name a directory below it, such as {path / 'mla-patch'}"
+            f"mode {mode:04o} lets everybody write to it: use a directory below it, such as {path / 'mla-patch'}"
         )
     if found.st_uid != me:
         chown = f", or `chown {me} {path}`" if found.st_uid != 0 else ""  # root's directories are the system's
         raise Refused(
             f"it belongs to user {found.st_uid} (mode {mode:04o}) and this process runs as user {me}: "
-            f"name a directory of user {me}'s own{chown}"
+            f"use a directory of user {me}{chown}"
         )
     if mode & 0o022:
         who = "everybody" if mode & 0o002 else "its group"
         raise Refused(
-            f"mode {mode:04o} lets {who} write to it: `chmod go-w {path}`, or name a directory of this user's alone"
+            f"mode {mode:04o} lets {who} write to it: `chmod go-w {path}`, or use a directory of this user only"
         )
 
 

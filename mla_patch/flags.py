@@ -200,7 +200,7 @@ def _read_mode(modes: tuple[str, ...], raw: str) -> str:
     if text in _SWITCH:
         return _SWITCH[text]
     if text in MODES and text not in modes:
-        raise ValueError(f"no arm of the host's to compare with; expected one of {', '.join(modes)}")
+        raise ValueError(f"there is no host arm to compare with; expected one of {', '.join(modes)}")
     return _one_of(modes)(text)
 
 
@@ -233,7 +233,7 @@ def _read_ab(raw: str) -> str:
 
     block = parse_ab(raw).block
     if block < MIN_STEPS:
-        raise ValueError(f"block={block}: expected {MIN_STEPS} or more: shorter blocks are in no comparison")
+        raise ValueError(f"block={block}: expected {MIN_STEPS} or more: shorter blocks are not compared")
     return raw.strip()
 
 

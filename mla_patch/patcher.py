@@ -250,7 +250,7 @@ class Patcher:
                 run.feature.on_decision(setting.value, setting.asked_for)
             except BaseException as problem:  # a plugin's; its hook goes on as it was
                 endings.pass_on(problem)
-                log.warning("mla-patch: %s was not told of its flag", run.feature.label, exc_info=True)
+                log.warning("mla-patch: %s raised when it was told its flag", run.feature.label, exc_info=True)
         if run.status.state in STANDING and checked.state is State.ARMED:
             if run.device_checks and not checked.device_checks:  # asked for by now: ours serves whatever the device
                 run.device_checks, run.setting = {}, setting
@@ -349,7 +349,7 @@ class Patcher:
             self.changed()
             if state is State.FAILED:
                 run.warned = True
-                log.warning("mla-patch: %s stopped, the host serves from here on: %s", label, reason)
+                log.warning("mla-patch: %s stopped; the engine's code serves from now on: %s", label, reason)
             else:
                 self._complain(run)
 
@@ -414,7 +414,7 @@ class Patcher:
         else:
             run.status.state, run.status.reason = State.FAILED, endings.text_of(problem)
             run.warned = not (self.strict and run.setting.asked_for)
-            log.warning("mla-patch: %s failed, the host keeps its own code", run.feature.label, exc_info=problem)
+            log.warning("mla-patch: %s failed; the engine keeps its own code", run.feature.label, exc_info=problem)
 
     def _load_arms(self, run: ActiveFeature, module: str) -> dict[str, dict[str, ArmCode]]:
         """Entry point -> its arms' code. Imported before the turn: an import may take long."""
@@ -481,7 +481,7 @@ class Patcher:
         ours = run.made.get(target.entry or target.name)
         if taken is None or not taken.is_current() or not any(holder is place.where() for place in run.places):
             return self._confirm(run, target, module, late)
-        log.warning("mla-patch: %s.%s was %s, and is ours again", target.module, target.name, self._tell(value))
+        log.warning("mla-patch: %s.%s was %s; our code is back in place", target.module, target.name, self._tell(value))
         return ConfirmedTarget(target, holder, target.name.rpartition(".")[2], value, [], ours)
 
     # what stands now, asked whenever somebody wants to know
@@ -497,7 +497,7 @@ class Patcher:
         try:
             self._look(run)
         except Exception:
-            log.debug("mla-patch: the state of %s cannot be asked", run.feature.label, exc_info=True)
+            log.debug("mla-patch: the state of %s cannot be read", run.feature.label, exc_info=True)
 
     def _tell_displaced(self, run: ActiveFeature) -> None:
         """Once each time that something takes the place of what was asked for. Strict ends no engine at work."""
@@ -547,7 +547,7 @@ class Patcher:
         notes += [text for text, _ in hiders]
         reached = self._is_reached(run, [] if stands else [id(value) for _, value in hiders])
         if reached:
-            notes.append("calls reach ours all the same")
+            notes.append("calls still reach our code")
         displaced = bool(hiders) and not reached
         status.reason = "; ".join(dict.fromkeys(notes))
         status.state = State.DISPLACED if displaced else State.APPLIED if is_there else State.ARMED
@@ -603,7 +603,7 @@ class Patcher:
             stands = reaches(value, self._wanted(run, target.name))
             return [] if stands else [self._hidden(f"{target.module}.{target.name}", value)]
         if not taken.is_current():
-            return [(f"{target.name} is undone, as {target.module} was executed again", None)]
+            return [(f"{target.name} is undone, because {target.module} was executed again", None)]
         places = getattr(taken.undo, "places", None)
         rows = places() if places is not None else []
         return [
@@ -642,7 +642,7 @@ class Patcher:
             home = somebody.rpartition(" ")[2].partition(":")[0]
             # the source has been read, and was right; of a number or the like nobody can say where it is from
             if home.partition(".")[0] not in (target.module.partition(".")[0], "builtins"):
-                raise Mismatch(f"{where} was wrapped or replaced by {somebody} before ours came", State.REFUSED)
+                raise Mismatch(f"{where} was wrapped or replaced by {somebody} before we patched it", State.REFUSED)
             raise Mismatch(change)
         ours = _ours_below(value, target.name, run.status.counts)
         if not late or (ours is not None and ours._self_entry.switch is run.switch):
@@ -736,7 +736,7 @@ def _going_on(attribute: str, holder: Any) -> Iterator[None]:
         yield
     except Exception:
         what = text_of(attribute_of(holder, "__name__")) or f"a {type(holder).__name__}"
-        log.warning("mla-patch: %s of %s could not be given back", attribute, what, exc_info=True)
+        log.warning("mla-patch: %s of %s could not be restored", attribute, what, exc_info=True)
 
 
 def _call_all(*calls: Callable[[], None]) -> None:

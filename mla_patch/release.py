@@ -93,7 +93,7 @@ def find(feature: Feature, host: Installed, source: Source, skip_version_check: 
     if number is not None:
         return Release(number, number, notes)
     if parsed is not None and not is_inside(str(parsed)):
-        unlike = ", and its source is no reviewed release's" if known.reviewed else ""
+        unlike = ", and its source matches no reviewed release" if known.reviewed else ""
         return Release(None, None, outside=outside + unlike)
     return Release(None, floor, [*notes, EVERY_HOME])
 

@@ -106,7 +106,7 @@ class Fa3Call(BackendCall):
     ):  # fmt: skip
         extra = None
         if sinks is not None:
-            extra = "sinks, which the engine's own MLA decode drops"
+            extra = "sinks, which the engine's MLA decode ignores"
         elif return_lse:
             extra = "return_lse"
         elif not (
@@ -130,7 +130,7 @@ class Fa3Call(BackendCall):
         metadata = backend.forward_metadata
         queries = getattr(metadata, "max_seq_len_q", None)
         if queries != 1:
-            return f"{queries} queries a request"
+            return f"{queries} queries per request"
         if metadata.cache_seqlens_int32.shape[0] != rows:
             return f"lengths of {metadata.cache_seqlens_int32.shape[0]} requests, not of {rows}"
         return None
@@ -191,7 +191,7 @@ def is_built_on(call: type[BackendCall], capability: tuple[int, int]) -> bool:
 
 
 def _dropped_cap(layer: Any) -> str | None:
-    return "a logit cap, which the engine's own decode drops" if (getattr(layer, "logit_cap", 0) or 0) > 0 else None
+    return "a logit cap, which the engine's decode ignores" if (getattr(layer, "logit_cap", 0) or 0) > 0 else None
 
 
 def problem(call: BackendCall) -> str | None:
@@ -202,7 +202,7 @@ def problem(call: BackendCall) -> str | None:
     backend, layer = call.backend, call.layer
     kind = type(backend)
     if kind.__qualname__ != call.owner or kind.__module__ != call.module:
-        return f"a backend of another class, {kind.__qualname__}"
+        return f"another backend class, {kind.__qualname__}"
     if not getattr(backend, "use_mla", True):
         return "no MLA"
     if call.extra is not None:
@@ -213,7 +213,7 @@ def problem(call: BackendCall) -> str | None:
         return "cross attention"
     window = layer.sliding_window_size
     if window is not None and window > -1:
-        return "a sliding window, which the engine's own MLA decode ignores"
+        return "a sliding window, which the engine's MLA decode ignores"
     rows, heads, rope = call.batch.batch_size, layer.tp_q_head_num, call.q_rope
     width = 576 if rope is None else 512
     if call.q.numel() != rows * heads * width or (rope is not None and rope.numel() != rows * heads * 64):
@@ -221,10 +221,10 @@ def problem(call: BackendCall) -> str | None:
     if call.k is not None and call.v is None:
         return "keys without values"
     if shares_context(sys.modules[call.module]):
-        return "decode context parallelism, which wants the log-sum-exp"
+        return "decode context parallelism, which needs the log-sum-exp"
     pool = pool_of(call)
     if latent_pool(pool) is None:
-        return f"a cache of another kind, {type(pool).__name__}" if pool is not None else "two caches, or none"
+        return f"another kind of cache, {type(pool).__name__}" if pool is not None else "two caches, or none"
     return call.metadata_problem(rows)
 
 

@@ -459,7 +459,7 @@ def _captured(backend: Any) -> str | None:
     """Why a backend that has been built is beyond change, or None; its graph buffers come right before the capture."""
     if getattr(backend, "cuda_graph_attn_logits", None) is None or not gpu.has_graphs():
         return None
-    return "its CUDA graphs are captured already, and replay the host's kernel"
+    return "its CUDA graphs are already captured and replay the engine's kernel"
 
 
 _KEPT = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.decode_attention_fwd"
@@ -663,7 +663,7 @@ def warm_up(path: str, backend: Any, runner: Any, find: Callable[[Any, Any], Any
             if compiled:
                 log.info("mla-patch: %d kernels compiled in %.1f s", compiled, time.perf_counter() - start)
     except Exception as problem:
-        say_once("warmup", "no warm-up, so kernels are compiled at their first calls: %r", problem)
+        say_once("warmup", "no warm-up, so kernels compile at their first calls: %r", problem)
 
 
 def wrap_methods(owner: type, names: tuple[str, ...], seen_as: Callable[[Any, Any], Any]) -> Undo:

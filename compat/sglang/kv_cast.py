@@ -39,16 +39,16 @@ LATENT, WIDTH = 512, 576
 _EIGHT_BIT = ("torch.float8_e4m3fn", "torch.float8_e5m2")
 _SIXTEEN_BIT = ("torch.bfloat16", "torch.float16")
 
-NOT_ABSORBED = "keys that come with the call: no layer in MLA's absorbed form"
-NOT_16_BIT = "a query that is not of 16 bits"
-WINDOW = "a window, or keys of an encoder"
-PARALLEL = "context parallelism: the pool is not what is read"
-OTHER_POOL = "a pool of another layout"
-OTHER_TABLE = "a page table of another layout"
-SLOTS_IN_PAGES = "a tree of drafts over pages: its table names slots"
-RAGGED = "keys that come with the call: the pool is not read"
-NO_LENGTHS = "a graph whose replays do not say how many keys count"
-MANY = "the requests name more tokens than the pool has"
+NOT_ABSORBED = "keys that come with the call: the layer is not in MLA's absorbed form"
+NOT_16_BIT = "a query that is not 16 bits wide"
+WINDOW = "a window, or encoder keys"
+PARALLEL = "context parallelism: the call does not read the pool"
+OTHER_POOL = "a pool in another layout"
+OTHER_TABLE = "a page table in another layout"
+SLOTS_IN_PAGES = "a tree of drafts over pages: its table holds slots"
+RAGGED = "keys that come with the call: the call does not read the pool"
+NO_LENGTHS = "a graph whose replays do not give the number of keys"
+MANY = "the requests name more tokens than the pool holds"
 NOTHING = "no request"
 
 

@@ -126,7 +126,7 @@ def _choose(args: Any, names: tuple[str, ...]) -> None:
         if name == HOST_NAME:
             raise ValueError(f"--{field.replace('_', '-')} trtllm_mla beside {asked}: one of the two, not both")
     if getattr(args, "enable_deterministic_inference", False) or getattr(args, "rl_on_policy_target", None):
-        raise ValueError(f"{asked} beside {REASON}, which nobody has shown of such kernels: use fa3 or triton")
+        raise ValueError(f"{asked} beside {REASON}, which nobody has shown for such kernels: use fa3 or triton")
     if args.kv_cache_dtype != "fp8_e4m3":
         raise ValueError(f"{asked} reads an fp8 cache: set --kv-cache-dtype fp8_e4m3, found {args.kv_cache_dtype}")
     if args.page_size not in (None, 1, *PAGE_SIZES):  # unset, or the default of old releases: the host makes it 64

@@ -56,7 +56,7 @@ def host_is_kept(device: Gpu) -> str | None:
     faster = FASTER.get(device.capability)
     if faster is None:
         return f"not measured on {device.sm}"
-    return None if faster else f"the host's own is faster on {device.sm}"
+    return None if faster else f"the engine's kernel is faster on {device.sm}"
 
 
 def _backends(text: str) -> str:

@@ -121,7 +121,7 @@ def serves(capability: tuple[int, int], asked: bool) -> list[tuple[str, str]]:
     rows = []
     for call in sglang_backends.CALLS:
         if not sglang_backends.is_built_on(call, capability):
-            rows.append((f"{call.name}, any cache", "nobody: SGLang builds this backend for MLA on sm_90 alone"))
+            rows.append((f"{call.name}, any cache", "nobody: SGLang builds this backend for MLA only on sm_90"))
             continue
         for what, itemsize in (("an fp8 cache", 1), ("a 16-bit cache", 2)):
             kept = None if asked else by_default(call.name, itemsize, capability)

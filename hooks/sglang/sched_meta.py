@@ -227,7 +227,7 @@ def declines_metadata(call: MetadataCall) -> str | None:
     if call.cache_seqlens is None:
         # without operators its wrapper raises, though it has the class
         own = sglang_flash_mla.knows_sched_meta(call.build) and call.build.has(True)
-        return "the host has a FlashMLASchedMeta of its own" if own else None
+        return "the engine has its own FlashMLASchedMeta" if own else None
     if _dims(call.cache_seqlens) != 1:
         return None
     capability = capability_of(call.cache_seqlens)

@@ -107,8 +107,8 @@ def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -
     }.get(route, route)
     if compat.is_asked_by_release(version):
         v4 += "; short prompts over pages unless SGLANG_OPT_FLASHMLA_SPARSE_PREFILL is set"
-    v32 = "the release, by FlashMLA" if _padded(heads, capability) else "triton"
-    return [("V4", v4), ("V3.2", f"{v32}; keys read back by ours")]
+    v32 = "FlashMLA, called by the release" if _padded(heads, capability) else "triton"
+    return [("V4", v4), ("V3.2", f"{v32}; our kernel dequantises the keys")]
 
 
 FEATURE = Feature(
@@ -262,7 +262,7 @@ def serve_dequantize(call: DequantizeCall) -> Any:
 
 def declines_combine(call: CombineCall) -> str | None:
     """Why the host serves this call, or None."""
-    return None if call.swa_indices is None else "a window of its own for every query"
+    return None if call.swa_indices is None else "a separate window for each query"
 
 
 def serve_combine(call: CombineCall) -> Any:

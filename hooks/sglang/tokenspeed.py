@@ -46,8 +46,8 @@ def problem(device: Gpu | None) -> str | None:
     """Why the TokenSpeed kernels cannot run here, or None. Imports nothing: a server's first process asks."""
     if device is not None and (not device.cuda or device.capability[0] != 10):
         found = f"compute capability {device.capability[0]}.{device.capability[1]} ({device.name})"
-        found = found if device.cuda else f"a GPU of another maker ({device.name})"
-        return f"its kernels are for compute capability 10.x alone, found {found}"
+        found = found if device.cuda else f"a GPU of another vendor ({device.name})"
+        return f"its kernels need compute capability 10.x, found {found}"
     if PACKAGE not in sys.modules and importlib.util.find_spec(PACKAGE) is None:
         return "the package tokenspeed_mla is not installed: pip install tokenspeed-mla"
     return None
@@ -126,11 +126,11 @@ def shortfall(module: ModuleType) -> str | None:
         taken = set(inspect.signature(function).parameters)
         if taken == {"args", "kwargs"}:  # what it puts there when its own imports fail
             cause = getattr(module, "_IMPORT_ERROR", None)
-            return f"what it needs is not installed ({cause or 'its own imports failed'})"
+            return f"its requirements are not installed ({cause or 'its own imports failed'})"
         if not names <= taken:
             return f"{name} takes no {', '.join(sorted(names - taken))}"
     if _public_warmup(module) is None and not all(hasattr(_prefill_module(module), name) for name in _PRIVATE):
-        return "its prefill cannot be compiled ahead"
+        return "its prefill cannot be compiled in advance"
     return None
 
 

@@ -1,4 +1,4 @@
-"""``mla-patch``: what would happen on this machine, what did happen in an engine, and proof of it.
+"""mla-patch: check what the plugin would do on this machine, see what it did in an engine, and compare kernels.
 
 Exit status: 0 fine, 1 a finding, 2 misuse, 3 an error of mla-patch itself, 130 interrupted by Ctrl-C.
 Every command has ``--json``.
@@ -43,7 +43,7 @@ from mla_patch.session import experiment, find_host
 OK, FINDING, MISUSE, ERROR, INTERRUPTED = 0, 1, 2, 3, 130
 _STATUS = "exit status: 0 fine, 1 a finding, 2 misuse, 3 an error of mla-patch itself, 130 interrupted"
 ENTRY_POINT = "mla_patch"  # our name in the hosts' own plugin groups, and so in their filters
-BOOTSTRAP = Path(__file__).parent / "bootstrap"
+BOOTSTRAP = Path(__file__).parents[1] / "bootstrap"
 
 
 class Misuse(Exception):
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in traceback.format_exc().splitlines():
                 show.complain(line)
         else:
-            show.complain(f"this is a fault of mla-patch; `mla-patch --traceback {args.name} ...` says where it is")
+            show.complain(f"this is an error of mla-patch itself; `mla-patch --traceback {args.name} ...` shows where")
         return ERROR
 
 
@@ -114,7 +114,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mla-patch", description=(__doc__ or "").partition("\n")[0], epilog=_STATUS)
     parser.add_argument("--version", action="version", version=f"mla-patch {mla_patch.__version__}")
-    parser.add_argument("--traceback", action="store_true", help="where an error of mla-patch itself comes from")
+    parser.add_argument("--traceback", action="store_true", help="show where an error of mla-patch itself comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -123,76 +123,76 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="machine-readable output")
         return sub
 
-    sub = add("doctor", doctor, "what each feature would do on this machine, and why")
+    sub = add("doctor", doctor, "show what each feature would do on this machine, and why")
     _feature_option(sub)
-    add("list", list_features, "every feature, the releases it is for, and when it can go")
-    sub = add("explain", explain, "where a feature goes in each release, and how it stands here")
+    add("list", list_features, "list the features, the releases that they patch, and when they are no longer needed")
+    sub = add("explain", explain, "show what a feature replaces in each release, and its state on this machine")
     sub.add_argument("feature", help="a name as `mla-patch list` shows it, such as kv_indices or kv_indices@sglang")
-    sub.add_argument("--release", help="of the host, to be told who serves there; default: what is installed")
+    sub.add_argument("--release", help="a release of the engine; default: the installed one")
     sub.add_argument("--sm", type=_capability, help="the GPU's compute capability, such as 90; default: this machine's")
     sub.add_argument("--heads", nargs="+", type=_heads, default=[16, 64, 128], help="query heads of one GPU: 1 to 128")
-    sub = add("status", status, "what the processes of a running engine report")
+    sub = add("status", status, "show what the processes of a running engine report")
     sub.add_argument("directory", type=Path, help="the engine's MLA_PATCH_REPORT")
-    sub.add_argument("--all", action="store_true", help="processes that call nothing, such as launchers, too")
+    sub.add_argument("--all", action="store_true", help="also show ended processes, and those that call nothing")
     sub.add_argument("--prune", action="store_true", help="first remove the reports of processes that have ended")
-    sub = add("run", run, "run a command with the plugin on, even where the start-up file is not read")
+    sub = add("run", run, "run a command with the plugin on, even if Python does not read the start-up file")
     _feature_option(sub)
     sub.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command and its arguments")
-    sub = add("warmup", warmup, "compile what an engine on this machine can reach, so that nothing compiles in it")
+    sub = add("warmup", warmup, "compile the kernels that an engine on this machine can reach, before it starts")
     sub.add_argument("--heads", nargs="+", type=_heads, default=[16, 128], help="query heads of one GPU: 1 to 128")
     sub.add_argument(
         "--backend", nargs="+", choices=WARM_BACKENDS, default=["triton"],
-        help="the engine's attention backends (dsa: nsa, too); default: triton",
+        help="the engine's attention backends (dsa also means nsa); default: triton",
     )  # fmt: skip
-    sub.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16", help="of the model")
-    sub.add_argument("--cache", nargs="+", choices=CACHES, help="of the cache; default: the model's, and e4m3")
-    sub.add_argument("--max-batch", type=_count, default=512, help="requests that decode at once")
-    sub = add("bench", bench, "our kernels beside the installed engine's own: right first, then timed")
+    sub.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16", help="dtype of the model")
+    sub.add_argument("--cache", nargs="+", choices=CACHES, help="dtypes of the cache; default: the model's and e4m3")
+    sub.add_argument("--max-batch", type=_count, default=512, help="largest number of requests that decode at once")
+    sub = add("bench", bench, "check our kernels and the installed engine's on the same inputs, then time both")
     sub.add_argument("kernel", choices=["decode", "page-table", "token-indices"])
     sub.add_argument("--heads", nargs="+", type=_heads, default=[], help="decode: query heads, 1 to 128")
-    sub.add_argument("--dtype", nargs="+", choices=CACHES, default=[], help="decode: of the cache")
-    sub.add_argument("--batch", nargs="+", type=_count, default=[], help="requests")
+    sub.add_argument("--dtype", nargs="+", choices=CACHES, default=[], help="decode: dtypes of the cache")
+    sub.add_argument("--batch", nargs="+", type=_count, default=[], help="numbers of requests")
     sub.add_argument("--length", nargs="+", type=_count, default=[], help="tokens of each request")
     _fetch_option(sub)
     _add_ab(commands)
-    sub = add("demo", demo, "patch the installed engine in a fresh interpreter and compare its kernels with ours")
+    sub = add("demo", demo, "patch the installed engine in a new interpreter, and compare its kernels with ours")
     _fetch_option(sub)
-    add("clean", clean, "remove the releases that --fetch has put into a cache, and nothing else")
+    add("clean", clean, "remove the releases that --fetch has downloaded, and nothing else")
     return parser
 
 
 def _add_ab(commands: Any) -> None:
     """``ab`` and what belongs to it."""
-    text = "steer a running experiment, watch it, read its verdict"
+    text = "control a running experiment, watch it, and read its verdict"
     kinds = commands.add_parser("ab", help=text, description=text).add_subparsers(required=True, metavar="WHAT")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command, kind=name, name=f"ab {name}")
         sub.add_argument("directory", type=Path, help="the engine's MLA_PATCH_REPORT")
-        sub.add_argument("--run", help="a run by its name; default: the newest")
+        sub.add_argument("--run", help="name of a run; default: the newest")
         sub.add_argument("--json", action="store_true", help="machine-readable output")
         return sub
 
     def wait(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--wait", nargs="?", type=_seconds, const=30.0, metavar="SECONDS",
-            help="until every rank has reached the step from which it holds; default: 30 seconds at most",
+            help="wait until every rank has reached the step at which the command takes effect; default: at most 30 s",
         )  # fmt: skip
 
-    for name, what in (("start", "run the schedule, from its warmup on"), ("stop", "run the host's arm")):
-        sub = add(name, ab_send, f"{what}, from a step that no rank has reached yet")
+    for name, what in (("start", "run the schedule, beginning with its warmup"), ("stop", "run the engine's arm")):
+        sub = add(name, ab_send, f"{what}, beginning at a step that no rank has reached yet")
         wait(sub)
-        sub.add_argument("features", nargs="*", metavar="FEATURE", help="default: all that are under test")
-    sub = add("set", ab_send, "choose an arm, outside of any comparison, or the share of the schedule")
+        sub.add_argument("features", nargs="*", metavar="FEATURE", help="default: all features under test")
+    sub = add("set", ab_send, "choose an arm, outside any comparison, or the share of the schedule")
     sub.add_argument("feature")
     sub.add_argument("setting", type=_setting, metavar="arm=NAME | ratio=SHARE")
     wait(sub)
-    sub = add("watch", ab_watch, "where it stands, again and again; no verdict, which is for one look at the end")
+    sub = add("watch", ab_watch, "show the state of an experiment repeatedly, without a verdict")
     sub.add_argument("--every", type=_seconds, default=2.0, metavar="SECONDS")
-    sub.add_argument("--once", action="store_true", help="one look")
-    sub = add("report", ab_report, "the verdict of each bucket, shadow errors, what happened")
-    sub.add_argument("--html", type=Path, metavar="FILE", help="write the run's page, which fetches nothing")
+    sub.add_argument("--once", action="store_true", help="show it once")
+    sub = add("report", ab_report, "show the verdict of each bucket, shadow errors and events")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="also write the run's page, which fetches nothing")
 
 
 def _seconds(text: str) -> float:
@@ -244,14 +244,14 @@ def _capability(text: str) -> tuple[int, int]:
 
 def _fetch_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--fetch", metavar="VERSION", help="use this SGLang release, fetched into a cache, never installed"
+        "--fetch", metavar="VERSION", help="use this SGLang release: download it into a cache, without installing it"
     )
 
 
 def _feature_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-f", "--feature", action="append", default=[], metavar="NAME=MODE",
-        help="a feature's flag, before the environment's: kv_indices=off, decode@sglang=on",
+        help="override a feature's flag: kv_indices=off, decode@sglang=on",
     )  # fmt: skip
 
 
@@ -286,7 +286,7 @@ def doctor(args: argparse.Namespace) -> int:
 def _promised(host: Host, features: Sequence[Feature]) -> list[str]:
     """What this environment makes the host promise about results, and who says what becomes of it."""
     names = [feature.name for feature in features if feature.host_name == host.name]
-    asks = f"; `mla-patch explain` says what becomes of it with {', '.join(names)}" if names else ""
+    asks = f"; `mla-patch explain` says what this means for {', '.join(names)}" if names else ""
     return [f"{host.name}, {text}{asks}" for text in hosts.promised(host)]
 
 
@@ -337,18 +337,18 @@ def explain(args: argparse.Namespace) -> int:
         return OK
     for feature in features:
         show.show(Line(f" {feature.why}", head=feature.label))
-        show.lines([f"from {feature.upstream}", f"until {feature.drop_when}", *filter(None, [feature.promises])])
+        show.lines(filter(None, [f"from {feature.upstream}", f"needed until {feature.drop_when}", feature.promises]))
     show.table("routes", ["host", "releases", "module", "name", "kind", "replaced_by"], routes)
     if providers:
-        show.table("who serves a call, by the first row that applies", ["provider", "when"], providers)
+        show.table("who serves a call (the first row that applies)", ["provider", "when"], providers)
     if verdicts:
-        show.table("there", ["host", "release", "sm", "state", "reason"], verdicts)
+        show.table("on that release and GPU", ["host", "release", "sm", "state", "reason"], verdicts)
     if serves:
-        title = f"by default settings, on {serves[0]['host']} {serves[0]['release']} and {serves[0]['sm']}"
+        title = f"who serves by default, on {serves[0]['host']} {serves[0]['release']} and {serves[0]['sm']}"
         show.table(title, ["heads", "what", "who"], explain_.by_heads(serves))
     elif not (args.release and args.sm):
-        show.lines(["on another release and GPU: name both, as in --release 0.5.18 --sm 90"])
-    show.table("here", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)
+        show.lines(["for another release and GPU, pass both, such as --release 0.5.18 --sm 90"])
+    show.table("on this machine", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)
     return OK
 
 
@@ -417,13 +417,13 @@ def _findings(found: Sequence[hosts.Installed], flags: flags_.Flags, rows: Seque
     findings = []
     active = flags.on("MLA_PATCH")
     if flags.on("MLA_PATCH_STRICT") and not active:
-        findings.append("MLA_PATCH_STRICT is set and MLA_PATCH is not: nothing is active, so nothing is enforced")
+        findings.append("MLA_PATCH_STRICT is set but MLA_PATCH is not: nothing is active, so nothing is enforced")
     directory = flags.text("MLA_PATCH_REPORT")
     problem = files.directory_problem(directory) if directory else None
     if problem:
-        findings.append(f"MLA_PATCH_REPORT={directory}: {problem}; no process would keep a report")
+        findings.append(f"MLA_PATCH_REPORT={directory}: {problem}; no process would write a report")
     if sys.flags.no_site:
-        findings.append("Python runs with -S: the start-up file is not read, use `mla-patch run`")
+        findings.append("Python runs with -S and does not read the start-up file: use `mla-patch run`")
     elif active and not start_file():
         findings.append(
             "the start-up file mla_patch.pth is in no site directory: use `mla-patch run`, or install again"
@@ -433,7 +433,7 @@ def _findings(found: Sequence[hosts.Installed], flags: flags_.Flags, rows: Seque
         wanted = [part.strip() for part in os.environ.get(name, "").split(",") if part.strip()] if name else []
         if wanted and ENTRY_POINT not in wanted:
             findings.append(
-                f"{name}={os.environ[name]} leaves out {ENTRY_POINT}: only the start-up file can activate it"
+                f"{name}={os.environ[name]} excludes {ENTRY_POINT}: only the start-up file can activate the plugin"
             )
         if one.note:
             findings.append(one.note)
@@ -661,7 +661,7 @@ def ab_send(args: argparse.Namespace) -> int:
         show.lines([f"{one['feature']}: {what}, from step {one['at']} of run {told['run']} on"])
     if not told["findings"]:
         reached = all(row["reached"] for row in told["ranks"])
-        show.lines([f"{len(told['ranks'])} rank(s) have {'reached that step' if reached else 'read it'}"])
+        show.lines([f"{len(told['ranks'])} rank(s) have {'reached that step' if reached else 'read the command'}"])
     show.lines([f"finding: {text}" for text in told["findings"]], "yellow")
     return FINDING if told["findings"] else OK
 
@@ -690,7 +690,7 @@ def ab_watch(args: argparse.Namespace) -> int:
 def _watched(told: Mapping[str, Any]) -> list[Line | Table]:
     under = "; ".join(f"{name}: {', '.join(arms)}" for name, arms in told["features"].items())
     last = told["commands"][-1] if told["commands"] else None
-    says = [f"run {told['run']}, {under}", "no verdict while it runs: `mla-patch ab report`, once, at the end"]
+    says = [f"run {told['run']}, {under}", "no verdict while it runs: use `mla-patch ab report` once, at the end"]
     if last:
         says.append(f"last command: {last['feature']} {last['kind']} {last['value'] or ''} from step {last['at']}")
     says += [_note(note) for note in told["notes"]]
@@ -785,7 +785,7 @@ def clean(args: argparse.Namespace) -> int:
         many = f"{len(told['removed'])} folders" if len(told["removed"]) > 1 else "1 folder"
         show.lines([f"removed {many}, {told['bytes'] / 1e6:.0f} MB, from {told['directory']}"])
     if told["left"]:
-        show.lines([f"left, as it is not of mla-patch: {', '.join(told['left'])}"])
+        show.lines([f"kept, because it is not from mla-patch: {', '.join(told['left'])}"])
     return OK
 
 
@@ -865,7 +865,7 @@ def _show_doctor(report: Mapping[str, Any]) -> None:
     value = os.environ.get("MLA_PATCH")
     if value is None or value.strip().lower() in mla_patch.OFF:
         off = "is not set" if value is None else f"is {value!r}, which means off"
-        show.lines([f"MLA_PATCH {off}: an engine started from here runs untouched. With MLA_PATCH=1:"], "dim")
+        show.lines([f"MLA_PATCH {off}: an engine that starts here runs without the plugin. With MLA_PATCH=1:"], "dim")
     columns = ["name", "host", "flag", "value", "source", "state", "reason"]
     show.table("features", columns, report["features"])
     targets = [{"feature": f["name"], **target} for f in report["features"] for target in f["targets"]]
@@ -883,7 +883,7 @@ def _show_demo(result: Mapping[str, Any]) -> None:
     columns = ["route", "builder", "equal", "error_host", "error_ours", "us_host", "us_ours"]
     show.table("same input, both kernels", columns, rows)
     equal, style = ("equal", "green") if result["equal"] else ("NOT equal", "red")
-    show.lines([f"served {result['served']} calls of the host's; outputs {equal}"], style)
+    show.lines([f"our kernels served {result['served']} calls of the engine; outputs {equal}"], style)
     show.lines(result["notes"])
 
 
@@ -902,7 +902,7 @@ def _show_bench(result: Mapping[str, Any]) -> None:
     show.table(title, ["case", "host us", "ours us", "host / ours", "GB/s", "of a copy", "host", "ours"], rows)
     right, style = ("right", "green") if result["right"] else ("NOT right", "red")
     copy = f", a copy reaches {result['copy_gbps']} GB/s" if result["copy_gbps"] else ""
-    show.lines([f"ours is {right}; an empty launch takes {result['floor_us']} us{copy}"], style)
+    show.lines([f"our kernel is {right}; an empty launch takes {result['floor_us']} us{copy}"], style)
     show.lines(result["notes"])
     show.lines([f"finding: {text}" for text in result["findings"]], "yellow")
 

@@ -43,11 +43,11 @@ def look(directory: Path) -> dict[str, Any]:
         inactive, wanted = _inactive(engine, run)
         (notes if wanted else findings).extend(inactive)
         for label, asked in uncalled(run):
-            text = f"{label} is applied, and nothing has called it yet"
+            text = f"{label} is applied, but nothing has called it yet"
             if asked:
                 findings.append(text)
             else:
-                notes.append(f"{text}: it waits for a model or a backend that does")
+                notes.append(f"{text}: the model or the backend may not need it")
         for report in idle(run):
             report["idle"] = True
     return {"processes": processes, "missing": missing, "findings": findings, "notes": notes}
@@ -153,7 +153,7 @@ def _odd(report: Row) -> list[str]:
     known = set(map(str, State))
     return [
         f"{_label(row)}: state {row['state']!r} is not known to mla-patch {mla_patch.__version__}, "
-        "so the report is of another version"
+        "so another version wrote the report"
         for row in report["features"]
         if row["state"] not in known
     ]
@@ -169,7 +169,9 @@ def _inactive(engine: str, run: Sequence[Row]) -> tuple[list[str], bool]:
         return [], True
     where = f"{engine or 'an unnamed engine'} (pid {', '.join(str(report['pid']) for report in run)})"
     if not rows:
-        return [f"nothing is active in {where}: its reports hold no feature, as none is for this engine"], False
+        return [
+            f"nothing is active in {where}: its reports list no feature, because none exists for this engine"
+        ], False
     states: dict[str, set[str]] = {}
     for row in rows:
         states.setdefault(row["state"], set()).add(row["name"])
@@ -212,13 +214,13 @@ def blocks(directory: Path, told: Mapping[str, Any], everything: bool = False) -
         yield Line(f"{len(earlier)} {what} left out: --all shows them, --prune removes their reports")
     for report in shown:
         if report["life"] == survey.GONE:
-            yield Line(f"pid {report['pid']}: it ended without a farewell, its counts may lack the last {INTERVAL} s")
+            yield Line(f"pid {report['pid']}: it did not exit normally, so its counts may lack the last {INTERVAL} s")
         compiled = report.get("compiled", {})
         if compiled is None:
-            yield Line(f"pid {report['pid']}: compiles are not counted with this Triton")
+            yield Line(f"pid {report['pid']}: this Triton does not let us count compilations")
         elif any(compiled.values()):
-            text = f"pid {report['pid']}: {compiled['before']} kernels of ours compiled before it served"
-            yield Line(f"{text}, {compiled['serving']} since", "yellow" if compiled["serving"] else "")
+            text = f"pid {report['pid']}: {compiled['before']} of our kernels compiled before the first served call"
+            yield Line(f"{text}, {compiled['serving']} later", "yellow" if compiled["serving"] else "")
     for one in told["missing"]:
         yield Line(f"missing: {', '.join(f'{key} {value}' for key, value in one.items())}", "yellow")
     yield from (Line(f"note: {text}") for text in told["notes"])

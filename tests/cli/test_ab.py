@@ -162,7 +162,7 @@ def test_waiting(running: Running, capsys: Any) -> None:
     assert answer["ranks"][0]["reached"] and answer["ranks"][0]["step"] >= answer["commands"][0]["at"]
     heard(running)
     assert cli.main(["ab", "stop", str(running.folder), "--wait"]) == 0  # the engine is idle, so its next step obeys
-    assert "1 rank(s) have read it" in capsys.readouterr().out
+    assert "1 rank(s) have read the command" in capsys.readouterr().out
     assert set(running.run(1)) == {"host"}
 
 

@@ -114,8 +114,8 @@ def test_doctor_judges_an_installed_engine_without_importing_it(capsys, tmp_path
         ("0.6.0", dict.fromkeys(ALL_FLAGS, "off"), TABLE, "off", 0, ""),
         ("0.6.0", {"MLA_PATCH_KV_INDICES": "on"}, TABLE, "absent", 1, "0.6.0 is outside"),
         ("0.5.11.post1", {}, TABLE, "armed", 0, ""),
-        ("0.0.0.dev0", {}, TABLE, "armed", 1, "tells nothing"),
-        ("0.0.0.dev1+gdce8b0606", {}, TABLE, "armed", 1, "0.0.0.dev1+gdce8b0606, which tells nothing"),
+        ("0.0.0.dev0", {}, TABLE, "armed", 1, "not informative"),
+        ("0.0.0.dev1+gdce8b0606", {}, TABLE, "armed", 1, "0.0.0.dev1+gdce8b0606, which is not informative"),
         ("0.5.10.post1.dev40+gabc", {}, TABLE, "armed", 0, ""),
         (None, {}, TABLE, "armed", 1, "no metadata"),
     ],
@@ -175,7 +175,7 @@ def test_an_engine_that_no_feature_is_for(capsys, tmp_path, monkeypatch):
     (tmp_path / "vllm" / "__init__.py").write_text("raise RuntimeError('not to be imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     status, report = run(capsys, "doctor")
-    assert status == 1 and "no feature is written for vllm: MLA_PATCH=1 changes nothing in it" in report["findings"]
+    assert status == 1 and "no feature exists for vllm: MLA_PATCH=1 changes nothing in it" in report["findings"]
     fake_sglang(tmp_path)
     status, report = run(capsys, "doctor")
     assert [one["name"] for one in report["hosts"]] == ["sglang", "vllm"]
@@ -258,9 +258,9 @@ def test_promises_of_the_engine_are_told(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        (None, "MLA_PATCH is not set: an engine started from here runs untouched"),
-        ("", "MLA_PATCH is '', which means off: an engine started from here runs untouched"),
-        ("No", "MLA_PATCH is 'No', which means off: an engine started from here runs untouched"),
+        (None, "MLA_PATCH is not set: an engine that starts here runs without the plugin"),
+        ("", "MLA_PATCH is '', which means off: an engine that starts here runs without the plugin"),
+        ("No", "MLA_PATCH is 'No', which means off: an engine that starts here runs without the plugin"),
         ("1", None),
     ],
 )
@@ -271,7 +271,7 @@ def test_the_printed_doctor_says_what_is_missing(capsys, monkeypatch, value, say
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "no engine is installed here" in shown
-    assert says in shown if says else "runs untouched" not in shown
+    assert says in shown if says else "runs without the plugin" not in shown
 
 
 def test_list(capsys):
@@ -314,15 +314,15 @@ def test_explain_says_which_route_a_prompt_takes(capsys):
 @pytest.mark.parametrize(
     ("release", "sm", "heads", "flag", "v4", "v32"),
     [
-        ("0.5.11", "90", "64", "", "the release has no DeepSeek V4", "the release, by FlashMLA"),
-        ("0.5.12", "90", "64", "", "over pages, by the release", "the release, by FlashMLA"),
-        ("0.5.12.post1", "90", "64", "on", "our route; FlashMLA attends", "the release, by FlashMLA"),
-        ("0.5.13", "90", "64", "", "our route; FlashMLA attends; short prompts over pages unless", "the release"),
+        ("0.5.11", "90", "64", "", "the release has no DeepSeek V4", "FlashMLA, called by the release"),
+        ("0.5.12", "90", "64", "", "over pages, by the release", "FlashMLA, called by the release"),
+        ("0.5.12.post1", "90", "64", "on", "our route; FlashMLA attends", "FlashMLA, called by the release"),
+        ("0.5.13", "90", "64", "", "our route; FlashMLA attends; short prompts over pages unless", "FlashMLA, called"),
         ("0.5.15", "120", "16", "", "our route; triton attends", "triton"),
         ("0.5.18", "90", "20", "", "our route; triton attends", "triton"),
-        ("0.5.20", "100", "128", "", "our route; FlashMLA attends", "the release, by FlashMLA"),
+        ("0.5.20", "100", "128", "", "our route; FlashMLA attends", "FlashMLA, called by the release"),
         ("0.5.20", "120", "16", "", "over pages, by the release", "triton"),
-        ("0.5.21", "90", "128", "", "the release's route; FlashMLA attends", "the release, by FlashMLA"),
+        ("0.5.21", "90", "128", "", "the release's route; FlashMLA attends", "FlashMLA, called by the release"),
         ("0.5.23", "80", "16", "on", "the release's route with our kernels; triton attends", "triton"),
     ],
 )
@@ -356,7 +356,7 @@ def test_explain_tells_what_holds_for_several_heads_once(capsys) -> None:
         ("decode", "0.5.18", "120", "off", "off", "MLA_PATCH_DECODE=off (environment)"),
         ("kv_indices", "0.5.23", "80", "", "applied", ""),
         ("sched_meta", "0.5.23", "120", "", "applied", ""),
-        ("sched_meta", "0.5.23", "120", "ab", "refused", "no arm of the host's to compare with"),
+        ("sched_meta", "0.5.23", "120", "ab", "refused", "there is no host arm to compare with"),
         ("sparse_prefill", "0.5.18", "90", "", "applied", ""),
         ("tokenspeed", "0.5.11", "100", "", "applied", ""),
         ("tokenspeed", "0.5.18", "100", "", "native", "ServerArgs.backend, TRTLLMMLABackend.kernels: "),

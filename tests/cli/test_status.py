@@ -47,7 +47,7 @@ def test_a_healthy_deployment_is_no_finding(tmp_path: Path, capsys: pytest.Captu
     exit_status, answer, shown = told(tmp_path, capsys)
     assert (exit_status, answer["findings"], answer["missing"]) == (0, [], [])
     (note,) = answer["notes"]
-    assert note.startswith("sparse_prefill@sglang is applied, and nothing has called it yet")
+    assert note.startswith("sparse_prefill@sglang is applied, but nothing has called it yet")
     assert f"note: {note}" in shown
     assert [report["pid"] for report in answer["processes"] if report.get("idle")] == [10, 12]
     rows = [line for line in shown.splitlines() if line.startswith("  sglang")]
@@ -61,7 +61,7 @@ def test_a_healthy_deployment_is_no_finding(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("given", "finding"),
     [
-        ({"served": 0, "captured": 0, "source": "environment"}, "decode@sglang is applied, and nothing has called it"),
+        ({"served": 0, "captured": 0, "source": "environment"}, "decode@sglang is applied, but nothing has called it"),
         ({"state": "failed", "reason": "it broke"}, "decode@sglang (MLA_PATCH_DECODE=on): failed, it broke"),
         ({"state": "drifted", "source": "environment", "reason": "it moved"}, "drifted, it moved"),
         ({"state": "paused"}, "decode@sglang: state 'paused' is not known to mla-patch"),
@@ -106,13 +106,13 @@ def empty(folder: Path) -> str:
 def no_feature(folder: Path) -> str:
     process(folder, 10)
     process(folder, 11)
-    return "nothing is active in sglang (pid 10, 11): its reports hold no feature"
+    return "nothing is active in sglang (pid 10, 11): its reports list no feature"
 
 
 def vllm(folder: Path) -> str:
     process(folder, 10, engine="vllm")
     process(folder, 11, feature(served=5))
-    return "nothing is active in vllm (pid 10): its reports hold no feature, as none is for this engine"
+    return "nothing is active in vllm (pid 10): its reports list no feature, because none exists for this engine"
 
 
 def all_absent(folder: Path) -> str:

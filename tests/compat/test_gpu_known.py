@@ -75,7 +75,7 @@ def known(monkeypatch: pytest.MonkeyPatch, module: Any, chosen: str | None = Non
 
 DIFFER = "the visible GPUs differ (sm_120, sm_90)"
 FASTEST = "CUDA_VISIBLE_DEVICES counts GPUs from the fastest on, and they differ (sm_120, sm_90)"
-LEAVES_NONE = "CUDA_VISIBLE_DEVICES leaves no GPU"
+LEAVES_NONE = "CUDA_VISIBLE_DEVICES excludes every GPU"
 MIXED: list[tuple[str | None, str | None, Any]] = [
     (None, None, DIFFER),
     (None, "PCI_BUS_ID", DIFFER),
@@ -157,7 +157,7 @@ def test_an_odd_nvml_tells_nothing(odd: str, with_error: bool, monkeypatch: pyte
     module = nvml(H200, **ODD[odd])
     if not with_error:
         del module.NVMLError
-    assert known(monkeypatch, module) == "NVML tells of no GPU"
+    assert known(monkeypatch, module) == "NVML reports no GPU"
 
 
 def test_what_does_not_matter_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,8 +252,8 @@ def test_nvidia_is_told_by_builds_and_never_by_a_name(name: str, monkeypatch: py
 
 def test_a_capability_of_another_maker_is_no_blackwell() -> None:
     """gfx1030 is (10, 3) to torch."""
-    assert "another maker" in str(tokenspeed.problem(Gpu("Radeon RX 6800", (10, 3), cuda=False)))
-    assert "another maker" not in str(tokenspeed.problem(Gpu("NVIDIA B300", (10, 3))))
+    assert "another vendor" in str(tokenspeed.problem(Gpu("Radeon RX 6800", (10, 3), cuda=False)))
+    assert "another vendor" not in str(tokenspeed.problem(Gpu("NVIDIA B300", (10, 3))))
 
 
 # device numbers
@@ -284,7 +284,7 @@ def test_what_nvml_leaves_open_is_told_where_torch_sees_nothing(monkeypatch: pyt
 @pytest.mark.parametrize("kinds", [[(9, 0), (9, 0)], [(12, 0), (9, 0)]], ids=["alike", "different"])
 def test_an_engine_started_from_here(kinds: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without NVML torch is asked, and GPUs that differ leave it open, too."""
-    assert known(monkeypatch, nvml(nvmlInit=raising(OSError()))) == "NVML tells of no GPU"
+    assert known(monkeypatch, nvml(nvmlInit=raising(OSError()))) == "NVML reports no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))

@@ -249,7 +249,7 @@ def test_a_failure_that_passes_is_tried_again(
     for _ in range(IN_A_ROW + 1):
         assert patched.call(problem, 2)[0] == "host"
         clock.now += dispatch.PAUSE
-    assert patched.stops == [(f"decode: {problem!r}, again and again", State.FAILED)]
+    assert patched.stops == [(f"decode: {problem!r}, repeatedly", State.FAILED)]
     assert patched.call(1, 2)[0] == "host"
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (2 * IN_A_ROW - 2)
 

@@ -66,15 +66,15 @@ DIRECTORIES = {
     "a link of ours": (linked(0o700), None),
     "its group writes": (made(0o770), "mode 0770 lets its group write to it: `chmod go-w "),
     "others write": (made(0o703), "mode 0703 lets everybody write to it: `chmod go-w "),
-    "sticky": (made(0o1777), "mode 1777 lets everybody write to it: name a directory below it"),
+    "sticky": (made(0o1777), "mode 1777 lets everybody write to it: use a directory below it"),
     "a link to a shared one": (linked(0o777), "mode 0777 lets everybody write to it"),
-    "a link to nothing": (lambda path: path.symlink_to("none"), "found a link to nothing, expected a directory"),
+    "a link to nothing": (lambda path: path.symlink_to("none"), "found a dangling link, expected a directory"),
     "a file": (lambda path: path.write_text(""), "found a file, expected a directory"),
     "a FIFO": (lambda path: os.mkfifo(path), "found a FIFO, expected a directory"),
 }
 FOREIGN = {
     "another user's": (made(0o755, OTHER), f"it belongs to user {OTHER} (mode 0755) and this process runs as user 0: "),
-    "another user's sticky": (made(0o1777, OTHER), "mode 1777 lets everybody write to it: name a directory below it"),
+    "another user's sticky": (made(0o1777, OTHER), "mode 1777 lets everybody write to it: use a directory below it"),
     "another user's link": (linked(0o700, OTHER), f"found a link that user {OTHER} made, expected a directory"),
 }
 ROWS = [pytest.param(*row, id=name) for name, row in DIRECTORIES.items()]
@@ -154,7 +154,7 @@ def test_a_directory_that_may_not_be_written() -> None:
         told = as_user(OTHER, lambda: files.directory_problem(path))
         assert told == repr("this process may not write to it")
         told = as_user(OTHER, lambda: files.directory_problem(path / "deep"))
-        assert told == repr(f"it cannot be made: this process may not write to {path}")
+        assert told == repr(f"it cannot be created: this process may not write to {path}")
 
 
 # writing

@@ -105,7 +105,7 @@ ARMS = "expected two or more different names joined by +, such as host+patch"
         ("MLA_PATCH_DECODE_MATH", "exat", "expected one of exact, fast; did you mean exact?"),
         ("MLA_PATCH_AB", "blok=3", "'blok' is not one of block, ratio, seed, warmup, arms, draft; did you mean block?"),
         ("MLA_PATCH_AB", "block", "block=: expected a whole number, 1 or more"),
-        ("MLA_PATCH_AB", "block=2", "block=2: expected 4 or more: shorter blocks are in no comparison"),
+        ("MLA_PATCH_AB", "block=2", "block=2: expected 4 or more: shorter blocks are not compared"),
         ("MLA_PATCH_AB", "block=1.5", "block=1.5: expected a whole number, 1 or more"),
         ("MLA_PATCH_AB", "ratio=half", "ratio=half: expected a number between 0 and 1"),
         ("MLA_PATCH_AB", "block=0", "block=0: expected a whole number, 1 or more"),
@@ -120,7 +120,7 @@ ARMS = "expected two or more different names joined by +, such as host+patch"
         (
             "MLA_PATCH_SPARSE_PREFILL",
             "shadow",
-            "no arm of the host's to compare with; expected one of on, off",
+            "there is no host arm to compare with; expected one of on, off",
         ),
         ("MLA_PATCH_SPARSE_PREFILL", "of", "expected one of on, off; did you mean off?"),
     ],

@@ -388,11 +388,11 @@ def test_a_wrapper_from_before_is_named_and_is_no_drift(fake_host: FakeHost) -> 
     print(state("kernel"))
     """
     done = fake_host.run(code)
-    told = "refused: fakehost.ops.decode was wrapped or replaced by {} before ours came True"
+    told = "refused: fakehost.ops.decode was wrapped or replaced by {} before we patched it True"
     names = ["plugin:closure.<locals>.by_closure", "an instance of plugin:Caller", "plugin:Caller.__call__"]
     assert done.stdout.splitlines() == [
         *map(told.format, names),
-        "refused: fakehost.kernels.indices was wrapped or replaced by plugin:same before ours came",
+        "refused: fakehost.kernels.indices was wrapped or replaced by plugin:same before we patched it",
     ], done.stderr
 
 
@@ -469,10 +469,11 @@ def test_displaced_and_put_back(fake_host: FakeHost) -> None:
     said = [line for line in done.stderr.splitlines() if line.startswith("mla-patch: ")]
     assert [line for line in said if asked in line] == []  # a default never warns
     assert said == [
-        "mla-patch: fakehost.ops.decode was plugin:same, and is ours again",
-        "mla-patch: fakehost.ops.decode was plugin:other, and is ours again",
-        "mla-patch: fakehost.ops.decode was an instance of builtins:builtin_function_or_method, and is ours again",
-        "mla-patch: fakehost.ops.decode was nothing, and is ours again",
+        "mla-patch: fakehost.ops.decode was plugin:same; our code is back in place",
+        "mla-patch: fakehost.ops.decode was plugin:other; our code is back in place",
+        "mla-patch: fakehost.ops.decode was an instance of builtins:builtin_function_or_method; "
+        "our code is back in place",
+        "mla-patch: fakehost.ops.decode was nothing; our code is back in place",
     ]
 
 
@@ -524,7 +525,7 @@ def test_a_wrapper_that_cannot_be_seen_through_is_believed_once_calls_arrive(fak
     told = "fakehost.ops.decode is an instance of plugin:Opaque"
     assert done.stdout.splitlines() == [
         f"displaced: {told}",
-        f"theirs, ours applied: {told}; calls reach ours all the same",
+        f"theirs, ours applied: {told}; calls still reach our code",
         "displaced: fakehost.ops.decode is plugin:other",
         "displaced",
     ], done.stderr
@@ -1250,7 +1251,7 @@ def test_an_edit_that_fails_takes_all_back(fake_host: FakeHost) -> None:
     """
     done = fake_host.run(code)
     assert done.stdout.splitlines() == ["['ours'] 2", "[] 1.0 host [] host", "failed: RuntimeError('boom')"]
-    assert done.stderr.startswith("mla-patch: ops@fakehost failed, the host keeps its own code\nTraceback")
+    assert done.stderr.startswith("mla-patch: ops@fakehost failed; the engine keeps its own code\nTraceback")
 
 
 def test_an_undo_that_fails_holds_nothing_up(fake_host: FakeHost) -> None:
@@ -1523,7 +1524,9 @@ def test_a_bind_that_breaks(fake_host: FakeHost) -> None:
         """host host {"bind: KeyError('boom')": 2} applied""",
         f"{{'host'}} failed: {reason}",
     ]
-    assert done.stderr.splitlines() == [f"mla-patch: ops@fakehost stopped, the host serves from here on: {reason}"]
+    assert done.stderr.splitlines() == [
+        f"mla-patch: ops@fakehost stopped; the engine's code serves from now on: {reason}"
+    ]
 
 
 def test_first_calls_that_are_all_declined(fake_host: FakeHost) -> None:
@@ -1603,7 +1606,7 @@ WAKE = "import sglang\nprint(state())\nfrom sglang.ops import decode\nprint(deco
         ("0.6.0.dev20261130", "armed: sglang 0.6.0.dev20261130: taken for 0.5.23 by its source", None),
         ("banana", "armed: version banana cannot be read; sglang banana: taken for 0.5.23 by its source", None),
         *(
-            (said, f"armed: its metadata says {said}, which tells nothing; taken for 0.5.23 by its source", None)
+            (said, f"armed: its metadata says {said}, which is not informative; taken for 0.5.23 by its source", None)
             for said in ("0.0.0.dev0", "0.0.0.dev1+gdce8b0606", "0.0.0", "0+unknown")
         ),
     ],
@@ -1635,7 +1638,7 @@ def test_no_metadata(fake_host: FakeHost) -> None:
     as_sglang(fake_host, metadata=False)
     armed, served = fake_host.says(WAKE, door=True).splitlines()
     assert armed.startswith("armed: sglang comes from PYTHONPATH (")
-    assert armed.endswith(") and has no metadata; its version cannot be told; taken for 0.5.23 by its source")
+    assert armed.endswith(") and has no metadata; its version is unknown; taken for 0.5.23 by its source")
     assert served.startswith("ours applied")
 
 
@@ -1806,7 +1809,7 @@ def mark(module):
 EDIT = Target("fakehost.ops", "mark", kind="edit", edit=mark)
 FEATURES = [feature("ops", DECODE, EDIT, native=native)]
 """
-WAITS = "applied: NVML tells of no GPU: the first call's GPU decides whether the host's own is kept"
+WAITS = "applied: NVML reports no GPU: the GPU of the first call decides whether the engine's code is kept"
 
 
 def test_the_first_call_decides_that_the_hosts_own_is_kept(fake_host: FakeHost) -> None:
@@ -1957,7 +1960,7 @@ def test_asked_for_and_not_had_warns_once(kind: str, fake_host: FakeHost) -> Non
     told = [line for line in done.stderr.splitlines() if line.startswith("mla-patch: ")]
     assert len(told) == 1
     if state == "failed":
-        assert told[0] == "mla-patch: ops@sglang failed, the host keeps its own code"
+        assert told[0] == "mla-patch: ops@sglang failed; the engine keeps its own code"
     else:
         assert told[0].startswith(f"mla-patch: ops@sglang (MLA_PATCH_OPS=on, environment) is {state}: ")
         assert len(done.stderr.splitlines()) == 1
@@ -2027,7 +2030,7 @@ def test_no_experiment_without_an_arm_of_the_hosts(mode: str, fake_host: FakeHos
     done = fake_host.run(
         "mla_patch.apply()\nimport fakehost.caller as c\nprint(c.run(), state())", {"MLA_PATCH_OPS": mode}
     )
-    problem = f"MLA_PATCH_OPS={mode}: no arm of the host's to compare with; expected one of on, off"
+    problem = f"MLA_PATCH_OPS={mode}: there is no host arm to compare with; expected one of on, off"
     assert done.stdout == f"host refused: {problem}\n"
     assert len(done.stderr.splitlines()) == 1
 

@@ -30,7 +30,7 @@ def add(fake_host: FakeHost, text: str, name: str = "other", value: str = "other
         ("def broken(:", "SyntaxError"),
         ("import sys\nsys.exit(3)", "SystemExit(3)"),
         ("raise GeneratorExit", "GeneratorExit()"),
-        ("class Mute(Exception):\n    def __repr__(self): exit(3)\nraise Mute", "Mute, which has no words"),
+        ("class Mute(Exception):\n    def __repr__(self): exit(3)\nraise Mute", "Mute, which cannot be printed"),
         ("@hookimpl\ndef mla_patch_features():\n    exit(3)", "SystemExit(3)"),
         ("FEATURES = []\n@hookimpl\ndef mla_patch_arms():\n    exit(3)", "SystemExit(3)"),
         ("FEATURES = []\n@hookimpl\ndef mla_patch_mla_kernels():\n    exit(3)", "SystemExit(3)"),

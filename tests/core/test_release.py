@@ -86,7 +86,7 @@ SEEN = {
     "a drifted candidate": (("1.2rc0", "a b c", ""), "1.2"),
     "of no release": (
         ("2.0.dev1", "a b c d dd", ""),
-        "eng 2.0.dev1 is outside >=1.0,<1.4, and its source is no reviewed release's",
+        "eng 2.0.dev1 is outside >=1.0,<1.4, and its source matches no reviewed release",
     ),
 }
 
@@ -184,7 +184,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "more, version, note",
     [
-        ({"0.4.6": "Version: 0.4.6"}, None, "its metadata says 0.4.6 and 0.5.11, of which one is left over"),
+        ({"0.4.6": "Version: 0.4.6"}, None, "its metadata says 0.4.6 and 0.5.11; one of them is left over"),
         ({"0.4.6": "Version: 0.5.11"}, "0.5.11", ""),
         ({"0.4.6": None}, "0.5.11", ""),
         ({"0.5.11": None}, None, "no metadata of its own"),

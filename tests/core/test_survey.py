@@ -272,7 +272,7 @@ def test_the_text(dead: int, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     cli.main(["status", str(tmp_path), "--all"])
     shown = capsys.readouterr().out
     assert "ended 50 s ago" in shown
-    assert f"pid {dead}: it ended without a farewell, its counts may lack the last 0.25 s" in shown
+    assert f"pid {dead}: it did not exit normally, so its counts may lack the last 0.25 s" in shown
 
 
 def test_the_past_is_no_finding_while_something_runs(

@@ -534,7 +534,7 @@ from sglang.srt.layers.attention import triton_backend
                 "graph = torch.cuda.CUDAGraph()",
                 "mla_patch.apply('decode')",
             ],
-            ("host", "refused", 0, "its CUDA graphs are captured already, and replay the host's kernel"),
+            ("host", "refused", 0, "its CUDA graphs are already captured and replay the engine's kernel"),
         ),
         (
             [

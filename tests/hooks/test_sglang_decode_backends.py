@@ -429,7 +429,7 @@ def test_explain_tells_it_by_backend() -> None:
 
 PARALLEL = SimpleNamespace(dcp_enabled=True)
 DECLINED: dict[str, tuple[str, Callable[[Step], Any], dict[str, Any], str]] = {
-    "sinks": ("fa3", lambda s: None, {"sinks": torch.zeros(4)}, "sinks, which the engine's own MLA decode drops"),
+    "sinks": ("fa3", lambda s: None, {"sinks": torch.zeros(4)}, "sinks, which the engine's MLA decode ignores"),
     "return_lse": ("fa3", lambda s: None, {"return_lse": True}, "return_lse"),
     "score_mod": ("fa3", lambda s: None, {"score_mod": print}, "score_mod"),
     "descale": ("fa3", lambda s: None, {"k_descale": torch.ones(1)}, "k_descale"),
@@ -450,9 +450,9 @@ DECLINED: dict[str, tuple[str, Callable[[Step], Any], dict[str, Any], str]] = {
     "no table": ("flashmla", lambda s: setattr(s.backend, "forward_metadata", SimpleNamespace()), {},
                  "no block table"),
     "cap, FlashInfer": ("flashinfer", lambda s: setattr(s.layer, "logit_cap", 30.0), {},
-                        "a logit cap, which the engine's own decode drops"),
+                        "a logit cap, which the engine's decode ignores"),
     "cap, FlashMLA": ("flashmla", lambda s: setattr(s.layer, "logit_cap", 30.0), {},
-                      "a logit cap, which the engine's own decode drops"),
+                      "a logit cap, which the engine's decode ignores"),
     "several queries": ("flashmla", lambda s: setattr(s.batch, "batch_size", 1), {},
                         "3 rows of queries for 1 requests"),
     "half a q": ("fa3", lambda s: None, {"q": torch.zeros(3, 2, 256).half()}, "1.5 rows of queries for 3 requests"),
@@ -462,16 +462,16 @@ DECLINED: dict[str, tuple[str, Callable[[Step], Any], dict[str, Any], str]] = {
                  "8 kv heads of 576 and 512, not one of 512 + 64"),
     "cross": ("fa3", lambda s: setattr(s.layer, "is_cross_attention", True), {}, "cross attention"),
     "window": ("fa3", lambda s: setattr(s.layer, "sliding_window_size", 127), {},
-               "a sliding window, which the engine's own MLA decode ignores"),
+               "a sliding window, which the engine's MLA decode ignores"),
     "keys alone": ("flashmla", lambda s: None, {"v": None}, "keys without values"),
     "DCP": ("flashinfer", lambda s: setattr(s.module, "get_parallel", lambda: PARALLEL), {},
-            "decode context parallelism, which wants the log-sum-exp"),
+            "decode context parallelism, which needs the log-sum-exp"),
     "DCP 0.5.15": ("flashmla", lambda s: vars(s.module).update(dcp_enabled=lambda: True, get_parallel=SimpleNamespace),
-                   {}, "decode context parallelism, which wants the log-sum-exp"),
+                   {}, "decode context parallelism, which needs the log-sum-exp"),
     "FP4": ("fa3", lambda s: setattr(s.batch, "token_to_kv_pool", MLATokenToKVPoolFP4(E4M3)), {},
-            "a cache of another kind, MLATokenToKVPoolFP4"),
+            "another kind of cache, MLATokenToKVPoolFP4"),
     "a stranger's pool": ("fa3", lambda s: setattr(s.batch, "token_to_kv_pool", SimpleNamespace()), {},
-                          "a cache of another kind, SimpleNamespace"),
+                          "another kind of cache, SimpleNamespace"),
     "two pools": ("fa3", lambda s: setattr(s.backend, "token_to_kv_pool", MLATokenToKVPool(E4M3)), {},
                   "two caches, or none"),
 }  # fmt: skip
@@ -491,7 +491,7 @@ def test_a_subclass_is_left_alone(name: str) -> None:
     step = Step(name)
     other = type("Other", (type(step.backend),), {"__module__": "elsewhere"})
     step.backend.__class__ = other
-    assert step.reason() == f"{name}: a backend of another class, Other"
+    assert step.reason() == f"{name}: another backend class, Other"
 
 
 def test_deterministic_inference_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,7 +506,7 @@ def test_a_hybrid_models_pool_is_read_through_its_own_methods(monkeypatch: pytes
     torch.testing.assert_close(step.decode().double(), step.expected(), rtol=2e-3, atol=2e-3)
     assert site.counts.served == 1
     assert Step("fa3", pool=HybridLinearKVPool(MLATokenToKVPoolFP4(E4M3))).reason() == (
-        "fa3: a cache of another kind, HybridLinearKVPool"
+        "fa3: another kind of cache, HybridLinearKVPool"
     )
 
 

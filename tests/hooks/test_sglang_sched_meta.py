@@ -231,7 +231,7 @@ def test_metadata_is_of_the_class_that_callers_test_for(machine, monkeypatch):
     undo()
     assert not hasattr(module, "FlashMLASchedMeta")
     module.FlashMLASchedMeta = own = type("FlashMLASchedMeta", (), {"__module__": compat.SGL_KERNEL})
-    assert hook.declines_metadata(call) == "the host has a FlashMLASchedMeta of its own"
+    assert hook.declines_metadata(call) == "the engine has its own FlashMLASchedMeta"
     compat.add_sched_meta(module)()
     assert module.FlashMLASchedMeta is own
 
@@ -244,7 +244,7 @@ def test_where_operators_did_not_load_metadata_are_ours_of_the_hosts_class(versi
     module.FlashMLASchedMeta = own = type("FlashMLASchedMeta", (), {"__module__": home})
     monkeypatch.setitem(sys.modules, home, module)
     call = targets(version, "get_mla_metadata")[0].bind()
-    assert hook.declines_metadata(call) == "the host has a FlashMLASchedMeta of its own"
+    assert hook.declines_metadata(call) == "the engine has its own FlashMLASchedMeta"
     machine(older=True, newer=False)
     assert hook.declines_metadata(call) is None
     made, nothing = hook.serve_metadata(call)

@@ -200,7 +200,7 @@ def test_compute_capability(args: Any, monkeypatch: Any, device: Gpu | None, ref
     if refused is None:
         assert args(attention_backend="tokenspeed_mla").attention_backend == "trtllm_mla"
     else:
-        text = f"decode by tokenspeed_mla: its kernels are for compute capability 10.x alone, found .* {refused}"
+        text = f"decode by tokenspeed_mla: its kernels need compute capability 10.x, found .* {refused}"
         with pytest.raises(ValueError, match=text):
             args(attention_backend="tokenspeed_mla")
     assert not torch.cuda.is_initialized()
@@ -282,10 +282,10 @@ class Private:
         ({"tokenspeed_mla_decode": None}, "it has no tokenspeed_mla_decode"),
         ({"get_num_sm": lambda: 1}, "get_num_sm takes no device"),
         ({"tokenspeed_mla_prefill": lambda query, key: 1}, "tokenspeed_mla_prefill takes no batch_size, cum_seq_lens"),
-        ({"get_num_sm": unavailable}, "what it needs is not installed (its own imports failed)"),
-        ({"get_num_sm": unavailable, "_IMPORT_ERROR": "no cutlass"}, "what it needs is not installed (no cutlass)"),
-        ({"warmup_compile_prefill": None}, "its prefill cannot be compiled ahead"),
-        ({"warmup_compile_prefill": lambda: None}, "its prefill cannot be compiled ahead"),
+        ({"get_num_sm": unavailable}, "its requirements are not installed (its own imports failed)"),
+        ({"get_num_sm": unavailable, "_IMPORT_ERROR": "no cutlass"}, "its requirements are not installed (no cutlass)"),
+        ({"warmup_compile_prefill": None}, "its prefill cannot be compiled in advance"),
+        ({"warmup_compile_prefill": lambda: None}, "its prefill cannot be compiled in advance"),
         ({"warmup_compile_prefill": None, "mla_prefill": Private()}, None),
     ],
 )

@@ -39,7 +39,7 @@ def test_the_arguments(release: str, kept: Path) -> None:
         f"{name} reads an fp8 cache: set --kv-cache-dtype fp8_e4m3, found auto",
         f"{name} reads pages of 32 or 64 tokens: set --page-size 64, found 16",
         f"--decode-attention-backend trtllm_mla beside {name}: one of the two, not both",
-        f"{name}, decode by tokenspeed_mla: its kernels are for compute capability 10.x alone, found "
+        f"{name}, decode by tokenspeed_mla: its kernels need compute capability 10.x, found "
         "compute capability 12.0 (NVIDIA RTX PRO 6000); MLA_PATCH_TOKENSPEED_DECODE chooses another",
     ]
 
@@ -150,4 +150,6 @@ def test_the_wheels_say_what_they_lack_on_a_cpu(wheel: Path, tmp_path: Path) -> 
     assert done.stdout == "None\n"
     last = done.stderr.strip().splitlines()[-1]
     version = wheel.name.removeprefix("tokenspeed-mla-")
-    assert last.startswith(f"ImportError: tokenspeed_mla {version} cannot be used: what it needs is not installed (")
+    assert last.startswith(
+        f"ImportError: tokenspeed_mla {version} cannot be used: its requirements are not installed ("
+    )

@@ -497,8 +497,8 @@ def test_status_prints_the_count(capsys: pytest.CaptureFixture[str], tmp_path: P
         path.write_text(json.dumps(report | {"pid": pid, "compiled": compiled}))
     assert cli.main(["status", str(tmp_path)]) == 1  # a finding: the reports hold no feature
     shown = capsys.readouterr().out
-    assert "pid 10: 3 kernels of ours compiled before it served, 2 since" in shown
-    assert "pid 11" not in shown and "pid 12: compiles are not counted with this Triton" in shown
+    assert "pid 10: 3 of our kernels compiled before the first served call, 2 later" in shown
+    assert "pid 11" not in shown and "pid 12: this Triton does not let us count compilations" in shown
 
 
 # mla-patch warmup
