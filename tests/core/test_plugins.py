@@ -1,5 +1,6 @@
 """Plugins come in by entry point; one that is no good is left out and named, and the others work."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from scratch import ROOT
 from test_patcher import NVML
 
 from mla_patch import plugins
+from mla_patch.compat.types import Target
+from mla_patch.features import Feature
 
 __all__ = ["fake_host"]  # a fixture
 
@@ -336,6 +339,16 @@ def test_the_page_shows_the_sample_as_it_is() -> None:
         kind = "python" if path.suffix == ".py" else "toml"
         assert f"`{path.name}`" in page
         assert f"```{kind}\n{path.read_text()}```\n" in page
+
+
+@pytest.mark.parametrize("kind", [Feature, Target])
+def test_the_page_names_what_the_class_has(kind: type) -> None:
+    page = (ROOT / "docs" / "plugins.md").read_text()
+    section = page.partition(f"\n## {kind.__name__}\n")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    assert len(named) >= 5
+    assert named <= {field.name for field in dataclasses.fields(kind)}
 
 
 @pytest.mark.parametrize(
