@@ -7,7 +7,7 @@ from scratch import ROOT
 
 import mla_patch
 
-PAGES = ["CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", ".github/PULL_REQUEST_TEMPLATE.md"]
+PAGES = ["docs/architecture.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", ".github/PULL_REQUEST_TEMPLATE.md"]
 FOLDER, NAME = r"(?:[\w.<>*-]+/)", r"[\w.<>*-]+\.(?:md|py|toml|txt|pth|start|json|yml)"
 FILE = re.compile(rf"{FOLDER}+[\w.<>*-]*|{NAME}|\.[\w-]+\.yaml|Makefile")
 
