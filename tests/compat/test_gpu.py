@@ -59,8 +59,8 @@ def paged_tokens() -> None:
 
 
 CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
-    "decode": (decode, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Case([40, 3], 2).check()),
-    "pages": (decode, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Paged([40, 3], 2, 16).check()),
+    "decode": (decode.launch, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Case([40, 3], 2).check()),
+    "pages": (decode.launch, ["_decode_kernel", "_merge_kernel"], lambda: test_decode.Paged([40, 3], 2, 16).check()),
     "splits": (
         decode_splits,
         ["_splits_kernel", "_merge_splits_kernel"],

@@ -68,7 +68,7 @@ def test_host_time_of_an_eager_call(
     torch.cuda.synchronize()
     past = took(entry)
     monkeypatch.setattr(Relaunch, "settle", lambda self: False)
-    decode._KNOWN.clear()
+    decode.remembered.KNOWN.clear()
     looked_at = took(entry)
     with capsys.disabled():
         print(
@@ -87,15 +87,16 @@ def test_launch_numbers_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(heads)
         return own(heads, *more)
 
-    monkeypatch.setattr(decode, "decode_config", watched)
+    monkeypatch.setattr(decode.config, "decode_config", watched)
     q, kv, _, out, starts, ids, *_ = arguments("cpu", 2, torch.float16)
     starts = torch.arange(BATCH + 1, dtype=torch.int32)
     given = q.half(), kv, out.half(), starts, ids
     for _ in range(3):
         decode.mla_decode(*given, sm_scale=0.04)
     assert asked == [2]
-    work, variant = (16, 4, decode.E4M3, False, (9, 0), 132, None), (False, False, 0)
+    work, variant = (16, 4, decode.config.E4M3, False, (9, 0), 132, None), (False, False, 0)
     others = [(16, 64, *work[2:]), (32, *work[1:]), (*work[:4], (8, 0), 108, None), (*work[:6], 7)]
-    assert len({repr(decode._plan(other, variant, None)) for other in [work, *others]}) == 5
-    first = decode._plan(work, variant, None)
-    assert decode._plan(work, (True, True, 64), None)[2] | {"CAPPED": False, "XAI": False, "PAGE_SIZE": 0} == first[2]
+    plan = decode.config.launch_plan
+    assert len({repr(plan(other, variant, None)) for other in [work, *others]}) == 5
+    first = plan(work, variant, None)
+    assert plan(work, (True, True, 64), None)[2] | {"CAPPED": False, "XAI": False, "PAGE_SIZE": 0} == first[2]

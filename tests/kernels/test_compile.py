@@ -17,7 +17,7 @@ from mla_patch.drive import sglang_fetch
 
 # how many compiles each kernel module's launch tables come to: one that silently had none would pass
 COMPILES = {
-    "decode": 98,
+    "decode.cases": 98,
     "sparse.decode": 68,
     "indices.kv": 72,
     "decode.splits": 38,
@@ -201,8 +201,7 @@ for kernel in {id(case.kernel): case.kernel for _, case in m.collect(False)}.val
 WIDTHS = """
 import re
 from mla_patch.compat.triton import compile_case
-from mla_patch.kernels import decode
-from mla_patch.kernels.decode import sm90 as decode_sm90, splits as decode_splits
+from mla_patch.kernels.decode import cases as decode, sm90 as decode_sm90, splits as decode_splits
 from mla_patch.kernels.sparse import decode as sparse_decode, sm90 as sparse_sm90
 names = ["decode direct, 16 heads, ", "decode e4m3, 16 heads, ", "splits direct, 16 heads, ", "sparse_decode query",
          "decode_sm90 16 bits, ", "decode_sm90 8 bits, ", "sparse_sm90 16 bits 576, ", "sparse_sm90 V4, "]

@@ -26,6 +26,7 @@ from mla_patch.compat.types import Gpu
 from mla_patch.features import Counts
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.kernels import decode
+from mla_patch.kernels.common import launch as common_launch
 from mla_patch.kernels.decode import splits as decode_splits
 from mla_patch.kernels.indices import kv as kv_indices
 from mla_patch.kernels.sparse import decode as sparse_decode
@@ -37,7 +38,7 @@ from mla_patch.kernels.sparse import prefill as sparse_prefill
 def counted(monkeypatch: pytest.MonkeyPatch) -> Compiles:
     """A count of the test's own, wherever ours is looked up."""
     fresh = Compiles()
-    for module in (compiles, compat_triton, decode, kv_indices, reports):
+    for module in (compiles, compat_triton, common_launch, kv_indices, reports):
         monkeypatch.setattr(module, "COMPILES", fresh)
     return fresh
 
@@ -79,7 +80,7 @@ def test_decode_compiles_nothing_more_on_any_chip() -> None:
 from mla_patch.compat.triton import TARGETS
 half, fp8 = torch.bfloat16, torch.float8_e4m3fn
 for fake_chip.SM in TARGETS:
-    decode._KNOWN.clear()  # another chip, of the same number
+    decode.remembered.KNOWN.clear()  # another chip, of the same number
     # the most first: what one round compiles is there for the next
     for (heads, most), cache in itertools.product([(16, 300), (128, 300), (20, 40), (5, 1)], (half, fp8)):
         COMPILES.reset()
@@ -88,7 +89,7 @@ for fake_chip.SM in TARGETS:
         for batch in range(1, most + 1):
             serve(heads, half, cache, batch)
         print(fake_chip.SM, heads, cache, most, warmed == COMPILES.before, COMPILES.serving)
-    print("in all", len(decode._decode_kernel.device_caches[fake_chip.SM][0]) > 9)
+    print("in all", len(decode.triton._decode_kernel.device_caches[fake_chip.SM][0]) > 9)
 serve(16, torch.float16, torch.float16, 3)
 print("unforeseen", COMPILES.serving)
 """
@@ -164,7 +165,7 @@ for heads, cache, (paged, options) in itertools.product((16, 40), (half, fp8), [
     options["sm_scale"] = 0.1
     fake_chip.launched.clear()
     living, held = [], []
-    with mock.patch.object(decode.torch, "empty", scratch):
+    with mock.patch.object(torch, "empty", scratch):
         call(), call()
     first, second = [[tuple(map(told, one)) for one in fake_chip.launched[at : at + 2]] for at in (0, 2)]
     by_address = not any(isinstance(x, torch.Tensor) for one in fake_chip.launched[2:] for x in one)
@@ -452,7 +453,7 @@ def test_a_triton_that_cannot_be_watched_says_so(counted: Compiles, monkeypatch:
 
 def test_every_kernel_with_a_compile_case_is_watched() -> None:
     code = """
-for module in (decode, kv_indices):
+for module in (decode.cases, kv_indices):
     for kernel in {id(case.kernel): case.kernel for case in module.compile_cases()}.values():
         print(kernel.__name__, kernel._do_compile.__name__)
 """

@@ -15,7 +15,6 @@ One program per request, tile of heads and split; a second kernel reads a reques
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -23,24 +22,16 @@ import triton
 import triton.language as tl
 
 from mla_patch.compat import gpu
-from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import FEW_TARGETS, TARGETS, CompileCase, watch_compiles
 from mla_patch.kernels.cache.dequantize import rounded
-from mla_patch.kernels.decode import (
-    _INTERPRETED,
-    DIRECT,
-    E4M3,
-    E5M2,
-    _attend,
-    _check_call,
-    _check_device,
-    _check_list,
-    _check_rows,
-    _check_scale,
-    _kinds,
-    _numbers,
-    _store_chunk,
-)
+from mla_patch.kernels.common.checks import check_device, check_index_list, check_scale
+from mla_patch.kernels.common.constants import LATENT, WIDTH
+from mla_patch.kernels.common.launch import can_launch, chip_of, on_device_of, warming_up
+from mla_patch.kernels.common.reference import attend_ref
+from mla_patch.kernels.decode.checks import check_call, check_rows
+from mla_patch.kernels.decode.config import DIRECT, E4M3, E5M2, kinds_on, launch_numbers
+from mla_patch.kernels.decode.reference import xai_temperature
+from mla_patch.kernels.decode.triton import _attend, _store_chunk
 
 _MERGE = {"BLOCK_S": 8, "num_warps": 4}
 
@@ -176,43 +167,37 @@ def mla_decode_splits(
     Raises:
         ValueError: as `mla_decode`, and scratch of another type, shape or layout.
     """
-    _check_rows(kv)
-    kind = _check_call(q, None, kv, out, sinks)
-    _check_list("indptr", indptr, q.shape[0] + 1, q)
-    _check_list("token_ids", token_ids, 0, q)
+    check_rows(kv)
+    kind = check_call(q, None, kv, out, sinks)
+    check_index_list("indptr", indptr, q.shape[0] + 1, q)
+    check_index_list("token_ids", token_ids, 0, q)
     _check_scratch(q, attn_logits, attn_lse, num_kv_splits, max_kv_splits)
-    _check_scale("k_scale", k_scale, q)
-    _check_scale("v_scale", v_scale, q)
+    check_scale("k_scale", k_scale, q)
+    check_scale("v_scale", v_scale, q)
     batch, heads = q.shape[0], q.shape[1]
     if batch == 0:
         return out
-    if gpu.elsewhere(q):
-        with torch.cuda.device(q.device):
-            return mla_decode_splits(
-                q, kv, out, indptr, token_ids, attn_logits, attn_lse, num_kv_splits, sm_scale=sm_scale, k_scale=k_scale,
-                v_scale=v_scale, logit_cap=logit_cap, sinks=sinks, xai_temperature_len=xai_temperature_len,
-                max_kv_splits=max_kv_splits, config=config,
-            )  # fmt: skip
-    q = gpu.realigned(q)
     if kind != DIRECT:
         kv = kv.view(torch.int16)
-    capability = (0, 0) if _INTERPRETED else gpu.capability(q.device.index)
+    capability = chip_of(q).capability
     if kind == E4M3:
-        kind = _kinds(capability)[1]
-    numbers = dict(config or _numbers(heads, kind, capability, q.dtype is torch.float32))
+        kind = kinds_on(capability)[1]
+    numbers = dict(config or launch_numbers(heads, kind, capability, q.dtype is torch.float32))
     for name in ("PER_SM", "maxnreg"):  # the grid is the caller's, and ptxas does well by itself
         numbers.pop(name, None)
     splits = attn_lse.shape[2]
-    _splits_kernel[(batch, -(-heads // numbers["BLOCK_H"]), splits)](
-        q, kv, indptr, token_ids, attn_logits, attn_lse, num_kv_splits, heads, splits,
-        float(sm_scale * k_scale), float(logit_cap), int(xai_temperature_len),
-        q.stride(0), q.stride(1), kv.stride(0),
-        KIND=kind, CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0, **numbers,
-    )  # fmt: skip
-    _merge_splits_kernel[(batch, heads)](
-        out, indptr, sinks, attn_logits, attn_lse, num_kv_splits, heads, splits, float(v_scale),
-        out.stride(0), out.stride(1), **_MERGE,
-    )  # fmt: skip
+    with on_device_of(q):
+        q = gpu.realigned(q)
+        _splits_kernel[(batch, -(-heads // numbers["BLOCK_H"]), splits)](
+            q, kv, indptr, token_ids, attn_logits, attn_lse, num_kv_splits, heads, splits,
+            float(sm_scale * k_scale), float(logit_cap), int(xai_temperature_len),
+            q.stride(0), q.stride(1), kv.stride(0),
+            KIND=kind, CAPPED=logit_cap > 0, XAI=xai_temperature_len > 0, **numbers,
+        )  # fmt: skip
+        _merge_splits_kernel[(batch, heads)](
+            out, indptr, sinks, attn_logits, attn_lse, num_kv_splits, heads, splits, float(v_scale),
+            out.stride(0), out.stride(1), **_MERGE,
+        )  # fmt: skip
     return out
 
 
@@ -232,23 +217,21 @@ def mla_decode_splits_ref(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of both scratch tensors, in float64, given what they held before (they are not changed)."""
     partial, lse = attn_logits.double().clone(), attn_lse.double().clone()
-    bounds, most = indptr[: q.shape[0] + 1].tolist(), attn_lse.shape[2]
+    bounds, max_splits = indptr[: q.shape[0] + 1].tolist(), attn_lse.shape[2]
     for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
         length = end - begin
         if length <= 0:
             continue
-        keys = kv.reshape(kv.shape[0], -1)[token_ids[begin:end].long()].double()
-        s = q[b].double() @ keys.T * (sm_scale * k_scale)
-        if logit_cap > 0:
-            s = logit_cap * torch.tanh(s / logit_cap)
-        if xai_temperature_len > 0 and length - 1 > xai_temperature_len:
-            s = s * (math.log2(length - 1) / math.log2(xai_temperature_len))
-        each = -(-length // min(max(int(num_kv_splits[b]), 1), most))
-        each = -(-each // 32) * 32
-        for i, start in enumerate(range(0, length, each)):
-            own = slice(start, start + each)
-            partial[b, :, i] = s[:, own].softmax(-1) @ keys[own, :512]
-            lse[b, :, i] = s[:, own].logsumexp(-1)
+        keys = kv.reshape(kv.shape[0], -1)[token_ids[begin:end].long()]
+        temperature = xai_temperature(length, xai_temperature_len)
+        per_split = -(-length // min(max(int(num_kv_splits[b]), 1), max_splits))
+        per_split = -(-per_split // 32) * 32
+        for i, start in enumerate(range(0, length, per_split)):
+            found = attend_ref(
+                q[b], keys[start : start + per_split], sm_scale=sm_scale * k_scale, logit_cap=logit_cap,
+                temperature=temperature,
+            )  # fmt: skip
+            partial[b, :, i], lse[b, :, i] = found.out, found.lse
     return partial, lse
 
 
@@ -258,11 +241,11 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     cases = []
     for sm in TARGETS:
         capability = (sm // 10, sm % 10)
-        for kind, heads, (capped, xai) in itertools.product(_kinds(capability), (16, 128), switches):
+        for kind, heads, (capped, xai) in itertools.product(kinds_on(capability), (16, 128), switches):
             if not every and sm not in FEW_TARGETS and (kind == E5M2 or not capped):  # as `decode` has it
                 continue
-            numbers = _numbers(heads, kind, capability, False)
-            if heads > 16 and numbers == _numbers(16, kind, capability, False):
+            numbers = launch_numbers(heads, kind, capability, False)
+            if heads > 16 and numbers == launch_numbers(16, kind, capability, False):
                 continue
             del numbers["PER_SM"]
             numbers.pop("maxnreg", None)
@@ -302,31 +285,35 @@ _STRIDES = ("q_stride_b", "q_stride_h", "kv_stride")
 
 
 def _check_scratch(
-    q: torch.Tensor, attn_logits: torch.Tensor, attn_lse: torch.Tensor, num_kv_splits: torch.Tensor, most: int | None
+    q: torch.Tensor,
+    attn_logits: torch.Tensor,
+    attn_lse: torch.Tensor,
+    num_kv_splits: torch.Tensor,
+    max_kv_splits: int | None,
 ) -> None:
     batch, heads = q.shape[0], q.shape[1]
-    for name, tensor, own, rest in (("attn_lse", attn_lse, 3, ""), ("attn_logits", attn_logits, 4, ", 512")):
+    for name, tensor, rank, rest in (("attn_lse", attn_lse, 3, ""), ("attn_logits", attn_logits, 4, f", {LATENT}")):
         shape = tensor.shape
         expected = f"[{batch} or more, {heads}, S{rest}]"
-        if len(shape) != own or shape[0] < batch or shape[1] != heads or shape[3:] not in ((), (512,)):
+        if len(shape) != rank or shape[0] < batch or shape[1] != heads or shape[3:] not in ((), (LATENT,)):
             raise ValueError(f"{name}: shape {tuple(shape)}, expected {expected}")
         if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
             found = f"{tensor.dtype}, strides {tensor.stride()}"
             raise ValueError(f"{name}: {found}, expected torch.float32 and contiguous {expected}")
-        _check_device(name, tensor, q)
+        check_device(name, tensor, q)
     splits = attn_lse.shape[2]
     if attn_logits.shape[2] != splits:
         raise ValueError(f"attn_logits: {attn_logits.shape[2]} splits, expected {splits} as attn_lse")
     if not 1 <= splits <= 65535:
         raise ValueError(f"attn_lse: {splits} splits, expected 1 to 65535")
-    if most is not None and most != splits:
-        raise ValueError(f"max_kv_splits: {most}, expected {splits} as attn_lse has")
+    if max_kv_splits is not None and max_kv_splits != splits:
+        raise ValueError(f"max_kv_splits: {max_kv_splits}, expected {splits} as attn_lse has")
     if num_kv_splits.dtype is not torch.int32 or num_kv_splits.dim() != 1 or num_kv_splits.shape[0] < batch:
         found = f"{num_kv_splits.dtype}, shape {tuple(num_kv_splits.shape)}"
         raise ValueError(f"num_kv_splits: {found}, expected torch.int32, at least {batch} long")
     if not num_kv_splits.is_contiguous():
         raise ValueError(f"num_kv_splits: stride {num_kv_splits.stride(0)}, expected 1")
-    _check_device("num_kv_splits", num_kv_splits, q)
+    check_device("num_kv_splits", num_kv_splits, q)
 
 
 watch_compiles(_splits_kernel, _merge_splits_kernel)
@@ -341,16 +328,15 @@ def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, cache_dty
     Raises:
         ValueError: heads or types that `mla_decode_splits` does not take.
     """
-    q = torch.zeros(1, heads, 576, dtype=dtype, device=device)
-    if not q.is_cuda and not _INTERPRETED:
+    q = torch.zeros(1, heads, WIDTH, dtype=dtype, device=device)
+    if not can_launch(q):
         return 0
-    before = COMPILES.total
-    logits = torch.empty(1, heads, splits, 512, device=device)
-    kv = torch.zeros(1, 1, 576, dtype=dtype, device=device).to(cache_dtype)
+    logits = torch.empty(1, heads, splits, LATENT, device=device)
+    kv = torch.zeros(1, 1, WIDTH, dtype=dtype, device=device).to(cache_dtype)
     indptr, counts = torch.zeros(2, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
     ids = torch.zeros(1, dtype=torch.int64, device=device)
-    with COMPILES.warming():
+    with warming_up() as compiled:
         mla_decode_splits(
             q, kv, logits[:, :, 0].clone(), indptr, ids, logits, logits[..., 0].clone(), counts, sm_scale=1.0
         )
-    return COMPILES.total - before
+    return compiled()

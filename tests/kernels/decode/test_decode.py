@@ -9,9 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla_patch.compat import gpu
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels import decode as module
-from mla_patch.kernels.decode import decode_config, merge_config, mla_decode, mla_decode_paged, mla_decode_ref
+from mla_patch.kernels.common import launch as common_launch
+from mla_patch.kernels.decode import config as numbers_module
+from mla_patch.kernels.decode import (
+    decode_config,
+    merge_config,
+    mla_decode,
+    mla_decode_paged,
+    mla_decode_ref,
+    remembered,
+)
+from mla_patch.kernels.decode import launch as launch_module
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float16, torch.bfloat16]
@@ -93,7 +103,7 @@ def test_any_cut_of_the_work(programs, lens):
 @pytest.mark.parametrize("merge", [merge_config(1), merge_config(4), merge_config(16), merge_config(64)], ids=str)
 @pytest.mark.parametrize("lens", [[1300], [1, 1200, 2, 0, 600]], ids=str)
 def test_every_merge(merge, lens, monkeypatch):
-    monkeypatch.setattr(module, "merge_config", lambda *asked: dict(merge))
+    monkeypatch.setattr(numbers_module, "merge_config", lambda *asked: dict(merge))
     config = {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": 30, "num_warps": 4}
     Case(lens, 2).check(config=config, v_scale=0.5)
 
@@ -261,7 +271,7 @@ def test_every_merge_keeps_its_log_sum_exp(monkeypatch):
     want = torch.empty(5, 2, dtype=torch.float64, device=DEVICE)
     mla_decode_ref(case.q, case.kv, case.indptr, case.ids, sm_scale=SCALE, lse=want)
     for merge in (merge_config(1), merge_config(4), merge_config(16), merge_config(64)):
-        monkeypatch.setattr(module, "merge_config", lambda *asked, merge=merge: dict(merge))
+        monkeypatch.setattr(numbers_module, "merge_config", lambda *asked, merge=merge: dict(merge))
         lse = torch.full((5, 2), math.nan, device=DEVICE)
         case.run(config=config, lse=lse)
         assert torch.allclose(lse.double(), want, atol=2e-3)
@@ -293,25 +303,25 @@ def test_a_view_of_a_tables_first_column():
 
 def test_calls_that_are_alike():
     """A call finds what an earlier one has left, and goes by its own tensors."""
-    module._KNOWN.clear()
+    remembered.KNOWN.clear()
     options = {"sinks": torch.randn(3, device=DEVICE), "lse": torch.empty(2, 3, device=DEVICE)}
     Paged([70, 9], 3, 16).run(**options)
     for lens in ([3, 76], [0, 1], [33, 16]):
         Paged(lens, 3, 16, spare=90 - sum(lens)).check(**options)
-    first = len(module._KNOWN)
+    first = len(remembered.KNOWN)
     case = Case([70, 9], 3)
     case.check(**options)
     for lens in ([3, 76], [0, 1], [40, 39]):
         Case(lens, 3, spare=7 + 79 - sum(lens)).check(**options)
-    assert len(module._KNOWN) == first + 1
+    assert len(remembered.KNOWN) == first + 1
     case.check(**options, logit_cap=1.0)
     case.check(**options, k_scale=0.5)
-    assert len(module._KNOWN) == first + 2
+    assert len(remembered.KNOWN) == first + 2
 
 
 def test_numbers_in_tensors_are_numbers():
     """Calls with them are alike, and nothing of them is kept."""
-    module._KNOWN.clear()
+    remembered.KNOWN.clear()
     case = Case([40, 9], 3)
     want = case.run(logit_cap=2.0, xai_temperature_len=8).clone()
     for _ in range(2):
@@ -320,16 +330,16 @@ def test_numbers_in_tensors_are_numbers():
             *args, sm_scale=torch.tensor(SCALE), logit_cap=torch.tensor(2.0), xai_temperature_len=torch.tensor(8)
         )
         assert torch.equal(case.out, want)
-    assert len(module._KNOWN) == 1
-    assert not any(isinstance(value, torch.Tensor) for key in module._KNOWN for value in key)
+    assert len(remembered.KNOWN) == 1
+    assert not any(isinstance(value, torch.Tensor) for key in remembered.KNOWN for value in key)
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
-    monkeypatch.setattr(module, "_MOST", 2)
-    module._KNOWN.clear()
+    monkeypatch.setattr(remembered, "MAX_KNOWN", 2)
+    remembered.KNOWN.clear()
     for heads in (1, 2, 3):
         Case([4], heads).check()
-        assert len(module._KNOWN) <= 2
+        assert len(remembered.KNOWN) <= 2
 
 
 def test_float32_output_and_a_flat_cache():
@@ -633,15 +643,17 @@ class Launches:
 def test_which_kernel_has_a_call(heads, cache, change, name, grid, monkeypatch):
     """decode_sm90 takes more heads than 16, with rows that can be copied 16 bytes at a time; else the portable one."""
     seen = []
-    monkeypatch.setattr(module, "_INTERPRETED", False)
-    monkeypatch.setattr(module, "_check", lambda q, rope, kv, *rest: module._EIGHT_BIT.get(kv.dtype, module.DIRECT))
-    monkeypatch.setattr(module, "_wide", lambda: (Launches("wide", seen), 5))
-    monkeypatch.setattr(module, "_decode_kernel", Launches("decode", seen))
-    monkeypatch.setattr(module, "_merge_kernel", Launches("merge", seen))
-    monkeypatch.setattr(module, "HAS_GLUON", change != "no Gluon")
-    monkeypatch.setattr(module.gpu, "elsewhere", lambda q: False)
-    monkeypatch.setattr(module.gpu, "capability", lambda index: (10, 0) if change == "sm_100" else (9, 0))
-    monkeypatch.setattr(module.gpu, "sm_count", lambda index: 132)
+    for module in (common_launch, numbers_module):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+    kinds = numbers_module.EIGHT_BIT_KINDS
+    monkeypatch.setattr(launch_module, "check", lambda q, rope, kv, *rest: kinds.get(kv.dtype, numbers_module.DIRECT))
+    monkeypatch.setattr(launch_module, "_sm90_kernel", lambda: (Launches("wide", seen), 5))
+    monkeypatch.setattr(launch_module, "_decode_kernel", Launches("decode", seen))
+    monkeypatch.setattr(launch_module, "_merge_kernel", Launches("merge", seen))
+    monkeypatch.setattr(launch_module, "HAS_GLUON", change != "no Gluon")
+    monkeypatch.setattr(gpu, "elsewhere", lambda q: False)
+    monkeypatch.setattr(gpu, "capability", lambda index: (10, 0) if change == "sm_100" else (9, 0))
+    monkeypatch.setattr(gpu, "sm_count", lambda index: 132)
     pad = {"row": 8, "place": 0}.get(change, 0)
     dtype = torch.float16
     kv = torch.zeros(40 * (576 + pad) + 16, dtype=torch.float16).to(cache or dtype)
@@ -674,7 +686,7 @@ def test_real_shapes(lens, heads, cache):
 @pytest.mark.gpu
 @pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
 def test_the_conversion_without_the_instruction(monkeypatch):
-    monkeypatch.setitem(module._EIGHT_BIT, E4M3, module.E4M3_BITS)
+    monkeypatch.setitem(numbers_module.EIGHT_BIT_KINDS, E4M3, numbers_module.E4M3_BITS)
     Case([300, 1, 0, 77], 16, torch.bfloat16, E4M3).check()
     test_every_byte_becomes_its_value()
     test_a_nan_in_the_cache_is_not_hidden()

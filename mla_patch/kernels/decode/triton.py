@@ -1,0 +1,569 @@
+"""Device code of MLA decode for every chip; `mla_patch.kernels.decode` has shapes and the formula.
+
+`_decode_kernel` has one program for each piece of the work and each tile of heads. `_merge_kernel` adds up what several
+programs left of one request.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mla_patch.compat.triton import gdc_launch_dependents, gdc_wait, watch_compiles
+from mla_patch.kernels.cache.dequantize import operand, rounded
+from mla_patch.kernels.common.launch import INTERPRETED
+
+_PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembler
+
+
+@triton.jit
+def _halves(x, KIND: tl.constexpr):
+    """int16 pairs of 8-bit values -> (even, odd) float16 values, exact; NaN stays NaN."""
+    if KIND == 3:  # e5m2 is the upper half of a float16
+        even = ((x & 0xFF) << 8).to(tl.float16, bitcast=True)
+        odd = (x & -256).to(tl.float16, bitcast=True)
+    elif _PLAIN:
+        even, odd = _e4m3(x & 0xFF), _e4m3((x >> 8) & 0xFF)
+    elif KIND == 1:
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            .reg .b16 a, b;
+            prmt.b32 t, $2, 0, 0x3120;
+            mov.b32 {a, b}, t;
+            cvt.rn.f16x2.e4m3x2 $0, a;
+            cvt.rn.f16x2.e4m3x2 $1, b;
+            }""",
+            "=r,=r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        # Two values at a time, as in `_e4m3`. Adding one to a magnitude of 0x7f carries into its sign's place; prmt
+        # spreads that bit over the half, which makes the NaN.
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, s, m, n, c;
+            mov.b32 c, 0x5c005c00;
+            shl.b32 t, $2, 8;
+            and.b32 s, t, 0x80008000;
+            and.b32 m, t, 0x7f007f00;
+            add.u32 n, m, 0x01000100;
+            prmt.b32 n, n, 0, 0xbb99;
+            and.b32 n, n, 0x7e007e00;
+            shr.u32 m, m, 1;
+            mul.f16x2 m, m, c;
+            or.b32 m, m, n;
+            or.b32 $0, m, s;
+            and.b32 s, $2, 0x80008000;
+            and.b32 m, $2, 0x7f007f00;
+            add.u32 n, m, 0x01000100;
+            prmt.b32 n, n, 0, 0xbb99;
+            and.b32 n, n, 0x7e007e00;
+            shr.u32 m, m, 1;
+            mul.f16x2 m, m, c;
+            or.b32 m, m, n;
+            or.b32 $1, m, s;
+            }""",
+            "=&r,=&r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    return even, odd
+
+
+@triton.jit
+def _e4m3(byte):
+    """e4m3 by integer arithmetic: shifted into a float16's place it is 2**-8 of its value."""
+    magnitude = byte & 0x7F
+    value = (((byte & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where(magnitude == 0x7F, float("nan"), value).to(tl.float16)
+
+
+@triton.jit
+def _largest(x0, x1, x2, x3, xr):
+    """The largest magnitude in each row of five pieces, float32."""
+    top = tl.maximum(tl.max(tl.abs(x0.to(tl.float32)), 1), tl.max(tl.abs(x1.to(tl.float32)), 1))
+    top = tl.maximum(top, tl.maximum(tl.max(tl.abs(x2.to(tl.float32)), 1), tl.max(tl.abs(x3.to(tl.float32)), 1)))
+    return tl.maximum(top, tl.max(tl.abs(xr.to(tl.float32)), 1))
+
+
+@triton.jit
+def _half(x, unit):
+    return (x.to(tl.float32) / unit[:, None]).to(tl.float16)
+
+
+@triton.jit
+def _split(x, unit, kind):
+    """A float32 in units of ``unit``, as the sum of two 16-bit numbers."""
+    x = x / unit[:, None]
+    high = x.to(kind)
+    return operand(high), operand((x - high.to(tl.float32)).to(kind))
+
+
+@triton.jit
+def _tanh(x):
+    t = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    return tl.where(x < 0, -1.0, 1.0) * (1.0 - t) / (1.0 + t)
+
+
+@triton.jit
+def _requests(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.constexpr):
+    """Every request's tiles, and where they end on the line of all tiles."""
+    lane = tl.arange(0, ROWS)
+    begin = tl.load(indptr + lane, mask=lane < B, other=0)
+    if PAGED:
+        keys = begin
+    else:
+        keys = tl.load(indptr + 1 + lane, mask=lane < B, other=0) - begin
+    tiles = (tl.maximum(keys, 0).to(tl.int32) + (BLOCK_N - 1)) // BLOCK_N
+    return lane, tiles
+
+
+@triton.jit
+def _tables(partial, programs, H):
+    """What lies behind the partials in the scratch (`_scratch`): their log-sum-exps, and who shares which request."""
+    # 32 bits hold it, since programs are a few for each multiprocessor. In 64 bits ptxas chose a schedule of the
+    # bfloat16 kernel that was 3 - 7% slower (Triton 3.6, sm_90, 16 heads, up to 16 requests).
+    places = 2 * programs * H
+    lse = (partial + places * 512).to(tl.pointer_type(tl.float32), bitcast=True)
+    spans = (lse + places).to(tl.pointer_type(tl.int32), bitcast=True)
+    return lse, spans, spans + programs * 4
+
+
+@triton.jit
+def _store_chunk(pointer, one, other, mask, KIND: tl.constexpr):
+    """128 values of every head, from the two operands that a chunk is read as."""
+    kind = pointer.dtype.element_ty
+    if KIND == 0:
+        c = tl.arange(0, 64)
+        tl.store(pointer + c[None, :], rounded(one, kind), mask=mask)
+        tl.store(pointer + 64 + c[None, :], rounded(other, kind), mask=mask)
+    else:
+        tl.store(pointer + tl.arange(0, 128)[None, :], rounded(tl.interleave(one, other), kind), mask=mask)
+
+
+@triton.jit
+def _store_lse(lse, b, head, lse_stride_b, lse_stride_h, m, denominator, mask):
+    """A request's log-sum-exp, from the base 2 of `_attend` to e."""
+    place = lse + b.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
+    value = (m + tl.log2(denominator)) * 0.6931471805599453
+    tl.store(place, rounded(value, lse.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_chunk(row, c, KIND: tl.constexpr):
+    """128 values of every key as two operands: even and odd values of an 8-bit cache, else one half and the other."""
+    one = tl.load(row + c[None, :])
+    if KIND == 0:
+        one, other = operand(one), operand(tl.load(row + c.shape[0] + c[None, :]))
+    else:
+        one, other = _halves(one, KIND)
+    return one, other
+
+
+@triton.jit
+def _load_query(source, c, mask, KIND: tl.constexpr):
+    """A chunk of every head's query, as `_load_chunk` has the keys'."""
+    if KIND == 0:
+        one = tl.load(source + c[None, :], mask=mask, other=0.0)
+        other = tl.load(source + c.shape[0] + c[None, :], mask=mask, other=0.0)
+    else:
+        both = tl.load(source + tl.arange(0, 2 * c.shape[0])[None, :], mask=mask, other=0.0)
+        one, other = tl.split(both.reshape(both.shape[0], c.shape[0], 2))
+    return one, other
+
+
+@triton.jit
+def _attend(
+    source,
+    source_rope,
+    mask,
+    kv,
+    ids,
+    first,
+    count,
+    keys,
+    length,
+    sm_scale,
+    logit_cap,
+    xai_len,
+    kv_stride,
+    page_stride,
+    KIND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    XAI: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """``count`` tiles of a request's keys, from tile ``first`` on: the largest score, the sum of weights, weighted V.
+
+    ``source`` points at the heads' queries, ``source_rope`` at their rope, ``ids`` at ``keys`` rows of the cache or,
+    where there is a PAGE_SIZE, at their pages. The temperature is that of a request of ``length`` keys.
+    """
+    # A row is four chunks of 128 values and 64 of rope, each read as two operands. In an 8-bit cache these are even and
+    # odd values, and the row has half as many elements, of two bytes.
+    STEP: tl.constexpr = 1 if KIND == 0 else 2
+    CHUNK: tl.constexpr = 128 // STEP  # elements of the cache
+    n = tl.arange(0, BLOCK_N)
+    c = tl.arange(0, 64)
+    r = tl.arange(0, 32)
+    if XAI:
+        # log2(0) of a single key is not selected
+        last = tl.maximum(length - 1, 1).to(tl.float32)
+        temperature = tl.where(length - 1 > xai_len, tl.log2(last) / tl.log2(xai_len.to(tl.float32)), 1.0)
+    m = tl.full([BLOCK_H], -float("inf"), tl.float32)
+    weights = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+    a0 = tl.zeros([BLOCK_H, 64], tl.float32)
+    a1 = tl.zeros([BLOCK_H, 64], tl.float32)
+    a2 = tl.zeros([BLOCK_H, 64], tl.float32)
+    a3 = tl.zeros([BLOCK_H, 64], tl.float32)
+    b0 = tl.zeros([BLOCK_H, 64], tl.float32)
+    b1 = tl.zeros([BLOCK_H, 64], tl.float32)
+    b2 = tl.zeros([BLOCK_H, 64], tl.float32)
+    b3 = tl.zeros([BLOCK_H, 64], tl.float32)
+    q0, p0 = _load_query(source, c, mask, KIND)
+    q1, p1 = _load_query(source + 128, c, mask, KIND)
+    q2, p2 = _load_query(source + 256, c, mask, KIND)
+    q3, p3 = _load_query(source + 384, c, mask, KIND)
+    qr, pr = _load_query(source_rope, r, mask, KIND)
+    # The other operand's q is negated: Triton chains dot + dot into one, and here two chains run side by side.
+    scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
+    TWICE: tl.constexpr = KIND == 0 and q0.dtype == tl.float32
+    if KIND == 0 and not TWICE:
+        q0, q1, q2, q3, qr = operand(q0), operand(q1), operand(q2), operand(q3), operand(qr)
+        p0, p1, p2, p3, pr = -operand(p0), -operand(p1), -operand(p2), -operand(p3), -operand(pr)
+    else:
+        # a power of two takes every head's q into float16's range, and loses nothing
+        largest = tl.maximum(_largest(q0, q1, q2, q3, qr), _largest(p0, p1, p2, p3, pr))
+        unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        unit = tl.where(unit > 0, unit, 1.0)
+        scale = (scale * unit)[:, None]
+    if TWICE:
+        # a float32 is more than one operand of the cache's type holds: what is left of it makes another
+        kind = kv.dtype.element_ty
+        q0, u0 = _split(q0, unit, kind)
+        q1, u1 = _split(q1, unit, kind)
+        q2, u2 = _split(q2, unit, kind)
+        q3, u3 = _split(q3, unit, kind)
+        qr, ur = _split(qr, unit, kind)
+        p0, w0 = _split(p0, -unit, kind)
+        p1, w1 = _split(p1, -unit, kind)
+        p2, w2 = _split(p2, -unit, kind)
+        p3, w3 = _split(p3, -unit, kind)
+        pr, wr = _split(pr, -unit, kind)
+    elif KIND != 0:
+        q0, q1, q2, q3, qr = _half(q0, unit), _half(q1, unit), _half(q2, unit), _half(q3, unit), _half(qr, unit)
+        p0, p1, p2, p3, pr = (
+            _half(p0, -unit),
+            _half(p1, -unit),
+            _half(p2, -unit),
+            _half(p3, -unit),
+            _half(pr, -unit),
+        )
+    for i in tl.range(0, count, num_stages=STAGES):
+        j = (first + i) * BLOCK_N + n
+        # a key past the end reads the last one again: its weight is 0, and 0 times a stranger's NaN is NaN
+        at = tl.minimum(j, keys - 1)
+        if PAGE_SIZE == 0:
+            slot = tl.load(ids + at).to(tl.int64)
+            row = kv + slot[:, None] * kv_stride
+        elif PAGE_SIZE % BLOCK_N == 0:
+            # one look-up for a tile, which lies in one page
+            start = (first + i) * BLOCK_N
+            page = tl.load(ids + start // PAGE_SIZE).to(tl.int64)
+            row = kv + page * page_stride + ((at - start + start % PAGE_SIZE).to(tl.int64) * kv_stride)[:, None]
+        else:
+            page = tl.load(ids + at // PAGE_SIZE).to(tl.int64)
+            row = kv + (page * page_stride + (at % PAGE_SIZE).to(tl.int64) * kv_stride)[:, None]
+        k0, l0 = _load_chunk(row, c, KIND)
+        k1, l1 = _load_chunk(row + CHUNK, c, KIND)
+        k2, l2 = _load_chunk(row + 2 * CHUNK, c, KIND)
+        k3, l3 = _load_chunk(row + 3 * CHUNK, c, KIND)
+        kr, lr = _load_chunk(row + 4 * CHUNK, r, KIND)
+        s = tl.dot(qr, kr.T)
+        t = tl.dot(pr, lr.T)
+        s = tl.dot(q0, k0.T, s)
+        t = tl.dot(p0, l0.T, t)
+        s = tl.dot(q1, k1.T, s)
+        t = tl.dot(p1, l1.T, t)
+        s = tl.dot(q2, k2.T, s)
+        t = tl.dot(p2, l2.T, t)
+        s = tl.dot(q3, k3.T, s)
+        t = tl.dot(p3, l3.T, t)
+        if TWICE:
+            s = tl.dot(ur, kr.T, s)
+            t = tl.dot(wr, lr.T, t)
+            s = tl.dot(u0, k0.T, s)
+            t = tl.dot(w0, l0.T, t)
+            s = tl.dot(u1, k1.T, s)
+            t = tl.dot(w1, l1.T, t)
+            s = tl.dot(u2, k2.T, s)
+            t = tl.dot(w2, l2.T, t)
+            s = tl.dot(u3, k3.T, s)
+            t = tl.dot(w3, l3.T, t)
+        s = (s - t) * scale
+        if CAPPED:
+            s = (logit_cap * 1.4426950408889634) * _tanh(s / logit_cap)
+        if XAI:
+            s = s * temperature
+        s = tl.where((j < keys)[None, :], s, -float("inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        keep = tl.exp2(m - top)
+        p = tl.exp2(s - top[:, None])
+        weights = weights * keep[:, None] + p
+        m = top
+        keep = keep[:, None]
+        p = p.to(k0.dtype)
+        a0 = tl.dot(p, k0, a0 * keep)
+        b0 = tl.dot(p, l0, b0 * keep)
+        a1 = tl.dot(p, k1, a1 * keep)
+        b1 = tl.dot(p, l1, b1 * keep)
+        a2 = tl.dot(p, k2, a2 * keep)
+        b2 = tl.dot(p, l2, b2 * keep)
+        a3 = tl.dot(p, k3, a3 * keep)
+        b3 = tl.dot(p, l3, b3 * keep)
+    denominator = tl.sum(weights, 1)
+    return m, denominator, a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@triton.jit
+def _times(number, at):
+    """A number times that on the device, if there is one there."""
+    if at is not None:
+        number *= tl.load(at).to(tl.float32)
+    return number
+
+
+_CHANGING = ["B", "sm_scale", "v_scale", "logit_cap", "xai_len", "table_stride"]
+_CALL_ARGS = ["q", "q_rope", "out", "lse", "indptr", "token_ids", "sinks", "k_scale_at", "v_scale_at"]
+
+
+@triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_CALL_ARGS)
+def _decode_kernel(
+    q,
+    q_rope,
+    kv,
+    out,
+    lse,
+    indptr,
+    token_ids,
+    sinks,
+    k_scale_at,
+    v_scale_at,
+    partial,
+    B,
+    H,
+    sm_scale,
+    v_scale,
+    logit_cap,
+    xai_len,
+    q_stride_b,
+    q_stride_h,
+    rope_stride_b,
+    rope_stride_h,
+    kv_stride,
+    out_stride_b,
+    out_stride_h,
+    lse_stride_b,
+    lse_stride_h,
+    table_stride,
+    page_stride,
+    KIND: tl.constexpr,
+    CAPPED: tl.constexpr,
+    XAI: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """One piece of the work. With a PAGE_SIZE, ``indptr`` holds lengths and ``token_ids`` is the block table. What
+    stands at k_scale_at and v_scale_at, where these are given, goes with sm_scale and v_scale."""
+    program = tl.program_id(0)
+    partial_lse, spans, requests = _tables(partial, tl.num_programs(0), H)
+    if PDL:
+        gdc_launch_dependents()  # the merge may be set up; it waits for the end of this kernel before it reads
+    lane, tiles = _requests(indptr, B, ROWS, BLOCK_N, PAGE_SIZE > 0)
+    total = tl.sum(tiles, 0)
+    each = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
+    start = program * each
+    stop = tl.minimum(start + each, total)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_head = head < H
+    sm_scale, v_scale = _times(sm_scale, k_scale_at), _times(v_scale, v_scale_at)
+    span = spans + program * 4  # which request this program shares with those before it, and with how many
+    tl.store(span, -1)
+    position = start
+    while position < stop:
+        # counted anew for every request, so that the counts hold no registers while keys are read
+        lane, tiles = _requests(indptr, B, ROWS, BLOCK_N, PAGE_SIZE > 0)
+        ends = tl.cumsum(tiles, 0)
+        b = tl.sum(((ends <= position) & (lane < B)).to(tl.int32), 0)
+        end = tl.sum(tl.where(lane == b, ends, 0), 0)
+        if PAGE_SIZE > 0:
+            first = b.to(tl.int64) * table_stride
+            length = tl.load(indptr + b).to(tl.int32)
+        else:
+            first = tl.load(indptr + b).to(tl.int64)
+            length = (tl.load(indptr + b + 1).to(tl.int64) - first).to(tl.int32)
+        begin = end - (length + (BLOCK_N - 1)) // BLOCK_N
+        count = tl.minimum(stop, end) - position
+        ids = token_ids + first
+        # launchers see to it; pointers that are compiled for their own alignment would make kernels of their own
+        source = q + b.to(tl.int64) * q_stride_b + head[:, None].to(tl.int64) * q_stride_h
+        rope = q_rope + b.to(tl.int64) * rope_stride_b + head[:, None].to(tl.int64) * rope_stride_h
+        source, rope = tl.multiple_of(source, [16, 16]), tl.multiple_of(rope, [16, 16])
+        mask = is_head[:, None]
+        m, denominator, a0, a1, a2, a3, b0, b1, b2, b3 = _attend(
+            source, rope, mask, kv, ids, position - begin, count, length, length, sm_scale, logit_cap, xai_len,
+            kv_stride, page_stride, KIND, CAPPED, XAI, BLOCK_H, BLOCK_N, STAGES, PAGE_SIZE,
+        )  # fmt: skip
+        own_lse = m + tl.log2(denominator)
+        whole = (position == begin) & (position + count == end)
+        if sinks is not None:
+            sink = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32)
+            denominator += tl.where(whole, tl.exp2(sink * 1.4426950408889634 - m), 0.0)
+        factor = (tl.where(whole, v_scale, 1.0) / denominator)[:, None]
+        a0, a1, a2, a3 = a0 * factor, a1 * factor, a2 * factor, a3 * factor
+        b0, b1, b2, b3 = b0 * factor, b1 * factor, b2 * factor, b3 * factor
+        if whole:
+            tl.store(requests + 2 * b + 1, -1)
+            final = out + b.to(tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
+            final = tl.multiple_of(final, [16, 16])
+            _store_chunk(final, a0, b0, mask, KIND)
+            _store_chunk(final + 128, a1, b1, mask, KIND)
+            _store_chunk(final + 256, a2, b2, mask, KIND)
+            _store_chunk(final + 384, a3, b3, mask, KIND)
+            if lse is not None:
+                _store_lse(lse, b, head, lse_stride_b, lse_stride_h, m, denominator, is_head)
+        else:
+            if position == begin:
+                tl.store(requests + 2 * b, program)
+                tl.store(requests + 2 * b + 1, (end - 1) // each)
+            else:
+                tl.store(span, b)
+                tl.store(span + 1, begin // each)
+                tl.store(span + 2, (end - 1) // each)
+            # a request that began before this piece goes to the even place, one that begins inside it to the odd one
+            place = (2 * program + (position == begin).to(tl.int32)).to(tl.int64) * H
+            part = partial + (place + head[:, None]) * 512
+            _store_chunk(part, a0, b0, mask, KIND)
+            _store_chunk(part + 128, a1, b1, mask, KIND)
+            _store_chunk(part + 256, a2, b2, mask, KIND)
+            _store_chunk(part + 384, a3, b3, mask, KIND)
+            tl.store(partial_lse + place + head, own_lse, mask=is_head)
+        position += count
+    # nobody else comes by a request of no keys
+    for empty in range(program, B, tl.num_programs(0)):
+        if PAGE_SIZE > 0:
+            nothing = tl.load(indptr + empty) <= 0
+        else:
+            nothing = tl.load(indptr + empty + 1) <= tl.load(indptr + empty)
+        if nothing:
+            zero = tl.zeros([BLOCK_H, 512], out.dtype.element_ty)
+            to = out + tl.cast(empty, tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
+            to = tl.multiple_of(to, [16, 16])
+            tl.store(to + tl.arange(0, 512)[None, :], zero, mask=is_head[:, None])
+            tl.store(requests + 2 * empty + 1, -1)  # nothing to merge
+            if lse is not None:
+                none = lse + tl.cast(empty, tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
+                tl.store(none, tl.full([BLOCK_H], -float("inf"), lse.dtype.element_ty), mask=is_head)
+
+
+@triton.jit
+def _merge_columns(partial, partial_lse, first, last, h, H, m, d, BLOCK_S: tl.constexpr):
+    """The weighted sum of a request's partials in columns ``d``; ``m`` is the largest log-sum-exp."""
+    acc = tl.zeros([d.shape[0]], tl.float32)
+    for at in range(first, last + 1, BLOCK_S):
+        some = at + tl.arange(0, BLOCK_S)
+        place = _place(some, first, H) + h
+        weight = tl.exp2(tl.load(partial_lse + place, mask=some <= last, other=-float("inf")) - m)
+        part = tl.load(partial + place[:, None] * 512 + d[None, :], mask=(some <= last)[:, None], other=0.0)
+        acc += tl.sum(part.to(tl.float32) * weight[:, None], 0)
+    return acc
+
+
+@triton.jit
+def _place(program, first, H):
+    """Where a program left its part of a request: the odd one of its two places where the request begins."""
+    return (2 * program + (program == first).to(tl.int32)).to(tl.int64) * H
+
+
+@triton.jit(
+    do_not_specialize=["programs", "v_scale"], do_not_specialize_on_alignment=["out", "lse", "sinks", "v_scale_at"]
+)
+def _merge_kernel(
+    out,
+    lse,
+    sinks,
+    v_scale_at,
+    partial,
+    programs,
+    H,
+    v_scale,
+    out_stride_b,
+    out_stride_h,
+    lse_stride_b,
+    lse_stride_h,
+    PARTIALS: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Some columns of one head of one request, from what several programs left of it.
+
+    With SLICES, a request has that many programs of its own. Without, program p looks after the request that its
+    namesake shared with programs before it: up to sixteen partials are the work of the second of them alone, more that
+    of sixteen with 32 columns each, so that one long request among many short ones finds many hands.
+    """
+    program, h = tl.program_id(0), tl.program_id(1)
+    partial_lse, spans, requests = _tables(partial, programs, H)
+    if PDL:
+        gdc_wait()
+    if SLICES > 0:
+        b = program // SLICES
+        mine = program % SLICES
+        first = tl.load(requests + 2 * b)
+        last = tl.load(requests + 2 * b + 1)
+        wanted = last >= 0  # else one program had all of it, and wrote it
+    else:
+        b = tl.load(spans + program * 4)
+        first = tl.load(spans + program * 4 + 1)
+        last = tl.load(spans + program * 4 + 2)
+        mine = program - first - 1
+        wanted = (b >= 0) & ((mine == 0) | ((last - first >= 16) & (mine < 16)))
+    if wanted:
+        s = first + tl.arange(0, PARTIALS)
+        parts = tl.load(partial_lse + _place(s, first, H) + h, mask=s <= last, other=-float("inf"))
+        m = tl.max(parts, 0)
+        denominator = tl.sum(tl.exp2(parts - m), 0)
+        if sinks is not None:
+            denominator += tl.exp2(tl.load(sinks + h).to(tl.float32) * 1.4426950408889634 - m)
+        if lse is not None:
+            _store_lse(lse, b, h, lse_stride_b, lse_stride_h, m, denominator, mine == 0)
+        factor = _times(v_scale, v_scale_at) / denominator
+        to = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
+        kind = out.dtype.element_ty
+        if SLICES > 0:
+            d = mine * (512 // SLICES) + tl.arange(0, 512 // SLICES)
+            acc = _merge_columns(partial, partial_lse, first, last, h, H, m, d, BLOCK_S)
+            tl.store(to + d, rounded(acc * factor, kind))
+        elif last - first < 16:
+            d = tl.arange(0, 512)
+            acc = _merge_columns(partial, partial_lse, first, last, h, H, m, d, 4)
+            tl.store(to + d, rounded(acc * factor, kind))
+        else:
+            few = mine * 32 + tl.arange(0, 32)
+            part = _merge_columns(partial, partial_lse, first, last, h, H, m, few, BLOCK_S)
+            tl.store(to + few, rounded(part * factor, kind))
+
+
+watch_compiles(_decode_kernel, _merge_kernel)
