@@ -30,11 +30,13 @@ from mla_patch.kernels.indices.prefill import (
     combine_topk_swa_indices,
     combine_topk_swa_indices_ref,
 )
-from mla_patch.kernels.sparse.decode import sparse_decode, sparse_decode_ref
-from mla_patch.kernels.sparse.dense import dense_decode, dense_decode_ref
-from mla_patch.kernels.sparse.prefill import (
+from mla_patch.kernels.sparse import (
+    dense_decode,
+    dense_decode_ref,
     mla_sparse_prefill,
     mla_sparse_prefill_ref,
+    sparse_decode,
+    sparse_decode_ref,
 )
 
 

@@ -30,7 +30,8 @@ from peers import Call
 
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
-from mla_patch.kernels.sparse.decode import sparse_config, sparse_decode, sparse_decode_ref
+from mla_patch.kernels.sparse import sparse_decode, sparse_decode_ref
+from mla_patch.kernels.sparse.config import sparse_config
 
 DEVICE = "cuda"
 # layout, batch, heads, topk, extra topk, context

@@ -56,12 +56,8 @@ from mla_patch.kernels.indices.prefill import (
     combine_topk_swa_indices,
     combine_topk_swa_indices_ref,
 )
-from mla_patch.kernels.sparse.decode import sparse_decode, sparse_decode_ref
-from mla_patch.kernels.sparse.prefill import (
-    mla_sparse_prefill,
-    mla_sparse_prefill_ref,
-    sparse_prefill_config,
-)
+from mla_patch.kernels.sparse import mla_sparse_prefill, mla_sparse_prefill_ref, sparse_decode, sparse_decode_ref
+from mla_patch.kernels.sparse.config import sparse_prefill_config
 
 DEVICE = "cuda"
 PROVIDERS = ("ours", "flash_mla", "sgl_kernel.flash_mla")

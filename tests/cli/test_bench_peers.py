@@ -15,8 +15,7 @@ from scratch import ROOT
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels.cache.dequantize import dequantize_k_cache_paged
 from mla_patch.kernels.cache.layouts import V4, V32
-from mla_patch.kernels.sparse.decode import sparse_decode
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
+from mla_patch.kernels.sparse import mla_sparse_prefill, sparse_decode
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 

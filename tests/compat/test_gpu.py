@@ -67,10 +67,10 @@ CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
         lambda: test_decode_splits.Splits([40, 3], 2, 2).check(),
     ),
     "dequantize": (dequantize, ["_dequantize_kernel"], paged_tokens),
-    "sparse prefill": (sparse_prefill, ["_sparse_prefill_kernel"], lambda: test_sparse_prefill.Case(topk=9).check()),
+    "sparse prefill": (sparse_prefill, ["sparse_prefill_kernel"], lambda: test_sparse_prefill.Case(topk=9).check()),
     "sparse decode": (
         sparse_decode,
-        ["_query_kernel", "_sparse_kernel"],
+        ["sparse_query_kernel", "sparse_kernel"],
         lambda: test_sparse_decode.Case(V4, topk=9).check(),
     ),
     "combine": (prefill_indices, ["_combine_kernel"], lambda: test_prefill_indices.Chunk([9], [2], 4, 4, 4).check()),

@@ -29,10 +29,8 @@ from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
 from mla_patch.kernels.sparse import decode as sparse_decode
 from mla_patch.kernels.sparse import dense as dense_decode
+from mla_patch.kernels.sparse import dense_decode_ref, mla_sparse_prefill_ref, sparse_decode_ref
 from mla_patch.kernels.sparse import prefill as sparse_prefill
-from mla_patch.kernels.sparse.decode import sparse_decode_ref
-from mla_patch.kernels.sparse.dense import dense_decode_ref
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill_ref
 from mla_patch.patcher import is_ours
 
 mla_patch.startup.start()

@@ -25,7 +25,7 @@ from mla_patch.drive import sglang as sglang_trial
 from mla_patch.hooks.sglang import sched_meta as hook
 from mla_patch.kernels.cache.layouts import V4, new_pages
 from mla_patch.kernels.cache.quantize import quantize
-from mla_patch.kernels.sparse.decode import sparse_decode_ref
+from mla_patch.kernels.sparse import sparse_decode_ref
 
 libraries = []  # which torch forgets with them
 

@@ -42,7 +42,7 @@ from mla_patch.drive.sglang import Batch
 from mla_patch.kernels.cache import dequantize
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill, mla_sparse_prefill_ref
+from mla_patch.kernels.sparse import mla_sparse_prefill, mla_sparse_prefill_ref
 from mla_patch.patcher import is_ours
 
 

@@ -24,9 +24,7 @@ from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.hooks.sglang import sched_meta as hook
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
-from mla_patch.kernels.sparse.decode import sparse_decode_ref
-from mla_patch.kernels.sparse.dense import dense_decode_ref
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill_ref
+from mla_patch.kernels.sparse import dense_decode_ref, mla_sparse_prefill_ref, sparse_decode_ref
 
 E4M3 = torch.float8_e4m3fn
 GPU = {"device": "cuda"}

@@ -17,13 +17,12 @@ from mla_patch.drive import sglang_fetch
 
 # how many compiles each kernel module's launch tables come to: one that silently had none would pass
 COMPILES = {
+    "sparse.cases": 104,
     "decode.cases": 98,
-    "sparse.decode": 68,
     "indices.kv": 72,
     "decode.splits": 38,
     "cache.dequantize": 18,
     "indices.prefill": 36,
-    "sparse.prefill": 36,
     "cache.kv_cast": 24,
     "cache.quantize": 12,
     "sparse.sm90": 8,
@@ -202,10 +201,10 @@ WIDTHS = """
 import re
 from mla_patch.compat.triton import compile_case
 from mla_patch.kernels.decode import cases as decode, sm90 as decode_sm90, splits as decode_splits
-from mla_patch.kernels.sparse import decode as sparse_decode, sm90 as sparse_sm90
+from mla_patch.kernels.sparse import cases as sparse_cases, sm90 as sparse_sm90
 names = ["decode direct, 16 heads, ", "decode e4m3, 16 heads, ", "splits direct, 16 heads, ", "sparse_decode query",
          "decode_sm90 16 bits, ", "decode_sm90 8 bits, ", "sparse_sm90 16 bits 576, ", "sparse_sm90 V4, "]
-cases = [case for module in (decode, decode_sm90, decode_splits, sparse_decode, sparse_sm90)
+cases = [case for module in (decode, decode_sm90, decode_splits, sparse_cases, sparse_sm90)
          for case in module.compile_cases() if 90 in case.targets]
 for name in names:
     case = next(case for case in cases if case.name.startswith(name))

@@ -26,9 +26,8 @@ from mla_patch.kernels.decode.splits import mla_decode_splits
 from mla_patch.kernels.indices.kv import build_page_table, build_token_indices
 from mla_patch.kernels.indices.prefill import build_swa_token_ids, combine_topk_swa_indices
 from mla_patch.kernels.sparse import decode as module
-from mla_patch.kernels.sparse.decode import sparse_decode as sparse
-from mla_patch.kernels.sparse.dense import dense_decode
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
+from mla_patch.kernels.sparse import dense_decode, mla_sparse_prefill
+from mla_patch.kernels.sparse import sparse_decode as sparse
 
 pytestmark = pytest.mark.xdist_group("much memory")  # one worker, since a GPU holds few of these tensors at once
 
@@ -333,7 +332,7 @@ class LastPrograms:
 def test_so_many_queries_that_their_results_reach_past_31_bits(monkeypatch):
     """Results are contiguous, so that only their number takes the last one there."""
     heads, queries = 128, 2**31 // (128 * 512) + 2
-    for name, each in (("_sparse_kernel", heads // 16), ("_query_kernel", heads // 4)):
+    for name, each in (("sparse_kernel", heads // 16), ("sparse_query_kernel", heads // 4)):
         monkeypatch.setattr(module, name, LastPrograms(getattr(module, name), each))
     cache, ids = pages(V4, 3, 2), slots(1, 1, 9, end=6)
     q = some(1, 1, heads, 512, dtype=torch.bfloat16)

@@ -20,9 +20,7 @@ from mla_patch.flash_mla import (
 )
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
-from mla_patch.kernels.sparse.decode import sparse_decode_ref
-from mla_patch.kernels.sparse.dense import dense_decode_ref
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill_ref
+from mla_patch.kernels.sparse import dense_decode_ref, mla_sparse_prefill_ref, sparse_decode_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 HALF = torch.float16 if interpreted() else torch.bfloat16

@@ -32,10 +32,7 @@ from mla_patch.compat.triton import interpreted
 from mla_patch.flash_mla import FlashMLASchedMeta, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
-from mla_patch.kernels.sparse import decode as sparse_decode
-from mla_patch.kernels.sparse.decode import sparse_decode_ref
-from mla_patch.kernels.sparse.dense import dense_decode_ref
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill_ref
+from mla_patch.kernels.sparse import dense_decode_ref, mla_sparse_prefill_ref, sparse_decode_ref
 
 DEVICE = "cpu" if interpreted() else "cuda"
 # the interpreter's tl.dot is wrong on bfloat16
@@ -152,7 +149,7 @@ def sparse_call(case: Case) -> SimpleNamespace:
     if case.extra:
         args["extra_k_cache"], args["extra_indices_in_kvcache"] = cached(case.extra, case.extra_page)
         args["extra_topk_length"] = torch.tensor([0, 0, case.extra, case.extra // 2], **INT)
-    with keys_as_multiplied(sparse_decode, layout, args["q"]):
+    with keys_as_multiplied(layout, args["q"]):
         want = sparse_definition(**args)
     return SimpleNamespace(args=args, want=want, ours=lambda: decode(args))
 

@@ -20,9 +20,7 @@ from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
 from mla_patch.kernels.decode import mla_decode
 from mla_patch.kernels.decode.splits import mla_decode_splits
-from mla_patch.kernels.sparse.decode import sparse_decode
-from mla_patch.kernels.sparse.dense import dense_decode
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
+from mla_patch.kernels.sparse import dense_decode, mla_sparse_prefill, sparse_decode
 
 CALLS: dict[str, Callable[[], Any]] = {
     **{name: call for name, (_, _, call) in test_gpu.CALLS.items()},

@@ -22,9 +22,7 @@ from mla_patch.kernels.decode import mla_decode, mla_decode_paged
 from mla_patch.kernels.decode.splits import mla_decode_splits
 from mla_patch.kernels.indices.kv import build_page_table, build_token_indices
 from mla_patch.kernels.indices.prefill import build_swa_token_ids, combine_topk_swa_indices
-from mla_patch.kernels.sparse.decode import sparse_decode
-from mla_patch.kernels.sparse.dense import dense_decode
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
+from mla_patch.kernels.sparse import dense_decode, mla_sparse_prefill, sparse_decode
 
 DEVICE = "cpu" if interpreted() else "cuda"
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn

@@ -15,13 +15,14 @@ values are ``descale_q`` and ``descale_k``, one float32 each, times what is stor
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from mla_patch.compat.compiles import COMPILES
-from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.sparse.decode import DENSE, DENSE_E4M3, check_device, check_q, launch
+from mla_patch.kernels.common.checks import check_device
+from mla_patch.kernels.common.constants import WIDTH
+from mla_patch.kernels.common.launch import INTERPRETED, can_launch, chip_of, on_device_of, warming_up
+from mla_patch.kernels.sparse.config import sparse_config
+from mla_patch.kernels.sparse.launch import check_q, merge_splits, new_results, plan_splits
+from mla_patch.kernels.sparse.triton import dense_kernel
 
 _E4M3 = torch.float8_e4m3fn
 
@@ -42,13 +43,14 @@ def dense_decode(
     """Attend from every query to its request's cached rows; see the module. Returns ``out, lse``.
 
     Splits are cut on the device from the lengths, so one captured graph is right for all of them. No sync; no queries
-    launch nothing. ``batch_invariant``: as in `mla_patch.kernels.sparse.decode.sparse_decode`.
+    launch nothing. ``batch_invariant``: as in `mla_patch.kernels.sparse.decode.sparse_decode`. ``config`` replaces
+    `sparse_config`'s numbers.
 
     Raises:
         ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
     """
     check_q(q)
-    batch, queries, _, width = q.shape
+    batch, queries, heads, width = q.shape
     shape = tuple(k_cache.shape)
     if k_cache.dim() == 4 and shape[2] == 1:
         k_cache = k_cache[:, :, 0]
@@ -72,56 +74,35 @@ def dense_decode(
     check_device("cache_seqlens", cache_seqlens, q)
     if (descale_q is None) != (descale_k is None):
         raise ValueError(f"descale_{'q' if descale_q is None else 'k'}: None, expected both descales or neither")
-    descale = None
     if descale_q is not None and descale_k is not None:
         for name, scale in (("descale_q", descale_q), ("descale_k", descale_k)):
             if scale.dtype is not torch.float32 or scale.numel() != 1:
                 raise ValueError(f"{name}: {scale.dtype}, shape {tuple(scale.shape)}, expected torch.float32, [1]")
             check_device(name, scale, q)
-        descale = (descale_q, descale_k)
-    size, dtype, kind, values = shape[1], q.dtype, DENSE, k_cache
-    if q.dtype is _E4M3:
-        if width != 576:
-            raise ValueError(f"q: {width} wide e4m3, expected 576")
+    is_e4m3, values, dtype = q.dtype is _E4M3, k_cache, q.dtype
+    if is_e4m3:
+        if width != WIDTH:
+            raise ValueError(f"q: {width} wide e4m3, expected {WIDTH}")
         if k_cache.stride(0) % 2 or k_cache.stride(1) % 2 or k_cache.storage_offset() % 2:
             raise ValueError(f"k_cache: strides {k_cache.stride()}, expected even: values are read two at a time")
-        dtype, kind, values = torch.bfloat16, DENSE_E4M3, k_cache.view(torch.int16)
-        q = q.to(torch.float16)  # exact
-    keys = (values, None, None, size, values.stride(0), values.stride(1), shape[0])
-    most = block_table.shape[1] * size
-    return launch(
-        kind, q, keys, block_table, cache_seqlens.contiguous(), most, sm_scale=sm_scale,
-        descale=descale, causal=causal and queries > 1, dtype=dtype, batch_invariant=batch_invariant, config=config,
-    )  # fmt: skip
-
-
-def dense_decode_ref(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-    *,
-    sm_scale: float,
-    causal: bool = False,
-    descale_q: torch.Tensor | None = None,
-    descale_k: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, in float64 on the stored bytes: out [B, Sq, H, 512] and lse [B, H, Sq]."""
-    batch, queries, heads, width = q.shape
-    out = torch.zeros(batch, queries, heads, 512, dtype=torch.float64, device=q.device)
-    lse = torch.full((batch, heads, queries), math.inf, dtype=torch.float64, device=q.device)
-    size = k_cache.shape[1]
-    for b in range(batch):
-        length = int(cache_seqlens[b])
-        j = torch.arange(max(length, 0), device=q.device)
-        pages = block_table[b].long()[j // size]
-        keys = k_cache.reshape(-1, size, width)[pages, j % size].double() * (1 if descale_k is None else descale_k)
-        for s in range(queries):
-            seen = keys[: max(length - queries + 1 + s, 0)] if causal and queries > 1 else keys
-            if len(seen):
-                scores = q[b, s].double() @ seen.T * sm_scale * (1 if descale_q is None else descale_q)
-                lse[b, :, s] = total = scores.logsumexp(-1)
-                out[b, s] = torch.exp(scores - total[:, None]) @ seen[:, :512]
+        q, values, dtype = q.to(torch.float16), k_cache.view(torch.int16), torch.bfloat16  # q: exact
+    with on_device_of(q):
+        out, lse = new_results(q, dtype)
+        if batch == 0 or queries == 0:
+            return out, lse
+        chip = chip_of(q)
+        numbers = dict(config or sparse_config(heads, chip.capability, INTERPRETED))
+        max_keys = block_table.shape[1] * shape[1]
+        results = plan_splits(out, lse, (max_keys,), numbers, chip, batch_invariant)
+        del numbers["PER_SM"]
+        dense_kernel[(-(-heads // numbers["BLOCK_H"]) * results.splits * batch * queries,)](
+            q, out, lse, results.partial, results.partial_lse, values, block_table, cache_seqlens.contiguous(),
+            descale_q, descale_k, heads, queries, max_keys, shape[0], float(sm_scale), int(causal and queries > 1),
+            results.splits, q.stride(0), q.stride(1), q.stride(2), values.stride(0), values.stride(1),
+            block_table.stride(0), *lse.stride(), E4M3=is_e4m3, ROPE=width == WIDTH, PAGE=shape[1],
+            BITS=(0, 0) < chip.capability < (8, 9), MERGE=results.splits > 1, **numbers,
+        )  # fmt: skip
+        merge_splits(results, None, descale_k)
     return out, lse
 
 
@@ -132,13 +113,12 @@ def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, page_size
     and lengths change. Nothing to do on a CPU.
     """
     q = torch.zeros(1, 1, heads, width, device=device).to(dtype)
-    if not q.is_cuda and not interpreted():
+    if not can_launch(q):
         return 0
-    before = COMPILES.total
     cache = torch.zeros(1, page_size, 1, width, device=device).to(dtype)
     scale = torch.ones(1, device=device) if dtype is _E4M3 else None
-    with COMPILES.warming():
+    with warming_up() as compiled:
         for pages in (1, 8192 // page_size + 1):
             table = torch.zeros(1, pages, dtype=torch.int32, device=device)
             dense_decode(q, cache, table, table[0, :1] + 1, sm_scale=1.0, descale_q=scale, descale_k=scale)
-    return COMPILES.total - before
+    return compiled()

@@ -497,46 +497,28 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     for eight, width, (full, merge) in itertools.product((False, True), (576, 512), switches):
         merge = merge and eight  # a prefill has no splits
         signature = {"q": "*bf16", "values": "*i32" if eight else "*bf16", "ids": "*i32", "out": "*bf16"}
-        signature |= {"lse": "*fp32", "partial": "*fp32", "partial_lse": "*fp32"}
-        scalars = [
-            "H",
-            "Sq",
-            "topk",
-            "places",
-            "splits",
-            "q_b",
-            "q_s",
-            "q_h",
-            "stride",
-            "ids_b",
-            "ids_s",
-            "out_l",
-        ]
-        scalars += ["out_h", "lse_b", "lse_h", "lse_s"]
+        signature |= {"lse": "*fp32", "partial": "*fp32", "partial_lse": "*fp32", "sm_scale": "fp32"}
+        signature |= dict.fromkeys(("H", "Sq", "topk", "places", "splits", "q_b", "q_s", "q_h", "stride"), "i32")
+        signature |= dict.fromkeys(("ids_b", "ids_s", "out_l", "out_h", "lse_b", "lse_h", "lse_s"), "i32")
+        signature |= {"base_unit": "fp32"} | ({} if eight else {"max_logits": "*fp32"})
         options: dict[str, Any] = {"WIDTH": width, "PAGE": 64 if eight else 0, "MERGE": merge, "KEY": sm90.KEY}
+        options |= {"max_logits": None} if eight else {}
         second = eight and full
         options["EXTRA_PAGE"] = 2 if second else 0
+        extra_tensors = ("extra_values", "extra_ids", "extra_lens")
+        extra_numbers = ("extra_topk", "extra_places", "extra_stride", "extra_ids_b", "extra_ids_s")
         if second:
-            signature |= {"extra_values": "*i32", "extra_ids": "*i32", "extra_lens": "*i32"}
-            scalars += ["extra_topk", "extra_places", "extra_stride", "extra_ids_b", "extra_ids_s"]
+            signature |= dict.fromkeys(extra_tensors, "*i32") | dict.fromkeys(extra_numbers, "i32")
         else:
-            options |= dict.fromkeys(("extra_values", "extra_ids", "extra_lens"))
-            options |= dict.fromkeys(("extra_topk", "extra_places", "extra_stride", "extra_ids_b", "extra_ids_s"), 0)
-        if full:
-            signature |= {"lens": "*i32", "sinks": "*fp32"}
-        else:
-            options |= {"lens": None, "sinks": None}
-        if eight:
-            options["max_logits"] = None
-        else:
-            signature["max_logits"] = "*fp32"
-        signature |= dict.fromkeys(scalars, "i32") | {"sm_scale": "fp32", "base_unit": "fp32"}
+            options |= dict.fromkeys(extra_tensors) | dict.fromkeys(extra_numbers, 0)
+        given = {"lens": "*i32", "sinks": "*fp32"}
+        signature |= given if full else {}
+        options |= {} if full else dict.fromkeys(given)
         divisible: tuple[str, ...] = ("values", "partial", "partial_lse", "q_h", "out_l", "out_h")
         divisible += ("extra_values",) if second else ()
         divisible += () if eight else ("stride",)
         what = ("V3.2" if width == 576 else "V4") if eight else f"16 bits {width}"
         name = f"sparse_sm90 {what}, {full} {merge}"
         # strides of what comes last, kept while keys are read: 8 with Triton 3.6, 80 with 3.9
-        case = CompileCase(name, sparse_sm90, signature, options, divisible, targets=(90,), stack=80)
-        cases.append(case)
+        cases.append(CompileCase(name, sparse_sm90, signature, options, divisible, targets=(90,), stack=80))
     return cases

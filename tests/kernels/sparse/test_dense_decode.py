@@ -12,8 +12,7 @@ from scratch import TESTS, clean_env
 from test_sparse_decode import as_flash_mla_checks
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.sparse import decode as sparse_decode
-from mla_patch.kernels.sparse.dense import dense_decode, dense_decode_ref
+from mla_patch.kernels.sparse import dense_decode, dense_decode_ref, launch
 
 DEVICE = "cpu" if interpreted() else "cuda"
 E4M3 = torch.float8_e4m3fn
@@ -69,7 +68,7 @@ def test_lengths(dtype, width, queries, causal):
 @pytest.mark.parametrize("page", [1, 24, 64])
 @pytest.mark.parametrize("splits", [1, 5])
 def test_pages_and_splits(page, splits, monkeypatch):
-    monkeypatch.setattr(sparse_decode, "split_count", lambda tiles, blocks, slots: splits)
+    monkeypatch.setattr(launch, "split_count", lambda tiles, blocks, slots: splits)
     for dtype in (HALF, E4M3):
         case = Case([150, 3], 20, 2, page, dtype=dtype)
         case.options |= {"descale_q": torch.ones(1, device=DEVICE), "descale_k": torch.full((1,), 2.0, device=DEVICE)}

@@ -18,7 +18,8 @@ from mla_patch.kernels.cache.dequantize import dequantize_ref
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
 from mla_patch.kernels.sparse import decode as module
-from mla_patch.kernels.sparse.decode import sparse_config, sparse_decode, sparse_decode_ref, split_count
+from mla_patch.kernels.sparse import launch, reference, sparse_decode, sparse_decode_ref
+from mla_patch.kernels.sparse.config import SM90_MIN_HEADS, sparse_config, split_count
 
 DEVICE = "cpu" if interpreted() else "cuda"
 LAYOUTS = pytest.mark.parametrize("layout", [V32, V4], ids=lambda layout: layout.name)
@@ -63,22 +64,22 @@ class Case:
     def check(self, tolerance=4e-3, **options):
         out, lse = self.run(**options)
         options.pop("config", None)
-        with keys_as_multiplied(module, self.layout, self.q):
+        with keys_as_multiplied(self.layout, self.q):
             want, want_lse = sparse_decode_ref(self.q, self.cache, self.indices, **self.options, **options)
         compare(out, lse, want, want_lse, tolerance)
         return out, lse
 
 
 def wide(q):
-    return q.shape[-2] > module.NARROW and q.is_cuda and module.gpu.capability(q.device.index) == (9, 0)
+    return q.shape[-2] >= SM90_MIN_HEADS and q.is_cuda and module.gpu.capability(q.device.index) == (9, 0)
 
 
-def keys_as_multiplied(where, layout, q):
+def keys_as_multiplied(layout, q):
     """sparse_sm90 rounds V3.2's keys to bfloat16, as FlashMLA does: how far that takes a sharp softmax is not its
     fault, so its definition has them rounded, too."""
     if layout is V4 or not wide(q):
         return contextlib.nullcontext()
-    return mock.patch.object(where, "dequantize_ref", lambda *args: dequantize_ref(*args).bfloat16().double())
+    return mock.patch.object(reference, "dequantize_ref", lambda *args: dequantize_ref(*args).bfloat16().double())
 
 
 def compare(out, lse, want, want_lse, tolerance=4e-3):
@@ -168,7 +169,7 @@ def test_lengths_and_extra_cache(layout, queries):
 @LAYOUTS
 @pytest.mark.parametrize("splits", [1, 8])
 def test_any_cut_of_the_work(layout, splits, monkeypatch):
-    monkeypatch.setattr(module, "split_count", lambda tiles, blocks, slots: splits)
+    monkeypatch.setattr(launch, "split_count", lambda tiles, blocks, slots: splits)
     case = Case(layout, batch=3, topk=130, holes=0.3, extra=(16, 70))
     lens = torch.tensor([130, 5, 0], dtype=torch.int32, device=DEVICE)
     extra = torch.tensor([1, 64, 0], dtype=torch.int32, device=DEVICE)
@@ -384,15 +385,17 @@ class Launches:
 def test_which_kernel_has_a_call(layout, heads, change, name, grid, monkeypatch):
     """sparse_sm90 takes more heads than 16, the portable one the others."""
     seen = []
-    monkeypatch.setattr(module, "_INTERPRETED", False)
-    monkeypatch.setattr(module, "_wide", lambda: (Launches(seen, "wide"), 5))
-    for own in ("_query_kernel", "_sparse_kernel", "_sparse_merge_kernel"):
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr("mla_patch.kernels.common.launch.INTERPRETED", False)
+    monkeypatch.setattr(launch, "_sm90_kernel", lambda: (Launches(seen, "wide"), 5))
+    for own in ("sparse_query_kernel", "sparse_kernel"):
         monkeypatch.setattr(module, own, Launches(seen, own))
-    monkeypatch.setattr(module, "HAS_GLUON", change != "no Gluon")
+    monkeypatch.setattr(launch, "sparse_merge_kernel", Launches(seen, "sparse_merge_kernel"))
+    monkeypatch.setattr(launch, "HAS_GLUON", change != "no Gluon")
     monkeypatch.setattr(module.gpu, "elsewhere", lambda q: False)
     monkeypatch.setattr(module.gpu, "capability", lambda index: (10, 0) if change == "sm_100" else (9, 0))
     monkeypatch.setattr(module.gpu, "sm_count", lambda index: 4)
-    monkeypatch.setattr(module, "split_count", lambda *sizes: 2)
+    monkeypatch.setattr(launch, "split_count", lambda *sizes: 2)
     monkeypatch.setattr(module, "check_q", lambda q: None)
     cache = new_pages(layout, 3, 16, "cpu")
     q = torch.zeros(2, 1, heads, layout.width, dtype=torch.bfloat16)
@@ -401,8 +404,8 @@ def test_which_kernel_has_a_call(layout, heads, change, name, grid, monkeypatch)
     ids = torch.zeros(2, 1, 40, dtype=torch.int32)
     sparse_decode(q, cache, ids, sm_scale=-1.0 if change == "scale" else 1.0, config=config)
     kernels = [kernel for kernel, *_ in seen]
-    assert kernels[-1] == "_sparse_merge_kernel"
-    assert kernels[:-1] == (["wide"] if name == "wide" else ["_query_kernel", "_sparse_kernel"])
+    assert kernels[-1] == "sparse_merge_kernel"
+    assert kernels[:-1] == (["wide"] if name == "wide" else ["sparse_query_kernel", "sparse_kernel"])
     assert seen[0][2][0].data_ptr() % 16 == 0  # both kernels rely on it
     _, launched, args, numbers = seen[-2]
     assert launched == (grid,) and numbers["MERGE"]
@@ -484,7 +487,7 @@ def test_a_graph_follows_its_lengths(layout):
         lens["topk_length"].copy_(torch.randint(0, 513, (9,)))
         lens["extra_topk_length"].copy_(torch.randint(0, 129, (9,)))
         graph.replay()
-        with keys_as_multiplied(module, layout, case.q):
+        with keys_as_multiplied(layout, case.q):
             want = sparse_decode_ref(case.q, case.cache, case.indices, **case.options, **lens)
         compare(out, lse, *want)
 

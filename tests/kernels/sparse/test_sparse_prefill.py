@@ -12,7 +12,8 @@ from scratch import TESTS, clean_env
 from test_decode import odd
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.sparse.prefill import mla_sparse_prefill, mla_sparse_prefill_ref, sparse_prefill_config
+from mla_patch.kernels.sparse import mla_sparse_prefill, mla_sparse_prefill_ref
+from mla_patch.kernels.sparse.config import sparse_prefill_config
 
 DEVICE = "cpu" if interpreted() else "cuda"
 WIDTHS = pytest.mark.parametrize("width", [576, 512])
