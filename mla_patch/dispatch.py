@@ -331,7 +331,7 @@ def _leave_dynamo() -> Callable[..., Any]:
 
 
 def _without_arm(name: str) -> str:
-    return f"the arm {name} is not written for this entry point"
+    return f"the arm {name} has no code for this entry point"
 
 
 def _unbound(problem: TypeError) -> str:

@@ -38,11 +38,11 @@ MEANING = {
     State.OFF: "its flag or restore() switched it off",
     State.ABSENT: "the engine, or a package with its entry points, is not installed, or is outside the range",
     State.ARMED: "everything checked so far is right; the engine has not imported its module yet",
-    State.NATIVE: "the engine has its own implementation, so ours steps aside",
+    State.NATIVE: "the engine has its own implementation, so our code steps aside",
     State.DRIFTED: "an entry point is missing or its parameters changed; the engine keeps its own code",
     State.REFUSED: "this GPU, configuration, flag or moment does not allow it",
     State.APPLIED: "our code stands in place of the engine's",
-    State.DISPLACED: "other code stands where we put ours, and takes its calls; apply() puts ours back",
+    State.DISPLACED: "other code stands where we put our code, and takes its calls; apply() puts ours back",
     State.FAILED: "our code raised an error; the engine's own code serves",
 }
 

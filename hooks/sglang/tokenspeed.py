@@ -39,7 +39,7 @@ TILE = 128  # query heads x tokens that one tile of the newer kernels covers, wh
 
 def native(target: Target, version: str | None) -> str | None:
     """SGLang 0.5.12 - 0.5.22 have the backend."""
-    return "the release has tokenspeed_mla itself" if sglang_tokenspeed.is_native(version) else None
+    return "the release has its own tokenspeed_mla backend" if sglang_tokenspeed.is_native(version) else None
 
 
 def problem(device: Gpu | None) -> str | None:

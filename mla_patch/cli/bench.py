@@ -142,7 +142,7 @@ def _findings(kernel: str, version: str | None, rows: Sequence[dict[str, Any]]) 
 def _host_kernel(kernel: str, version: str | None) -> tuple[Any, list[str]]:
     """The engine's own entry point, or None with a note that says why it cannot be used."""
     stubs = trial.prepare()
-    notes = [f"stand-ins for packages that this machine lacks: {', '.join(stubs)}"] if stubs else []
+    notes = [f"replaced by stand-ins, because this machine lacks them: {', '.join(stubs)}"] if stubs else []
     try:
         own = trial.imported("decode") if kernel == "decode" else trial.builder(_BUILDERS[kernel], version)
     except Exception as problem:

@@ -69,8 +69,8 @@ def with_host(version: str | None) -> Iterator[dict[str, Any]]:
     told = row_of(mla_patch.report(), DECODE)
     if told["served"] < len(CACHES):
         raise SystemExit(f"{DECODE} served {told['served']} of {len(CACHES)} steps: {told}")
-    notes = [f"decode: relative error against float64 on the stored bytes; ours may have {ERROR}"]
-    notes += [f"stand-ins for packages that this machine lacks: {', '.join(stubs)}"] if stubs else []
+    notes = [f"decode: relative error against float64 on the stored bytes; our kernel must stay below {ERROR}"]
+    notes += [f"replaced by stand-ins, because this machine lacks them: {', '.join(stubs)}"] if stubs else []
     targets, served = [*row["targets"], *told["targets"]], row["served"] + told["served"]
     yield {"result": result(f"SGLang {version}", device, targets, served, rows, notes)}
 
@@ -161,7 +161,7 @@ def result(
 
     name = torch.cuda.get_device_name() if device == "cuda" else "the CPU, through Triton's interpreter"
     if device == "cpu":
-        notes = [*notes, "times of the interpreter say nothing about a GPU"]
+        notes = [*notes, "times in the interpreter say nothing about a GPU"]
     us = {side: sum(row[f"us_{side}"] or 0 for row in rows) or None for side in ("host", "ours")}
     return {
         "host": host, "device": name, "targets": targets, "served": served, "equal": all(row["equal"] for row in rows),

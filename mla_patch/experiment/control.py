@@ -232,7 +232,7 @@ class Controller:
                 raise ControlError(f"{value!r} is not an arm of {feature}; expected one of {', '.join(arms)}")
             reached = max((beat.step for beat in beats), default=-NEVER)
             if at is not None and at <= reached:
-                raise ControlError(f"at={at}: a rank is at step {reached} already")
+                raise ControlError(f"at={at}: a rank is already at step {reached}")
             step = _later(beats, rate, _ranks(content, beats)) if at is None else at
             return Command(feature, kind, step, next_seq(content), value, "", f"process {os.getpid()}")
 

@@ -233,7 +233,7 @@ class ExperimentSession:
             ValueError: as `FeatureExperiment`, or the engine has begun to step.
         """
         if self.recorder is not None and name not in self.experiments:
-            raise ValueError("the engine has begun to step: experiments are chosen before it starts")
+            raise ValueError("the engine has already run steps: choose experiments before it starts")
         experiment = self.experiments[name] = FeatureExperiment(self, name, mode, ab, shadow, more)
         self.draft = experiment.plan.draft  # of all features alike
         steps.watcher = self

@@ -160,7 +160,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine_that_cannot_be_imported_leaves_ours(engine: None) -> None:
     told = result(kernel="decode", heads=[2], dtype=["fp16"])
     assert (told["host"], told["right"], told["cases"][0]["us"]["host"]) == ("SGLang 0.5.11", True, None)
-    assert told["notes"][0] == "stand-ins for packages that this machine lacks: sgl_kernel"
+    assert told["notes"][0] == "replaced by stand-ins, because this machine lacks them: sgl_kernel"
     assert told["notes"][1].startswith("the engine's own kernel cannot be imported here: ModuleNotFoundError")
     assert told["findings"] == [UNMEASURED]
 

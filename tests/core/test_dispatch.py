@@ -437,7 +437,7 @@ def test_an_arm_that_an_entry_point_does_not_have() -> None:
     patched = Patched()
     patched.switch.set(arms=Turns())
     assert patched.call("mine", 2)[0] == "host" and patched.call("patch", 2)[0] == "ours"
-    assert patched.counts.declined == {"the arm mine is not written for this entry point": 1}
+    assert patched.counts.declined == {"the arm mine has no code for this entry point": 1}
     assert patched.stops == []
 
 

@@ -252,7 +252,7 @@ def test_a_faster_engine_gets_more_steps(path: Path, monkeypatch: pytest.MonkeyP
         (("decode", "ratio", float("nan")), 100, "ratio=nan: expected a number between 0 and 1"),
         (("decode", "halt"), 100, "kind='halt': expected one of start, ratio, arm, stop, trip"),
         (("decode", "stop"), -1, "at=-1: expected a whole number, 0 or more"),
-        (("decode", "stop"), 7, "at=7: a rank is at step 7 already"),
+        (("decode", "stop"), 7, "at=7: a rank is already at step 7"),
     ],
 )
 def test_commands_that_are_refused(path: Path, args: tuple, at: int, problem: str) -> None:

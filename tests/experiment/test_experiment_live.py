@@ -871,7 +871,7 @@ def test_features_in_the_same_graphs_multiply(tmp_path: Path, caplog: Any) -> No
     assert seen == {"", *live.labels()}
     live.failed("shadow", RuntimeError("full"))
     assert one.sampling is None and "shadow" not in live.labels() and not one.breaker.reason
-    with pytest.raises(ValueError, match="the engine has begun to step"):
+    with pytest.raises(ValueError, match="the engine has already run steps"):
         live.add("late", "ab", "", "")
     live.close()
 
