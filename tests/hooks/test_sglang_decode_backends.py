@@ -857,17 +857,17 @@ def test_the_runtimes_context_knows_the_ranks_of_later_releases(
 
 def test_a_warm_up_by_pages_compiles_what_serving_does(monkeypatch: pytest.MonkeyPatch, real_kernel: None) -> None:
     """Every launch that a warm-up makes has the types of a call's."""
-    from mla_patch.kernels import decode
+    from mla_patch.kernels.decode import cases
 
     seen = []
-    kernel = decode.mla_decode_paged
+    kernel = cases.mla_decode_paged
 
     def note(q, kv, out, table, lens, **options):
         seen.append((kv.shape[1], kv.dtype, table.dtype, lens.dtype, [part.shape for part in q]))
         return kernel(q, kv, out, table, lens, **options)
 
-    monkeypatch.setattr(decode, "mla_decode_paged", note)
-    decode.warmup("cpu", HEADS, HALF, E4M3, 2, 64, (torch.int64, torch.int32), True)
+    monkeypatch.setattr(cases, "mla_decode_paged", note)
+    cases.warmup("cpu", HEADS, HALF, E4M3, 2, 64, (torch.int64, torch.int32), True)
     parts = [[(batch, HEADS, 512), (batch, HEADS, 64)] for batch in (1, 2)]
     assert seen == [(64, E4M3, torch.int32, torch.int64, shapes) for shapes in parts]
 
