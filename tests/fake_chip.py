@@ -70,8 +70,10 @@ def install(multiprocessors: int = 132) -> None:
     torch.Tensor.is_cuda = property(lambda self: True)
     gpu.capability = lambda index: (SM // 10, SM % 10)
     gpu._from_index = lambda index: gpu.Gpu(f"chip {SM}", (SM // 10, SM % 10))
-    gpu.sm_count = kv_indices.sm_count = lambda index: multiprocessors
+    gpu.sm_count = lambda index: multiprocessors
     # of what it checks only the device is wrong; it tells the number of rows
-    kv_indices._check = lambda table, pool, lens, indptr, start, out, rows: lens.numel() if rows is None else rows
+    kv_indices.launch._check = lambda table, pool, lens, indptr, start, out, rows: (
+        lens.numel() if rows is None else rows
+    )
     torch.cuda.current_device = lambda: None
     torch.zeros = _zeros

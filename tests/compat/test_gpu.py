@@ -73,10 +73,14 @@ CALLS: dict[str, tuple[Any, list[str], Callable[[], None]]] = {
         ["sparse_query_kernel", "sparse_kernel"],
         lambda: test_sparse_decode.Case(V4, topk=9).check(),
     ),
-    "combine": (prefill_indices, ["_combine_kernel"], lambda: test_prefill_indices.Chunk([9], [2], 4, 4, 4).check()),
-    "swa ids": (prefill_indices, ["_swa_kernel"], test_prefill_indices.test_golden_windows),
+    "combine": (
+        prefill_indices.launch,
+        ["_combine_kernel"],
+        lambda: test_prefill_indices.Chunk([9], [2], 4, 4, 4).check(),
+    ),
+    "swa ids": (prefill_indices.launch, ["_swa_kernel"], test_prefill_indices.test_golden_windows),
     "cast pages": (kv_cast, ["_cast_kernel"], lambda: test_kv_cast.test_a_list_of_slots_without_lengths(True)),
-    "token ids": (kv_indices, ["_kv_indices_kernel"], token_indices),
+    "token ids": (kv_indices.launch, ["_kv_indices_kernel"], token_indices),
 }
 
 

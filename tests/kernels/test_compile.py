@@ -19,10 +19,10 @@ from mla_patch.drive import sglang_fetch
 COMPILES = {
     "sparse.cases": 104,
     "decode.cases": 98,
-    "indices.kv": 72,
+    "indices.kv.cases": 72,
     "decode.splits": 38,
     "cache.dequantize": 18,
-    "indices.prefill": 36,
+    "indices.prefill.cases": 36,
     "cache.kv_cast": 24,
     "cache.quantize": 12,
     "sparse.sm90": 8,
@@ -56,10 +56,10 @@ def test_every_launch_table_entry_compiles_within_the_chip(family):
     done = run("compile_matrix.py", "--jobs", "1", "--family", family)
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAILED" in line) + done.stderr
     assert done.stdout.splitlines()[-1] == f"{COMPILES[family]} compiled, 0 failed"
-    if family == "indices.kv":
+    if family == "indices.kv.cases":
         for sm in TARGETS:
             for builder in ("token_indices", "page_table 64"):
-                assert f"indices.kv: sm_{sm}  {builder} " in done.stdout
+                assert f"indices.kv.cases: sm_{sm}  {builder} " in done.stdout
 
 
 @pytest.mark.network
@@ -227,8 +227,8 @@ def test_queries_and_results_move_sixteen_bytes_at_a_time():
 INDICES = """
 import re
 from mla_patch.compat.triton import compile_case
-from mla_patch.kernels.indices import prefill as prefill_indices
-for case in prefill_indices.compile_cases():
+from mla_patch.kernels.indices.prefill import cases
+for case in cases.compile_cases():
     if case.name.endswith(", 16 bytes"):
         ptx = compile_case(case, 90).asm["ptx"]
         loop = ptx[ptx.index("ld.global.v4"):]

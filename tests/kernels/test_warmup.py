@@ -38,7 +38,7 @@ from mla_patch.kernels.sparse import prefill as sparse_prefill
 def counted(monkeypatch: pytest.MonkeyPatch) -> Compiles:
     """A count of the test's own, wherever ours is looked up."""
     fresh = Compiles()
-    for module in (compiles, compat_triton, common_launch, kv_indices, reports):
+    for module in (compiles, compat_triton, common_launch, reports):
         monkeypatch.setattr(module, "COMPILES", fresh)
     return fresh
 
@@ -453,7 +453,7 @@ def test_a_triton_that_cannot_be_watched_says_so(counted: Compiles, monkeypatch:
 
 def test_every_kernel_with_a_compile_case_is_watched() -> None:
     code = """
-for module in (decode.cases, kv_indices):
+for module in (decode.cases, kv_indices.cases):
     for kernel in {id(case.kernel): case.kernel for case in module.compile_cases()}.values():
         print(kernel.__name__, kernel._do_compile.__name__)
 """

@@ -36,7 +36,7 @@ def mla_decode(
     lse: torch.Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """Attend from every request's query to its cached rows; see the module for shapes and the formula.
+    """Attend from every request's query to its cached rows; see the package for shapes and the formula.
 
     ``q``, ``kv``, ``out`` and ``lse`` may be strided, the first three not in their last dimension. A request of no rows
     gets zeros, and -inf in ``lse``; no requests launch nothing. Two launches on the current stream, no sync; the

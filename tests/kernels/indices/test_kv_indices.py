@@ -212,7 +212,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(kv_indices, "_kv_indices_kernel", recorder)
+    monkeypatch.setattr(kv_indices.launch, "_kv_indices_kernel", recorder)
     return recorder.grids
 
 
@@ -432,7 +432,7 @@ try:
 except ValueError as problem:
     print(problem)
 """
-    root = str(Path(kv_indices.__file__).parents[2])
+    root = str(Path(kv_indices.__file__).parents[4])
     done = run_python(code, env={"TRITON_INTERPRET": None, "PYTHONPATH": root}, check=True)
     assert done.stdout == "req_to_token: on cpu, expected a CUDA device (or TRITON_INTERPRET=1 at import)\n"
 
@@ -476,7 +476,7 @@ def test_a_graph_follows_its_buffers():
 @pytest.mark.gpu
 @pytest.mark.skipif(interpreted(), reason="needs a GPU and TRITON_INTERPRET=0")
 def test_serving_compiles_nothing_new():
-    caches = getattr(kv_indices._kv_indices_kernel, "device_caches", None)
+    caches = getattr(kv_indices.triton._kv_indices_kernel, "device_caches", None)
     if caches is None:
         pytest.skip("this Triton keeps its compiled kernels elsewhere")
 

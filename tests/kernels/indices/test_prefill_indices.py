@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla_patch.compat.compiles import COMPILES
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels.indices import prefill as prefill_indices
 from mla_patch.kernels.indices.prefill import (
@@ -282,7 +283,7 @@ def test_too_small_a_total_overruns_nothing():
         ids = torch.full((80,), POISON, dtype=torch.int32, device=DEVICE)
         sizes = (torch.empty(4, dtype=torch.int32, device=DEVICE) for _ in range(3))
         numbers = {"BLOCK": 16, "ROWS": 2}
-        prefill_indices._swa_kernel[(3, 2)](
+        prefill_indices.triton._swa_kernel[(3, 2)](
             ids, *sizes, seq, ext, pool, table, mapping, 3, total, window, mapping.numel(), table.stride(0), **numbers
         )
         assert ids.tolist() == windows.want[0][:total] + [POISON] * (80 - total)
@@ -359,8 +360,8 @@ class Recorder:
 
 def test_launches(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(prefill_indices, "_combine_kernel", recorder)
-    monkeypatch.setattr(prefill_indices, "_swa_kernel", recorder)
+    monkeypatch.setattr(prefill_indices.launch, "_combine_kernel", recorder)
+    monkeypatch.setattr(prefill_indices.launch, "_swa_kernel", recorder)
     chunk = Chunk([], [], 4, 4, 4)
     combine_topk_swa_indices(**chunk.args)
     build_swa_token_ids(*Windows([], [], 4).args)
@@ -394,7 +395,7 @@ def test_rows_that_begin_anywhere(topk, columns, shift, out, fours, monkeypatch)
     chunk.check(out_indices=rows[:, :128])
     assert (rows[:, 128:] == POISON).all() and (result[:at] == POISON).all()
     recorder = Recorder()
-    monkeypatch.setattr(prefill_indices, "_combine_kernel", recorder)
+    monkeypatch.setattr(prefill_indices.launch, "_combine_kernel", recorder)
     combine_topk_swa_indices(**chunk.args, out_indices=rows[:, :128])
     assert recorder.numbers[0]["FOURS"] == fours
 
@@ -470,7 +471,7 @@ for call, args in (
     except ValueError as problem:
         print(problem)
 """
-    root = str(Path(prefill_indices.__file__).parents[2])
+    root = str(Path(prefill_indices.__file__).parents[4])
     done = run_python(code, env={"TRITON_INTERPRET": None, "PYTHONPATH": root}, check=True)
     why = "on cpu, expected a CUDA device (or TRITON_INTERPRET=1 at import)\n"
     assert done.stdout == f"seq_lens: {why}topk_indices: {why}"
@@ -478,8 +479,8 @@ for call, args in (
 
 def test_warmup_launches_both(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(prefill_indices, "_combine_kernel", recorder)
-    monkeypatch.setattr(prefill_indices, "_swa_kernel", recorder)
+    monkeypatch.setattr(prefill_indices.launch, "_combine_kernel", recorder)
+    monkeypatch.setattr(prefill_indices.launch, "_swa_kernel", recorder)
     assert warmup(DEVICE) == 0
     assert recorder.grids == [(1, 1), *[(2,)] * 4]
     assert [numbers["FOURS"] for numbers in recorder.numbers[1:]] == [False, False, True, True]
@@ -500,11 +501,11 @@ def test_real_shapes(topk, ratio):
 @gpu_only
 def test_serving_compiles_nothing_new():
     warmup(DEVICE)
-    before = prefill_indices.COMPILES.total
+    before = COMPILES.total
     for rows, window, topk in [(1, 1, 1), (2, 16, 16), (5, 128, 512), (16, 128, 0)]:
         Chunk([40] * rows, [3] * rows, window, 4, topk, padding=rows % 2).check_both()
         Windows([40] * rows, [3] * rows, window).check()
-    assert prefill_indices.COMPILES.total == before
+    assert COMPILES.total == before
 
 
 @pytest.mark.gpu
