@@ -51,7 +51,7 @@ def _costs(lens, B, at, PAGE_SIZE: gl.constexpr):
     """Requests' places on the line: their units and what a change of requests costs beside; empty ones have none."""
     lane = at + gl.arange(0, 128, layout=sm90.LANES)
     count = _count(lens, lane, lane < B, PAGE_SIZE)
-    return lane, gl.where(count > 0, (count + (sm90.UNIT - 1)) // sm90.UNIT + sm90.CHANGE, 0)
+    return lane, gl.where(count > 0, (count + (sm90.KEYS_PER_UNIT - 1)) // sm90.KEYS_PER_UNIT + sm90.CHANGE_UNITS, 0)
 
 
 @gluon.jit
@@ -86,7 +86,7 @@ def _find(lens, B, position, PAGE_SIZE: gl.constexpr):
         begin = gl.maximum(begin, gl.max(gl.where(ends <= position, ends, 0), 0))
         end = gl.minimum(end, gl.min(gl.where(ends > position, ends, 2147483647), 0))
         before += gl.sum(costs, 0)
-    if position >= end - sm90.CHANGE:
+    if position >= end - sm90.CHANGE_UNITS:
         b += 1
         begin = end
         position = end
@@ -109,7 +109,7 @@ def _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE: gl.constex
         first = b.to(gl.int64) * table_stride
     else:
         first = gl.load(lens + b).to(gl.int64)
-    end = begin + (length + (sm90.UNIT - 1)) // sm90.UNIT
+    end = begin + (length + (sm90.KEYS_PER_UNIT - 1)) // sm90.KEYS_PER_UNIT
     return b, first, length, end, gl.minimum(stop, end) - position
 
 
@@ -146,7 +146,7 @@ def _finish(
     acc = acc * gl.convert_layout(gl.where(whole, v_scale, 1.0) / weights, sm90.OUTPUT_HEAD)[:, None]
     if whole:
         final = out + b.to(gl.int64) * out_stride_b
-        seesaw.put(acc.to(out.dtype.element_ty), final, out_stride_h, gl.program_id(1), H, stage, HALF)
+        seesaw.store_tile(acc.to(out.dtype.element_ty), final, out_stride_h, gl.program_id(1), H, stage, HALF)
         if HALF == 0:
             gl.store(requests + 2 * b + 1, -1)
             if lse is not None:
@@ -157,7 +157,7 @@ def _finish(
         # a request that began before this piece goes to the even place, one that begins inside it to the odd one
         place = (2 * program + (position == begin).to(gl.int32)).to(gl.int64) * H
         part = partial + place * 512
-        seesaw.put(acc.to(partial.dtype.element_ty), part, 512, gl.program_id(1), H, stage, HALF)
+        seesaw.store_tile(acc.to(partial.dtype.element_ty), part, 512, gl.program_id(1), H, stage, HALF)
         if HALF == 0:
             gl.store(partial_lse + place + head, own_lse, mask=head < H)
             if position == begin:
@@ -190,20 +190,20 @@ def _even(
             source, source_rope, gl.program_id(1), H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, scale, unit,
             barriers, asked, 0, True, SCALED,
         )  # fmt: skip
-        acc, weights, m, turn = seesaw.even_units(
+        acc, weights, m, turn = seesaw.consumer_even(
             q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, None, barriers, turn, count,
-            u, (position - begin) * sm90.UNIT, length, logit_cap, _temperature(length, xai_len), -float("inf"), True,
-            not SCALED, CAPPED, XAI,
+            u, (position - begin) * sm90.KEYS_PER_UNIT, length, logit_cap, _temperature(length, xai_len),
+            -float("inf"), True, not SCALED, CAPPED, XAI,
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_even, sum_odd, barriers, asked)
         _finish(
             acc, weights, m, q_low if SCALED else None, out, lse, partial, sinks, b, begin, end, position, count, each,
             H, v_scale, out_stride_b, out_stride_h, lse_stride_b, lse_stride_h, 0,
         )  # fmt: skip
-        seesaw.arrive(barriers, sm90.Q_FREE)
+        seesaw.signal(barriers, sm90.Q_FREE)
         asked += 1
         b += 1
-        begin = end + sm90.CHANGE
+        begin = end + sm90.CHANGE_UNITS
         position = begin
     # nobody else comes by a request of no keys
     for empty in range(gl.program_id(0), B, gl.num_programs(0)):
@@ -241,9 +241,9 @@ def _odd(
             source, source_rope, gl.program_id(1), H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, scale, unit,
             barriers, asked, 1, True, SCALED,
         )  # fmt: skip
-        acc, weights, m, turn = seesaw.odd_units(
+        acc, weights, m, turn = seesaw.consumer_odd(
             q_low, q_high, q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, None, barriers, turn,
-            count, u, (position - begin) * sm90.UNIT + 64, length, logit_cap, _temperature(length, xai_len),
+            count, u, (position - begin) * sm90.KEYS_PER_UNIT + 64, length, logit_cap, _temperature(length, xai_len),
             -float("inf"), True, not SCALED, CAPPED, XAI,
         )  # fmt: skip
         weights = seesaw.end_query(weights, sum_odd, sum_even, barriers, asked)
@@ -251,10 +251,10 @@ def _odd(
             acc, weights, m, q_high if SCALED else None, out, lse, partial, sinks, b, begin, end, position, count, each,
             H, v_scale, out_stride_b, out_stride_h, lse_stride_b, lse_stride_h, 1,
         )  # fmt: skip
-        seesaw.arrive(barriers, sm90.Q_FREE)
+        seesaw.signal(barriers, sm90.Q_FREE)
         asked += 1
         b += 1
-        begin = end + sm90.CHANGE
+        begin = end + sm90.CHANGE_UNITS
         position = begin
 
 
@@ -292,28 +292,35 @@ def _copy_rows(
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        key = (position - begin) * sm90.UNIT
+        key = (position - begin) * sm90.KEYS_PER_UNIT
         even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS))
         odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS))
         for i in range(count):
             free = (turn & 1) ^ 1
             row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            seesaw.bring(
+            seesaw.load_tile_async(
                 row, c, r, None, None, even_low, 0, even_high, 256, even_rope, barriers, free, sm90.FREE_EVEN_LOW,
                 sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, True,
             )  # fmt: skip
-            even = _slots(token_ids, first, key + (i + 1) * sm90.UNIT, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS))
+            even = _slots(
+                token_ids, first, key + (i + 1) * sm90.KEYS_PER_UNIT, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS)
+            )
             row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            seesaw.bring(
+            seesaw.load_tile_async(
                 row, c, r, None, None, odd_high, 256, odd_low, 0, odd_rope, barriers, free, sm90.FREE_ODD_HIGH,
                 sm90.FULL_ODD_HIGH, sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW, True,
             )  # fmt: skip
             odd = _slots(
-                token_ids, first, key + (i + 1) * sm90.UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.ROWS)
+                token_ids,
+                first,
+                key + (i + 1) * sm90.KEYS_PER_UNIT + 64,
+                length,
+                PAGE_SIZE,
+                gl.SliceLayout(1, sm90.ROWS),
             )
             turn += 1
         b += 1
-        begin = end + sm90.CHANGE
+        begin = end + sm90.CHANGE_UNITS
         position = begin
     async_copy.wait_group(0)
 
@@ -402,13 +409,13 @@ def _bring_wide(
     gluon_barrier()
     _widen(one.index(0), E5M2)
     fence_async_shared()
-    seesaw.arrive(barriers, FULL_ONE)
+    seesaw.signal(barriers, FULL_ONE)
     async_copy.wait_group(0)
     gluon_barrier()
     _widen(two.index(0), E5M2)
     _widen(rope.index(0), E5M2)
     fence_async_shared()
-    seesaw.arrive(barriers, FULL_TWO)
+    seesaw.signal(barriers, FULL_TWO)
 
 
 @gluon.jit
@@ -422,23 +429,30 @@ def _widen_rows(
     b, begin, position = _find(lens, B, start, PAGE_SIZE)
     while position < stop:
         b, first, length, end, count = _request(lens, b, begin, position, stop, table_stride, PAGE_SIZE)
-        key = (position - begin) * sm90.UNIT
+        key = (position - begin) * sm90.KEYS_PER_UNIT
         even = _slots(token_ids, first, key, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH))
         odd = _slots(token_ids, first, key + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH))
-        ahead = _slots(token_ids, first, key + sm90.UNIT, length, PAGE_SIZE, sm90.LANES, 128)
+        ahead = _slots(token_ids, first, key + sm90.KEYS_PER_UNIT, length, PAGE_SIZE, sm90.LANES, 128)
         for i in range(count):
             free = (turn & 1) ^ 1
             row = _addresses(kv, even, kv_stride, page_stride, PAGE_SIZE)[:, None]
-            even = _slots(token_ids, first, key + (i + 1) * sm90.UNIT, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH))
+            even = _slots(
+                token_ids, first, key + (i + 1) * sm90.KEYS_PER_UNIT, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH)
+            )
             _bring_wide(
                 row, even_low, 0, even_high, 64, even_rope, barriers, free, sm90.FREE_EVEN_LOW, sm90.FULL_EVEN_LOW,
                 sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, E5M2,
             )  # fmt: skip
             _prefetch(kv, ahead, kv_stride, page_stride, PAGE_SIZE)
-            ahead = _slots(token_ids, first, key + (i + 2) * sm90.UNIT, length, PAGE_SIZE, sm90.LANES, 128)
+            ahead = _slots(token_ids, first, key + (i + 2) * sm90.KEYS_PER_UNIT, length, PAGE_SIZE, sm90.LANES, 128)
             row = _addresses(kv, odd, kv_stride, page_stride, PAGE_SIZE)[:, None]
             odd = _slots(
-                token_ids, first, key + (i + 1) * sm90.UNIT + 64, length, PAGE_SIZE, gl.SliceLayout(1, sm90.FETCH)
+                token_ids,
+                first,
+                key + (i + 1) * sm90.KEYS_PER_UNIT + 64,
+                length,
+                PAGE_SIZE,
+                gl.SliceLayout(1, sm90.FETCH),
             )
             _bring_wide(
                 row, odd_high, 64, odd_low, 0, odd_rope, barriers, free, sm90.FREE_ODD_HIGH, sm90.FULL_ODD_HIGH,
@@ -446,7 +460,7 @@ def _widen_rows(
             )  # fmt: skip
             turn += 1
         b += 1
-        begin = end + sm90.CHANGE
+        begin = end + sm90.CHANGE_UNITS
         position = begin
 
 

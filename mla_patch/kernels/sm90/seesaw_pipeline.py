@@ -1,19 +1,42 @@
-"""What MLA kernels on sm_90 share, in Gluon: 64 heads and, at a time, two tiles of 64 keys, by three groups of warps.
+"""The warp-specialised two-consumer pipeline of the MLA kernels on sm_90, in Gluon: 64 heads, two tiles of 64 keys at
+a time, three groups of four warps.
 
-    even    scores of the even tile; columns 0 to 255 of the output
-    odd     scores of the odd tile; columns 256 to 511
-    rows    brings both tiles into shared memory
+    consumer_even    scores of the even tile;  columns 0 to 255 of the output
+    consumer_odd     scores of the odd tile;   columns 256 to 511 of the output
+    producer         brings both tiles into shared memory; the kernels have it, since each has other keys
 
-Each of the first two multiplies its own probabilities from registers and the other's from shared memory, so every key's
-latent is read from the cache once for 64 heads, and either group's softmax runs while the other keeps the tensor cores
-busy. A row maximum that both agree on goes with the probabilities. There is room for two tiles and q in 16 bits,
-216 KiB; a tile's probabilities lie where its rope was, or would be, and a tile is brought in two halves, each as soon
-as the group that needs it last lets go of it.
+Each consumer multiplies its own probabilities from registers and the other's from shared memory. So every key's latent
+values are read from the cache once for 64 heads, and the softmax of one consumer runs while the other keeps the tensor
+cores busy. A row maximum that both agree on goes with the probabilities.
 
-Here are the first two groups' work on one query and one list of keys, and the third's ways of bringing 16-bit rows.
-`decode_sm90` and `sparse_sm90` say which keys, and what becomes of the results.
+Shared memory, 216 KiB of 16-bit values, in tiles that the tensor cores read as they are:
 
-After FlashMLA's "seesaw" schedule (https://github.com/deepseek-ai/FlashMLA, docs/20250422-new-kernel-deep-dive.md).
+    q_low, q_high         64 heads x 256    the query's latent values: columns 0 to 255, and 256 to 511
+    q_rope                64 heads x 64     its rotary values
+    even_low, even_high   64 keys x 256     the even tile's latent values; odd_low, odd_high likewise
+    even_rope             64 keys x 64      the even tile's rotary values, and later its probabilities (heads x keys);
+                                            odd_rope likewise
+
+and, of 64 numbers each, top_even and top_odd (row maxima), sum_even and sum_odd (sums of weights) and, in the sparse
+kernels, known (which keys count). There is no room for a third tile, so that a tile is brought in two halves, each as
+soon as the consumer that reads it last has let go of it.
+
+Registers of a consumer, per warp group: the score tile ``s`` (64 x 64 float32), its probabilities (64 x 64), and
+``acc`` (64 x 256 float32), its columns of the output.
+
+One unit of work is one even and one odd tile. In this order the consumers go through a unit:
+
+    even    scores | softmax, with the maximum of the last odd tile | publishes even probabilities | acc += even_low
+    odd     waits for the even probabilities | acc += even_high | scores | softmax, with the maximum of the even tile |
+            publishes odd probabilities | acc += odd_high
+    even    next unit's scores; meanwhile acc += odd_low
+
+`layouts` numbers the barriers. FULL_* and FREE_* pass between producer and consumers, WEIGHTS_* between the consumers,
+and Q_FREE, Q_FULL and SUMS separate one query from the next. A wait takes the parity of how often the barrier has
+completed before.
+
+This follows FlashMLA's "seesaw" schedule (https://github.com/deepseek-ai/FlashMLA,
+docs/20250422-new-kernel-deep-dive.md).
 """
 
 from __future__ import annotations
@@ -33,17 +56,19 @@ from mla_patch.kernels.sm90 import layouts as sm90
 
 
 @gluon.jit
-def arrive(barriers, WHICH: gl.constexpr):
+def signal(barriers, WHICH: gl.constexpr):
+    """Arrive at a barrier once all warps of this group have come here."""
     gluon_barrier()  # one thread arrives for all
     mbarrier.arrive(barriers.index(WHICH), count=1)
 
 
 @gluon.jit
 def _load_q(
-    source, source_rope, tile, H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, unit, HALF: gl.constexpr,
+    source, source_rope, tile, H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, q_scale, HALF: gl.constexpr,
     ROPE: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Half of a tile of heads' queries into shared memory; scaled, in float16 with a power of two for each head."""
+    """Half of a tile of heads' queries into shared memory: 32 heads. SCALED: as float16, divided by ``q_scale``, a
+    power of two for each head, which is stored, too."""
     to: gl.constexpr = q_low.dtype
     AT: gl.constexpr = HALF * 32
     h = tile * 64 + AT + gl.arange(0, 32, layout=gl.SliceLayout(1, sm90.ROWS))
@@ -62,7 +87,7 @@ def _load_q(
         top = gl.maximum(top, gl.max(gl.abs(rope.to(gl.float32)), 1))
         u = (top.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
         u = gl.where(u > 0, u, 1.0)
-        unit.slice(AT, 32, 0).store(u)
+        q_scale.slice(AT, 32, 0).store(u)
         q_low.index(0).slice(AT, 32, 0).store((low.to(gl.float32) / u[:, None]).to(to))
         q_high.index(0).slice(AT, 32, 0).store((high.to(gl.float32) / u[:, None]).to(to))
         q_rope.index(0).slice(AT, 32, 0).store((rope.to(gl.float32) / u[:, None]).to(to))
@@ -75,9 +100,10 @@ def _load_q(
 
 
 @gluon.jit
-def _scale(scale, unit, SCALED: gl.constexpr):
+def _score_scales(scale, q_scale, SCALED: gl.constexpr):
+    """What a raw score of each head is multiplied by."""
     if SCALED:
-        u = unit.load(sm90.HEAD) * scale
+        u = q_scale.load(sm90.HEAD) * scale
     else:
         u = gl.full([64], scale, gl.float32, layout=sm90.HEAD)
     return u
@@ -85,33 +111,38 @@ def _scale(scale, unit, SCALED: gl.constexpr):
 
 @gluon.jit
 def begin_query(
-    source, source_rope, tile, H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, scale, unit, barriers, asked,
+    source, source_rope, tile, H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, scale, q_scale, barriers, asked,
     HALF: gl.constexpr, ROPE: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Bring this group's half of the heads' queries, once both groups are done with the last ones -> heads' scales."""
+    """Bring this consumer's half of the heads' queries, once both are done with the last ones -> `_score_scales`.
+
+    ``asked`` counts the queries before this one.
+    """
     mbarrier.wait(barriers.index(sm90.Q_FREE), (asked & 1) ^ 1)
     _load_q(
-        source, source_rope, tile, H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, unit, HALF, ROPE, SCALED
+        source, source_rope, tile, H, q_stride_h, rope_stride_h, q_low, q_high, q_rope, q_scale, HALF, ROPE, SCALED
     )  # fmt: skip
-    arrive(barriers, sm90.Q_FULL)
+    signal(barriers, sm90.Q_FULL)
     mbarrier.wait(barriers.index(sm90.Q_FULL), asked & 1)
-    return _scale(scale, unit, SCALED)
+    return _score_scales(scale, q_scale, SCALED)
 
 
 @gluon.jit
 def end_query(weights, own, other, barriers, asked):
-    """Both groups' sums of weights; after it both are done with the queries, and who wants others arrives at Q_FREE."""
+    """Both consumers' sums of weights. After it both are done with the query; who wants another signals Q_FREE."""
     own.store(weights)
-    arrive(barriers, sm90.SUMS)
+    signal(barriers, sm90.SUMS)
     mbarrier.wait(barriers.index(sm90.SUMS), asked & 1)
     return weights + other.load(sm90.HEAD)
 
 
 @gluon.jit
-def put(x, to, stride, tile, H, stage, HALF: gl.constexpr):
-    """A group's half of a tile of heads' rows into global memory, where head 0 begins at ``to``. Values of 16 bits go
-    through ``stage``, where that is given, which nobody reads any more: as the tensor cores leave them, they are
-    stored in half sectors, which the second-level cache has to fill first."""
+def store_tile(x, to, stride, tile, H, stage, HALF: gl.constexpr):
+    """A consumer's half of the columns of a tile of heads into global memory, where head 0 begins at ``to``.
+
+    Values of 16 bits go through ``stage``, where that is given: shared memory that nobody reads any more. As the tensor
+    cores leave them in registers, they would be stored in half sectors, which the second-level cache has to fill first.
+    """
     STAGED: gl.constexpr = stage is not None and x.dtype.primitive_bitwidth == 16
     L: gl.constexpr = sm90.ROWS if STAGED else sm90.OUTPUT
     if STAGED:
@@ -131,7 +162,11 @@ def _dot_keys(
     q_one, q_two, q_rope, one, two, rope, z, barriers, phase, FULL_ONE: gl.constexpr, FULL_TWO: gl.constexpr,
     ROPE: gl.constexpr, COPIED: gl.constexpr,
 ):  # fmt: skip
-    """64 heads by 64 keys, in flight: the half that comes first, then the other and the rope."""
+    """Start the score tile, 64 heads x 64 keys: over the half that comes first, then over the other and the rope.
+
+    The result is in flight until `warpgroup_mma_wait`. COPIED: the producer copies 16-bit rows asynchronously, and does
+    not convert them. ``z`` is 0; see `consumer_even`.
+    """
     s = gl.zeros([64, 64], gl.float32, layout=sm90.SCORES)
     mbarrier.wait(barriers.index(FULL_ONE), phase)
     if COPIED:
@@ -148,8 +183,11 @@ def _dot_keys(
 
 @gluon.jit
 def _softmax(s, u, m, key, length, known, logit_cap, temperature, CAPPED: gl.constexpr, XAI: gl.constexpr):
-    """Raw scores of the keys from ``key`` on -> (running maximum of each head, weights relative to it). Keys count that
-    are ``known``, or, where that is not given, before ``length``."""
+    """Raw scores of the keys from ``key`` on -> (running maximum of each head, weights relative to it).
+
+    ``known`` says which keys count, or, where it is not given, ``length`` says how many do. CAPPED: the logit cap's
+    tanh, computed by exp2. XAI: a temperature that depends on the length.
+    """
     if CAPPED:
         s = s * u[:, None]
         t = gl.exp2(gl.abs(s / logit_cap) * -2.8853900817779268)
@@ -167,19 +205,23 @@ def _softmax(s, u, m, key, length, known, logit_cap, temperature, CAPPED: gl.con
 
 
 @gluon.jit
-def even_units(
+def consumer_even(
     q_low, q_high, q_rope, low, high, rope, odd_low, odd_rope, top_even, top_odd, known, barriers, turn, count, u, key,
-    length, logit_cap, temperature, LEAST: gl.constexpr, ROPE: gl.constexpr, COPIED: gl.constexpr, CAPPED: gl.constexpr,
-    XAI: gl.constexpr,
+    length, logit_cap, temperature, EMPTY_MAX: gl.constexpr, ROPE: gl.constexpr, COPIED: gl.constexpr,
+    CAPPED: gl.constexpr, XAI: gl.constexpr,
 ):  # fmt: skip
-    """The even group's part of one query's ``count`` units, at least one: -> (low columns, its sums of weights, row
-    maxima, the turn after). ``LEAST`` is the maximum of no keys, finite where a whole tile may have none.
+    """One query's ``count`` units, at least one -> (low columns of the output, this consumer's sums of weights, row
+    maxima, the turn after).
 
-    The odd tile's turn with the low columns comes one unit later, while this group's next scores are on their way."""
+    ``turn`` counts the units before, and its lowest bit is the parity of the barriers. ``EMPTY_MAX`` is the maximum of
+    no keys: finite where a whole tile may have none. The odd tile meets the low columns one unit later, while this
+    consumer's next scores are on their way; that is why the loop begins with the second unit.
+    """
     to: gl.constexpr = q_low.dtype
     acc = gl.zeros([64, 256], gl.float32, layout=sm90.OUTPUT)
-    m = gl.full([64], LEAST, gl.float32, layout=sm90.HEAD)
-    z = turn >> 30  # 0, which the compiler cannot know: else it keeps the descriptors of 72 operands in registers
+    m = gl.full([64], EMPTY_MAX, gl.float32, layout=sm90.HEAD)
+    # 0, which the compiler cannot know: otherwise it keeps the descriptors of 72 operands in registers
+    z = turn >> 30
     s = _dot_keys(
         q_low, q_high, q_rope, low, high, rope, z, barriers, turn & 1, sm90.FULL_EVEN_LOW, sm90.FULL_EVEN_HIGH, ROPE,
         COPIED,
@@ -192,10 +234,10 @@ def even_units(
     rope.index(0).store(own)
     top_even.store(top)
     fence_async_shared()
-    arrive(barriers, sm90.WEIGHTS_EVEN)
+    signal(barriers, sm90.WEIGHTS_EVEN)
     acc = warpgroup_mma(gl.convert_layout(own, sm90.WEIGHTS), low.index(z), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    arrive(barriers, sm90.FREE_EVEN_LOW)
+    signal(barriers, sm90.FREE_EVEN_LOW)
     for i in range(1, count):
         before = turn & 1
         turn += 1
@@ -211,20 +253,20 @@ def even_units(
         acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
         acc = warpgroup_mma(odd_rope.index(z), odd_low.index(z), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        top, p = _softmax(s, u, m, key + i * sm90.UNIT, length, known, logit_cap, temperature, CAPPED, XAI)
+        top, p = _softmax(s, u, m, key + i * sm90.KEYS_PER_UNIT, length, known, logit_cap, temperature, CAPPED, XAI)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        arrive(barriers, sm90.FREE_ODD_LOW)  # and every warp has read the rope
+        signal(barriers, sm90.FREE_ODD_LOW)  # and every warp has read the rope
         own = p.to(to)
         rope.index(0).store(own)
         top_even.store(top)
         fence_async_shared()
-        arrive(barriers, sm90.WEIGHTS_EVEN)
+        signal(barriers, sm90.WEIGHTS_EVEN)
         keep = gl.exp2(m - top)
         weights = weights * keep + gl.sum(p, 1)
         acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
         acc = warpgroup_mma(gl.convert_layout(own, sm90.WEIGHTS), low.index(z), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        arrive(barriers, sm90.FREE_EVEN_LOW)
+        signal(barriers, sm90.FREE_EVEN_LOW)
     mbarrier.wait(barriers.index(sm90.WEIGHTS_ODD), turn & 1)
     m = top_odd.load(sm90.HEAD)
     keep = gl.exp2(top - m)
@@ -232,26 +274,28 @@ def even_units(
     z = turn >> 30
     acc = warpgroup_mma(odd_rope.index(z), odd_low.index(z), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    arrive(barriers, sm90.FREE_ODD_LOW)
+    signal(barriers, sm90.FREE_ODD_LOW)
     turn += 1
     return acc, weights * keep, m, turn
 
 
 @gluon.jit
-def odd_units(
+def consumer_odd(
     q_low, q_high, q_rope, low, high, rope, even_high, even_rope, top_even, top_odd, known, barriers, turn, count, u,
-    key, length, logit_cap, temperature, LEAST: gl.constexpr, ROPE: gl.constexpr, COPIED: gl.constexpr,
+    key, length, logit_cap, temperature, EMPTY_MAX: gl.constexpr, ROPE: gl.constexpr, COPIED: gl.constexpr,
     CAPPED: gl.constexpr, XAI: gl.constexpr,
 ):  # fmt: skip
-    """The odd group's part, as `even_units`. The even tile's turn with the high columns comes first, so that its place
-    is free early."""
+    """The odd tiles and the high columns of the output; arguments and results as `consumer_even` has them.
+
+    The even tile meets the high columns first, so that its place is free early.
+    """
     to: gl.constexpr = q_low.dtype
-    m = gl.full([64], LEAST, gl.float32, layout=sm90.HEAD)
+    m = gl.full([64], EMPTY_MAX, gl.float32, layout=sm90.HEAD)
     weights = gl.zeros([64], gl.float32, layout=sm90.HEAD)
     acc = gl.zeros([64, 256], gl.float32, layout=sm90.OUTPUT)
     for i in range(count):
         phase = turn & 1
-        z = turn >> 30  # see the other group
+        z = turn >> 30  # see `consumer_even`
         mbarrier.wait(barriers.index(sm90.FULL_EVEN_HIGH), phase)
         mbarrier.wait(barriers.index(sm90.WEIGHTS_EVEN), phase)
         if COPIED:
@@ -262,43 +306,46 @@ def odd_units(
         acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
         acc = warpgroup_mma(even_rope.index(z), even_high.index(z), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        arrive(barriers, sm90.FREE_EVEN_HIGH)
+        signal(barriers, sm90.FREE_EVEN_HIGH)
         s = _dot_keys(
             q_high, q_low, q_rope, high, low, rope, z, barriers, phase, sm90.FULL_ODD_HIGH, sm90.FULL_ODD_LOW, ROPE,
             COPIED,
         )  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[s])
-        m, p = _softmax(s, u, top, key + i * sm90.UNIT, length, known, logit_cap, temperature, CAPPED, XAI)
+        m, p = _softmax(s, u, top, key + i * sm90.KEYS_PER_UNIT, length, known, logit_cap, temperature, CAPPED, XAI)
         own = p.to(to)
         gluon_barrier()  # the rope has been read by all
         rope.index(0).store(own)
         top_odd.store(m)
         fence_async_shared()
-        arrive(barriers, sm90.WEIGHTS_ODD)
+        signal(barriers, sm90.WEIGHTS_ODD)
         keep = gl.exp2(top - m)
         weights = weights * keep + gl.sum(p, 1)
         acc = acc * gl.convert_layout(keep, sm90.OUTPUT_HEAD)[:, None]
         acc = warpgroup_mma(gl.convert_layout(own, sm90.WEIGHTS), high.index(z), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        arrive(barriers, sm90.FREE_ODD_HIGH)
+        signal(barriers, sm90.FREE_ODD_HIGH)
         turn += 1
     return acc, weights, m, turn
 
 
 @gluon.jit
-def bring(
+def load_tile_async(
     row, c, r, known, seen, one, AT_ONE: gl.constexpr, two, AT_TWO: gl.constexpr, rope, barriers, free,
     FREE_ONE: gl.constexpr, FULL_ONE: gl.constexpr, FREE_TWO: gl.constexpr, FULL_TWO: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
-    """Copy a tile of 16-bit rows: the half that is free first, then the other and the rope; AT_* where they begin. Rows
-    that are not ``known``, where that is given, become zeros, and ``seen`` says so."""
+    """Start to copy a tile of 16-bit rows: the half that is free first, then the other and the rope.
+
+    ``free`` is the parity of the FREE barriers, and AT_* say at which column a half begins. The copies themselves
+    arrive at the FULL barriers. Rows that are not ``known``, where that is given, become zeros, and ``seen`` says so.
+    """
     mbarrier.wait(barriers.index(FREE_ONE), free)
     if known is None:
         gluon_copy(one.index(0), row + AT_ONE + c)
     else:
         seen.store(known.to(gl.int32))
         gluon_copy(one.index(0), row + AT_ONE + c, mask=known[:, None])
-        arrive(barriers, FULL_ONE)
+        signal(barriers, FULL_ONE)
     async_copy.mbarrier_arrive(barriers.index(FULL_ONE), increment_count=False)
     mbarrier.wait(barriers.index(FREE_TWO), free)
     if known is None:
