@@ -74,7 +74,7 @@ def test_all_are_applied(seen: dict[str, Any]) -> None:
     state = seen["state"]
     assert state["state"] == "applied"
     assert all(target["replaced_by"] for target in state["targets"]), state
-    left = re.search(r"build_swa_token_ids(, [^:]+)?: right in this release", state["reason"])
+    left = re.search(r"build_swa_token_ids(, [^:]+)?: the release's code is correct", state["reason"])
     assert bool(left) == (RELEASES[seen["release"]] == "")
 
 
