@@ -198,11 +198,10 @@ def _addresses(values, slot, page_stride, PAGE: gl.constexpr, V4: gl.constexpr):
     """Where a slot's values and its scales lie. ``values`` counts in 4 bytes, ``page_stride`` in 16."""
     page = values + (slot // PAGE).to(gl.int64) * page_stride * (16 // 4)
     at = slot % PAGE
+    ROW: gl.constexpr = offsets.V4_TOKEN // 4 if V4 else offsets.V32_TOKEN // 4
     if V4:
-        ROW: gl.constexpr = offsets.V4_TOKEN // 4
         return page + at * ROW, page + (PAGE * ROW + at * (offsets.V4_SCALES // 4))
     else:
-        ROW: gl.constexpr = offsets.V32_TOKEN // 4
         return page + at * ROW, page + (at * ROW + offsets.V32_SCALES // 4)
 
 
