@@ -1,6 +1,7 @@
 """The pages for people: every link leads somewhere, and the index lists every page."""
 
 import re
+from pkgutil import resolve_name
 
 from scratch import ROOT
 
@@ -42,3 +43,17 @@ def test_every_named_file_exists():
     named = [(page, name) for page in PAGES for name in path.findall(page.read_text(encoding="utf-8"))]
     assert len(named) > 20
     assert [f"{page.relative_to(ROOT)}: {name}" for page, name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_named_object_exists():
+    name = re.compile(r"`(mla_patch(?:\.\w+)+)\b")
+    named = {(page, one) for page in PAGES for one in name.findall(page.read_text(encoding="utf-8"))}
+    assert len(named) > 20
+    missing = []
+    for page, one in sorted(named):
+        try:
+            resolve_name(one)
+        except (ImportError, AttributeError):
+            if not (ROOT / one).exists():  # mla_patch.pth
+                missing.append(f"{page.relative_to(ROOT)}: {one}")
+    assert missing == []
