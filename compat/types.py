@@ -1,18 +1,24 @@
-"""What a feature declares about its host: entry points, variables, arms. Standard library only.
+"""What a feature declares about its host: entry points, edits, variables, arms. Standard library only.
 
-A ``Target`` is one entry point of a host that ours takes the place of. The core reads these
-declarations and never a host's version; the files beside this one know the versions.
+A ``Home`` says where an entry point of a host is and how it is called. A hook makes a ``Target`` of it: its own code
+takes the entry point's place. An ``Edit`` changes anything else. The core reads these declarations and never a host's
+version; the files beside this one know the versions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, TypeVar
 
 SWITCHED_ON = ("true", "1", "yes", "y")  # how hosts read their switches in the environment, in lower case
 
-# Takes an edit back. It may have `places`, see `methods.Undoing`: then a report says where something else stands by now
+# A function, or "module:function", which is imported when the host's module is: declaring imports no kernel
+Code = str | Callable[..., Any]
+# (call) -> the same call with outputs of its own, and pairs to compare; see `Target`
+ShadowClone = Callable[[Any], "tuple[Any, list[tuple[Any, Any]] | None]"]
+# Takes an edit back. It may have `places`, see `mla_patch.hooks.editing.Undoing`: a report then says where something
+# else stands by now
 Undo = Callable[[], None]
 
 
@@ -27,38 +33,83 @@ class CachedOn:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One entry point of a host.
+class Home:
+    """Where one entry point of a host is, and how it is called there: what is true of a release."""
+
+    module: str  # "sglang.srt.layers.attention.utils"
+    name: str  # "create_flashmla_kv_indices_triton" or "Class.method"
+    params: tuple[str, ...] = ()  # reviewed parameter names, in order; "*args" and "**kwargs" as written
+    kind: Literal["call", "kernel"] = "call"
+    # call: bind(*args, **kwargs); kernel: bind(grid, *args, **kwargs). Returns the call object,
+    # raises TypeError for arguments that it does not know.
+    bind: Callable[..., Any] | None = None
+    cached_on: tuple[CachedOn, ...] = field(default=(), kw_only=True)
+    entry: str = field(default="", kw_only=True)  # empty: the name
+
+    def target(
+        self,
+        declines: Code = "",
+        serve: Code = "",
+        *,
+        around: bool = False,
+        shadow_clone: ShadowClone | None = None,
+        group: str = "",
+        arms: bool = True,
+    ) -> Target:
+        """The target that a hook makes of this entry point; see `Target` for the arguments."""
+        told = {one.name: getattr(self, one.name) for one in fields(Home)}
+        return Target(
+            **told,
+            declines=declines,
+            serve=serve,
+            around=around,
+            shadow_clone=shadow_clone,
+            group=group,
+            arms=arms,
+        )
+
+
+@dataclass(frozen=True)
+class Target(Home):
+    """One entry point of a host that a feature replaces.
 
     Several targets of a feature with the same ``name`` are alternative homes of one entry point:
     the first whose module exists and whose parameters match is taken. Where two entry points have one name,
     ``entry`` tells them apart.
     """
 
-    module: str  # "sglang.srt.layers.attention.utils"
-    name: str  # "create_flashmla_kv_indices_triton" or "Class.method"; an edit's name is a label
-    params: tuple[str, ...] = ()  # reviewed parameter names, in order; "*args" and "**kwargs" as written
-    kind: Literal["call", "kernel", "edit"] = "call"
-    # call: bind(*args, **kwargs); kernel: bind(grid, *args, **kwargs). Returns the call object,
-    # raises TypeError for arguments that it does not know.
-    bind: Callable[..., Any] | None = None
-    declines: str = ""  # "module:function", (call) -> reason or None
-    serve: str = ""  # "module:function", (call) -> what the host's function returns
-    # serve(original, call): ours has the host's own function do the work, with other arguments
-    around: bool = False
-    edit: Callable[..., Undo] | None = None  # kind "edit": edit(module) -> undo
-    survives_restore: bool = False  # an edit of what is stored: it outlives the breaker and restore()
-    counts_calls: bool = False  # an edit that brings calls of its own: edit(module, counts), and adds to counts.served
-    cached_on: tuple[CachedOn, ...] = ()
-    entry: str = ""  # empty: the name
+    declines: Code = ""  # (call) -> reason or None; empty: our code declines nothing
+    serve: Code = ""  # (call) -> what the host's function returns
+    # serve(original, call): our code has the host's own function do the work, with other arguments
+    around: bool = field(default=False, kw_only=True)
     # for shadow checks: (call) -> the same call with outputs of its own, filled as the host's are now, and pairs of
     # (the host's, its own) tensors to compare, or None where what is returned is the output; raises ValueError with the
     # reason why this call has none
-    shadow_clone: Callable[[Any], tuple[Any, list[tuple[Any, Any]] | None]] | None = None
+    shadow_clone: ShadowClone | None = field(default=None, kw_only=True)
     # Entry points that stand or fall together, where an engine imports one such group and not another: what has drifted
-    # in one leaves the others to ours. Empty: all of the feature without a group do.
-    group: str = ""
-    arms: bool = True  # whether plugins' arms that name no group get its calls, too
+    # in one leaves the others replaced. Empty: all of the feature without a group do.
+    group: str = field(default="", kw_only=True)
+    # whether plugins' arms that name no group get its calls, too
+    arms: bool = field(default=True, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of a host that is not the replacement of an entry point."""
+
+    module: str  # whose import is the moment to make it
+    name: str  # a label, unique in the feature
+    edit: Callable[..., Undo]  # edit(module) -> undo
+    # The edit changes how stored data are read or written: it outlives the breaker and restore()
+    survives_restore: bool = field(default=False, kw_only=True)
+    # The edit brings calls of its own: edit(module, counts), and adds to counts.served
+    counts_calls: bool = field(default=False, kw_only=True)
+    group: str = field(default="", kw_only=True)  # as in `Target`
+    entry: str = field(default="", kw_only=True)  # edits with the same one are alternatives; empty: the name
+    kind: Literal["edit"] = field(default="edit", init=False)
+
+
+Change = Target | Edit  # what a feature does to a host
 
 
 @dataclass(frozen=True)
@@ -208,9 +259,12 @@ class Host:
     promises: tuple[tuple[str, str], ...] = ()
 
 
-def key_targets(targets: Iterable[Target]) -> dict[str, tuple[Target, ...]]:
-    """Targets by entry point, alternatives in order."""
-    keyed: dict[str, list[Target]] = {}
-    for target in targets:
-        keyed.setdefault(target.entry or target.name, []).append(target)
+One = TypeVar("One", bound=Change)
+
+
+def key_targets(changes: Iterable[One]) -> dict[str, tuple[One, ...]]:
+    """Targets and edits by entry point, alternatives in order."""
+    keyed: dict[str, list[One]] = {}
+    for change in changes:
+        keyed.setdefault(change.entry or change.name, []).append(change)
     return {name: tuple(homes) for name, homes in keyed.items()}

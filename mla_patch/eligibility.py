@@ -9,7 +9,7 @@ from typing import Any
 from mla_patch import endings, release, sources
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
-from mla_patch.compat.types import Target, key_targets
+from mla_patch.compat.types import Change, Edit, Home, key_targets
 from mla_patch.features import DeviceCheck, Feature, State
 from mla_patch.flags import EXPERIMENTS, Setting
 
@@ -24,7 +24,7 @@ class Eligibility:
 
     state: State
     reason: str = ""
-    targets: list[Target] = field(default_factory=list)  # one per entry point that is ours to take
+    targets: list[Change] = field(default_factory=list)  # one per entry point that is ours to take
     watch: list[str] = field(default_factory=list)  # modules whose import is the moment to complain
     # asked of the first call's device, which may be another than the one that was known before: why the host's own is
     # kept, or None
@@ -71,7 +71,7 @@ def _judge(feature: Feature, setting: Setting, host: Installed | None, skip_vers
     if found.outside:
         return Eligibility(State.ABSENT, found.outside)
     notes, version = found.notes, found.version
-    taken: list[Target] = []
+    taken: list[Change] = []
     natives: dict[str, list[str]] = {}  # why the host keeps its own: which entry points
     lost: dict[str, list[str]] = {}  # groups of entry points that have drifted: how
     device_checks: dict[DeviceCheck, set[str]] = {}
@@ -177,16 +177,17 @@ def _ways_out(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return ways
 
 
-def code_of(target: Target) -> str:
-    """The code that takes a target's place, as "module:function"."""
-    return f"{target.edit.__module__}:{target.edit.__qualname__}" if target.edit is not None else target.serve
+def code_of(change: Change) -> str:
+    """Our code, as "module:function"."""
+    code = change.edit if isinstance(change, Edit) else change.serve
+    return code if isinstance(code, str) else f"{code.__module__}:{code.__qualname__}"
 
 
-def _source_problem(target: Target) -> str | None:
+def _source_problem(target: Change) -> str | None:
     path = sources.find_module(target.module)
     if path is None:
         return f"{target.module} does not exist"
-    if target.kind == "edit":
+    if isinstance(target, Edit):
         return None
     try:
         module = sources.read_module(path)
@@ -202,7 +203,7 @@ def _source_problem(target: Target) -> str | None:
     return difference(target, found)
 
 
-def difference(target: Target, found: tuple[str, ...]) -> str | None:
+def difference(target: Home, found: tuple[str, ...]) -> str | None:
     """How the parameters found differ from those reviewed, or None."""
     if found == target.params:
         return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mla_patch.compat.types import Gpu, Mark, Target
+from mla_patch.compat.types import Change, Gpu, Mark
 from mla_patch.compat.types import Variable as Variable
 
 
@@ -56,20 +56,20 @@ class Feature:
 
     name: str  # and the flag: MLA_PATCH_<NAME>
     host: str  # a requirement, closed above: "sglang>=0.5.1,<0.5.24"
-    targets: Callable[[str | None], tuple[Target, ...]]  # version -> entry points; None: every known home
+    targets: Callable[[str | None], tuple[Change, ...]]  # version -> entry points; None: every known home
     why: str
     upstream: str
     drop_when: str
     # (target, version) -> why the host's own is good enough, or None; asked once per target. Where that depends on the
     # GPU, a function of it: asked, as hardware is, at import where NVML tells, else at the first call for all targets
-    native: Callable[[Target, str | None], str | DeviceCheck | None] | None = None
+    native: Callable[[Change, str | None], str | DeviceCheck | None] | None = None
     hardware: DeviceCheck | None = None  # (gpu) -> why this device cannot, or None
     # () -> why ours would break what the host promises in a process with this environment, or None
     environment: Callable[[], str | None] | None = None
     variables: tuple[Variable, ...] = ()
     default: str = "on"
     # version -> edits that tell an experiment of the host's steps and graphs; None: no host arm, so no experiment
-    steps: Callable[[str | None], tuple[Target, ...]] | None = None
+    steps: Callable[[str | None], tuple[Change, ...]] | None = None
     # (who serves, when), where that is chosen call by call; the first that applies. For `explain`
     providers: tuple[tuple[str, str], ...] = ()
     # what tells releases apart in the host's source where the targets look the same in all

@@ -22,7 +22,7 @@ from importlib import import_module
 from typing import Any
 
 from mla_patch import endings
-from mla_patch.compat.types import Arm, Gpu, Target, Undo
+from mla_patch.compat.types import Arm, Change, Code, Edit, Gpu, Target, Undo
 from mla_patch.dispatch import PATCH, ArmCode, ArmSelector, EntryPoint, FeatureGate, is_ours, stand_in
 from mla_patch.eligibility import UNKNOWN_GPU, Eligibility, code_of, difference
 from mla_patch.features import FIRST_CALLS, Counts, DeviceCheck, Feature, State
@@ -116,9 +116,9 @@ class ConfirmedTarget:
 
 @dataclass
 class Taken:
-    """A target that ours has taken, in one execution of its module."""
+    """A target or an edit that is in place, in one execution of its module."""
 
-    target: Target
+    target: Change
     module: types.ModuleType
     spec: Any  # the module's: importlib.reload() gives it another
     undo: Undo | None = None  # of an edit
@@ -137,12 +137,12 @@ class ActiveFeature:
     status: FeatureStatus
     switch: FeatureGate
     arms: ArmSelector | None = None  # the experiment that chooses; None: ours serves
-    targets: list[Target] = field(default_factory=list)
+    targets: list[Change] = field(default_factory=list)
     # (gpu) -> why the host's own is kept, or None; and at which entry points that is a question
     device_checks: dict[DeviceCheck, set[str]] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)  # entry point -> stand-in; somebody may keep it over restore()
     places: list[Binding] = field(default_factory=list)
-    undos: dict[str, tuple[Target, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
+    undos: dict[str, tuple[Edit, Undo]] = field(default_factory=dict)  # an edit's name -> how to take it back
     taken: dict[int, Taken] = field(default_factory=dict)  # by the target's place in `targets`
     lost: set[str] = field(default_factory=set)  # groups of targets that the live host has otherwise than reviewed
     notes: str = ""  # the reason, as long as ours stands
@@ -420,7 +420,7 @@ class Patcher:
         """Entry point -> its arms' code. Imported before the turn: an import may take long."""
         loaded: dict[str, dict[str, ArmCode]] = {}
         for target in run.targets:
-            if target.module != module or target.kind == "edit":
+            if target.module != module or isinstance(target, Edit):
                 continue
             if target.bind is None:
                 raise TypeError(f"{target.module}.{target.name}: a target of kind {target.kind!r} needs bind")
@@ -441,14 +441,14 @@ class Patcher:
             for at, target in enumerate(run.targets)
             if target.module == module.__name__ and target.group not in run.lost
         }
-        entries = {at: target for at, target in mine.items() if target.kind != "edit" and not self._stands(run, at)}
+        entries = {at: one for at, one in mine.items() if isinstance(one, Target) and not self._stands(run, at)}
         # all are looked at before one is touched
         with _all_that_lives() if late and entries else nullcontext():
             found = [self._find(run, at, target, module, late) for at, target in entries.items()]
         for one in found:
             self._replace(run, one, arms[one.target.name])
         for at, target in mine.items():
-            if target.kind != "edit":
+            if isinstance(target, Target):
                 run.taken[at] = Taken(target, module, own(module, "__spec__"))
             elif target.name not in run.undos or (at in run.taken and self._hiders(run, run.taken[at])):
                 run.taken[at] = Taken(target, module, own(module, "__spec__"), self._edit(run, target, module))
@@ -463,10 +463,8 @@ class Patcher:
             run.switch.set(check=functools.partial(self._first_call, run))
         self._look(run)
 
-    def _edit(self, run: ActiveFeature, target: Target, module: types.ModuleType) -> Undo:
+    def _edit(self, run: ActiveFeature, target: Edit, module: types.ModuleType) -> Undo:
         """Make one edit; where it was made before and has been displaced since, on top of what is left of that."""
-        if target.edit is None:
-            raise TypeError(f"{target.module}.{target.name}: an edit needs a function")
         undo = target.edit(module, *((run.status.counts,) if target.counts_calls else ()))
         _, before = run.undos.get(target.name, (target, None))
         run.undos[target.name] = (target, undo if before is None else functools.partial(_call_all, undo, before))
@@ -515,7 +513,7 @@ class Patcher:
         # of an engine's groups of entry points one may be all that it imports
         begun = {taken.target.group for taken in run.taken.values()} - {""}
         homes = self._homes(run)
-        edits_alone = all(target.kind == "edit" for target in run.targets)
+        edits_alone = all(isinstance(target, Edit) for target in run.targets)
         is_there = stands = False
         for at, (target, told) in enumerate(zip(run.targets, status.targets, strict=True)):
             taken = run.taken.get(at)
@@ -527,8 +525,8 @@ class Patcher:
             found = self._hiders(run, taken)
             hiders += found
             told.replaced_by = code_of(target) if not found else self._tell(found[0][1]) if found[0][1] else None
-            is_there = is_there or edits_alone or target.kind != "edit"
-            if target.kind != "edit":
+            is_there = is_there or edits_alone or isinstance(target, Target)
+            if isinstance(target, Target):
                 value = find(sys.modules[target.module], target.name)[1]
                 stands = stands or not found
                 if not found and not self._wanted(run)(attribute_of(value, "__func__") or value):
@@ -554,7 +552,7 @@ class Patcher:
 
     def _homes(self, run: ActiveFeature) -> set[tuple[int, str]]:
         """What holds the entry points of a feature now, by id, and their names there."""
-        targets = [one.target for one in run.taken.values() if one.target.kind != "edit"]
+        targets = [one.target for one in run.taken.values() if isinstance(one.target, Target)]
         modules = [(sys.modules.get(target.module), target.name) for target in targets]
         return {(id(find(module, name)[0]), name.rpartition(".")[2]) for module, name in modules if module is not None}
 
@@ -597,7 +595,7 @@ class Patcher:
     def _hiders(self, run: ActiveFeature, taken: Taken) -> list[tuple[str, Any]]:
         """(words, what stands there) for each name that a target has put ours under and that is not ours any more."""
         target = taken.target
-        if target.kind != "edit":
+        if isinstance(target, Target):
             module = sys.modules.get(target.module)
             value = find(module, target.name)[1] if module is not None else None
             stands = reaches(value, self._wanted(run, target.name))
@@ -762,8 +760,10 @@ def _declines_nothing(call: Any) -> None:
     return None
 
 
-def _named(path: str) -> Any:
-    """The object that "module:function" names."""
+def _named(path: Code) -> Any:
+    """The function itself, or what "module:function" names."""
+    if not isinstance(path, str):
+        return path
     module, _, name = path.partition(":")
     return functools.reduce(getattr, name.split("."), import_module(module))
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from mla_patch.compat.eras import between, since
 from mla_patch.compat.hosts import Installed
-from mla_patch.compat.types import Host, Target, key_targets
+from mla_patch.compat.types import Change, Host, key_targets
 from mla_patch.features import Feature
 
 EVERY_HOME = "every known home is tried"
@@ -26,7 +27,7 @@ class Source:
     """What can be asked of an installed host's source; nothing of the host is imported."""
 
     has: Callable[[str], bool]  # (module) -> whether it exists
-    problem: Callable[[Target], str | None]  # (target) -> how it differs from what was reviewed, or None
+    problem: Callable[[Change], str | None]  # (target) -> how it differs from what was reviewed, or None
 
     def floor(self, host: Host) -> str | None:
         """The newest release of which all marks are there; None where no release's are."""
@@ -35,7 +36,7 @@ class Source:
     def fits(self, feature: Feature, package: str, version: str) -> bool:
         """Whether the host's entry points of ``feature`` are those of ``version``. Other packages tell nothing."""
         for mark in feature.marks:
-            if self.has(mark.module) != (Version(mark.first) <= Version(version) < Version(mark.until)):
+            if self.has(mark.module) != between(version, mark.first, mark.until):
                 return False
         for homes in key_targets(feature.targets(version)).values():
             own = [home for home in homes if home.module.partition(".")[0] == package]
@@ -116,5 +117,5 @@ def _from(reviewed: tuple[str, ...], version: str | None) -> list[str]:
     """All releases, the nearest to ``version`` first; None: the newest first."""
     if version is None:
         return list(reversed(reviewed))
-    at = max((i for i, one in enumerate(reviewed) if Version(one) <= Version(version)), default=0)
+    at = max((i for i, one in enumerate(reviewed) if since(version, one)), default=0)
     return sorted(reviewed, key=lambda one: abs(reviewed.index(one) - at))

@@ -171,7 +171,7 @@ HOST = {
 
 # The plugin's first lines; a test adds the features that it is about.
 PLUGIN = """
-from mla_patch.compat.types import Arm, Target, Variable
+from mla_patch.compat.types import Arm, Edit, Target, Variable
 from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
 

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 from packaging.version import Version
 
 from mla_patch.compat.sglang import decode as sglang
-from mla_patch.compat.types import Target, Undo
+from mla_patch.compat.types import Change, Edit, Target, Undo
 
 _ATTENTION = "sglang.srt.layers.attention"
 _POOLS = "sglang.srt.mem_cache.memory_pool"
@@ -311,12 +311,12 @@ PARAMS: dict[type[BackendCall], sglang.Eras] = {
 }
 
 
-def decode_targets(version: str | None) -> tuple[Target, ...]:
+def decode_targets(version: str | None) -> tuple[Change, ...]:
     """``forward_decode`` of the three classes in ``version``, and the edits around each."""
     if version is not None and Version(version) < Version("0.5.1"):
         return ()
     hook = "mla_patch.hooks.sglang.decode_backends"
-    targets: list[Target] = []
+    targets: list[Change] = []
     for call in CALLS:
         targets += [
             Target(
@@ -335,10 +335,8 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
         ]
         if call is FlashMlaCall and (version is None or Version(version) >= Version("0.5.6")):
             name = f"{call.owner}.scales"
-            targets.append(
-                Target(call.module, name, kind="edit", edit=leave_scale_out, survives_restore=True, group=call.name)
-            )
-        targets.append(Target(call.module, f"{call.owner}.warmup", kind="edit", edit=_WARMING[call], group=call.name))
+            targets.append(Edit(call.module, name, leave_scale_out, survives_restore=True, group=call.name))
+        targets.append(Edit(call.module, f"{call.owner}.warmup", _WARMING[call], group=call.name))
     return tuple(targets)
 
 

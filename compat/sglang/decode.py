@@ -67,7 +67,7 @@ from packaging.version import Version
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
-from mla_patch.compat.types import CachedOn, Host, Target, Undo
+from mla_patch.compat.types import CachedOn, Change, Edit, Host, Target, Undo
 from mla_patch.hooks.editing import Undoing, set_methods
 
 log = logging.getLogger("mla_patch")
@@ -466,11 +466,11 @@ _KEPT = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.decode_att
 _HELD = (CachedOn(_KEPT, within=_disabled, fixed=_captured),)
 
 
-def decode_targets(version: str | None) -> tuple[Target, ...]:
+def decode_targets(version: str | None) -> tuple[Change, ...]:
     """MLA decode of ``version``, and the scales that the backend around it reads with."""
     hook = "mla_patch.hooks.sglang.decode"
-    triton = partial(Target, group="triton")
-    targets = [
+    triton, edit = partial(Target, group="triton"), partial(Edit, group="triton")
+    targets: list[Change] = [
         triton(
             home,
             "decode_attention_fwd",
@@ -487,13 +487,13 @@ def decode_targets(version: str | None) -> tuple[Target, ...]:
     ]
     backend, name = "sglang.srt.layers.attention.triton_backend", "TritonAttnBackend.scales"
     if version is None or has_mla_decode(version):
-        targets.append(triton(backend, name, kind="edit", edit=watch_scales))
+        targets.append(edit(backend, name, watch_scales))
     elif Version(version) >= Version("0.5.10"):
-        targets.append(triton(backend, name, kind="edit", edit=leave_scales_out, survives_restore=True))
+        targets.append(edit(backend, name, leave_scales_out, survives_restore=True))
     if version is None or Version(version) >= Version("0.5.3"):
         watch = sglang_deterministic.watch_decodes
-        targets.append(triton(backend, "TritonAttnBackend.deterministic", kind="edit", edit=watch))
-    targets.append(triton(backend, "TritonAttnBackend.warmup", kind="edit", edit=warm_decode))
+        targets.append(edit(backend, "TritonAttnBackend.deterministic", watch))
+    targets.append(edit(backend, "TritonAttnBackend.warmup", warm_decode))
     return tuple(targets)
 
 

@@ -48,7 +48,7 @@ from packaging.version import InvalidVersion, Version
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang.decode import warm_once_built
-from mla_patch.compat.types import Target, Undo
+from mla_patch.compat.types import Change, Edit, Target, Undo
 from mla_patch.hooks.editing import Undoing
 
 log = logging.getLogger("mla_patch")
@@ -281,7 +281,7 @@ def _target(module: str, name: str, params: tuple[str, ...], bind: Callable[...,
     return Target(module, name, params, "call", bind, f"{_HOOK}:declines_{kind}", f"{_HOOK}:serve_{kind}")
 
 
-def _wrapper(module: str, prefix: str, home: str, variants: Any, call: Callable[..., Any]) -> list[Target]:
+def _wrapper(module: str, prefix: str, home: str, variants: Any, call: Callable[..., Any]) -> list[Change]:
     """``flash_mla_with_kvcache`` in one module, by each of the parameter lists that it may have."""
     return [
         _target(home, f"{prefix}flash_mla_with_kvcache", params, partial(call, Build(module, newer)), "kvcache")
@@ -301,7 +301,7 @@ def _metadata(module: str, prefix: str, home: str, lists: tuple[tuple[str, ...],
     ]  # fmt: skip
 
 
-def _prefill(home: str, variants: tuple[tuple[str, ...], ...]) -> list[Target]:
+def _prefill(home: str, variants: tuple[tuple[str, ...], ...]) -> list[Change]:
     return [
         _target(home, "flash_mla_sparse_fwd", params, partial(PrefillCall, Build(home, len(params) > 5)), "prefill")
         for params in variants
@@ -316,10 +316,10 @@ def has_package() -> bool:
     return PathFinder.find_spec("flash_mla") is not None
 
 
-def flash_mla_targets(version: str | None) -> tuple[Target, ...]:
+def flash_mla_targets(version: str | None) -> tuple[Change, ...]:
     """The wrappers of ``version`` and the backends around them; every known home when it is unknown."""
     release = None if version is None else Version(version)
-    found: list[Target] = []
+    found: list[Change] = []
     if release is None or release >= Version("0.5.23"):
         found += _metadata(INTERFACE, "", INTERFACE, (_META,), version)
         found += _wrapper(INTERFACE, "", INTERFACE, _INTERFACE, KvCacheCall)
@@ -328,7 +328,7 @@ def flash_mla_targets(version: str | None) -> tuple[Target, ...]:
         found += _metadata(SGL_KERNEL, "", SGL_KERNEL, (_META,), version)
         found += _wrapper(SGL_KERNEL, "", SGL_KERNEL, _SGL_KERNEL, KvCacheCall)
         found += _prefill(SGL_KERNEL, (_PREFILL, _PREFILL_NEWER))
-        found.append(Target(SGL_KERNEL, "FlashMLASchedMeta", kind="edit", edit=add_sched_meta))
+        found.append(Edit(SGL_KERNEL, "FlashMLASchedMeta", add_sched_meta))
     if release is None or release < Version("0.5.5"):
         found += _metadata(PACKAGE, "", PACKAGE, _PACKAGE_META, version)
         found += _wrapper(PACKAGE, "", PACKAGE, _PACKAGE, package_call)
@@ -338,7 +338,7 @@ def flash_mla_targets(version: str | None) -> tuple[Target, ...]:
             found += _metadata(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE_META[:1], "0.5.13")
             found += _wrapper(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE[2:], package_call)
         else:
-            found.append(Target(_V4, "flash_mla", kind="edit", edit=be_the_package, counts_calls=True))
+            found.append(Edit(_V4, "flash_mla", be_the_package, counts_calls=True))
     return (*found, *_warm_ups(release))
 
 
@@ -346,12 +346,12 @@ _BACKENDS = "sglang.srt.layers.attention"
 _V4 = f"{_BACKENDS}.deepseek_v4_backend"
 
 
-def _warm_ups(release: Version | None) -> list[Target]:
+def _warm_ups(release: Version | None) -> list[Edit]:
     """What has our kernels compiled once a backend is built."""
 
-    def target(backend: str, name: str, edit: Callable[..., Undo], home: str) -> Target:
+    def target(backend: str, name: str, edit: Callable[..., Undo], home: str) -> Edit:
         edit = functools.update_wrapper(partial(edit, home), edit)  # by its own name in reports
-        return Target(f"{_BACKENDS}.{backend}", f"{name}.warmup", kind="edit", edit=edit)
+        return Edit(f"{_BACKENDS}.{backend}", f"{name}.warmup", edit)
 
     if release is None or release >= Version("0.5.23"):
         home = INTERFACE

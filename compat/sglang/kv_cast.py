@@ -32,7 +32,7 @@ import wrapt
 from mla_patch.compat.sglang import backends as sglang_backends
 from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang.backends import latent_pool, pool_of, shares_context
-from mla_patch.compat.types import Target, Undo
+from mla_patch.compat.types import Change, Edit, Target, Undo
 
 _HOOK = "mla_patch.hooks.sglang.kv_cast"
 LATENT, WIDTH = 512, 576
@@ -268,9 +268,9 @@ def warm_flashinfer(module: ModuleType) -> Undo:
     return sglang.warm_once_built(module.FlashInferMLAAttnBackend, f"{_HOOK}:warm", casts)
 
 
-def targets(version: str | None) -> tuple[Target, ...]:
+def targets(version: str | None) -> tuple[Change, ...]:
     """Both backends in ``version``; FA3's in every shape when it is unknown."""
-    found: list[Target] = []
+    found: list[Change] = []
     for call, warm in ((Fa3Extend, warm_fa3), (FlashInferExtend, warm_flashinfer)):
         module, owner, group = call.home.module, call.home.owner, call.home.name
         found += [
@@ -280,7 +280,7 @@ def targets(version: str | None) -> tuple[Target, ...]:
             )
             for params in sglang.era_of(sglang_backends.PARAMS[call.home], version)
         ]  # fmt: skip
-        found.append(Target(module, f"{owner}.warmup", kind="edit", edit=warm, group=group))
+        found.append(Edit(module, f"{owner}.warmup", warm, group=group))
     return tuple(found)
 
 

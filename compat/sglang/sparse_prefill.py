@@ -50,7 +50,7 @@ from mla_patch.compat.generations import bump, generation_of
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang.decode import warm_once_built
 from mla_patch.compat.sglang.flash_mla import SGL_KERNEL, v4_heads, v32_backend
-from mla_patch.compat.types import Target, Undo
+from mla_patch.compat.types import Change, Edit, Target, Undo
 from mla_patch.hooks.editing import set_methods
 
 _HOOK = "mla_patch.hooks.sglang.sparse_prefill"
@@ -348,7 +348,7 @@ def _call(module: str, name: str, params: tuple[str, ...], bind: Callable[..., A
     return Target(module, name, params, "call", bind, f"{_HOOK}:declines_{kind}", f"{_HOOK}:serve_{kind}", **more)
 
 
-def targets(version: str | None) -> tuple[Target, ...]:
+def targets(version: str | None) -> tuple[Change, ...]:
     """The entry points of ``version``; every known home of the kernels and of V3.2's when it is unknown."""
     if version is None:
         return tuple(one for v in ("0.5.12", "0.5.15", "0.5.18", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
@@ -392,7 +392,7 @@ def has_no_route(version: str | None) -> bool:
     return version is not None and Version("0.5.12") <= Version(version) < Version("0.5.13")
 
 
-def _v32(release: Version) -> list[Target]:
+def _v32(release: Version) -> list[Change]:
     old, name = release < Version("0.5.13"), "dequantize_k_cache_paged"
     owner = "NativeSparseAttnBackend" if old else "DeepseekSparseAttnBackend"
     backend = f"{_SRT}.{'nsa' if old else 'dsa'}_backend"
@@ -405,11 +405,11 @@ def _v32(release: Version) -> list[Target]:
         _call(backend, f"{owner}._forward_flashmla_sparse", (*_V32, *length, *sink), V32Call, "v32", entry=V32_PREFILL),
         _call(f"{home}.dequant_k_cache", name, (*_DEQUANTIZE, "group_size"), dequantize_v32, "dequantize",
               entry=V32_DEQUANTIZE),
-        Target(backend, f"{owner}.warmup", kind="edit", edit=warm_v32, entry=V32_WARMUP),
+        Edit(backend, f"{owner}.warmup", warm_v32, entry=V32_WARMUP),
     ]  # fmt: skip
 
 
-def _v4_kernels(release: Version) -> list[Target]:
+def _v4_kernels(release: Version) -> list[Change]:
     home = f"{_SRT}.dsv4" if release < Version("0.5.16") else f"{_OPS}.dsv4"
     utils, name = f"{_SRT}.dsv4.sparse_prefill_utils", "dequantize_k_cache_paged"
     if release >= Version("0.5.23"):
@@ -424,31 +424,31 @@ def _v4_kernels(release: Version) -> list[Target]:
         _call(utils, "combine_topk_swa_indices", ("topk_indices", "query_start_loc", *query_pos, *_COMBINE, *windows),
               CombineCall if positions else combine_call, "combine"),
         _call(utils, "build_swa_token_ids", (*_SWA, *total), SwaCall, "swa"),
-        Target(_BACKEND, V4_WARMUP, kind="edit", edit=warm_v4),
+        Edit(_BACKEND, V4_WARMUP, warm_v4),
     ]  # fmt: skip
 
 
-def _prefill() -> list[Target]:
+def _prefill() -> list[Change]:
     return [
         _call(_BACKEND, "DeepseekV4AttnBackend._forward_prefill_sparse", _PREFILL, prefill_call, "chunk"),
-        Target(_BACKEND, "DSV4Metadata.copy_", kind="edit", edit=number_metadata),
-        Target(_BACKEND, "DeepseekV4AttnBackend.forward", kind="edit", edit=guard_route),
+        Edit(_BACKEND, "DSV4Metadata.copy_", number_metadata),
+        Edit(_BACKEND, "DeepseekV4AttnBackend.forward", guard_route),
         _PLAN,
     ]
 
 
-def _backport() -> list[Target]:
+def _backport() -> list[Change]:
     return [
         _call(_BACKEND, "DeepseekV4AttnBackend.forward", _FORWARD, forward_call, "chunk"),
-        Target(_BACKEND, "DSV4Metadata.copy_", kind="edit", edit=number_metadata),
-        Target(_BACKEND, "DeepseekV4AttnBackend.init_forward_metadata", kind="edit", edit=keep_positions),
-        Target(f"{_SRT}.dsv4.indexer", "topk_transform_512", kind="edit", edit=write_positions),
+        Edit(_BACKEND, "DSV4Metadata.copy_", number_metadata),
+        Edit(_BACKEND, "DeepseekV4AttnBackend.init_forward_metadata", keep_positions),
+        Edit(f"{_SRT}.dsv4.indexer", "topk_transform_512", write_positions),
         _PLAN,
-        Target(_BACKEND, V4_WARMUP, kind="edit", edit=warm_v4),
+        Edit(_BACKEND, V4_WARMUP, warm_v4),
     ]
 
 
-def own_is_right(target: Target, version: str | None) -> bool:
+def own_is_right(target: Change, version: str | None) -> bool:
     """Whether the release's own kernel is as it should be. V3.2's dequantiser never is: from 0.5.19 its addresses are
     right, but it takes six times as long (docs/performance.md)."""
     since = {
@@ -458,7 +458,7 @@ def own_is_right(target: Target, version: str | None) -> bool:
     return version is not None and since is not None and Version(version) >= Version(since)
 
 
-def is_backport(target: Target, version: str | None) -> bool:
+def is_backport(target: Change, version: str | None) -> bool:
     """Whether this is a part of what the release does not have at all."""
     return has_no_route(version) and not target.entry
 
@@ -685,7 +685,7 @@ def plan_many_queries(module: ModuleType) -> Undo:
     return set_methods(owner, {"__post_init__": __post_init__})
 
 
-_PLAN = Target(f"{_SRT}.dsv4.metadata", "PagedIndexerMetadata", kind="edit", edit=plan_many_queries)
+_PLAN = Edit(f"{_SRT}.dsv4.metadata", "PagedIndexerMetadata", plan_many_queries)
 
 
 def _policy(name: str) -> Callable[..., Any]:

@@ -40,7 +40,7 @@ from packaging.version import Version
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang.deterministic import REASON
-from mla_patch.compat.types import Gpu, Mark, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill, Target, Undo
+from mla_patch.compat.types import Edit, Gpu, Mark, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill, Undo
 from mla_patch.hooks.editing import Undoing, set_methods
 
 log = logging.getLogger("mla_patch")
@@ -66,18 +66,13 @@ def is_native(version: str | None) -> bool:
     return version is not None and Version(OWN_BACKEND.first) <= Version(version) < Version(OWN_BACKEND.until)
 
 
-def targets(version: str | None) -> tuple[Target, ...]:
+def targets(version: str | None) -> tuple[Edit, ...]:
     """The arguments that name the backend, and the backend that becomes ours."""
     free = version is not None and Version(version) < Version("0.5.12")
     return (
-        Target(
-            "sglang.srt.server_args", "ServerArgs.backend", kind="edit", edit=take_name if free else take_other_name
-        ),
-        Target(
-            "sglang.srt.layers.attention.trtllm_mla_backend", "TRTLLMMLABackend.kernels", kind="edit", edit=seam,
-            counts_calls=True,
-        ),
-    )  # fmt: skip
+        Edit("sglang.srt.server_args", "ServerArgs.backend", take_name if free else take_other_name),
+        Edit("sglang.srt.layers.attention.trtllm_mla_backend", "TRTLLMMLABackend.kernels", seam, counts_calls=True),
+    )
 
 
 def take_name(module: ModuleType) -> Undo:

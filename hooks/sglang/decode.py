@@ -32,7 +32,7 @@ from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang.decode import Capacity, DecodeCall
 from mla_patch.compat.sglang.deterministic import decoding
-from mla_patch.compat.types import Gpu, Target, Variable
+from mla_patch.compat.types import Change, Gpu, Variable
 from mla_patch.features import DeviceCheck, Feature
 from mla_patch.flags import nearest, variable
 from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
@@ -43,7 +43,7 @@ from mla_patch.hookspecs import hookimpl
 FASTER = {(9, 0): True}
 
 
-def native(target: Target, version: str | None) -> DeviceCheck | None:
+def native(target: Change, version: str | None) -> DeviceCheck | None:
     """Where the Triton backend has an MLA decode of its own, the GPU decides which one serves.
 
     Of the other backends it depends on the cache, too: see `sglang_decode_backends`.
@@ -71,7 +71,7 @@ def _backends(text: str) -> str:
     return ",".join(name for name in sglang_backends.NAMES if name in named)
 
 
-def targets(version: str | None) -> tuple[Target, ...]:
+def targets(version: str | None) -> tuple[Change, ...]:
     """The entry points of the backends that MLA_PATCH_DECODE_BACKENDS leaves to us."""
     wanted = variable(FEATURE, "BACKENDS").split(",")
     every = (*sglang.decode_targets(version), *sglang_backends.decode_targets(version))

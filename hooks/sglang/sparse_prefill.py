@@ -20,7 +20,7 @@ from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.compat.sglang import sparse_prefill as compat
 from mla_patch.compat.sglang.sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
-from mla_patch.compat.types import Provider, Target, Variable
+from mla_patch.compat.types import Change, Provider, Variable
 from mla_patch.features import Feature
 from mla_patch.flags import variable
 from mla_patch.hookspecs import hookimpl
@@ -74,7 +74,7 @@ V32_PROVIDERS = (
 )
 
 
-def native(target: Target, version: str | None) -> str | None:
+def native(target: Change, version: str | None) -> str | None:
     """Why the release is left as it is, or None; an explicit on is not asked."""
     if compat.is_backport(target, version):
         return "the release has no such route; MLA_PATCH_SPARSE_PREFILL=on adds ours"

@@ -26,7 +26,7 @@ from typing import Any
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
-from mla_patch.compat.types import Gpu, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill, Target, Variable
+from mla_patch.compat.types import Change, Gpu, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill, Variable
 from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
 
@@ -37,7 +37,7 @@ MIN_Q_LEN = 8  # query tokens of a request that the workspace is always large en
 TILE = 128  # query heads x tokens that one tile of the newer kernels covers, whatever there are
 
 
-def native(target: Target, version: str | None) -> str | None:
+def native(target: Change, version: str | None) -> str | None:
     """SGLang 0.5.12 - 0.5.22 have the backend."""
     return "the release has its own tokenspeed_mla backend" if sglang_tokenspeed.is_native(version) else None
 

@@ -8,7 +8,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from mla_patch.compat import hosts
-from mla_patch.compat.types import Gpu, key_targets
+from mla_patch.compat.types import Edit, Gpu, key_targets
 from mla_patch.eligibility import UNKNOWN_GPU, by_flag, code_of, kept
 from mla_patch.features import Feature, State
 from mla_patch.flags import Setting
@@ -84,7 +84,8 @@ def routes(feature: Feature) -> list[dict[str, Any]]:
     versions: list[str | None] = [*reviewed] or [None]
     for before, version in zip([None, *versions], versions, strict=False):
         for target in feature.targets(version):
-            entry = (target.name, target.module, list(target.params))
+            params = [] if isinstance(target, Edit) else list(target.params)
+            entry = (target.name, target.module, params)
             alike = (row for row in rows if (row["name"], row["module"], row["params"]) == entry)
             same = next((row for row in alike if row["releases"].rpartition(" - ")[2] == before), None)
             if same:
@@ -92,6 +93,6 @@ def routes(feature: Feature) -> list[dict[str, Any]]:
                 continue
             rows.append({
                 "host": name, "releases": version or specifier or "any", "module": target.module, "name": target.name,
-                "kind": target.kind, "params": list(target.params), "replaced_by": code_of(target),
+                "kind": target.kind, "params": params, "replaced_by": code_of(target),
             })  # fmt: skip
     return sorted(rows, key=lambda row: row["name"])

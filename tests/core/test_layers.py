@@ -21,15 +21,16 @@ FAMILIES = {"decode", "sparse", "indices"}
 # what a kernel needs to know of devices and of Triton
 DEVICES = {"compat.gpu", "compat.triton", "compat.compiles"}
 KERNELS_BELOW = {"kernels.common", "kernels.cache", "kernels.sm90"} | DEVICES
-SHARED = {"compat"} | DEVICES | {"compat.hosts"}
+SHARED = {"compat", "compat.eras"} | DEVICES | {"compat.hosts"}
 
 # room -> the rooms that it may know besides itself
 MAY: dict[str, set[str]] = {
     "compat": {"compat.compiles"},
+    "compat.eras": set(),
     "compat.gpu": {"compat"},
     "compat.triton": {"compat", "compat.gpu", "compat.compiles"},
     "compat.compiles": set(),
-    "compat.sglang": {"compat"} | DEVICES,
+    "compat.sglang": {"compat", "compat.eras", "compat.sglang.release"} | DEVICES,
     "compat.sglang.release": {"compat"},
     "compat.hosts": {"compat", "compat.sglang.release"},
     "kernels.common": set(DEVICES),
@@ -266,6 +267,25 @@ def test_versions_are_data_of_a_host() -> None:
                 allowed.add(id(node.value))
         wrong += [where(path, s) for s in strings(tree) if VERSION.search(s.value) and id(s) not in allowed]
     assert not wrong
+
+
+# Files that compare versions themselves, instead of by a table of compat.eras. May only shrink.
+COMPARES = {f"compat.sglang.{name}" for name in ("backends", "decode", "flash_mla", "sparse_prefill", "tokenspeed")}
+COMPARES |= {"hooks.sglang.edits.graphs"}
+
+
+def test_versions_are_compared_in_one_file() -> None:
+    found = {}
+    for path, tree in PARSED.items():
+        if dotted(path) == "compat.eras" or room(dotted(path)) in ABOVE:
+            continue
+        for compared in (node for node in ast.walk(tree) if isinstance(node, ast.Compare)):
+            calls = [one for one in ast.walk(compared) if isinstance(one, ast.Call)]
+            if [one for one in calls if getattr(one.func, "id", "") == "Version"]:
+                found.setdefault(dotted(path), where(path, compared))
+    left = {place for name, place in found.items() if name not in COMPARES}
+    assert not left, "use a table, or `since`, of compat.eras"
+    assert not COMPARES - set(found), "these have tables by now: take them out of COMPARES"
 
 
 def test_every_range_is_closed() -> None:

@@ -638,7 +638,7 @@ def test_edits_are_asked(fake_host: FakeHost) -> None:
             return "edited " + before(self, q)
         return set_methods(owner, {"forward": forward})
 
-    WATCH = Target("fakehost.layers", "Base.watch", kind="edit", edit=watch)
+    WATCH = Edit("fakehost.layers", "Base.watch", watch)
     FEATURES = [feature("edit", WATCH)]
     """)
     code = """
@@ -727,7 +727,7 @@ def test_an_edit_alone_is_not_the_feature(fake_host: FakeHost) -> None:
     def none(module):
         return lambda: None
 
-    STEPS = Target("fakehost.more", "steps", kind="edit", edit=none)
+    STEPS = Edit("fakehost.more", "steps", none)
     FEATURES = [feature("ops", DECODE, STEPS)]
     """)
     code = """
@@ -1186,11 +1186,11 @@ def undo_fails(module):
         raise RuntimeError("boom")
     return undo
 
-LIST = Target("fakehost.ops", "the list", kind="edit", edit=rename)
-SCALE = Target("fakehost.ops", "the scale", kind="edit", edit=scale, survives_restore=True)
-COUNTED = Target("fakehost.ops", "counted", kind="edit", edit=counting, counts_calls=True)
-FAILS = Target("fakehost.more", "fails", kind="edit", edit=fails)
-UNDO_FAILS = Target("fakehost.ops", "hard to undo", kind="edit", edit=undo_fails)
+LIST = Edit("fakehost.ops", "the list", rename)
+SCALE = Edit("fakehost.ops", "the scale", scale, survives_restore=True)
+COUNTED = Edit("fakehost.ops", "counted", counting, counts_calls=True)
+FAILS = Edit("fakehost.more", "fails", fails)
+UNDO_FAILS = Edit("fakehost.ops", "hard to undo", undo_fails)
 """
 STORED = "\nLIST = []\nSCALE = 1\n"
 
@@ -1284,7 +1284,7 @@ def test_an_edit_that_lasts_lies_over_a_method_of_ours(fake_host: FakeHost) -> N
         module.Backend.forward = before
         return set_methods(module.Backend, {"forward": forward})
 
-    LOUDER = Target("fakehost.layers", "louder", kind="edit", edit=louder, survives_restore=True)
+    LOUDER = Edit("fakehost.layers", "louder", louder, survives_restore=True)
     FEATURES = [feature("method", METHOD, LOUDER)]
     """)
     code = """
@@ -1806,7 +1806,7 @@ def mark(module):
         del module.marked
     return undo
 
-EDIT = Target("fakehost.ops", "mark", kind="edit", edit=mark)
+EDIT = Edit("fakehost.ops", "mark", mark)
 FEATURES = [feature("ops", DECODE, EDIT, native=native)]
 """
 WAITS = "applied: NVML reports no GPU: the GPU of the first call decides whether the engine's code is kept"

@@ -97,7 +97,7 @@ def leave(*args, **more):
         "feature('bad', PREFILL, native=leave)",
         "feature('bad', PREFILL, hardware=leave)",
         "feature('bad', PREFILL, native=lambda target, version: leave)",
-        "feature('bad', PREFILL, Target('fakehost.more', 'an edit', kind='edit', edit=leave))",
+        "feature('bad', PREFILL, Edit('fakehost.more', 'an edit', leave))",
         "feature('bad', Target('fakehost.more', 'prefill', ('q',), bind=one_call, serve='gone:serve'))",
         "feature('bad', target('fakehost.more', 'prefill', ('q',), one_call, declines='gone:declines'))",
     ],

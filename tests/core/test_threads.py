@@ -325,7 +325,7 @@ def test_an_edit_that_waits_for_another_threads_import(fake_host: FakeHost) -> N
         gate.entered.set()
         import slow_part
         return lambda: None
-    FEATURES = [feature("both", PREFILL, Target("fakehost.ops", "edit", kind="edit", edit=edit))]
+    FEATURES = [feature("both", PREFILL, Edit("fakehost.ops", "edit", edit))]
     """)
     fake_host.write(
         "slow_part.py", "import gate, time\nassert gate.entered.wait(10)\ntime.sleep(0.2)\nimport fakehost.more\n"
@@ -359,7 +359,7 @@ def edit(module):
         return []
     undo.places = places
     return undo
-EDIT = Target("fakehost.ops", "edit", kind="edit", edit=edit)
+EDIT = Edit("fakehost.ops", "edit", edit)
 """
 LOOKS = (
     PATIENT
@@ -430,7 +430,7 @@ def test_restore_while_an_edit_is_at_work(fake_host: FakeHost) -> None:
         gate.entered.set()
         assert gate.go_on.wait(10)
         return lambda: print("undone")
-    FEATURES = [feature("both", DECODE, Target("fakehost.ops", "edit", kind="edit", edit=edit))]
+    FEATURES = [feature("both", DECODE, Edit("fakehost.ops", "edit", edit))]
     """)
     code = (
         PATIENT
@@ -494,7 +494,7 @@ def test_a_fork_while_a_thread_wakes(kind: str, fake_host: FakeHost) -> None:
             import fakehost.slow
         return lambda: None
     FEATURES = [
-        feature("ops", OPS, Target("sglang.ops", "edit", kind="edit", edit=edit), host="sglang>=0.5.1,<0.5.24"),
+        feature("ops", OPS, Edit("sglang.ops", "edit", edit), host="sglang>=0.5.1,<0.5.24"),
         feature("fill", PREFILL),
     ]
     """.replace("KIND", repr(kind))

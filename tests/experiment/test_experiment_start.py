@@ -42,7 +42,7 @@ FEATURES = """
 from mla_patch.hooks.sglang.edits.graphs import watch_steps
 
 def steps(version):
-    return (Target("fakehost.engine", "ModelRunner.step", kind="edit", edit=watch_steps),)
+    return (Edit("fakehost.engine", "ModelRunner.step", watch_steps),)
 
 FEATURES = [feature("ops", DECODE, steps=steps), feature("kernel", KERNEL)]
 """

@@ -513,10 +513,10 @@ def test_a_wheel_without_the_kernels_that_our_calls_ask_for(monkeypatch):
 
 def test_homes(monkeypatch):
     def homes(version):
-        return {(one.module, one.name) for one in compat.flash_mla_targets(version) if one.edit is None}
+        return {(one.module, one.name) for one in compat.flash_mla_targets(version) if one.kind != "edit"}
 
     def edits(version):
-        found = [one for one in compat.flash_mla_targets(version) if one.edit is not None]
+        found = [one for one in compat.flash_mla_targets(version) if one.kind == "edit"]
         return {(one.module.rpartition(".")[2], one.edit.__name__) for one in found}
 
     monkeypatch.setattr(compat, "has_package", lambda: False)

@@ -36,7 +36,7 @@ from typing import Any
 from packaging.version import Version
 
 from mla_patch.compat import gpu, processes, steps
-from mla_patch.compat.types import Target, Undo
+from mla_patch.compat.types import Edit, Undo
 from mla_patch.hooks.editing import Undoing, set_methods
 
 log = logging.getLogger("mla_patch")
@@ -46,11 +46,11 @@ _BY_SIZE = "sglang.srt.model_executor.cuda_graph_runner"
 _BY_KEY = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
 
 
-def step_targets(version: str | None) -> tuple[Target, ...]:
+def step_targets(version: str | None) -> tuple[Edit, ...]:
     """The edits that an experiment needs in ``version``; where it is unknown, in whichever home there is."""
-    steps_ = Target(_RUNNER, "ModelRunner.step", kind="edit", edit=watch_steps)
-    by_key = Target(_BY_KEY, "graphs", kind="edit", edit=arms_by_key)
-    by_size = Target(_BY_SIZE, "graphs", kind="edit", edit=arms_by_size)
+    steps_ = Edit(_RUNNER, "ModelRunner.step", watch_steps)
+    by_key = Edit(_BY_KEY, "graphs", arms_by_key)
+    by_size = Edit(_BY_SIZE, "graphs", arms_by_size)
     if version is None:
         return steps_, by_key, by_size
     return steps_, by_key if Version(version) >= Version("0.5.14") else by_size
