@@ -16,13 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_patch.compat import gpu
-from mla_patch.compat.compiles import COMPILES
-from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.cache.layouts import LAYOUTS, V4, V32, Pages, new_pages, pages_of, told
+from mla_patch.compat.triton import TARGETS, CompileCase, watch_compiles
+from mla_patch.kernels.cache import offsets
+from mla_patch.kernels.cache.layouts import LAYOUTS, V4, V32, Pages, new_pages, pages_of
+from mla_patch.kernels.common.checks import check_device, describe
+from mla_patch.kernels.common.e4m3 import e4m3_to_f32, scale_e4m3_to_bf16
+from mla_patch.kernels.common.launch import INTERPRETED, can_launch, chip_of, on_device_of, warming_up
+from mla_patch.kernels.common.rounding import operand as operand
+from mla_patch.kernels.common.rounding import round_bf16 as round_bf16
+from mla_patch.kernels.common.rounding import rounded as rounded
 
-_INTERPRETED = interpreted()
-_PLAIN = tl.constexpr(_INTERPRETED)
+e4m3_value = e4m3_to_f32  # until kv_cast asks `common`
+
+_PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembler
 
 
 def dequantize_config() -> dict[str, int]:
@@ -31,73 +37,9 @@ def dequantize_config() -> dict[str, int]:
 
 
 @triton.jit
-def e4m3_value(byte):
-    """e4m3 codes in an integer's low byte -> float32, exact; NaN stays NaN."""
-    magnitude = byte & 0x7F
-    half = (((byte & 0x80) << 8) | (magnitude << 7)).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.where(magnitude == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
-
-
-@triton.jit
 def ue8m0_value(byte):
-    """2**(byte - 127), as the host reads it: 0 is 0 and 255 infinity."""
+    """2**(byte - 127), as the engine reads it: 0 is 0, and 255 is infinity."""
     return (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def round_bf16(x):
-    """float32 -> the bits of the nearest bfloat16, ties to even; by integers, since interpreters round otherwise."""
-    bits = x.to(tl.int32, bitcast=True)
-    up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where(x != x, 0x7FC0, up).to(tl.int16)
-
-
-@triton.jit
-def rounded(x, kind: tl.constexpr):
-    """float32 in another type, rounded to the nearest, where an interpreter would cut bfloat16 off."""
-    if _PLAIN and kind == tl.bfloat16:
-        return round_bf16(x).to(tl.bfloat16, bitcast=True)
-    return x.to(kind)
-
-
-@triton.jit
-def operand(x):
-    """What an interpreter can multiply: it takes bfloat16's bits for integers."""
-    if _PLAIN and x.dtype == tl.bfloat16:
-        return x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _scaled(code, scale):
-    """e4m3 codes times float32 -> bits of bfloat16, by the instructions of sm_89 and newer: a third of the work."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 a, b, l, u;
-        .reg .b32 h;
-        .reg .f32 f, g;
-        mov.b32 {a, b}, $2;
-        cvt.rn.f16x2.e4m3x2 h, a;
-        mov.b32 {l, u}, h;
-        cvt.f32.f16 f, l;
-        cvt.f32.f16 g, u;
-        mul.f32 f, f, $3;
-        mul.f32 g, g, $4;
-        cvt.rn.bf16x2.f32 $0, g, f;
-        cvt.rn.f16x2.e4m3x2 h, b;
-        mov.b32 {l, u}, h;
-        cvt.f32.f16 f, l;
-        cvt.f32.f16 g, u;
-        mul.f32 f, f, $5;
-        mul.f32 g, g, $6;
-        cvt.rn.bf16x2.f32 $1, g, f;
-        }""",
-        "=&r,=&r,r,r,r,r,r",
-        [code, scale],
-        dtype=tl.int16,
-        is_pure=True,
-        pack=4,
-    )
 
 
 @triton.jit(
@@ -118,41 +60,49 @@ def _dequantize_kernel(
     BITS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """TOKENS of ``tokens`` rows. ``out``, ``rope`` are int16 bits of bfloat16, ``values`` bytes; ``page_chunks`` counts
-    16 bytes."""
+    """TOKENS of ``tokens`` rows. ``out`` and ``rope`` are int16 bits of bfloat16, ``values`` are bytes, and
+    ``page_chunks`` is from one page to the next in units of 16 bytes.
+
+    A slot outside the cache, which ends at ``slots_end``, gives zeros.
+    """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     wanted = token < tokens
     slot = tl.load(slots + token, mask=wanted, other=-1).to(tl.int64)
-    known = (slot >= 0) & (slot < slots_end)
-    slot = tl.where(known, slot, 0)
+    is_slot = (slot >= 0) & (slot < slots_end)
+    slot = tl.where(is_slot, slot, 0)
     page = slot // PAGE * page_chunks * 16
-    at = slot % PAGE
+    token_in_page = slot % PAGE
     # V4 has seven tiles, and an eighth that is none
     TILES: tl.constexpr = 8 if V4 else 4
     TILE: tl.constexpr = 512 // TILES
     t = tl.arange(0, TILES)
     d = (t[:, None] * TILE + tl.arange(0, TILE)[None, :])[None, :, :]
     if V4:
-        row = page + at * 576
-        has = (t < 7)[None, :]
-        place = scales + (page + PAGE * 576 + at * 8)[:, None] + t[None, :]
-        scale = ue8m0_value(tl.load(place, mask=known[:, None] & has, other=0))
+        row = page + token_in_page * offsets.V4_TOKEN
+        is_tile = (t < 7)[None, :]
+        codes = page + PAGE * offsets.V4_TOKEN + token_in_page * offsets.V4_SCALES
+        code = tl.load(scales + codes[:, None] + t[None, :], mask=is_slot[:, None] & is_tile, other=0)
+        scale = ue8m0_value(code)
     else:
-        row = page + at * 656
-        has = (t < 4)[None, :]
-        scale = tl.load(scales + ((row + 512) // 4)[:, None] + t[None, :], mask=known[:, None] & has, other=0.0)
-    code = tl.load(values + row[:, None, None] + d, mask=(known[:, None] & has)[:, :, None], other=0)
+        row = page + token_in_page * offsets.V32_TOKEN
+        is_tile = (t < 4)[None, :]
+        row_scales = (row + offsets.V32_SCALES) // 4
+        scale = tl.load(scales + row_scales[:, None] + t[None, :], mask=is_slot[:, None] & is_tile, other=0.0)
+    code = tl.load(values + row[:, None, None] + d, mask=(is_slot[:, None] & is_tile)[:, :, None], other=0)
     if BITS or _PLAIN:
-        value = round_bf16(e4m3_value(code.to(tl.int32)) * scale[:, :, None])
+        value = round_bf16(e4m3_to_f32(code.to(tl.int32)) * scale[:, :, None])
     else:
-        value = _scaled(code, tl.broadcast_to(scale[:, :, None], [TOKENS, TILES, TILE]))
-    to = out + token * out_stride
-    tl.store(to[:, None, None] + d, value, mask=(wanted[:, None] & has)[:, :, None])
+        value = scale_e4m3_to_bf16(code, tl.broadcast_to(scale[:, :, None], [TOKENS, TILES, TILE]))
+    target = out + token * out_stride
+    tl.store(target[:, None, None] + d, value, mask=(wanted[:, None] & is_tile)[:, :, None])
     r = tl.arange(0, 64)[None, :]
-    SKIP: tl.constexpr = 448 if V4 else 528
+    if V4:
+        row_rope = (row + offsets.V4_ROPE) // 2
+    else:
+        row_rope = (row + offsets.V32_ROPE) // 2
     NOPE: tl.constexpr = 448 if V4 else 512
-    last = tl.load(rope + ((row + SKIP) // 2)[:, None] + r, mask=known[:, None], other=0)
-    tl.store(to[:, None] + (NOPE + r), last, mask=wanted[:, None])
+    rotary = tl.load(rope + row_rope[:, None] + r, mask=is_slot[:, None], other=0)
+    tl.store(target[:, None] + (NOPE + r), rotary, mask=wanted[:, None])
 
 
 def dequantize(
@@ -167,28 +117,24 @@ def dequantize(
     """
     pages = pages_of("cache", cache)
     if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
-        raise ValueError(f"slots: {told(slots)}, expected int32 or int64, [n], contiguous")
+        raise ValueError(f"slots: {describe(slots)}, expected int32 or int64, [n], contiguous")
     shape = (slots.numel(), pages.layout.width)
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=cache.device)
     if out.shape != shape or out.dtype != torch.bfloat16 or out.stride(1) != 1:
-        raise ValueError(f"out: {told(out)}, expected bfloat16, {shape}, the last contiguous")
-    for name, tensor in (("slots", slots), ("out", out)):
-        if tensor.device != cache.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
-    if gpu.elsewhere(cache):
-        with torch.cuda.device(cache.device):
-            return dequantize(cache, slots, out, config=config)
+        raise ValueError(f"out: {describe(out)}, expected bfloat16, {shape}, the last contiguous")
+    check_device("slots", slots, cache, "cache")
+    check_device("out", out, cache, "cache")
     if pages.slots == 0:
         return out.zero_()
     if out.shape[0]:
-        numbers = config or dequantize_config()
-        capability = (0, 0) if _INTERPRETED else gpu.capability(out.device.index)
-        _dequantize_kernel[(-(-out.shape[0] // numbers["TOKENS"]),)](
-            out.view(torch.int16), slots, pages.pairs.view(torch.uint8), pages.rope.view(torch.int16), pages.scales,
-            out.shape[0], pages.slots, pages.page_bytes // 16, out.stride(0),
-            PAGE=pages.page_size, V4=pages.layout is V4, BITS=capability < (8, 9), **numbers,
-        )  # fmt: skip
+        with on_device_of(cache):
+            numbers = config or dequantize_config()
+            _dequantize_kernel[(-(-out.shape[0] // numbers["TOKENS"]),)](
+                out.view(torch.int16), slots, pages.pairs.view(torch.uint8), pages.rope.view(torch.int16),
+                pages.scales, out.shape[0], pages.slots, pages.page_bytes // 16, out.stride(0), PAGE=pages.page_size,
+                V4=pages.layout is V4, BITS=chip_of(cache).capability < (8, 9), **numbers,
+            )  # fmt: skip
     return out
 
 
@@ -206,7 +152,7 @@ def dequantize_k_cache_paged(
     Raises:
         ValueError: a cache of another shape or layout, a page size that it cannot have, slots or out as `dequantize`.
     """
-    found = told(cache)
+    found = describe(cache)
     if page_size is None:
         if not cache.shape or cache.shape[-1] != V32.bytes or not cache.is_contiguous():
             raise ValueError(f"cache: {found}, expected [..., {V32.bytes}], contiguous, or a page_size for V4's")
@@ -245,8 +191,8 @@ def dequantize_k_cache_paged_ref(
     tokens = []
     for slot in slots.tolist():
         if page_size is None:
-            at = slot * 656
-            values, rope, tile = raw[at : at + 512], raw[at + 528 : at + 656], 128
+            at = slot * V32.bytes
+            values, rope, tile = raw[at : at + 512], raw[at + 528 : at + 656], V32.tile
             scales = raw[at + 512 : at + 528].clone().view(torch.float32).tolist()
         else:
             page = slot // page_size * (raw.numel() // cache.shape[0])
@@ -302,15 +248,14 @@ def warmup(device: torch.device | str, page_sizes: tuple[int, ...] = ()) -> int:
     64, can reach; how many kernels that took. By slots of both types, into rows that begin at multiples of 16 bytes, as
     torch's do. Nothing to do on a CPU."""
     one = torch.zeros(1, dtype=torch.int32, device=device)
-    if not one.is_cuda and not _INTERPRETED:
+    if not can_launch(one):
         return 0
-    before = COMPILES.total
-    with COMPILES.warming():
+    with warming_up() as compiled:
         for size in page_sizes or (1, 64):
             cache = new_pages(V4 if page_sizes else V32, 1, size, device)
             for slots in (one, one.long()):
                 dequantize(cache, slots)
-    return COMPILES.total - before
+    return compiled()
 
 
 watch_compiles(_dequantize_kernel)

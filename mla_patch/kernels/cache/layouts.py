@@ -23,7 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
-ROPE = 64
+from mla_patch.kernels.common.checks import describe as told
+from mla_patch.kernels.common.constants import ROPE, V4_PAGE_MULTIPLE, V4_TOKEN_BYTES, V32_TOKEN_BYTES
+
+__all__ = ["LAYOUTS", "ROPE", "V4", "V32", "Layout", "Pages", "new_pages", "pages_of", "told"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,12 @@ class Layout:
     def page_bytes(self, page_size: int) -> int:
         """Bytes from one page to the next in a pool that holds nothing else."""
         if self is V32:
-            return page_size * 656
-        return -(-page_size * 584 // 576) * 576
+            return page_size * self.bytes
+        return -(-page_size * self.bytes // V4_PAGE_MULTIPLE) * V4_PAGE_MULTIPLE
 
 
-V32 = Layout("V3.2", 656, 512, 128)
-V4 = Layout("V4", 584, 448, 64)
+V32 = Layout("V3.2", V32_TOKEN_BYTES, nope=512, tile=128)
+V4 = Layout("V4", V4_TOKEN_BYTES, nope=448, tile=64)
 LAYOUTS = {layout.bytes: layout for layout in (V32, V4)}
 _BYTES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
 
@@ -86,10 +89,11 @@ def pages_of(name: str, cache: torch.Tensor) -> Pages:
     layout = LAYOUTS.get(shape[-1]) if shape else None
     if layout is None or cache.dim() != 3 or cache.dtype not in _BYTES or shape[1] < 1:
         found = f"{cache.dtype}, shape {shape}"
-        raise ValueError(f"{name}: {found}, expected [pages, page size, 1, 656 or 584] of one-byte elements")
+        sizes = f"{V32.bytes} or {V4.bytes}"
+        raise ValueError(f"{name}: {found}, expected [pages, page size, 1, {sizes}] of one-byte elements")
     size, (page_bytes, row, last) = shape[1], cache.stride()
-    least = layout.page_bytes(size) if layout is V4 else size * 656
-    page_bytes = page_bytes if shape[0] > 1 else least
+    # a single page's stride means nothing
+    page_bytes = page_bytes if shape[0] > 1 else layout.page_bytes(size)
     if last != 1 or (size > 1 and row != layout.bytes) or page_bytes % 16 or cache.data_ptr() % 16:
         found = f"strides {cache.stride()}, address {cache.data_ptr()}"
         expected = f"tokens {layout.bytes} bytes apart, pages and the first byte at multiples of 16"
@@ -101,12 +105,6 @@ def pages_of(name: str, cache: torch.Tensor) -> Pages:
     flat = raw.as_strided((min(shape[0], 1), size * layout.bytes), (page_bytes, 1))
     scales = flat.view(torch.float32) if layout is V32 else flat
     return Pages(layout, shape[0], size, page_bytes, flat.view(torch.int16), flat.view(torch.bfloat16), scales)
-
-
-def told(tensor: torch.Tensor) -> str:
-    """A tensor that is refused, with its strides where they may be why."""
-    strides = "" if tensor.is_contiguous() else f", strides {tensor.stride()}"
-    return f"{tensor.dtype}, shape {tuple(tensor.shape)}{strides}"
 
 
 def new_pages(layout: Layout, pages: int, page_size: int, device: torch.device | str = "cpu") -> torch.Tensor:

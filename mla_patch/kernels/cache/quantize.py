@@ -19,10 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_patch.compat import gpu
 from mla_patch.compat.triton import CompileCase, watch_compiles
-from mla_patch.kernels.cache.dequantize import round_bf16
-from mla_patch.kernels.cache.layouts import V4, V32, pages_of, told
+from mla_patch.kernels.cache import offsets
+from mla_patch.kernels.cache.layouts import V4, V32, pages_of
+from mla_patch.kernels.common.checks import FLOAT_TYPES, check_device, describe
+from mla_patch.kernels.common.launch import on_device_of
+from mla_patch.kernels.common.rounding import round_bf16
 
 
 @triton.jit
@@ -49,7 +51,10 @@ def _quantize_kernel(
     if (slot >= 0) & (slot < slots_end):
         page = slot // PAGE * page_chunks * 16
         at = slot % PAGE
-        row = page + at * (576 if V4 else 656)
+        if V4:
+            row = page + at * offsets.V4_TOKEN
+        else:
+            row = page + at * offsets.V32_TOKEN
         source = x + token * x_stride
         TILES: tl.constexpr = 8 if V4 else 4
         TILE: tl.constexpr = 64 if V4 else 128
@@ -63,11 +68,12 @@ def _quantize_kernel(
             largest = tl.minimum(tl.maximum(largest, least), 3.4028234663852886e38)
             ratio = tl.div_rn(largest, 448.0).to(tl.int32, bitcast=True)
             power = (ratio >> 23) + ((ratio & 0x7FFFFF) != 0).to(tl.int32)
-            tl.store(scales + page + PAGE * 576 + at * 8 + t, power.to(tl.uint8), mask=t < 7)
+            codes = scales + page + PAGE * offsets.V4_TOKEN + at * offsets.V4_SCALES
+            tl.store(codes + t, power.to(tl.uint8), mask=t < 7)
             factor = ((254 - power) << 23).to(tl.float32, bitcast=True)
         else:
             scale = tl.div_rn(largest, tl.full([TILES], 448.0, tl.float32))
-            tl.store(scales + (row + 512) // 4 + t, scale)
+            tl.store(scales + (row + offsets.V32_SCALES) // 4 + t, scale)
             # 1 / s of a subnormal s may overflow: a power of two on both sides changes nothing else
             boost = tl.where(scale < 1.1754943508222875e-38, 18446744073709551616.0, 1.0)
             one = tl.full([TILES], 1.0, tl.float32)
@@ -75,9 +81,11 @@ def _quantize_kernel(
             value = value * boost[:, None]
         tl.store(values + row + d, e4m3_bits(value * factor[:, None]), mask=d < NOPE)
         r = tl.arange(0, 64)
-        SKIP: tl.constexpr = 448 if V4 else 528
         bits = round_bf16(tl.load(source + NOPE + r).to(tl.float32))
-        tl.store(rope + (row + SKIP) // 2 + r, bits)
+        if V4:
+            tl.store(rope + (row + offsets.V4_ROPE) // 2 + r, bits)
+        else:
+            tl.store(rope + (row + offsets.V32_ROPE) // 2 + r, bits)
 
 
 def quantize(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, least: float = 1e-8) -> torch.Tensor:
@@ -88,28 +96,23 @@ def quantize(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, least: f
     """
     pages = pages_of("cache", cache)
     width = pages.layout.width
-    if x.dim() != 2 or x.shape[1] != width or x.stride(1) != 1 or x.dtype not in _FLOATS:
+    if x.dim() != 2 or x.shape[1] != width or x.stride(1) != 1 or x.dtype not in FLOAT_TYPES:
         found = f"{x.dtype}, shape {tuple(x.shape)}, strides {x.stride()}"
         raise ValueError(f"x: {found}, expected bfloat16, float16 or float32, [n, {width}], the last contiguous")
     if slots.shape != x.shape[:1] or slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
-        raise ValueError(f"slots: {told(slots)}, expected int32 or int64, [{x.shape[0]}], contiguous")
+        raise ValueError(f"slots: {describe(slots)}, expected int32 or int64, [{x.shape[0]}], contiguous")
     if not 1e-30 <= least <= 1.0:
         raise ValueError(f"least: {least}, expected 1e-30 to 1")
-    for name, tensor in (("x", x), ("slots", slots)):
-        if tensor.device != cache.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
-    if gpu.elsewhere(cache):
-        with torch.cuda.device(cache.device):
-            return quantize(x, cache, slots, least)
+    check_device("x", x, cache, "cache")
+    check_device("slots", slots, cache, "cache")
     if x.shape[0] and pages.slots:
-        _quantize_kernel[(x.shape[0],)](
-            x, slots, pages.pairs.view(torch.uint8), pages.rope.view(torch.int16), pages.scales, least, pages.slots,
-            pages.page_bytes // 16, x.stride(0), PAGE=pages.page_size, V4=pages.layout is V4, num_warps=4,
-        )  # fmt: skip
+        with on_device_of(cache):
+            _quantize_kernel[(x.shape[0],)](
+                x, slots, pages.pairs.view(torch.uint8), pages.rope.view(torch.int16), pages.scales, least,
+                pages.slots, pages.page_bytes // 16, x.stride(0), PAGE=pages.page_size, V4=pages.layout is V4,
+                num_warps=4,
+            )  # fmt: skip
     return cache
-
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def quantize_ref(x: torch.Tensor, layout_tiles: int, least: float = 1e-8) -> tuple[torch.Tensor, torch.Tensor]:

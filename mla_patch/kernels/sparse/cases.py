@@ -54,9 +54,9 @@ def _decodes(sm: int, heads: int, full: bool) -> list[CompileCase]:
     cases = []
     for e4m3 in (False, True):
         signature = _RESULTS | {"q": "*fp16" if e4m3 else "*bf16", "values": "*i16" if e4m3 else "*bf16"}
-        signature |= {"ids": "*i32", "lens": "*i32", "sm_scale": "fp32"}
-        signature |= dict.fromkeys(("H", "Sq", "topk", "places", "causal", "splits", "q_b", "q_s", "q_h"), "i32")
-        signature |= dict.fromkeys(("page_stride", "row_stride", "ids_b", "lse_b", "lse_h", "lse_s"), "i32")
+        signature |= {"table": "*i32", "lens": "*i32", "sm_scale": "fp32"}
+        signature |= dict.fromkeys(("H", "Sq", "max_keys", "pages", "causal", "splits", "q_b", "q_s", "q_h"), "i32")
+        signature |= dict.fromkeys(("page_stride", "row_stride", "table_b", "lse_b", "lse_h", "lse_s"), "i32")
         scaled = full and e4m3
         signature |= {"descale_q": "*fp32", "descale_k": "*fp32"} if scaled else {}
         options = {"E4M3": e4m3, "ROPE": True, **shared} | ({} if scaled else {"descale_q": None, "descale_k": None})
@@ -66,15 +66,16 @@ def _decodes(sm: int, heads: int, full: bool) -> list[CompileCase]:
         cases.append(CompileCase(name, dense_kernel, signature, options, divisible, warps, targets=(sm,), stack=stack))
     for v4 in (False, True):
         scales = "*i64" if v4 else "*fp32"
-        signature = _RESULTS | {"q": "*bf16", "halves": "*fp16", "units": "*fp32", "values": "*i16", "rope": "*bf16"}
-        signature |= {"scales": scales, "ids": "*i32", "sm_scale": "fp32"}
-        signature |= dict.fromkeys(("H", "Sq", "topk", "extra_topk", "places", "extra_places", "splits"), "i32")
+        signature = _RESULTS | {"q": "*bf16", "q_f16": "*fp16", "q_scales": "*fp32", "values": "*i16"}
+        signature |= {"rope": "*bf16", "scales": scales, "indices": "*i32", "sm_scale": "fp32"}
+        signature |= dict.fromkeys(("H", "Sq", "topk", "extra_topk", "slots", "extra_slots", "splits"), "i32")
         signature |= dict.fromkeys(("q_b", "q_s", "q_h", "page_stride", "extra_page_stride"), "i32")
-        signature |= dict.fromkeys(("ids_b", "ids_s", "extra_ids_b", "extra_ids_s", "lse_b", "lse_h", "lse_s"), "i32")
+        signature |= dict.fromkeys(("indices_b", "indices_s", "extra_indices_b", "extra_indices_s"), "i32")
+        signature |= dict.fromkeys(("lse_b", "lse_h", "lse_s"), "i32")
         given = {"lens": "*i32", "sinks": "*fp32", "extra_values": "*i16", "extra_rope": "*bf16"}
-        given |= {"extra_scales": scales, "extra_ids": "*i32", "extra_lens": "*i32"}
+        given |= {"extra_scales": scales, "extra_indices": "*i32", "extra_lens": "*i32"}
         options = {"V4": v4, "EXTRA_PAGE": 2 if full else 0, **shared} | ({} if full else dict.fromkeys(given))
-        divisible = ("q", "values", "rope", "scales", "halves", "units", "q_b", "q_s", "q_h", "page_stride")
+        divisible = ("q", "values", "rope", "scales", "q_f16", "q_scales", "q_b", "q_s", "q_h", "page_stride")
         divisible += (*_RESULTS_ALIGNED, *(("extra_values", "extra_rope", "extra_scales") if full else ()))
         name = f"sparse_decode {'V4' if v4 else 'V3.2'}, {form}"
         signature |= given if full else {}
@@ -83,14 +84,14 @@ def _decodes(sm: int, heads: int, full: bool) -> list[CompileCase]:
 
 
 def _query_and_merge() -> list[CompileCase]:
-    query = {"q": "*bf16", "halves": "*fp16", "units": "*fp32"}
+    query = {"q": "*bf16", "q_f16": "*fp16", "q_scales": "*fp32"}
     query |= dict.fromkeys(("H", "Sq", "q_b", "q_s", "q_h"), "i32")
     query_options = {"NOPE": 448, "BLOCK_H": 4}
     merge = _RESULTS | {"sinks": "*fp32", "descale_k": "*fp32"}
     merge |= dict.fromkeys(("H", "Sq", "splits", "lse_b", "lse_h", "lse_s"), "i32")
     merge_options = {name: value for name, value in MERGE.items() if name != "num_warps"}
     return [
-        CompileCase("sparse_decode query", sparse_query_kernel, query, query_options, ("halves", "units", "q_h")),
+        CompileCase("sparse_decode query", sparse_query_kernel, query, query_options, ("q_f16", "q_scales", "q_h")),
         CompileCase("sparse_decode merge", sparse_merge_kernel, merge, merge_options, _RESULTS_ALIGNED),
     ]
 
@@ -104,9 +105,9 @@ def _prefills(every: bool) -> list[CompileCase]:
         if heads > 16 and numbers == sparse_prefill_config(16, (sm // 10, sm % 10)):
             continue
         warps = numbers.pop("num_warps")
-        signature = {"q": f"*{kind}", "kv": f"*{kind}", "out": f"*{kind}", "ids": "*i32"}
-        signature |= {"max_logits": "*fp32", "lse": "*fp32", "sm_scale": "fp32", "unit": "fp32"}
-        signature |= dict.fromkeys(("H", "topk", "rows", "q_s", "q_h", "kv_s", "ids_s", "out_s", "out_h"), "i32")
+        signature = {"q": f"*{kind}", "kv": f"*{kind}", "out": f"*{kind}", "indices": "*i32"}
+        signature |= {"max_logits": "*fp32", "lse": "*fp32", "sm_scale": "fp32", "log_unit": "fp32"}
+        signature |= dict.fromkeys(("H", "topk", "rows", "q_s", "q_h", "kv_s", "indices_s", "out_s", "out_h"), "i32")
         options: dict[str, Any] = {"ROPE": rope, **numbers}
         if full:
             signature |= {"lens": "*i32", "sinks": "*fp32"}

@@ -1,31 +1,30 @@
 """Sparse MLA decode: every query attends to the cached tokens that a list of slots names, in an fp8 latent cache.
 
-    q               [B, Sq, H, 576 or 512]    bfloat16; strides free but for the last dimension; 1 to 128 heads
-    k_cache         [pages, ps, 1, 656 or 584]    one-byte elements, V3.2 under 576 wide queries and V4 under 512 wide
-                    ones; `mla_patch.kernels.cache.layouts` says where its values lie
-    indices         [B, Sq, topk]    int32, slots in any order, repeats count again; -1 and any other slot outside the
-                    cache is no key
-    topk_length     [B]    int32 or None: only the first so many indices of a request's lists count
-    extra_*         a second cache with its own page size, indices and lengths, of the same layout: one softmax
+    q               [B, Sq, H, 576 or 512]    bfloat16; any strides, but the last dimension contiguous; 1 to 128 heads
+    k_cache         [pages, ps, 1, 656 or 584]    one-byte elements: V3.2 for queries 576 wide, V4 for queries 512
+                    wide; `mla_patch.kernels.cache.layouts` says where the values lie
+    indices         [B, Sq, topk]    int32, slots in any order; repeats count again, and -1 or any other slot outside
+                    the cache is no key
+    topk_length     [B]    int32, int64 or None: how many indices of a request's lists count
+    extra_*         a second cache of the same layout, with its own page size, indices and lengths; one softmax for both
     attn_sink       [H]    float32 or None
     out             [B, Sq, H, 512]    bfloat16
     lse             [B, H, Sq]    float32, natural log
 
     s_j = sm_scale * q . k_j        out = sum_j exp(s_j) k_j[:512] / (sum_j exp(s_j) + exp(sink))
-    lse = log sum_j exp(s_j), which leaves the sink out; a query without a key has out 0 and lse +inf
+    lse = log sum_j exp(s_j), without the sink; a query without a key has out 0 and lse +inf
 
-A token's nope values become float16 in units of its largest scale, so that one product of scores and one of values
-serves all its tiles: exact where scales are powers of two that lie within 2**15 of each other in a token, else to
-2**-12 of a value and 448 * 2**-25 of the token's largest scale. The latter is at most 2**-24 of the token's largest
-value, as writers choose scales, but much of a tile whose scale is 2**-22 of the largest, and all of one below 2**-25.
-That unit goes into the scores as a factor and into the weights as a logarithm, beneath the softmax's maximum, so that
-weights times values stay in float16's range.
+A token's nope values become float16 relative to the largest of its scales, so that one product serves all its tiles.
+That is exact if the scales of a token are powers of two within 2**15 of each other. Otherwise the error is at most
+2**-12 of a value plus 448 * 2**-25 of the token's largest scale. The second term is at most 2**-24 of the token's
+largest value, with scales as writers choose them. It is much of a tile whose scale is 2**-22 of the largest, and all of
+one below 2**-25.
 
-One program per query, tile of heads and split; splits are cut from the lengths that it finds on the device, so one
-captured graph is right for all of them. A second kernel merges where there is more than one split.
+There is one program for each query, tile of heads and split. Programs cut the splits from the lengths that they find on
+the device, so that one captured graph is right for all lengths. A second kernel merges the splits if there are several.
 
-On sm_90 more than 16 heads are `mla_patch.kernels.sparse.sm90`'s, where values become bfloat16: exact where scales are
-powers of two, else to 2**-9.
+On sm_90, `mla_patch.kernels.sparse.sm90` serves more than 16 heads. There values become bfloat16, which is exact if
+scales are powers of two, and otherwise has an error of at most 2**-9.
 """
 
 from __future__ import annotations
@@ -73,13 +72,14 @@ def sparse_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from every query to the tokens that its indices name; see the module. Returns ``out, lse``.
 
-    No queries launch nothing. Without sync; results and scratch come from torch's allocator at every call, so a
-    captured graph has them in its pool. Equal inputs give equal outputs. With ``batch_invariant`` a query's results are
-    the same bit for bit whatever other queries there are: one program takes all keys of a query and a tile of heads,
-    which is slower for few queries with many keys. ``config`` replaces `sparse_config`'s numbers.
+    It launches nothing if there are no queries, and never waits for the device. Results and scratch come from torch's
+    allocator at every call, so that a captured graph has them in its pool. Equal inputs give equal outputs. With
+    ``batch_invariant``, the results of a query do not depend on the other queries, bit for bit: one program takes all
+    keys of a query and a tile of heads, which is slower for few queries with many keys. ``config`` replaces
+    `sparse_config`'s numbers.
 
     Raises:
-        ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
+        ValueError: a tensor has the wrong shape, type, device or layout. Values in tensors are not looked at.
     """
     pages = _check_queries(q, k_cache)
     _check_indices("indices", indices, q)
@@ -132,14 +132,14 @@ def _launch(
     else:
         del numbers["PER_SM"]
         lines = batch * queries
-        halves = torch.empty_like(out, dtype=torch.float16)
-        units = torch.empty(lines * heads, dtype=torch.float32, device=q.device)
+        q_f16 = torch.empty_like(out, dtype=torch.float16)
+        q_scales = torch.empty(lines * heads, dtype=torch.float32, device=q.device)
         sparse_query_kernel[(lines * -(-heads // _QUERY_HEADS),)](
-            q, halves, units, heads, queries, q.stride(0), q.stride(1), q.stride(2), NOPE=width - ROPE,
+            q, q_f16, q_scales, heads, queries, q.stride(0), q.stride(1), q.stride(2), NOPE=width - ROPE,
             BLOCK_H=_QUERY_HEADS, num_warps=4,
         )  # fmt: skip
         sparse_kernel[(-(-heads // numbers["BLOCK_H"]) * results.splits * lines,)](
-            q, halves, units, out, lse, results.partial, results.partial_lse, keys.values, keys.rope, keys.scales,
+            q, q_f16, q_scales, out, lse, results.partial, results.partial_lse, keys.values, keys.rope, keys.scales,
             keys.indices, keys.lens, extra.values, extra.rope, extra.scales, extra.indices, extra.lens, sinks, heads,
             queries, keys.topk, extra.topk, keys.slots, extra.slots, float(sm_scale), results.splits, q.stride(0),
             q.stride(1), q.stride(2), keys.stride, extra.stride, *keys.indices_strides, *extra.indices_strides,
@@ -184,11 +184,13 @@ def _check_indices(name: str, ids: torch.Tensor, q: torch.Tensor) -> None:
 def warmup(
     device: torch.device | str, heads: int, page_sizes: tuple[int, ...] = (), extra: tuple[int, ...] = ()
 ) -> int:
-    """Compile what `sparse_decode` can reach of V4's caches with pages of these sizes, alone and beside each of
-    ``extra``, or, where no sizes are given, of V3.2's; how many kernels that took.
+    """Compile what `sparse_decode` can reach. Returns how many kernels that took; 0 on a CPU.
 
-    Real launches over one token, with lengths and sinks beside V4, whose models have them; one that is split and one
-    that is not, which is all that batches and topk change. Nothing to do on a CPU.
+    With ``page_sizes``, for V4's caches with pages of these sizes, each alone and beside a second cache with pages of
+    each size in ``extra``. Without, for V3.2's caches.
+
+    These are real launches over one token, with lengths and sinks for V4, whose models have them. One has splits and
+    one has not: batches and topk change nothing else.
     """
     layout = V4 if page_sizes else V32
     q = torch.zeros(1, 1, heads, layout.width, dtype=torch.bfloat16, device=device)

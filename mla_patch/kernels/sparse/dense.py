@@ -2,15 +2,15 @@
 
     q               [B, Sq, H, 576 or 512]    bfloat16 or float16, or float8_e4m3fn; 1 to 128 heads
     k_cache         [pages, ps, 1, width of q]    dtype of q; any page size; pages and rows may lie apart
-    block_table     [B, most pages of a request]    int32; what it holds past a request's pages is not read
+    block_table     [B, pages of the longest request]    int32; entries behind a request's pages are not read
     cache_seqlens   [B]    int32 or int64
     out             [B, Sq, H, 512]    dtype of q; bfloat16 under e4m3
     lse             [B, H, Sq]    float32, natural log
 
-Query s of Sq sees len - Sq + 1 + s keys where ``causal``, else all. A query without a key has out 0 and lse +inf. e4m3
-values are ``descale_q`` and ``descale_k``, one float32 each, times what is stored; both products stay 16-bit.
+With ``causal``, query s of Sq sees len - Sq + 1 + s keys, otherwise all. A query without a key has out 0 and lse +inf.
+An e4m3 value is what is stored times ``descale_q`` or ``descale_k``, one float32 each; both products stay 16-bit.
 
-`mla_patch.kernels.decode.mla_decode_paged` is the faster kernel where nobody wants the log-sum-exp.
+`mla_patch.kernels.decode.mla_decode_paged` is the faster kernel for callers without use for the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -42,15 +42,50 @@ def dense_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from every query to its request's cached rows; see the module. Returns ``out, lse``.
 
-    Splits are cut on the device from the lengths, so one captured graph is right for all of them. No sync; no queries
-    launch nothing. ``batch_invariant``: as in `mla_patch.kernels.sparse.decode.sparse_decode`. ``config`` replaces
-    `sparse_config`'s numbers.
+    Programs cut the splits from the lengths on the device, so that one captured graph is right for all lengths. It
+    never waits for the device, and launches nothing if there are no queries. ``batch_invariant`` means what it means
+    in `sparse_decode`. ``config`` replaces `sparse_config`'s numbers.
 
     Raises:
-        ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
+        ValueError: a tensor has the wrong shape, type, device or layout. Values in tensors are not looked at.
     """
-    check_q(q)
+    k_cache = _check(q, k_cache, block_table, cache_seqlens, descale_q, descale_k)
     batch, queries, heads, width = q.shape
+    pages, page_size = k_cache.shape[:2]
+    is_e4m3, values, dtype = q.dtype is _E4M3, k_cache, q.dtype
+    if is_e4m3:
+        q, values, dtype = q.to(torch.float16), k_cache.view(torch.int16), torch.bfloat16  # q: exact
+    with on_device_of(q):
+        out, lse = new_results(q, dtype)
+        if batch == 0 or queries == 0:
+            return out, lse
+        chip = chip_of(q)
+        numbers = dict(config or sparse_config(heads, chip.capability, INTERPRETED))
+        max_keys = block_table.shape[1] * page_size
+        results = plan_splits(out, lse, (max_keys,), numbers, chip, batch_invariant)
+        del numbers["PER_SM"]
+        dense_kernel[(-(-heads // numbers["BLOCK_H"]) * results.splits * batch * queries,)](
+            q, out, lse, results.partial, results.partial_lse, values, block_table, cache_seqlens.contiguous(),
+            descale_q, descale_k, heads, queries, max_keys, pages, float(sm_scale), int(causal and queries > 1),
+            results.splits, q.stride(0), q.stride(1), q.stride(2), values.stride(0), values.stride(1),
+            block_table.stride(0), *lse.stride(), E4M3=is_e4m3, ROPE=width == WIDTH, PAGE=page_size,
+            BITS=(0, 0) < chip.capability < (8, 9), MERGE=results.splits > 1, **numbers,
+        )  # fmt: skip
+        merge_splits(results, None, descale_k)
+    return out, lse
+
+
+def _check(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    descale_q: torch.Tensor | None,
+    descale_k: torch.Tensor | None,
+) -> torch.Tensor:
+    """Check the arguments of `dense_decode`. Returns the cache as [pages, page size, width]."""
+    check_q(q)
+    batch, _, _, width = q.shape
     shape = tuple(k_cache.shape)
     if k_cache.dim() == 4 and shape[2] == 1:
         k_cache = k_cache[:, :, 0]
@@ -79,38 +114,20 @@ def dense_decode(
             if scale.dtype is not torch.float32 or scale.numel() != 1:
                 raise ValueError(f"{name}: {scale.dtype}, shape {tuple(scale.shape)}, expected torch.float32, [1]")
             check_device(name, scale, q)
-    is_e4m3, values, dtype = q.dtype is _E4M3, k_cache, q.dtype
-    if is_e4m3:
+    if q.dtype is _E4M3:
         if width != WIDTH:
             raise ValueError(f"q: {width} wide e4m3, expected {WIDTH}")
         if k_cache.stride(0) % 2 or k_cache.stride(1) % 2 or k_cache.storage_offset() % 2:
             raise ValueError(f"k_cache: strides {k_cache.stride()}, expected even: values are read two at a time")
-        q, values, dtype = q.to(torch.float16), k_cache.view(torch.int16), torch.bfloat16  # q: exact
-    with on_device_of(q):
-        out, lse = new_results(q, dtype)
-        if batch == 0 or queries == 0:
-            return out, lse
-        chip = chip_of(q)
-        numbers = dict(config or sparse_config(heads, chip.capability, INTERPRETED))
-        max_keys = block_table.shape[1] * shape[1]
-        results = plan_splits(out, lse, (max_keys,), numbers, chip, batch_invariant)
-        del numbers["PER_SM"]
-        dense_kernel[(-(-heads // numbers["BLOCK_H"]) * results.splits * batch * queries,)](
-            q, out, lse, results.partial, results.partial_lse, values, block_table, cache_seqlens.contiguous(),
-            descale_q, descale_k, heads, queries, max_keys, shape[0], float(sm_scale), int(causal and queries > 1),
-            results.splits, q.stride(0), q.stride(1), q.stride(2), values.stride(0), values.stride(1),
-            block_table.stride(0), *lse.stride(), E4M3=is_e4m3, ROPE=width == WIDTH, PAGE=shape[1],
-            BITS=(0, 0) < chip.capability < (8, 9), MERGE=results.splits > 1, **numbers,
-        )  # fmt: skip
-        merge_splits(results, None, descale_k)
-    return out, lse
+    return k_cache
 
 
 def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, page_size: int = 64, width: int = 576) -> int:
-    """Compile what `dense_decode` can reach with queries and a cache of this kind; how many kernels that took.
+    """Compile what `dense_decode` can reach with queries and a cache of this kind. Returns how many kernels that took;
+    0 on a CPU.
 
-    Real launches over one token, e4m3 with descales; one that is split and one that is not, which is all that batches
-    and lengths change. Nothing to do on a CPU.
+    These are real launches over one token, e4m3 with descales. One has splits and one has not: batches and lengths
+    change nothing else.
     """
     q = torch.zeros(1, 1, heads, width, device=device).to(dtype)
     if not can_launch(q):

@@ -1,9 +1,11 @@
 """Sparse MLA prefill: every query attends to the rows of a 16-bit workspace that its own list of indices names.
 
-    q               [Sq, H, 576 or 512]    bfloat16 or float16; strides free but for the last dimension; 1 to 128 heads
+    q               [Sq, H, 576 or 512]    bfloat16 or float16; any strides, but the last dimension contiguous; 1 to
+                    128 heads
     kv              [Skv, 1, same width]    dtype of q; rows may lie apart
-    indices         [Sq, 1, topk]    int32, rows of kv in any order, repeats count again; outside [0, Skv) is no key
-    topk_length     [Sq]    int32, int64 or None: only the first so many indices of a query count
+    indices         [Sq, 1, topk]    int32, rows of kv in any order; repeats count again, and an index outside
+                    [0, Skv) is no key
+    topk_length     [Sq]    int32, int64 or None: how many indices of a query count
     attn_sink       [H]    float or None
     out             [Sq, H, 512]    dtype of q
     max_logits      [Sq, H]    float32, max_j s_j
@@ -11,11 +13,11 @@
 
     s_j = sm_scale * q . kv_j        out = sum_j exp(s_j) kv_j[:512] / (sum_j exp(s_j) + exp(sink))
 
-Both statistics leave the sink out, and are natural, or times log2(e). A query without a key has out 0, max_logits -inf
+Both statistics leave the sink out. They are natural, or to the base 2. A query without a key has out 0, max_logits -inf
 and lse +inf, whatever the sink.
 
-One program per query and tile of heads; keys are gathered a tile at a time. On sm_90 more than 16 heads are
-`mla_patch.kernels.sparse.sm90`'s.
+There is one program for each query and tile of heads. It gathers keys a block at a time. On sm_90,
+`mla_patch.kernels.sparse.sm90` serves more than 16 heads.
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ def mla_sparse_prefill(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend from every query to the rows that its indices name; see the module. Returns ``out, max_logits, lse``.
 
-    ``return_log2`` gives both statistics to the base 2. No queries launch nothing. Without sync; the results come from
-    torch's allocator at every call (but for an ``out`` that is given), so a captured graph has them in its pool.
-    ``config`` replaces `sparse_prefill_config`'s numbers.
+    ``return_log2`` gives both statistics to the base 2. It launches nothing if there are no queries, and never waits
+    for the device. Results other than a given ``out`` come from torch's allocator at every call, so that a captured
+    graph has them in its pool. ``config`` replaces `sparse_prefill_config`'s numbers.
 
     Raises:
-        ValueError: a tensor's shape, type, device or layout. Values in tensors are not looked at.
+        ValueError: a tensor has the wrong shape, type, device or layout. Values in tensors are not looked at.
     """
     _check(q, kv, indices, d_v, attn_sink, topk_length, out)
     with on_device_of(q):
@@ -157,10 +159,11 @@ def warmup(
     device: torch.device | str, heads: int, width: int = 576, dtype: torch.dtype = torch.bfloat16, more: bool = False,
     lengths: bool = False,
 ) -> int:  # fmt: skip
-    """Compile what `mla_sparse_prefill` can reach for queries of this shape and type, ``more``: with sink and int32
-    lengths, ``lengths``: with these alone; how many kernels that took. Queries, rows, topk and base change nothing.
+    """Compile what `mla_sparse_prefill` can reach for queries of this shape and type. Returns how many kernels that
+    took; 0 on a CPU.
 
-    A real launch over one key. Nothing to do on a CPU.
+    ``more``: with sinks and int32 lengths. ``lengths``: with lengths alone. The numbers of queries, rows and indices
+    and the base of the statistics change nothing. It is a real launch over one key.
     """
     q = torch.zeros(1, heads, width, dtype=dtype, device=device)
     if not can_launch(q):
