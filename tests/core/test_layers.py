@@ -37,7 +37,7 @@ MAY: dict[str, set[str]] = {
     "kernels.sm90": {"kernels.common"} | DEVICES,
     "kernels.cache": {"kernels.common"} | DEVICES,
     **{f"kernels.{family}": set(KERNELS_BELOW) for family in FAMILIES},
-    "kernels": {"kernels.cache"},  # documented import paths
+    "kernels": {"kernels.cache", *(f"kernels.{family}" for family in FAMILIES)},  # documented import paths
     "flash_mla": {"kernels", "kernels.decode", "kernels.sparse"} | KERNELS_BELOW | SHARED,
     "chunk_cache": {"kernels", "kernels.sparse", "kernels.indices"} | KERNELS_BELOW | SHARED,
     "sparse_prefill": {"chunk_cache"},  # a documented import path
