@@ -7,11 +7,11 @@ from functools import lru_cache
 
 SM90_MIN_HEADS = 17  # with fewer heads, sparse_sm90's tile of 64 is mostly empty
 SM90_TILES = {"BLOCK_H": 64, "BLOCK_N": 128, "PER_SM": 1}  # sparse_sm90's tiles
-MERGE = {"SPLITS": 256, "BLOCK_S": 8, "num_warps": 4}  # one for any number of splits
+MERGE = {"SPLITS": 256, "BLOCK_S": 8, "num_warps": 4}  # sparse_merge_kernel's: one for any number of splits
 
 
 def sparse_config(heads: int, capability: tuple[int, int], interpret: bool = False) -> dict[str, int]:
-    """Launch numbers by architecture and heads; ``PER_SM`` programs fit on a multiprocessor."""
+    """Launch numbers of `sparse_kernel` and `dense_kernel`. ``PER_SM`` programs fit on a multiprocessor."""
     if interpret:
         return {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "PER_SM": 3, "num_warps": 4}
     if capability[0] in (9, 10) and heads > 16:
@@ -23,7 +23,7 @@ def sparse_config(heads: int, capability: tuple[int, int], interpret: bool = Fal
 
 
 def sparse_prefill_config(heads: int, capability: tuple[int, int], interpret: bool = False) -> dict[str, int]:
-    """Launch numbers by architecture and heads."""
+    """Launch numbers of `sparse_prefill_kernel`."""
     if interpret:
         return {"BLOCK_H": 16, "BLOCK_N": 32, "STAGES": 1, "num_warps": 4}
     # 64 heads are a whole tile of the tensor cores, and each key is gathered once for all of them
@@ -38,13 +38,18 @@ def sparse_prefill_config(heads: int, capability: tuple[int, int], interpret: bo
 
 
 @lru_cache(maxsize=4096)
-def split_count(tiles: int, blocks: int, slots: int) -> int:
-    """How many programs share a query's ``blocks`` of keys, where ``tiles`` tiles of queries fill ``slots`` places."""
-    best, least = 1, math.inf
-    for splits in range(1, max(1, min(blocks, slots // max(tiles, 1), 256)) + 1):
-        waves = -(-tiles * splits // slots)
-        # a merge and a program's own beginning and end cost about as much as two blocks of keys
+def split_count(tiles: int, blocks: int, places: int) -> int:
+    """How many programs share the keys of one query.
+
+    tiles     tiles of heads of all queries, each of which needs a program at least
+    blocks    blocks of keys of one query
+    places    how many programs the GPU runs at once
+    """
+    best, min_cost = 1, math.inf
+    for splits in range(1, max(1, min(blocks, places // max(tiles, 1), 256)) + 1):
+        waves = -(-tiles * splits // places)
+        # a merge, and a program's beginning and end, cost about as much as two blocks of keys
         cost = waves * (-(-blocks // splits) + 2) + (2 if splits > 1 else 0)
-        if cost < least:
-            best, least = splits, cost
+        if cost < min_cost:
+            best, min_cost = splits, cost
     return best

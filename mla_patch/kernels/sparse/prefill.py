@@ -156,21 +156,25 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def warmup(
-    device: torch.device | str, heads: int, width: int = 576, dtype: torch.dtype = torch.bfloat16, more: bool = False,
-    lengths: bool = False,
-) -> int:  # fmt: skip
+    device: torch.device | str,
+    heads: int,
+    width: int = WIDTH,
+    dtype: torch.dtype = torch.bfloat16,
+    with_sinks: bool = False,
+    with_lengths: bool = False,
+) -> int:
     """Compile what `mla_sparse_prefill` can reach for queries of this shape and type. Returns how many kernels that
     took; 0 on a CPU.
 
-    ``more``: with sinks and int32 lengths. ``lengths``: with lengths alone. The numbers of queries, rows and indices
-    and the base of the statistics change nothing. It is a real launch over one key.
+    ``with_sinks``: with sinks and int32 lengths. ``with_lengths``: with lengths alone. The numbers of queries, rows and
+    indices and the base of the statistics change nothing. It is a real launch over one key.
     """
     q = torch.zeros(1, heads, width, dtype=dtype, device=device)
     if not can_launch(q):
         return 0
     ids = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
-    sink = torch.zeros(heads, device=device) if more else None
-    lens = torch.ones(1, dtype=torch.int32, device=device) if more or lengths else None
+    sink = torch.zeros(heads, device=device) if with_sinks else None
+    lens = torch.ones(1, dtype=torch.int32, device=device) if with_sinks or with_lengths else None
     with warming_up() as compiled:
         mla_sparse_prefill(q, q[:, :1], ids, 1.0, attn_sink=sink, topk_length=lens)
     return compiled()

@@ -144,7 +144,7 @@ def _program_place(H, Sq, splits):
 
 @gluon.jit
 def _load_slots(
-    own, extra_own, unit, at: gl.constexpr, units, keys, extra_keys, slots, extra_slots, EXTRA: gl.constexpr,
+    listed, extra_listed, unit, at: gl.constexpr, units, keys, extra_keys, slots, extra_slots, EXTRA: gl.constexpr,
     L: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
     """Slots of N of a unit's keys, from its key ``at`` on; -1 where there is none. Of unit ``units`` on they are in the
@@ -152,11 +152,11 @@ def _load_slots(
     n = at + gl.arange(0, N, layout=L)
     first = unit * sm90.KEYS_PER_UNIT
     if EXTRA and unit >= units:
-        own = extra_own
+        listed = extra_listed
         first = (unit - units) * sm90.KEYS_PER_UNIT
         keys = extra_keys
         slots = extra_slots
-    slot = gl.load(own + first + n, mask=first + n < keys, other=-1)
+    slot = gl.load(listed + first + n, mask=first + n < keys, other=-1)
     return gl.where(slot < slots, slot, -1)
 
 
@@ -171,21 +171,21 @@ def _producer_16bit(
     r = gl.arange(0, 64, layout=gl.SliceLayout(0, sm90.ROWS))[None, :]
     _tile, _line, b, s, split = _program_place(H, Sq, splits)
     start, count, units, keys, _extra_keys = _split_range(lens, None, b, topk, 0, split, splits, False)
-    own = indices + b.to(gl.int64) * indices_b + s.to(gl.int64) * indices_s
-    even = _load_slots(own, own, start, 0, units, keys, 0, slots, 0, False, L, 64)
-    odd = _load_slots(own, own, start, 64, units, keys, 0, slots, 0, False, L, 64)
+    listed = indices + b.to(gl.int64) * indices_b + s.to(gl.int64) * indices_s
+    even = _load_slots(listed, listed, start, 0, units, keys, 0, slots, 0, False, L, 64)
+    odd = _load_slots(listed, listed, start, 64, units, keys, 0, slots, 0, False, L, 64)
     for i in range(count):
         free = (i & 1) ^ 1
         row = (kv + gl.maximum(even, 0).to(gl.int64) * kv_s)[:, None]
         known = even >= 0
-        even = _load_slots(own, own, start + i + 1, 0, units, keys, 0, slots, 0, False, L, 64)
+        even = _load_slots(listed, listed, start + i + 1, 0, units, keys, 0, slots, 0, False, L, 64)
         seesaw.load_tile_async(
             row, c, r, known, seen_even, even_low, 0, even_high, 256, even_rope, barriers, free, sm90.FREE_EVEN_LOW,
             sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, ROPE,
         )  # fmt: skip
         row = (kv + gl.maximum(odd, 0).to(gl.int64) * kv_s)[:, None]
         known = odd >= 0
-        odd = _load_slots(own, own, start + i + 1, 64, units, keys, 0, slots, 0, False, L, 64)
+        odd = _load_slots(listed, listed, start + i + 1, 64, units, keys, 0, slots, 0, False, L, 64)
         seesaw.load_tile_async(
             row, c, r, known, seen_odd, odd_high, 256, odd_low, 0, odd_rope, barriers, free, sm90.FREE_ODD_HIGH,
             sm90.FULL_ODD_HIGH, sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW, ROPE,
@@ -387,13 +387,15 @@ def _producer_fp8(
     EXTRA: gl.constexpr = EXTRA_PAGE > 0
     _tile, _line, b, s, split = _program_place(H, Sq, splits)
     start, count, units, keys, extra_keys = _split_range(lens, extra_lens, b, topk, extra_topk, split, splits, EXTRA)
-    own = indices + b.to(gl.int64) * indices_b + s.to(gl.int64) * indices_s
-    other = own
+    listed = indices + b.to(gl.int64) * indices_b + s.to(gl.int64) * indices_s
+    extra_listed = listed
     if EXTRA:
-        other = extra_indices + b.to(gl.int64) * extra_indices_b + s.to(gl.int64) * extra_indices_s
-    even = _load_slots(own, other, start, 0, units, keys, extra_keys, slots, extra_slots, EXTRA, L, 64)
-    odd = _load_slots(own, other, start, 64, units, keys, extra_keys, slots, extra_slots, EXTRA, L, 64)
-    ahead = _load_slots(own, other, start + 1, 0, units, keys, extra_keys, slots, extra_slots, EXTRA, sm90.LANES, 128)
+        extra_listed = extra_indices + b.to(gl.int64) * extra_indices_b + s.to(gl.int64) * extra_indices_s
+    even = _load_slots(listed, extra_listed, start, 0, units, keys, extra_keys, slots, extra_slots, EXTRA, L, 64)
+    odd = _load_slots(listed, extra_listed, start, 64, units, keys, extra_keys, slots, extra_slots, EXTRA, L, 64)
+    ahead = _load_slots(
+        listed, extra_listed, start + 1, 0, units, keys, extra_keys, slots, extra_slots, EXTRA, sm90.LANES, 128
+    )
     for i in range(count):
         free = (i & 1) ^ 1
         at = start + i
@@ -401,7 +403,7 @@ def _producer_fp8(
         row, scale = _addresses_of_either(
             values, extra_values, gl.maximum(even, 0), at, units, page_stride, extra_page_stride, PAGE, EXTRA_PAGE, V4
         )
-        even = _load_slots(own, other, at + 1, 0, units, keys, extra_keys, slots, extra_slots, EXTRA, L, 64)
+        even = _load_slots(listed, extra_listed, at + 1, 0, units, keys, extra_keys, slots, extra_slots, EXTRA, L, 64)
         _load_fp8_tile(
             row, scale, known, seen_even, scales.index(0), even_low, even_high, even_rope, barriers, free,
             sm90.FREE_EVEN_LOW, sm90.FULL_EVEN_LOW, sm90.FREE_EVEN_HIGH, sm90.FULL_EVEN_HIGH, 0, V4,
@@ -411,12 +413,14 @@ def _producer_fp8(
             V4,
         )  # fmt: skip
         _prefetch(row, scale)
-        ahead = _load_slots(own, other, at + 2, 0, units, keys, extra_keys, slots, extra_slots, EXTRA, sm90.LANES, 128)
+        ahead = _load_slots(
+            listed, extra_listed, at + 2, 0, units, keys, extra_keys, slots, extra_slots, EXTRA, sm90.LANES, 128
+        )
         known = odd >= 0
         row, scale = _addresses_of_either(
             values, extra_values, gl.maximum(odd, 0), at, units, page_stride, extra_page_stride, PAGE, EXTRA_PAGE, V4
         )
-        odd = _load_slots(own, other, at + 1, 64, units, keys, extra_keys, slots, extra_slots, EXTRA, L, 64)
+        odd = _load_slots(listed, extra_listed, at + 1, 64, units, keys, extra_keys, slots, extra_slots, EXTRA, L, 64)
         _load_fp8_tile(
             row, scale, known, seen_odd, scales.index(1), odd_high, odd_low, odd_rope, barriers, free,
             sm90.FREE_ODD_HIGH, sm90.FULL_ODD_HIGH, sm90.FREE_ODD_LOW, sm90.FULL_ODD_LOW, 1, V4,

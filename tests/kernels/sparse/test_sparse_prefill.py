@@ -276,7 +276,7 @@ for fake_chip.SM in (80, 90, 120):
     of_v32 = (1, 576, False), (64, 576, False), (64, 576, "lengths")
     for heads, width, more in (*of_v32, (20, 512, True), (128, 512, True)):
         COMPILES.reset()
-        warmed = warmup("cpu", heads, width, more=more is True, lengths=more == "lengths")
+        warmed = warmup("cpu", heads, width, with_sinks=more is True, with_lengths=more == "lengths")
         for queries in (1, 2, 16, 33, 4096):
             for rows in (1, 16, 1000):
                 for topk in (1, 16, 640, 2047):
