@@ -1,18 +1,18 @@
-"""Sparse prefill of one chunk over fp8 pages: what all layers share is built once, at the first that asks.
+"""Sparse prefill of one chunk over fp8 pages. What all layers share is built once, for the first layer that needs it.
 
-A layer reads its keys back into a bfloat16 workspace: every request's compressed tokens, one request after the other,
-then every request's window of the SWA cache (`mla_patch.kernels.indices.prefill` has the arithmetic). Its queries then
-attend to the rows that their indices name. Which slots are read, where each request begins, and the indices of layers
-that attend to all compressed tokens depend on the chunk alone.
+A layer dequantises its keys into a bfloat16 workspace: first the compressed tokens of each request, one request after
+the other, then each request's window of the sliding-window (SWA) cache. `mla_patch.kernels.indices.prefill` has the
+arithmetic. The queries then attend to the rows that their indices name. Three things depend on the chunk alone: which
+slots are read, where each request begins, and the indices of layers that attend to all compressed tokens.
 
     cache = SparsePrefillChunkCache()                        one for all layers of a model, on one stream
-    chunk = cache.chunk(generation, inputs)                  inputs() is called where generation is a new one
+    chunk = cache.chunk(generation, inputs)                  inputs() is called if the generation is new
     out = cache.attend(q, chunk, swa_pages, sm_scale=..., ratio=4, pages=c4_pages, topk_indices=raw)
 
-A generation is whatever compares equal for as long as the lengths, tables and cache behind the inputs stay the same;
-`mla_patch.compat.generations` numbers objects for it. The workspace holds what one call reads and nothing across
-calls. Both belong to the stream that they were made on: a call on another stream makes its own, and a captured graph
-has none.
+A generation is any value that compares equal as long as the lengths, tables and cache behind the inputs stay the same;
+`mla_patch.compat.generations` numbers objects for this purpose. The workspace holds what one call reads, and nothing
+from call to call. The chunk and the workspace belong to the stream that they were made on. A call on another stream
+makes its own, and a captured graph may use neither.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ import torch
 
 from mla_patch.compat import gpu
 from mla_patch.kernels.cache.dequantize import dequantize_k_cache_paged
-from mla_patch.kernels.cache.layouts import told
+from mla_patch.kernels.common.checks import describe
+from mla_patch.kernels.common.constants import LATENT
 from mla_patch.kernels.indices.prefill import build_swa_token_ids, combine_topk_swa_indices, combined_topk_width
 from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
 
-WIDTH = 512  # values of a workspace row
+WIDTH = LATENT  # values of a workspace row: V4's keys, rotary values included
 ROW_BYTES = WIDTH * 2
 _STEP = 16384  # the workspace grows by this many rows: contexts grow with every chunk
 
@@ -38,25 +39,25 @@ _caches: weakref.WeakSet[SparsePrefillChunkCache] = weakref.WeakSet()
 
 
 def held() -> int:
-    """Bytes that all caches of this process hold now: their workspaces, and the metadata of their chunks."""
+    """How many bytes all caches of this process hold now: their workspaces, and the metadata of their chunks."""
     return sum(sum(cache.memory().values()) for cache in list(_caches))
 
 
 @dataclass(frozen=True)
 class ChunkInputs:
-    """One chunk of R requests, as an engine has it. Tensors are int32 but for ``full_to_swa``, int32 or int64.
+    """One chunk of R requests, as an engine has it. Tensors are int32, and ``full_to_swa`` may be int64.
 
         seq_lens, extend_lens  [R]          tokens of a request, and how many of them are this chunk's queries
-        seq_lens_cpu, extend_lens_cpu       the same, known to the host: the sizes of what is built
-        req_pool               [R]          which row of req_to_token a request owns
-        req_to_token           [rows, P]    slot of (row, position)
-        full_to_swa            [slots]      from slots to slots of the SWA cache
+        seq_lens_cpu, extend_lens_cpu       the same numbers on the CPU, which set the sizes of what is built
+        req_pool               [R]          the row of req_to_token that belongs to a request
+        req_to_token           [rows, P]    the slot of (row, position)
+        full_to_swa            [slots]      maps slots to slots of the SWA cache
         page_table             [>= queries, blocks]    pages of ``page_size`` tokens, a row for each query
-        queries                             rows of q, padding behind the last request's among them
-        window                              tokens that a query sees uncompressed, itself among them
-        swa_page_size                       tokens of one page of the SWA cache
+        queries                             rows of q, including padding behind the last request's
+        window                              how many tokens a query sees uncompressed, including itself
+        swa_page_size                       tokens of a page of the SWA cache
 
-    Pages hold ``page_size // ratio`` compressed tokens. A request without queries gets no compressed rows.
+    A page holds ``page_size // ratio`` compressed tokens. A request without queries gets no compressed rows.
     """
 
     seq_lens: torch.Tensor
@@ -102,65 +103,73 @@ class ChunkInputs:
 
 @dataclass(frozen=True)
 class LayerIndices:
-    """What one layer reads and attends to: ``slots`` of its compressed cache, then all of the SWA cache's."""
+    """What one layer reads and attends to: ``slots`` of its compressed cache, then the chunk's of the SWA cache."""
 
     slots: torch.Tensor  # [compressed rows] int32
-    indices: torch.Tensor  # [queries, width] int32, rows of the workspace, -1 where there is none
+    indices: torch.Tensor  # [queries, width] int32, rows of the workspace, -1 for no key
     lens: torch.Tensor  # [queries] int32
 
 
 @dataclass
 class _Region:
-    """Where the requests' compressed tokens of one ratio lie in the workspace."""
+    """Where the requests' compressed tokens of one ratio lie in the workspace, and the indices of its last layer."""
 
-    slots: torch.Tensor
-    compressed_base: torch.Tensor
-    swa_base: torch.Tensor
+    slots: torch.Tensor  # [compressed rows] int32
+    compressed_base: torch.Tensor  # [R] int32, a request's first compressed row
+    swa_base: torch.Tensor  # [R] int32, the first row of its window
     longest: int  # compressed tokens of the longest request
     indices: torch.Tensor | None = None
     lens: torch.Tensor | None = None
-    all: bool = False  # the indices are of all compressed tokens: the same for every layer
+    is_all: bool = False  # the indices name all compressed tokens, so that they are the same for every layer
 
 
 def compressed_lens(seq_lens: Sequence[int], extend_lens: Sequence[int], ratio: int) -> list[int]:
-    """Compressed tokens of each request that a chunk reads: none of one without queries."""
+    """How many compressed tokens of each request a chunk reads; 0 for a request without queries."""
     return [seq // ratio if extend > 0 else 0 for seq, extend in zip(seq_lens, extend_lens, strict=True)]
 
 
 def workspace_rows(seq_lens: Sequence[int], extend_lens: Sequence[int], window: int, ratio: int) -> int:
-    """Rows that a layer of that ratio needs (0: no compressed tokens), from lengths alone."""
+    """How many workspace rows a layer of this ratio needs, from lengths alone. Ratio 0: no compressed tokens."""
     pairs = zip(seq_lens, extend_lens, strict=True)
     rows = sum(max(min(seq, max(extend, 0) + window - 1), 0) for seq, extend in pairs)
     return rows + (sum(compressed_lens(seq_lens, extend_lens, ratio)) if ratio else 0)
 
 
-# Nanoseconds on an H200, fitted to the table in docs/performance.md: a workspace's own launches, and a row of it; a key
-# of one query and 64 heads; what it costs more over pages; keys one after the other, as one program has them.
-_LAUNCHES, _ROW, _KEY, _PAGED, _ALONE = 2000, 0.44, 0.2, 0.2, 32
+# Nanoseconds on an H200, fitted to the table in docs/performance.md.
+_LAUNCHES_NS = 2000  # the launches that fill a workspace
+_ROW_NS = 0.44  # a row of the workspace
+_KEY_NS = 0.2  # a key of one query and 64 heads
+_PAGED_KEY_NS = 0.2  # how much more it costs over pages
+_SERIAL_KEY_NS = 32  # a key in one program, which takes a query's keys one after the other
 
 
 def pages_are_faster(
     seq_lens: Sequence[int], extend_lens: Sequence[int], window: int, ratio: int, topk: int | None, heads: int
 ) -> bool:
-    """Whether a layer of few queries and long contexts is done sooner over fp8 pages, by lengths alone.
+    """Whether a layer is faster over fp8 pages than over a workspace, from lengths alone: with few queries and long
+    contexts.
 
-    A workspace costs what the context is long, and a query's keys follow one another; pages cost every key more, and
-    decode splits them. ``topk``: compressed tokens that a query attends to, None for all.
+    The cost of a workspace grows with the context, and one program takes a query's keys one after the other. Over pages
+    every key costs more, but decode splits a query's keys. ``topk``: how many compressed tokens a query attends to, or
+    None for all.
     """
-    pairs = most = 0
+    pairs = max_keys = 0  # (query, key) pairs; keys of one query
     for seq, extend in zip(seq_lens, extend_lens, strict=True):
         if extend > 0:
             known = seq // ratio if ratio else 0
             keys = min(window, seq) + (known if topk is None else min(topk, known))
-            pairs, most = pairs + extend * keys, max(most, keys)
+            pairs, max_keys = pairs + extend * keys, max(max_keys, keys)
     tiles = -(-heads // 64)
     rows = workspace_rows(seq_lens, extend_lens, window, ratio)
-    workspace = _LAUNCHES + _ROW * rows + max(_KEY * tiles * pairs, _ALONE * most)
-    return (_KEY * tiles + _PAGED) * pairs < workspace
+    workspace_ns = _LAUNCHES_NS + _ROW_NS * rows + max(_KEY_NS * tiles * pairs, _SERIAL_KEY_NS * max_keys)
+    return (_KEY_NS * tiles + _PAGED_KEY_NS) * pairs < workspace_ns
 
 
 class Chunk:
-    """The metadata of one chunk, each part made when the first layer needs it. No sync, no value of a tensor read."""
+    """The metadata of one chunk, each part made when the first layer needs it.
+
+    It never waits for the device, and reads no value of a tensor.
+    """
 
     def __init__(self, inputs: ChunkInputs) -> None:
         inputs.check()
@@ -176,27 +185,27 @@ class Chunk:
         self.regions: dict[int, _Region] = {}
 
     def layer(self, ratio: int = 0, topk_indices: torch.Tensor | None = None) -> LayerIndices:
-        """What a layer attends to: its window, and of a compressed cache what ``topk_indices`` names, or all of it.
+        """What a layer attends to: its window, and the compressed tokens that ``topk_indices`` names, or all of them.
 
-        ``topk_indices`` [>= queries, topk] int32 are compressed tokens of the query's own request, -1 a hole. The
-        result is right until the next call with the same ratio.
+        ``topk_indices`` [>= queries, topk] int32 names compressed tokens of the query's own request; -1 names none. The
+        result is valid until the next call with the same ratio.
 
         Raises:
-            ValueError: a ratio that does not divide a page, indices without a ratio, too few of them.
+            ValueError: the ratio does not divide a page, or there are indices without a ratio, or too few of them.
         """
         region = self.regions.get(ratio) or self._region(ratio)
-        if topk_indices is not None or not region.all:
+        if topk_indices is not None or not region.is_all:
             self._combine(region, ratio, topk_indices)
         assert region.indices is not None and region.lens is not None
         return LayerIndices(region.slots, region.indices, region.lens)
 
     def memory(self) -> int:
-        """Bytes of what has been made so far."""
+        """How many bytes the metadata made so far hold."""
         tensors = [self.query_start_loc, self.swa_slots, self.gather_lens, self.swa_offsets]
         for region in list(self.regions.values()):  # a report is written by another thread
             tensors += [region.slots, region.compressed_base, region.swa_base]
-            tensors += [one for one in (region.indices, region.lens) if one is not None]
-        return sum(one.numel() * one.element_size() for one in tensors)
+            tensors += [tensor for tensor in (region.indices, region.lens) if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _region(self, ratio: int) -> _Region:
         given, device = self.inputs, self.inputs.seq_lens.device
@@ -215,7 +224,7 @@ class Chunk:
             rows = torch.arange(len(known), device=device)
             row = torch.repeat_interleave(rows, lens, output_size=total)
             token = torch.arange(total, device=device) - base[row]
-            first = self.query_start_loc[:-1].long()[row]  # all queries of a request have the same pages
+            first = self.query_start_loc[:-1].long()[row]  # any query of a request: all have the same pages
             size = given.page_size // ratio
             pages = given.page_table[first, token // size].long()
             slots = (pages * size + token % size).to(torch.int32)
@@ -225,10 +234,10 @@ class Chunk:
 
     def _combine(self, region: _Region, ratio: int, topk_indices: torch.Tensor | None) -> None:
         given = self.inputs
-        region.all = topk_indices is None
+        region.is_all = topk_indices is None
         if topk_indices is None:
             topk = region.longest
-            # in order, and one row stands for all queries
+            # all tokens in their order: one row for all queries
             order = torch.arange(max(topk, 1), dtype=torch.int32, device=given.seq_lens.device)
             topk_indices = order[None].expand(given.queries, -1)
         else:
@@ -249,10 +258,11 @@ class Chunk:
 
 
 class SparsePrefillChunkCache:
-    """The chunk at hand and the workspace, for all layers of one model; see the module.
+    """The current chunk and the workspace, for all layers of one model; see the module.
 
-    ``limit`` bounds the workspace, in bytes: `attend` refuses a layer that needs more, and `needed` tells beforehand.
-    The workspace grows to the largest chunk so far, in steps, and is freed before it grows. `memory` reports both.
+    ``limit`` bounds the workspace, in bytes. `attend` refuses a layer that needs more, and `needed` tells beforehand.
+    The workspace grows in steps to what the largest chunk so far needed. It is freed before it grows. `memory` reports
+    the size of both.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -264,14 +274,14 @@ class SparsePrefillChunkCache:
         _caches.add(self)
 
     def chunk(self, generation: Hashable, inputs: Callable[[], ChunkInputs]) -> Chunk:
-        """The chunk of this generation: the one at hand, or a new one.
+        """The chunk of this generation: the current one, or a new one.
 
         Raises:
-            ValueError: while a graph is captured.
+            ValueError: a graph is being captured.
         """
         self._follow_stream()
         if self._chunk is None or generation != self._generation:
-            self._chunk = None  # its memory is free for the new one's
+            self._chunk = None  # frees its memory for the new one
             self._chunk = Chunk(inputs())
             self._generation = generation
         return self._chunk
@@ -281,7 +291,10 @@ class SparsePrefillChunkCache:
         self._generation = self._chunk = self._workspace = None
 
     def _follow_stream(self) -> None:
-        """Drop what another stream may still be reading; its memory goes back to that stream's."""
+        """Drop the chunk and the workspace if the stream is another one, which may still be reading them.
+
+        Their memory goes back to the allocator's pool of that stream.
+        """
         if gpu.capturing():
             raise ValueError(
                 "generation: a graph is being captured, and a chunk's sizes and workspace are not a graph's"
@@ -292,20 +305,20 @@ class SparsePrefillChunkCache:
             self._stream = stream
 
     def memory(self) -> dict[str, int]:
-        """Bytes held now."""
+        """How many bytes it holds now, by kind."""
         workspace = self._workspace.numel() * 2 if self._workspace is not None else 0
         return {"workspace": workspace, "metadata": self._chunk.memory() if self._chunk is not None else 0}
 
     @staticmethod
     def needed(seq_lens: Sequence[int], extend_lens: Sequence[int], window: int, ratio: int) -> int:
-        """Bytes of workspace for a layer of that ratio, from lengths alone."""
+        """How many bytes of workspace a layer of this ratio needs, from lengths alone."""
         return workspace_rows(seq_lens, extend_lens, window, ratio) * ROW_BYTES
 
     def workspace(self, rows: int, device: torch.device) -> torch.Tensor:
         """[rows, 1, 512] bfloat16, the same memory for every layer.
 
         Raises:
-            ValueError: more than ``limit``, or while a graph is captured.
+            ValueError: it needs more than ``limit``, or a graph is being captured.
         """
         self._follow_stream()
         if self.limit is not None and rows * ROW_BYTES > self.limit:
@@ -336,20 +349,20 @@ class SparsePrefillChunkCache:
 
             q             [queries, H, 512]      bfloat16
             swa_pages     [pages, bytes]         pages of `layouts.V4`, ``swa_page_size`` tokens each
-            pages         [pages, bytes]         of the compressed cache, ``page_size // ratio`` tokens each; ratio > 0
+            pages         [pages, bytes]         the compressed cache, ``page_size // ratio`` tokens a page; ratio > 0
             topk_indices  [>= queries, topk]     see `Chunk.layer`; None: every compressed token
             attn_sink     [H]                    float32 or None
 
-        ``sparse_fwd`` is called as FlashMLA's `flash_mla_sparse_fwd` and gives its three results. Not while a graph is
-        captured: sizes follow the chunk.
+        ``sparse_fwd`` is called as FlashMLA's `flash_mla_sparse_fwd` and returns its three results. A graph cannot
+        capture this, because sizes follow the chunk.
 
         Raises:
-            ValueError: a workspace beyond the limit, another number of queries, pages without a ratio or the reverse,
-                and what the launchers refuse.
+            ValueError: the workspace would exceed the limit, q has another number of queries, pages and ratio do not go
+                together, or a launcher refuses its arguments.
         """
         given = chunk.inputs
         if q.dim() != 3 or q.shape[::2] != (given.queries, WIDTH) or q.dtype is not torch.bfloat16:
-            raise ValueError(f"q: {told(q)}, expected torch.bfloat16, [{given.queries}, H, {WIDTH}]")
+            raise ValueError(f"q: {describe(q)}, expected torch.bfloat16, [{given.queries}, H, {WIDTH}]")
         if (pages is not None) != (ratio > 0):
             found = "None" if pages is None else "given"
             raise ValueError(f"pages: {found} beside ratio {ratio}, expected pages for a ratio above 0 and None for 0")
@@ -360,13 +373,13 @@ class SparsePrefillChunkCache:
         rows = compressed + chunk.swa_slots.numel()
         kv = self.workspace(max(rows, 1), q.device)
         if pages is not None:
-            _read_back("pages", pages, layer.slots, given.page_size // ratio, kv[:compressed])
-        _read_back("swa_pages", swa_pages, chunk.swa_slots, given.swa_page_size, kv[compressed:rows])
+            _dequantize("pages", pages, layer.slots, given.page_size // ratio, kv[:compressed])
+        _dequantize("swa_pages", swa_pages, chunk.swa_slots, given.swa_page_size, kv[compressed:rows])
         return sparse_fwd(q, kv, layer.indices[:, None], sm_scale, WIDTH, attn_sink, layer.lens)[0]
 
 
-def _read_back(name: str, pages: torch.Tensor, slots: torch.Tensor, size: int, out: torch.Tensor) -> None:
-    """`dequantize_k_cache_paged`, whose refusals begin with our argument's name."""
+def _dequantize(name: str, pages: torch.Tensor, slots: torch.Tensor, size: int, out: torch.Tensor) -> None:
+    """`dequantize_k_cache_paged`, with errors that begin with our caller's name of the pages."""
     try:
         dequantize_k_cache_paged(pages, slots, size, out)
     except ValueError as problem:

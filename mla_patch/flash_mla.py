@@ -1,13 +1,15 @@
-"""FlashMLA's newer calls on any GPU that Triton compiles for: `get_mla_metadata`, `flash_mla_with_kvcache` and
-`flash_mla_sparse_fwd`.
+"""FlashMLA's API over our kernels, on any GPU that Triton compiles for: `get_mla_metadata`, `flash_mla_with_kvcache`
+and `flash_mla_sparse_fwd`.
 
-The parameters are the union of what FlashMLA and SGLang's wrappers take, in their order. Metadata comes in two forms:
-a `FlashMLASchedMeta` that the first call fills, with sinks, a second cache and lengths; or the older pair of tensors.
+The parameters are the union of what FlashMLA and SGLang's wrappers take, in their order. Metadata come in two forms: a
+`FlashMLASchedMeta`, which the first call fills, and the older pair of tensors. Only the first form allows sinks, a
+second cache, and lengths.
 
-Our kernels cut their work from the lengths that they find on the device. So metadata of either form is right for any
-lengths, and a graph for any that its buffers hold at replay; tensors made by FlashMLA are taken and not read. What a
-`FlashMLASchedMeta` was first used for is recorded and compared as FlashMLA does. Its two tensors stay None: whoever
-fills them schedules from the call at hand, and FlashMLA's own kernels would do so if they were given it next.
+Our kernels cut their work from the lengths that they find on the device. So metadata of either form are right for any
+lengths, and a captured graph is right for any lengths that its buffers hold at replay. Tensors made by FlashMLA are
+accepted and not read. We record what a `FlashMLASchedMeta` was first used for, and compare later calls with it, as
+FlashMLA does. Its two tensors stay None. FlashMLA's kernels, given such an object next, would fill them from their own
+call.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any, NoReturn
 import torch
 
 from mla_patch.compat import gpu
+from mla_patch.kernels.cache.layouts import LAYOUTS, V32
+from mla_patch.kernels.common.constants import LATENT
 from mla_patch.kernels.sparse.decode import sparse_decode
 from mla_patch.kernels.sparse.dense import dense_decode
 from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
@@ -27,10 +31,12 @@ from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
 
 @dataclass
 class FlashMLASchedMeta:
-    """What one schedule is used for. A host's own class of this name serves as well, and its callers test for it."""
+    """What one schedule is used for. An engine's own class of this name serves as well; see `is_sched_meta`."""
 
     @dataclass
     class Config:
+        """The call that it was first used for, by FlashMLA's names."""
+
         b: int
         s_q: int
         h_q: int
@@ -49,10 +55,10 @@ class FlashMLASchedMeta:
 
 
 class MetadataMismatch(AssertionError, ValueError):
-    """A `FlashMLASchedMeta` that was made for another call. FlashMLA raises an AssertionError."""
+    """A `FlashMLASchedMeta` was made for another call. FlashMLA raises an AssertionError in this case."""
 
 
-_FIELDS = (
+_CONFIG_FIELDS = (
     "b", "s_q", "h_q", "page_block_size", "h_k", "causal", "is_fp8_kvcache", "topk", "extra_page_block_size",
     "extra_topk",
 )  # fmt: skip
@@ -68,11 +74,12 @@ def get_mla_metadata(
 ) -> tuple[Any, torch.Tensor | None]:
     """Metadata for `flash_mla_with_kvcache`: ``FlashMLASchedMeta(), None`` without lengths, else the older tensors.
 
-    The tensors are int32 [parts, 8] and [B + 1], as FlashMLA's: parts depends on the device, heads and queries alone.
-    They say one split a request and mean nothing to our kernels; FlashMLA's must not be given them.
+    The tensors are int32 [parts, 8] and [B + 1], as FlashMLA's. ``parts`` depends on the device, the heads and the
+    queries alone. The tensors say that each request has one split. Our kernels ignore them, and FlashMLA's kernels must
+    not be given them.
 
     Raises:
-        ValueError: lengths without what the tensors' shapes depend on.
+        ValueError: lengths are given without the numbers that the tensors' shapes depend on.
     """
     if cache_seqlens is None:
         return FlashMLASchedMeta(), None
@@ -84,10 +91,10 @@ def get_mla_metadata(
     if num_heads_q is not None:
         counts["num_heads_q"] = num_heads_q
     for name, value in counts.items():
-        # no queries are work for nobody, but their call needs metadata, too
-        least = 0 if name == "num_q_tokens_per_head_k" else 1
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}: {value!r}, expected a number from {least} on beside cache_seqlens")
+        # a call without queries needs metadata, too
+        minimum = 0 if name == "num_q_tokens_per_head_k" else 1
+        if not isinstance(value, Integral) or value < minimum:
+            raise ValueError(f"{name}: {value!r}, expected a number from {minimum} on beside cache_seqlens")
     assert num_q_tokens_per_head_k is not None and num_heads_k is not None
     sms = gpu.sm_count(cache_seqlens.device.index) if cache_seqlens.is_cuda else 1
     if topk is None:
@@ -127,19 +134,20 @@ def flash_mla_with_kvcache(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode over a paged latent cache: ``out`` [B, Sq, H, 512] and its natural ``lse`` [B, H, Sq].
 
-    With ``indices`` sparse, over fp8 tokens of 656 or 584 bytes (`mla_patch.kernels.sparse.decode`), else dense, over
-    bfloat16, float16 or e4m3 rows (`mla_patch.kernels.sparse.dense`). 1 to 128 heads, any page size, any topk, any
-    batch, 0 among them. A query without a key gets out 0 and lse +inf. ``descale_q`` and ``descale_k`` are e4m3's, and
-    ignored beside 16-bit queries, as sgl_kernel ignores them. With ``enable_batch_invariant`` a query's results are the
-    same, bit for bit, whatever other queries there are. Metadata do not record it, since they hold no schedule of ours.
+    With ``indices`` it is sparse, over fp8 tokens of 656 or 584 bytes (`mla_patch.kernels.sparse.decode`). Without, it
+    is dense, over bfloat16, float16 or e4m3 rows (`mla_patch.kernels.sparse.dense`). It takes 1 to 128 heads and any
+    page size, topk and batch, 0 included. A query without a key gets out 0 and lse +inf. ``descale_q`` and
+    ``descale_k`` belong to e4m3 queries; beside 16-bit queries they are ignored, as sgl_kernel ignores them. With
+    ``enable_batch_invariant`` the results of a query do not depend on the other queries, bit for bit. Metadata do not
+    record this flag, because they hold no schedule of ours.
 
     Raises:
-        ValueError: an argument that neither takes, by its name.
-        MetadataMismatch: a FlashMLASchedMeta that was made for another call; it is both a ValueError and an
-            AssertionError, which FlashMLA raises.
+        ValueError: an argument that the kernel does not take, by its name.
+        MetadataMismatch: the FlashMLASchedMeta was made for another call. It is both a ValueError and the
+            AssertionError that FlashMLA raises.
     """
-    if head_dim_v != 512:
-        raise ValueError(f"head_dim_v: {head_dim_v}, expected 512")
+    if head_dim_v != LATENT:
+        raise ValueError(f"head_dim_v: {head_dim_v}, expected {LATENT}")
     _check_dims(("q", q, 4), ("k_cache", k_cache, 4))
     _check_dims(
         ("block_table", block_table, None), ("cache_seqlens", cache_seqlens, None), ("descale_q", descale_q, None),
@@ -183,7 +191,7 @@ def flash_mla_with_kvcache(
                 extra_topk_length=extra_topk_length, batch_invariant=enable_batch_invariant,
             )  # fmt: skip
         except ValueError as refusal:
-            # the kernel's name of it is shorter
+            # the kernel calls this argument extra_indices
             raise ValueError(str(refusal).replace("extra_indices", "extra_indices_in_kvcache")) from None
     else:
         for name, value in (
@@ -224,9 +232,9 @@ def flash_mla_sparse_fwd(
     """Sparse prefill over a 16-bit workspace (`mla_patch.kernels.sparse.prefill`): ``out`` [Sq, H, 512], ``max_logits``
     and ``lse`` [Sq, H].
 
-    1 to 128 heads, any topk, any Sq, 0 among them. Both statistics leave the sink out. They are natural, as FlashMLA's
-    are today; with ``return_log2`` to the base 2, as sgl_kernel's. ``use_legacy`` is SGLang's name for the same choice,
-    with True as its default. A query without a key gets out 0, max_logits -inf and lse +inf.
+    It takes 1 to 128 heads and any topk and Sq, 0 included. Both statistics leave the sink out. They are natural, as in
+    FlashMLA today, or, with ``return_log2``, to the base 2, as in sgl_kernel. ``use_legacy`` is SGLang's name for the
+    same choice, with True as its default. A query without a key gets out 0, max_logits -inf and lse +inf.
 
     Raises:
         ValueError: an argument that the kernel does not take, by its name.
@@ -242,24 +250,27 @@ def flash_mla_sparse_fwd(
 def unknown_format(
     k_cache: torch.Tensor, indices: torch.Tensor | None, kv_format: str | None, use_legacy: bool
 ) -> str | None:
-    """Why a cache is none that we can read, or None. V4.1's rows and V3.2's without rope are 528 bytes alike."""
+    """Why our kernels cannot read a cache, or None. Rows of 528 bytes are ambiguous: V4.1's, or V3.2's without rope."""
     if kv_format not in (None, "V32"):
         return f"kv_format: {kv_format}, expected None or V32"
     if not use_legacy:
         return "use_legacy: False, expected True"
-    known = (656, 584) if kv_format is None else (656,)
-    if indices is not None and k_cache.shape[-1] not in known:
-        return f"k_cache: {k_cache.shape[-1]} bytes a token, expected {' or '.join(map(str, known))}"
+    sizes = tuple(LAYOUTS) if kv_format is None else (V32.bytes,)
+    if indices is not None and k_cache.shape[-1] not in sizes:
+        return f"k_cache: {k_cache.shape[-1]} bytes a token, expected {' or '.join(map(str, sizes))}"
     return None
 
 
 def is_sched_meta(metadata: Any) -> bool:
-    """Whether this is a FlashMLASchedMeta, ours or the host's."""
+    """Whether this is a FlashMLASchedMeta: our class or an engine's."""
     return hasattr(metadata, "have_initialized") and hasattr(metadata, "config")
 
 
 def _check_dims(*given: tuple[str, Any, int | None], optional: bool = False) -> None:
-    """Name, what should be a tensor, and its dimensions, None where the kernel's own check tells more."""
+    """Check arguments: name, what should be a tensor, and how many dimensions it should have, or None.
+
+    None leaves the dimensions to the kernel's own check, which says more.
+    """
     for name, value, dims in given:
         if value is None and optional:
             continue
@@ -277,13 +288,13 @@ def _number(name: str, value: Any) -> float:
 
 
 def _check_tensors(
-    metadata: Any, num_splits: torch.Tensor | None, wanted: dict[str, Any], newer: dict[str, Any]
+    metadata: Any, num_splits: torch.Tensor | None, required: dict[str, Any], newer: dict[str, Any]
 ) -> None:
-    """The older form, as FlashMLA takes it."""
+    """Check the older form of metadata, as FlashMLA does: what it requires, and what only the newer form allows."""
     if not isinstance(metadata, torch.Tensor):
         found = type(metadata).__name__
         raise ValueError(f"tile_scheduler_metadata: {found}, expected a FlashMLASchedMeta or a tensor")
-    for name, value in {"num_splits": num_splits, **wanted}.items():
+    for name, value in {"num_splits": num_splits, **required}.items():
         if value is None:
             raise ValueError(f"{name}: None, expected a tensor beside tensor metadata")
     for name, value in newer.items():
@@ -300,7 +311,7 @@ def _config(
     extra_k_cache: torch.Tensor | None,
     extra_indices: torch.Tensor | None,
 ) -> tuple[Any, ...]:
-    """What FlashMLA compares, in the order of its Config."""
+    """What FlashMLA compares, in the order of `_CONFIG_FIELDS`."""
     return (
         q.shape[0], q.shape[1], q.shape[2], k_cache.shape[1], k_cache.shape[2], causal, is_fp8_kvcache,
         None if indices is None else indices.shape[-1],
@@ -313,31 +324,34 @@ def _check_meta(meta: bool, metadata: Any, *call: Any) -> None:
     if meta and metadata.have_initialized:
         if metadata.config is None:
             raise MetadataMismatch("tile_scheduler_metadata: config None, expected what its first call was made for")
-        now = _config(*call)
-        for name, value in zip(_FIELDS, now, strict=True):
-            had = getattr(metadata.config, name)
-            if had != value:
-                _mismatch(name, had, value)
+        for name, value in zip(_CONFIG_FIELDS, _config(*call), strict=True):
+            recorded = getattr(metadata.config, name)
+            if recorded != value:
+                _mismatch(name, recorded, value)
 
 
-def _mismatch(name: str, had: Any, now: Any) -> NoReturn:
-    raise MetadataMismatch(
-        f"tile_scheduler_metadata: made for {name} {had}, called with {now}; get a new one from get_mla_metadata()"
-    )
+def _mismatch(name: str, recorded: Any, value: Any) -> NoReturn:
+    made_for = f"made for {name} {recorded}, called with {value}"
+    raise MetadataMismatch(f"tile_scheduler_metadata: {made_for}; get a new one from get_mla_metadata()")
 
 
 def _record(metadata: Any, *call: Any) -> None:
-    """After the first call, and not before: one that was refused has not used it."""
+    """Record the first call, after it has been served: a refused call has not used the metadata."""
     if not metadata.have_initialized:
-        kind = getattr(type(metadata), "Config", FlashMLASchedMeta.Config)
-        made_for = dict(zip(_FIELDS, _config(*call), strict=True))
-        metadata.config = kind(**made_for | _not_asked(kind))
+        config_type = getattr(type(metadata), "Config", FlashMLASchedMeta.Config)
+        made_for = dict(zip(_CONFIG_FIELDS, _config(*call), strict=True))
+        metadata.config = config_type(**made_for | _unknown_fields(config_type))
         metadata.have_initialized = True
 
 
 @lru_cache(maxsize=8)
-def _not_asked(kind: type) -> dict[str, Any]:
-    """What a newer Config needs besides, as sgl-flash-mla's enable_batch_invariant: as in a call that leaves it out."""
-    more = [one for one in fields(kind) if one.name not in _FIELDS] if is_dataclass(kind) else []
-    needed = [one for one in more if one.default is MISSING and one.default_factory is MISSING]
-    return {one.name: False if one.type in (bool, "bool") else None for one in needed}
+def _unknown_fields(config_type: type) -> dict[str, Any]:
+    """Values for required fields of a newer Config, such as sgl-flash-mla's enable_batch_invariant.
+
+    They are those of a call that leaves the argument out: False for a bool, otherwise None.
+    """
+    if not is_dataclass(config_type):
+        return {}
+    unknown = [field for field in fields(config_type) if field.name not in _CONFIG_FIELDS]
+    required = [field for field in unknown if field.default is MISSING and field.default_factory is MISSING]
+    return {field.name: False if field.type in (bool, "bool") else None for field in required}

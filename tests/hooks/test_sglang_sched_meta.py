@@ -402,7 +402,7 @@ def test_another_kind_of_device_is_the_hosts_after_a_refusal(machine):
 
 
 @CPU
-@pytest.mark.parametrize("field", flash_mla._FIELDS)
+@pytest.mark.parametrize("field", flash_mla._CONFIG_FIELDS)
 def test_a_sched_meta_of_another_call_is_told_the_caller(field, machine):
     machine(newer=False)
     wrapped, call = Wrapped("flash_mla_with_kvcache"), v4_call()

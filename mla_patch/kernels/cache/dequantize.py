@@ -1,10 +1,10 @@
 """Read tokens of an fp8 latent cache back: `mla_patch.kernels.cache.layouts` says how they are stored.
 
-    slots  [n]                int32 or int64, any order, repeats allowed; a slot outside the cache gives zeros
-    out    [n, 576 or 512]    bfloat16: float32(e4m3) * scale, rounded once; rope copied bit by bit
+    slots  [n]                int32 or int64; any order, repeats allowed; a slot outside the cache gives zeros
+    out    [n, 576 or 512]    bfloat16: float32(e4m3) * scale, rounded once; rotary values are copied bit by bit
 
-Bit for bit what SGLang's own kernels read. Values are decoded by the chip's own conversion from sm_89 on, else by
-integer arithmetic.
+The results equal those of SGLang's kernels bit for bit. From sm_89 on, the chip's own conversion decodes the values;
+before, integer arithmetic does.
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ def _dequantize_kernel(
 def dequantize(
     cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor | None = None, *, config: dict[str, int] | None = None
 ) -> torch.Tensor:
-    """The tokens in ``slots`` as bfloat16; see the module. One launch, none where there is no slot.
+    """The tokens in ``slots`` as bfloat16; see the module. It makes one launch, or none if there are no slots.
 
     ``config`` replaces `dequantize_config`'s numbers.
 
     Raises:
-        ValueError: a cache of no known layout, slots or out of another shape or type.
+        ValueError: the cache has no known layout, or slots or out have another shape, type or device.
     """
     pages = pages_of("cache", cache)
     if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64) or not slots.is_contiguous():
@@ -244,9 +244,11 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
 
 
 def warmup(device: torch.device | str, page_sizes: tuple[int, ...] = ()) -> int:
-    """Compile what reading V4's caches with pages of these sizes, or V3.2's as one page of each token and as pages of
-    64, can reach; how many kernels that took. By slots of both types, into rows that begin at multiples of 16 bytes, as
-    torch's do. Nothing to do on a CPU."""
+    """Compile what `dequantize` can reach. Returns how many kernels that took; 0 on a CPU.
+
+    With ``page_sizes``, for V4's caches with pages of these sizes. Without, for V3.2's caches, as pages of one token
+    and of 64. Slots are of both types, and rows begin at multiples of 16 bytes, as torch's do.
+    """
     one = torch.zeros(1, dtype=torch.int32, device=device)
     if not can_launch(one):
         return 0

@@ -1,20 +1,20 @@
-"""The two fp8 layouts in which a paged latent cache is stored, as SGLang writes them and FlashMLA reads them.
+"""The two fp8 layouts of a paged latent cache, as SGLang writes them and FlashMLA reads them.
 
-    V32, DeepSeek V3.2: 656 bytes a token, one after the other
+    V32, DeepSeek V3.2: 656 bytes a token, one token after the other
         0 .. 511      512 e4m3 values
-        512 .. 527    4 float32 scales, one for each 128 values, any number
+        512 .. 527    4 float32 scales, one for each 128 values; any number
         528 .. 655    64 bfloat16 rope values
     V4, DeepSeek V4: page by page, 584 bytes a token, pages padded to a multiple of 576 bytes
         576 i .. + 447          448 e4m3 values of the page's token i
         576 i + 448 .. + 575    64 bfloat16 rope values
-        576 ps + 8 i .. + 6     7 scales, one for each 64 values: powers of two, 2**(byte - 127); 0 is 0, 255 infinity.
-                                The eighth byte holds nothing
+        576 ps + 8 i .. + 6     7 scales, one for each 64 values: powers of two, 2**(byte - 127); 0 means 0, and 255
+                                infinity. The eighth byte holds nothing
 
-A cache comes as a tensor [pages, ps, 1, bytes] (or without the 1) of one-byte elements whose pages may lie apart, as
-FlashMLA takes it. Of V4 only its first byte and its page stride mean anything: its 584-byte rows are no tokens. A slot
-is page * ps + token, and addresses are 64-bit.
+A cache is a tensor [pages, ps, 1, bytes] (or without the 1) of one-byte elements, whose pages may lie apart, as
+FlashMLA takes it. Of a V4 cache, only the first byte's address and the page stride mean anything: its 584-byte rows are
+not tokens. A slot is page * ps + token. Addresses are 64-bit.
 
-Other rows, of 528 or 288 bytes, are not known here.
+Formats of 528 or 288 bytes a token are not supported.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _BYTES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
 
 @dataclass(frozen=True)
 class Pages:
-    """A cache as kernels address it: three views of the same bytes, and where a slot's begin."""
+    """A cache as kernels address it: three views of the same bytes, of the first page alone."""
 
     layout: Layout
     pages: int
@@ -70,7 +70,7 @@ class Pages:
     page_bytes: int
     pairs: torch.Tensor  # int16: e4m3 values two at a time
     rope: torch.Tensor  # bfloat16
-    scales: torch.Tensor  # float32, or uint8
+    scales: torch.Tensor  # float32 (V3.2) or uint8 (V4)
 
     @property
     def slots(self) -> int:
@@ -78,10 +78,11 @@ class Pages:
 
 
 def pages_of(name: str, cache: torch.Tensor) -> Pages:
-    """The layout and the views of a cache; ``name`` is the argument's, for the error.
+    """The layout and the views of a cache. Errors call it ``name``.
 
     Raises:
-        ValueError: bytes a token that no layout has, another type, or an address that is not a multiple of 16.
+        ValueError: no layout has that many bytes a token, elements are not one byte, or an address is not a multiple of
+            16.
     """
     shape = tuple(cache.shape)
     if cache.dim() == 4 and shape[2] == 1:
@@ -101,13 +102,13 @@ def pages_of(name: str, cache: torch.Tensor) -> Pages:
     if page_bytes < size * layout.bytes:
         raise ValueError(f"{name}: pages {page_bytes} bytes apart, expected at least {size * layout.bytes}")
     raw = cache.view(torch.uint8)
-    # one page is enough: kernels step over pages by themselves
+    # one page is enough, because kernels compute the addresses of the others
     flat = raw.as_strided((min(shape[0], 1), size * layout.bytes), (page_bytes, 1))
     scales = flat.view(torch.float32) if layout is V32 else flat
     return Pages(layout, shape[0], size, page_bytes, flat.view(torch.int16), flat.view(torch.bfloat16), scales)
 
 
 def new_pages(layout: Layout, pages: int, page_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """An empty cache in the form that FlashMLA takes, over a pool as SGLang allocates it."""
+    """A cache of zeros in the form that FlashMLA takes, over a pool as SGLang allocates it."""
     pool = torch.zeros(pages, layout.page_bytes(page_size), dtype=torch.uint8, device=device)
     return pool[:, : page_size * layout.bytes].view(pages, page_size, 1, layout.bytes)

@@ -1,16 +1,16 @@
 """Store tokens in an fp8 latent cache: `mla_patch.kernels.cache.layouts` says how.
 
-    x      [n, 576 or 512]    bfloat16, float16 or float32: the nope values, then 64 of rope
-    slots  [n]                int32 or int64; a slot outside the cache, such as -1, is left out
+    x      [n, 576 or 512]    bfloat16, float16 or float32: the nope values, then 64 rotary values
+    slots  [n]                int32 or int64; a token with a slot outside the cache, such as -1, is not stored
 
     V3.2    s = max|x| / 448 of 128 values, y = x / s, rounded to the nearest e4m3, ties to even. A tile of zeros is
-            stored as such, where SGLang's kernel stores 448 times a scale of 0, which reads the same. A tile with an
-            infinity reads as NaN, as SGLang's does.
+            stored as zeros. SGLang's kernel stores 448 times a scale of 0, which reads the same. A tile with an
+            infinity reads as NaN, as with SGLang.
     V4      s = the power of two at or above max(max|x|, least) / 448 of 64 values. ``least`` is 1e-8 in SGLang's Triton
-            writer and 1e-4 in its CUDA one; it shows in tiles of no more than 5.3e-5 alone. An infinity is stored as
-            448 times 2**120, the scale of float32's largest number, and reads as an infinity of its sign.
+            writer and 1e-4 in its CUDA writer. It matters only in tiles without a value above 5.3e-5. An infinity is
+            stored as 448 times 2**120, the scale of float32's largest number, and reads as an infinity of its sign.
 
-Rounding is integer arithmetic, so that chips without e4m3 and interpreters write the same bytes.
+Rounding is integer arithmetic, so that chips without e4m3 and Triton's interpreter write the same bytes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def e4m3_bits(y):
 def _quantize_kernel(
     x, slots, values, rope, scales, least, slots_end, page_chunks, x_stride, PAGE: tl.constexpr, V4: tl.constexpr
 ):
-    """One token. ``rope`` is int16 bits of bfloat16."""
+    """One token. ``values`` are bytes, ``rope`` is int16 bits of bfloat16, and ``page_chunks`` counts 16 bytes."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if (slot >= 0) & (slot < slots_end):
@@ -64,7 +64,7 @@ def _quantize_kernel(
         value = tl.load(source + d, mask=d < NOPE, other=0.0).to(tl.float32)
         largest = tl.max(tl.abs(value), 1)
         if V4:
-            # an infinity's own power would be that of infinity, and the factor of the rest of its tile none
+            # the power of an infinity would be infinity, and the other values of its tile would become 0
             largest = tl.minimum(tl.maximum(largest, least), 3.4028234663852886e38)
             ratio = tl.div_rn(largest, 448.0).to(tl.int32, bitcast=True)
             power = (ratio >> 23) + ((ratio & 0x7FFFFF) != 0).to(tl.int32)
@@ -89,10 +89,13 @@ def _quantize_kernel(
 
 
 def quantize(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, least: float = 1e-8) -> torch.Tensor:
-    """Store ``x`` in ``slots`` of ``cache``, which is returned; see the module. One launch, none for no tokens.
+    """Store ``x`` in ``slots`` of ``cache``, and return the cache; see the module.
+
+    It makes one launch, or none if there are no tokens.
 
     Raises:
-        ValueError: a cache of no known layout, x or slots of another shape or type, least below 1e-30.
+        ValueError: the cache has no known layout, x or slots have another shape, type or device, or least is not
+            between 1e-30 and 1.
     """
     pages = pages_of("cache", cache)
     width = pages.layout.width
