@@ -10,6 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where generated lies
+
+import generated
 import hosts
 import tokenspeed_runs
 
@@ -94,6 +97,16 @@ capability 10.x.
 """
 
 
+_ENTRY_POINTS = """
+## Where the entry points live
+
+As read from the wheel of each release (`tests/hosts/reviewed.json`). Edits are not in this table, and neither are
+entry points outside the engine's own package.
+
+<!-- entry points: written by `python tests/generated.py --write` -->
+"""
+
+
 def rows(seen: dict) -> list[str]:
     """One line for each feature in one release."""
     release = seen["release"]
@@ -127,7 +140,8 @@ def page(releases: tuple[str, ...]) -> str:
         for release in releases:
             print(f"SGLang {release}", file=sys.stderr)
             lines += rows(hosts.run(release, Path(kept)))
-    return _HEAD + "\n".join(lines) + "\n" + _FOOT + tokenspeed(releases)
+    found = f"{_ENTRY_POINTS}{generated.entry_point_table()}\n<!-- /entry points -->\n"
+    return _HEAD + "\n".join(lines) + "\n" + _FOOT + tokenspeed(releases) + found
 
 
 def tokenspeed(releases: tuple[str, ...]) -> str:
