@@ -27,7 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without an install
 
-from mla_patch.kernels.cache.kv_cast import WIDTH, cast_config, cast_pages
+from mla_patch.kernels.cache.kv_cast import cast_config, cast_pages
+from mla_patch.kernels.common.constants import WIDTH
 
 CONTEXT = 163_840  # tokens: the longest context of the models that are served
 HEADS, DRAFTS = 16, 4
@@ -35,7 +36,7 @@ POOLS = (131_072, 1_048_576)
 # requests, tokens of each
 CASES = ((1, 1024), (1, 8192), (1, 131_072), (8, 8192), (16, 8192), (64, 1024), (64, 8192), (256, 512))
 SWEEP = [
-    {"ROWS": rows, "PROGRAMS": programs, "LEAST": 64, "num_warps": warps}
+    {"ROWS": rows, "PROGRAMS": programs, "MIN_PROGRAMS": 64, "num_warps": warps}
     for rows in (8, 16, 32) for programs in (1024, 2048, 4096) for warps in (2, 4, 8)
 ]  # fmt: skip
 

@@ -49,7 +49,8 @@ def declines(call: ExtendCall) -> str | None:
 def serve(original: Callable[..., Any], call: ExtendCall) -> Any:
     import torch
 
-    from mla_patch.kernels.cache.kv_cast import WIDTH, cast_pages
+    from mla_patch.kernels.cache.kv_cast import cast_pages
+    from mla_patch.kernels.common.constants import WIDTH
 
     tables = call.tables()
     dtype, named = call.q.dtype, sum(table.ids.numel() * table.page_size for table in tables)

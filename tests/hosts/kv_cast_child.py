@@ -478,7 +478,7 @@ def main() -> None:
 
     kv_cast._cast_kernel = Unnoted()
     # the interpreter's time goes with the number of programs
-    kv_cast.cast_config = lambda: {"ROWS": 64, "PROGRAMS": 4, "LEAST": 2, "num_warps": 4}
+    kv_cast.cast_config = lambda: {"ROWS": 64, "PROGRAMS": 4, "MIN_PROGRAMS": 2, "num_warps": 4}
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     slots = drive("fa3", 1, e4m3, torch.float16)
     drive("fa3", 16, e5m2, torch.bfloat16)

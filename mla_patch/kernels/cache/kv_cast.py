@@ -23,16 +23,14 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_patch.compat import gpu
-from mla_patch.compat.compiles import COMPILES
-from mla_patch.compat.triton import TARGETS, CompileCase, interpreted, watch_compiles
-from mla_patch.kernels.cache.dequantize import e4m3_value, rounded
-from mla_patch.kernels.cache.layouts import told
+from mla_patch.compat.triton import TARGETS, CompileCase, watch_compiles
+from mla_patch.kernels.common.checks import INDEX_TYPES, check_can_launch, check_device, describe
+from mla_patch.kernels.common.constants import WIDTH
+from mla_patch.kernels.common.e4m3 import e4m3_to_f32
+from mla_patch.kernels.common.launch import INTERPRETED, can_launch, chip_of, on_device_of, warming_up
+from mla_patch.kernels.common.rounding import rounded
 
-WIDTH = 576  # values of a row: 512 latent and 64 rope
-
-_INTERPRETED = interpreted()
-_PLAIN = tl.constexpr(_INTERPRETED)
+_PLAIN = tl.constexpr(INTERPRETED)
 # how a byte becomes a number; E4M3_BITS where the chip has no conversion
 E4M3, E4M3_BITS, E5M2 = 0, 1, 2
 _KINDS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
@@ -40,9 +38,9 @@ _SIXTEEN = (torch.bfloat16, torch.float16)
 
 
 def cast_config() -> dict[str, int]:
-    """Launch numbers: ROWS at a time. PROGRAMS of them fill a large GPU once, and a request has LEAST at most of its
+    """Launch numbers: ROWS at a time. PROGRAMS of them fill a large GPU once, and a request has MIN_PROGRAMS of its
     own where there are many requests, so that one long request among them is not left to one program."""
-    return {"ROWS": 16, "PROGRAMS": 2048, "LEAST": 64, "num_warps": 4}
+    return {"ROWS": 16, "PROGRAMS": 2048, "MIN_PROGRAMS": 64, "num_warps": 4}
 
 
 @triton.jit
@@ -51,7 +49,7 @@ def _value(byte, KIND: tl.constexpr):
     if KIND == 2:  # e5m2 is the upper half of a float16
         value = (byte.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
     elif KIND == 1 or _PLAIN:
-        value = e4m3_value(byte.to(tl.int32))
+        value = e4m3_to_f32(byte.to(tl.int32))
     else:
         value = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return value
@@ -122,8 +120,7 @@ def cast_pages(
     Raises:
         ValueError: a tensor's type, shape, layout or device, or an ``out`` that is too small.
     """
-    if not cache.is_cuda and not _INTERPRETED:
-        raise ValueError(f"cache: on {cache.device}, expected a CUDA device (or TRITON_INTERPRET=1 at import)")
+    check_can_launch("cache", cache)
     kind = _KINDS.get(cache.dtype)
     if kind is None:
         raise ValueError(f"cache: {cache.dtype}, expected torch.float8_e4m3fn or torch.float8_e5m2")
@@ -131,14 +128,13 @@ def cast_pages(
         raise ValueError(f"out: {out.dtype}, expected torch.bfloat16 or torch.float16")
     for name, rows in (("cache", cache), ("out", out)):
         if rows.shape[1:] not in ((1, WIDTH), (WIDTH,)) or rows.stride(-1) != 1:
-            raise ValueError(f"{name}: {told(rows)}, expected [rows, 1, {WIDTH}] or [rows, {WIDTH}], rows contiguous")
+            expected = f"[rows, 1, {WIDTH}] or [rows, {WIDTH}], rows contiguous"
+            raise ValueError(f"{name}: {describe(rows)}, expected {expected}")
     if table.dtype is not torch.int32 or table.dim() != 2 or (table.shape[1] > 1 and table.stride(1) != 1):
-        raise ValueError(f"table: {told(table)}, expected torch.int32, [B, W], the last contiguous")
+        raise ValueError(f"table: {describe(table)}, expected torch.int32, [B, W], the last contiguous")
     batch, width = table.shape
-    if lens is not None and (
-        lens.dtype not in (torch.int32, torch.int64) or lens.shape != (batch,) or not lens.is_contiguous()
-    ):
-        raise ValueError(f"lens: {told(lens)}, expected int32 or int64, [{batch}], contiguous")
+    if lens is not None and (lens.dtype not in INDEX_TYPES or lens.shape != (batch,) or not lens.is_contiguous()):
+        raise ValueError(f"lens: {describe(lens)}, expected int32 or int64, [{batch}], contiguous")
     if page_size < 1 or cache.shape[0] % page_size:
         raise ValueError(f"page_size: {page_size}, expected a divisor of the cache's {cache.shape[0]} rows")
     if first < 0:
@@ -146,30 +142,27 @@ def cast_pages(
     if places is not None and (
         places.dtype is not torch.int32 or places.shape != table.shape or not places.is_contiguous()
     ):
-        raise ValueError(f"places: {told(places)}, expected torch.int32, {list(table.shape)}, contiguous")
+        raise ValueError(f"places: {describe(places)}, expected torch.int32, {list(table.shape)}, contiguous")
     needed = cache.shape[0] if places is None else (first + batch * width) * page_size
     if out.shape[0] < needed:
         raise ValueError(f"out: {out.shape[0]} rows, expected at least {needed}")
     if first + batch * width >= 2**31:
         raise ValueError(f"table: {batch} x {width} pages from {first} on, expected less than 2**31: places are int32")
     for name, tensor in (("table", table), ("lens", lens), ("out", out), ("places", places)):
-        if tensor is not None and tensor.device != cache.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {cache.device} as cache")
-    if gpu.elsewhere(cache):
-        with torch.cuda.device(cache.device):
-            return cast_pages(cache, table, lens, out, page_size=page_size, places=places, first=first, config=config)
+        if tensor is not None:
+            check_device(name, tensor, cache, "cache")
     if not table.numel():
-        return None
+        return
     numbers = dict(config or cast_config())
-    programs, least = numbers.pop("PROGRAMS"), numbers.pop("LEAST")
+    programs, min_programs = numbers.pop("PROGRAMS"), numbers.pop("MIN_PROGRAMS")
     blocks = -(-width * page_size // numbers["ROWS"])
-    if kind == E4M3 and not _INTERPRETED and gpu.capability(cache.device.index) < (8, 9):
+    if kind == E4M3 and chip_of(cache).capability < (8, 9):
         kind = E4M3_BITS
-    _cast_kernel[(min(blocks, max(least, programs // batch)), batch)](
-        out, cache.view(torch.uint8), table, lens, places, width, cache.shape[0], table.stride(0), first,
-        cache.stride(0), out.stride(0), PAGE=page_size, KIND=kind, **numbers,
-    )  # fmt: skip
-    return None
+    with on_device_of(cache):
+        _cast_kernel[(min(blocks, max(min_programs, programs // batch)), batch)](
+            out, cache.view(torch.uint8), table, lens, places, width, cache.shape[0], table.stride(0), first,
+            cache.stride(0), out.stride(0), PAGE=page_size, KIND=kind, **numbers,
+        )  # fmt: skip
 
 
 def cast_pages_ref(
@@ -224,16 +217,15 @@ def warmup(device: torch.device | str, dtype: torch.dtype, cache_dtype: torch.dt
     """Compile what casts of such a cache can reach; how many kernels that took. Real launches over one page, with both
     numberings, with int32 lengths and without. Nothing to do on a CPU."""
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    if not table.is_cuda and not _INTERPRETED:
+    if not can_launch(table):
         return 0
-    before = COMPILES.total
     cache = torch.zeros(page_size, WIDTH, dtype=torch.uint8, device=device).view(cache_dtype)
     out = torch.empty(page_size, WIDTH, dtype=dtype, device=device)
-    with COMPILES.warming():
+    with warming_up() as compiled:
         for lens in (None, table[0]):
             for places in (None, torch.empty_like(table)):
                 cast_pages(cache, table, lens, out, page_size=page_size, places=places)
-    return COMPILES.total - before
+    return compiled()
 
 
 watch_compiles(_cast_kernel)

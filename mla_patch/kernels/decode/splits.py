@@ -23,11 +23,11 @@ import triton.language as tl
 
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import FEW_TARGETS, TARGETS, CompileCase, watch_compiles
-from mla_patch.kernels.cache.dequantize import rounded
 from mla_patch.kernels.common.checks import check_device, check_index_list, check_scale
 from mla_patch.kernels.common.constants import LATENT, WIDTH
 from mla_patch.kernels.common.launch import can_launch, chip_of, on_device_of, warming_up
 from mla_patch.kernels.common.reference import attend_ref
+from mla_patch.kernels.common.rounding import rounded
 from mla_patch.kernels.decode.checks import check_call, check_rows
 from mla_patch.kernels.decode.config import DIRECT, E4M3, E5M2, kinds_on, launch_numbers
 from mla_patch.kernels.decode.reference import xai_temperature

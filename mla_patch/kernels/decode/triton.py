@@ -10,10 +10,8 @@ import triton
 import triton.language as tl
 
 from mla_patch.compat.triton import gdc_launch_dependents, gdc_wait, watch_compiles
-from mla_patch.kernels.cache.dequantize import operand, rounded
-from mla_patch.kernels.common.launch import INTERPRETED
-
-_PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembler
+from mla_patch.kernels.common.e4m3 import unpack_e4m3x2
+from mla_patch.kernels.common.rounding import operand, rounded
 
 
 @triton.jit
@@ -22,66 +20,9 @@ def _halves(x, KIND: tl.constexpr):
     if KIND == 3:  # e5m2 is the upper half of a float16
         even = ((x & 0xFF) << 8).to(tl.float16, bitcast=True)
         odd = (x & -256).to(tl.float16, bitcast=True)
-    elif _PLAIN:
-        even, odd = _e4m3(x & 0xFF), _e4m3((x >> 8) & 0xFF)
-    elif KIND == 1:
-        even, odd = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t;
-            .reg .b16 a, b;
-            prmt.b32 t, $2, 0, 0x3120;
-            mov.b32 {a, b}, t;
-            cvt.rn.f16x2.e4m3x2 $0, a;
-            cvt.rn.f16x2.e4m3x2 $1, b;
-            }""",
-            "=r,=r,r",
-            [x],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
     else:
-        # Two values at a time, as in `_e4m3`. Adding one to a magnitude of 0x7f carries into its sign's place; prmt
-        # spreads that bit over the half, which makes the NaN.
-        even, odd = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, s, m, n, c;
-            mov.b32 c, 0x5c005c00;
-            shl.b32 t, $2, 8;
-            and.b32 s, t, 0x80008000;
-            and.b32 m, t, 0x7f007f00;
-            add.u32 n, m, 0x01000100;
-            prmt.b32 n, n, 0, 0xbb99;
-            and.b32 n, n, 0x7e007e00;
-            shr.u32 m, m, 1;
-            mul.f16x2 m, m, c;
-            or.b32 m, m, n;
-            or.b32 $0, m, s;
-            and.b32 s, $2, 0x80008000;
-            and.b32 m, $2, 0x7f007f00;
-            add.u32 n, m, 0x01000100;
-            prmt.b32 n, n, 0, 0xbb99;
-            and.b32 n, n, 0x7e007e00;
-            shr.u32 m, m, 1;
-            mul.f16x2 m, m, c;
-            or.b32 m, m, n;
-            or.b32 $1, m, s;
-            }""",
-            "=&r,=&r,r",
-            [x],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
+        even, odd = unpack_e4m3x2(x, KIND == 2)
     return even, odd
-
-
-@triton.jit
-def _e4m3(byte):
-    """e4m3 by integer arithmetic: shifted into a float16's place it is 2**-8 of its value."""
-    magnitude = byte & 0x7F
-    value = (((byte & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where(magnitude == 0x7F, float("nan"), value).to(tl.float16)
 
 
 @triton.jit

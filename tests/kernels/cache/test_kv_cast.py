@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.kernels.cache.kv_cast import WIDTH, cast_config, cast_pages, cast_pages_ref
+from mla_patch.kernels.cache.kv_cast import cast_config, cast_pages, cast_pages_ref
+from mla_patch.kernels.common.constants import WIDTH
 
 DEVICE = "cpu" if interpreted() else "cuda"
 EIGHT = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -84,7 +85,7 @@ def test_lengths_beyond_the_table(kind):
 
 @pytest.mark.parametrize("programs, least, rows", [(1, 1, 2), (7, 2, 16), (64, 64, 8)])
 def test_any_number_of_programs(programs, least, rows):
-    config = {"ROWS": rows, "PROGRAMS": programs, "LEAST": least, "num_warps": 1}
+    config = {"ROWS": rows, "PROGRAMS": programs, "MIN_PROGRAMS": least, "num_warps": 1}
     table = torch.randperm(64)[:42].int().view(3, 14).to(DEVICE)
     check(cache_of(128), table, ints([28, 5, 17]), page_size=2, config=config)
     check(cache_of(128), table, ints([28, 5, 17]), page_size=2, compact=True, config=config)
@@ -134,7 +135,7 @@ def test_misuse_is_named(wrong, text):
 
 
 def test_launch_numbers():
-    assert cast_config() == {"ROWS": 16, "PROGRAMS": 2048, "LEAST": 64, "num_warps": 4}
+    assert cast_config() == {"ROWS": 16, "PROGRAMS": 2048, "MIN_PROGRAMS": 64, "num_warps": 4}
 
 
 @pytest.mark.gpu
