@@ -31,8 +31,8 @@ def decode_config(heads: int, eight_bit: bool, capability: tuple[int, int], inte
         per_sm = 2 if capability in ((9, 0), (10, 0), (10, 3)) else 1
         return {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": per_sm, "num_warps": 4}
     if capability == (9, 0):
-        # Left to itself ptxas takes 182 to 188 registers with more than 16 requests, by schedules that differ by 20%;
-        # told of 255, it takes all of them, by the fastest.
+        # With more than 16 requests ptxas takes 182 to 188 registers by itself, by schedules whose times differ by 20%.
+        # Allowed 255, it takes all of them, by the fastest schedule.
         return {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 1, "num_warps": 4, "maxnreg": 255}
     if capability[0] in (9, 10):
         return {"BLOCK_H": 16, "BLOCK_N": 64, "STAGES": 5, "PER_SM": 1, "num_warps": 4}

@@ -38,7 +38,7 @@ _MERGE = {"BLOCK_S": 8, "num_warps": 4}
 
 @triton.jit
 def _cut(indptr, num_kv_splits, b, S):
-    """Where request ``b`` begins in the token ids, how many keys it has, and how many each of its splits."""
+    """Where request ``b`` begins in the token ids, how many keys it has, and how many each of its splits has."""
     first = tl.load(indptr + b).to(tl.int64)
     length = tl.maximum(tl.load(indptr + b + 1).to(tl.int64) - first, 0).to(tl.int32)
     splits = tl.minimum(tl.maximum(tl.load(num_kv_splits + b), 1), S)
@@ -75,27 +75,27 @@ def _splits_kernel(
 ):
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
-    first, length, each = _cut(indptr, num_kv_splits, b, S)
-    start = split * each
-    if start < length:
+    first, length, per_split = _cut(indptr, num_kv_splits, b, S)
+    first_key = split * per_split
+    if first_key < length:
         head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         mask = (head < H)[:, None]
         source = tl.multiple_of(q + b * q_stride_b + head[:, None].to(tl.int64) * q_stride_h, [16, 16])
-        ids = token_ids + first + start
-        keys = tl.minimum(each, length - start).to(tl.int32)
+        ids = token_ids + first + first_key
+        keys = tl.minimum(per_split, length - first_key).to(tl.int32)
         count = (keys + (BLOCK_N - 1)) // BLOCK_N
         m, denominator, a0, a1, a2, a3, b0, b1, b2, b3 = _attend(
             source, source + 512, mask, kv, ids, 0, count, keys, length, sm_scale, logit_cap, xai_len, kv_stride, None,
             KIND, CAPPED, XAI, BLOCK_H, BLOCK_N, STAGES, 0,
         )  # fmt: skip
         factor = (1.0 / denominator)[:, None]
-        place = (b * H + head) * S + split
-        part = attn_logits + place[:, None] * 512
-        _store_chunk(part, a0 * factor, b0 * factor, mask, KIND)
-        _store_chunk(part + 128, a1 * factor, b1 * factor, mask, KIND)
-        _store_chunk(part + 256, a2 * factor, b2 * factor, mask, KIND)
-        _store_chunk(part + 384, a3 * factor, b3 * factor, mask, KIND)
-        tl.store(attn_lse + place, (m + tl.log2(denominator)) * 0.6931471805599453, mask=head < H)
+        row = (b * H + head) * S + split
+        to_partial = attn_logits + row[:, None] * 512
+        _store_chunk(to_partial, a0 * factor, b0 * factor, mask, KIND)
+        _store_chunk(to_partial + 128, a1 * factor, b1 * factor, mask, KIND)
+        _store_chunk(to_partial + 256, a2 * factor, b2 * factor, mask, KIND)
+        _store_chunk(to_partial + 384, a3 * factor, b3 * factor, mask, KIND)
+        tl.store(attn_lse + row, (m + tl.log2(denominator)) * 0.6931471805599453, mask=head < H)
 
 
 @triton.jit(do_not_specialize=["v_scale"], do_not_specialize_on_alignment=_CALL_ARGS)
@@ -114,24 +114,24 @@ def _merge_splits_kernel(
     BLOCK_S: tl.constexpr,
 ):
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    _, length, each = _cut(indptr, num_kv_splits, b, S)
+    _, length, per_split = _cut(indptr, num_kv_splits, b, S)
     d = tl.arange(0, 512)
     acc = tl.zeros([512], tl.float32)
     if length > 0:
         row = (b * H + h) * S
-        count = (length + each - 1) // each
+        count = (length + per_split - 1) // per_split
         top = -float("inf")
         total = 0.0
-        for at in range(0, count, BLOCK_S):
-            some = at + tl.arange(0, BLOCK_S)
-            lse = tl.load(attn_lse + row + some, mask=some < count, other=-float("inf"))
+        for block in range(0, count, BLOCK_S):
+            split = block + tl.arange(0, BLOCK_S)
+            lse = tl.load(attn_lse + row + split, mask=split < count, other=-float("inf"))
             part = tl.load(
-                attn_logits + (row + some)[:, None] * 512 + d[None, :], mask=(some < count)[:, None], other=0.0
+                attn_logits + (row + split)[:, None] * 512 + d[None, :], mask=(split < count)[:, None], other=0.0
             )
             m = tl.maximum(top, tl.max(lse, 0))
-            keep, weight = tl.exp(top - m), tl.exp(lse - m)
-            acc = acc * keep + tl.sum(part * weight[:, None], 0)
-            total = total * keep + tl.sum(weight, 0)
+            rescale, weight = tl.exp(top - m), tl.exp(lse - m)
+            acc = acc * rescale + tl.sum(part * weight[:, None], 0)
+            total = total * rescale + tl.sum(weight, 0)
             top = m
         if sinks is not None:
             total += tl.exp(tl.load(sinks + h).to(tl.float32) - top)

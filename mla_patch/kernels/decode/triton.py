@@ -15,7 +15,7 @@ from mla_patch.kernels.common.rounding import operand, rounded
 
 
 @triton.jit
-def _halves(x, KIND: tl.constexpr):
+def _unpack_8bit(x, KIND: tl.constexpr):
     """int16 pairs of 8-bit values -> (even, odd) float16 values, exact; NaN stays NaN."""
     if KIND == 3:  # e5m2 is the upper half of a float16
         even = ((x & 0xFF) << 8).to(tl.float16, bitcast=True)
@@ -26,7 +26,7 @@ def _halves(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _largest(x0, x1, x2, x3, xr):
+def _row_max_abs(x0, x1, x2, x3, xr):
     """The largest magnitude in each row of five pieces, float32."""
     top = tl.maximum(tl.max(tl.abs(x0.to(tl.float32)), 1), tl.max(tl.abs(x1.to(tl.float32)), 1))
     top = tl.maximum(top, tl.maximum(tl.max(tl.abs(x2.to(tl.float32)), 1), tl.max(tl.abs(x3.to(tl.float32)), 1)))
@@ -34,14 +34,14 @@ def _largest(x0, x1, x2, x3, xr):
 
 
 @triton.jit
-def _half(x, unit):
-    return (x.to(tl.float32) / unit[:, None]).to(tl.float16)
+def _to_scaled_f16(x, q_scale):
+    return (x.to(tl.float32) / q_scale[:, None]).to(tl.float16)
 
 
 @triton.jit
-def _split(x, unit, kind):
-    """A float32 in units of ``unit``, as the sum of two 16-bit numbers."""
-    x = x / unit[:, None]
+def _split_float32(x, q_scale, kind):
+    """A float32 in units of ``q_scale``, as the sum of two 16-bit numbers."""
+    x = x / q_scale[:, None]
     high = x.to(kind)
     return operand(high), operand((x - high.to(tl.float32)).to(kind))
 
@@ -53,7 +53,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _requests(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.constexpr):
+def _count_tiles(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.constexpr):
     """Every request's tiles, and where they end on the line of all tiles."""
     lane = tl.arange(0, ROWS)
     begin = tl.load(indptr + lane, mask=lane < B, other=0)
@@ -66,57 +66,64 @@ def _requests(indptr, B, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.co
 
 
 @triton.jit
-def _tables(partial, programs, H):
-    """What lies behind the partials in the scratch (`_scratch`): their log-sum-exps, and who shares which request."""
-    # 32 bits hold it, since programs are a few for each multiprocessor. In 64 bits ptxas chose a schedule of the
-    # bfloat16 kernel that was 3 - 7% slower (Triton 3.6, sm_90, 16 heads, up to 16 requests).
-    places = 2 * programs * H
-    lse = (partial + places * 512).to(tl.pointer_type(tl.float32), bitcast=True)
-    spans = (lse + places).to(tl.pointer_type(tl.int32), bitcast=True)
-    return lse, spans, spans + programs * 4
+def _scratch_tables(partial, programs, H):
+    """What lies behind the partials in the scratch (`remembered.scratch_size`), all of it of 32 bits:
+
+    lse               [2 * programs, H]    float32, base 2, of each partial
+    shared_requests   [programs, 4]        int32: the request that a program shares with programs before it, or -1,
+                                           and the first and the last program that have a part of that request
+    owners            [B, 2]               int32: the first and the last program that have a part of a request; -1
+                                           as the last one says that a single program has written it
+    """
+    # 32 bits hold the number of rows, since programs are a few for each multiprocessor. In 64 bits ptxas chose a
+    # schedule of the bfloat16 kernel that was 3 - 7% slower (Triton 3.6, sm_90, 16 heads, up to 16 requests).
+    rows = 2 * programs * H
+    lse = (partial + rows * 512).to(tl.pointer_type(tl.float32), bitcast=True)
+    shared_requests = (lse + rows).to(tl.pointer_type(tl.int32), bitcast=True)
+    return lse, shared_requests, shared_requests + programs * 4
 
 
 @triton.jit
-def _store_chunk(pointer, one, other, mask, KIND: tl.constexpr):
+def _store_chunk(pointer, a, b, mask, KIND: tl.constexpr):
     """128 values of every head, from the two operands that a chunk is read as."""
     kind = pointer.dtype.element_ty
     if KIND == 0:
         c = tl.arange(0, 64)
-        tl.store(pointer + c[None, :], rounded(one, kind), mask=mask)
-        tl.store(pointer + 64 + c[None, :], rounded(other, kind), mask=mask)
+        tl.store(pointer + c[None, :], rounded(a, kind), mask=mask)
+        tl.store(pointer + 64 + c[None, :], rounded(b, kind), mask=mask)
     else:
-        tl.store(pointer + tl.arange(0, 128)[None, :], rounded(tl.interleave(one, other), kind), mask=mask)
+        tl.store(pointer + tl.arange(0, 128)[None, :], rounded(tl.interleave(a, b), kind), mask=mask)
 
 
 @triton.jit
 def _store_lse(lse, b, head, lse_stride_b, lse_stride_h, m, denominator, mask):
     """A request's log-sum-exp, from the base 2 of `_attend` to e."""
-    place = lse + b.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
+    to = lse + b.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
     value = (m + tl.log2(denominator)) * 0.6931471805599453
-    tl.store(place, rounded(value, lse.dtype.element_ty), mask=mask)
+    tl.store(to, rounded(value, lse.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _load_chunk(row, c, KIND: tl.constexpr):
     """128 values of every key as two operands: even and odd values of an 8-bit cache, else one half and the other."""
-    one = tl.load(row + c[None, :])
+    a = tl.load(row + c[None, :])
     if KIND == 0:
-        one, other = operand(one), operand(tl.load(row + c.shape[0] + c[None, :]))
+        a, b = operand(a), operand(tl.load(row + c.shape[0] + c[None, :]))
     else:
-        one, other = _halves(one, KIND)
-    return one, other
+        a, b = _unpack_8bit(a, KIND)
+    return a, b
 
 
 @triton.jit
 def _load_query(source, c, mask, KIND: tl.constexpr):
     """A chunk of every head's query, as `_load_chunk` has the keys'."""
     if KIND == 0:
-        one = tl.load(source + c[None, :], mask=mask, other=0.0)
-        other = tl.load(source + c.shape[0] + c[None, :], mask=mask, other=0.0)
+        a = tl.load(source + c[None, :], mask=mask, other=0.0)
+        b = tl.load(source + c.shape[0] + c[None, :], mask=mask, other=0.0)
     else:
         both = tl.load(source + tl.arange(0, 2 * c.shape[0])[None, :], mask=mask, other=0.0)
-        one, other = tl.split(both.reshape(both.shape[0], c.shape[0], 2))
-    return one, other
+        a, b = tl.split(both.reshape(both.shape[0], c.shape[0], 2))
+    return a, b
 
 
 @triton.jit
@@ -126,7 +133,7 @@ def _attend(
     mask,
     kv,
     ids,
-    first,
+    first_tile,
     count,
     keys,
     length,
@@ -143,13 +150,27 @@ def _attend(
     STAGES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
-    """``count`` tiles of a request's keys, from tile ``first`` on: the largest score, the sum of weights, weighted V.
+    """``count`` tiles of a request's keys, from ``first_tile`` on: the largest score, the sum of weights, weighted V.
 
     ``source`` points at the heads' queries, ``source_rope`` at their rope, ``ids`` at ``keys`` rows of the cache or,
     where there is a PAGE_SIZE, at their pages. The temperature is that of a request of ``length`` keys.
+    Scores are to the base 2, since exp2 is what the chip has.
+
+    A row is four chunks of 128 values and 64 of rope, and each of these five is read as two operands, A and B. They are
+    the chunk's first and second half. In an 8-bit cache, which is read as int16 pairs, they are its even and its odd
+    values, because one conversion of a register of pairs gives both. Keys come through shared memory, where one copy of
+    them serves scores and output. These are the tiles in registers:
+
+        operand    q            rest of a float32 q    keys              output
+        A          q0 .. q3 qr  u0 .. u3 ur            k0 .. k3 kr       a0 .. a3
+        B          p0 .. p3 pr  w0 .. w3 wr            l0 .. l3 lr       b0 .. b3
+        shape      [BLOCK_H, 64], rope [BLOCK_H, 32]   [BLOCK_N, 64]     [BLOCK_H, 64]
+                                                       rope [BLOCK_N, 32]
+
+    A score is s - t: s sums the products of A, and t those of B, whose queries are negated. Of s + t Triton would make
+    one chain of ten products, each of which waits for the one before. The chains of s and t do not wait for each other.
     """
-    # A row is four chunks of 128 values and 64 of rope, each read as two operands. In an 8-bit cache these are even and
-    # odd values, and the row has half as many elements, of two bytes.
+    # in an 8-bit cache the row has half as many elements, of two bytes
     STEP: tl.constexpr = 1 if KIND == 0 else 2
     CHUNK: tl.constexpr = 128 // STEP  # elements of the cache
     n = tl.arange(0, BLOCK_N)
@@ -174,42 +195,47 @@ def _attend(
     q2, p2 = _load_query(source + 256, c, mask, KIND)
     q3, p3 = _load_query(source + 384, c, mask, KIND)
     qr, pr = _load_query(source_rope, r, mask, KIND)
-    # The other operand's q is negated: Triton chains dot + dot into one, and here two chains run side by side.
     scale = sm_scale if CAPPED else sm_scale * 1.4426950408889634  # exp2 is what the chip has
-    TWICE: tl.constexpr = KIND == 0 and q0.dtype == tl.float32
-    if KIND == 0 and not TWICE:
+    FLOAT32_Q: tl.constexpr = KIND == 0 and q0.dtype == tl.float32
+    if KIND == 0 and not FLOAT32_Q:
         q0, q1, q2, q3, qr = operand(q0), operand(q1), operand(q2), operand(q3), operand(qr)
         p0, p1, p2, p3, pr = -operand(p0), -operand(p1), -operand(p2), -operand(p3), -operand(pr)
     else:
         # a power of two takes every head's q into float16's range, and loses nothing
-        largest = tl.maximum(_largest(q0, q1, q2, q3, qr), _largest(p0, p1, p2, p3, pr))
-        unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        unit = tl.where(unit > 0, unit, 1.0)
-        scale = (scale * unit)[:, None]
-    if TWICE:
-        # a float32 is more than one operand of the cache's type holds: what is left of it makes another
+        max_abs = tl.maximum(_row_max_abs(q0, q1, q2, q3, qr), _row_max_abs(p0, p1, p2, p3, pr))
+        q_scale = (max_abs.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        q_scale = tl.where(q_scale > 0, q_scale, 1.0)
+        scale = (scale * q_scale)[:, None]
+    if FLOAT32_Q:
+        # a float32 is more than one operand of the cache's type holds: what is left of it makes another, u and w
         kind = kv.dtype.element_ty
-        q0, u0 = _split(q0, unit, kind)
-        q1, u1 = _split(q1, unit, kind)
-        q2, u2 = _split(q2, unit, kind)
-        q3, u3 = _split(q3, unit, kind)
-        qr, ur = _split(qr, unit, kind)
-        p0, w0 = _split(p0, -unit, kind)
-        p1, w1 = _split(p1, -unit, kind)
-        p2, w2 = _split(p2, -unit, kind)
-        p3, w3 = _split(p3, -unit, kind)
-        pr, wr = _split(pr, -unit, kind)
+        q0, u0 = _split_float32(q0, q_scale, kind)
+        q1, u1 = _split_float32(q1, q_scale, kind)
+        q2, u2 = _split_float32(q2, q_scale, kind)
+        q3, u3 = _split_float32(q3, q_scale, kind)
+        qr, ur = _split_float32(qr, q_scale, kind)
+        p0, w0 = _split_float32(p0, -q_scale, kind)
+        p1, w1 = _split_float32(p1, -q_scale, kind)
+        p2, w2 = _split_float32(p2, -q_scale, kind)
+        p3, w3 = _split_float32(p3, -q_scale, kind)
+        pr, wr = _split_float32(pr, -q_scale, kind)
     elif KIND != 0:
-        q0, q1, q2, q3, qr = _half(q0, unit), _half(q1, unit), _half(q2, unit), _half(q3, unit), _half(qr, unit)
+        q0, q1, q2, q3, qr = (
+            _to_scaled_f16(q0, q_scale),
+            _to_scaled_f16(q1, q_scale),
+            _to_scaled_f16(q2, q_scale),
+            _to_scaled_f16(q3, q_scale),
+            _to_scaled_f16(qr, q_scale),
+        )
         p0, p1, p2, p3, pr = (
-            _half(p0, -unit),
-            _half(p1, -unit),
-            _half(p2, -unit),
-            _half(p3, -unit),
-            _half(pr, -unit),
+            _to_scaled_f16(p0, -q_scale),
+            _to_scaled_f16(p1, -q_scale),
+            _to_scaled_f16(p2, -q_scale),
+            _to_scaled_f16(p3, -q_scale),
+            _to_scaled_f16(pr, -q_scale),
         )
     for i in tl.range(0, count, num_stages=STAGES):
-        j = (first + i) * BLOCK_N + n
+        j = (first_tile + i) * BLOCK_N + n
         # a key past the end reads the last one again: its weight is 0, and 0 times a stranger's NaN is NaN
         at = tl.minimum(j, keys - 1)
         if PAGE_SIZE == 0:
@@ -217,7 +243,7 @@ def _attend(
             row = kv + slot[:, None] * kv_stride
         elif PAGE_SIZE % BLOCK_N == 0:
             # one look-up for a tile, which lies in one page
-            start = (first + i) * BLOCK_N
+            start = (first_tile + i) * BLOCK_N
             page = tl.load(ids + start // PAGE_SIZE).to(tl.int64)
             row = kv + page * page_stride + ((at - start + start % PAGE_SIZE).to(tl.int64) * kv_stride)[:, None]
         else:
@@ -238,7 +264,7 @@ def _attend(
         t = tl.dot(p2, l2.T, t)
         s = tl.dot(q3, k3.T, s)
         t = tl.dot(p3, l3.T, t)
-        if TWICE:
+        if FLOAT32_Q:
             s = tl.dot(ur, kr.T, s)
             t = tl.dot(wr, lr.T, t)
             s = tl.dot(u0, k0.T, s)
@@ -255,27 +281,27 @@ def _attend(
         if XAI:
             s = s * temperature
         s = tl.where((j < keys)[None, :], s, -float("inf"))
-        top = tl.maximum(m, tl.max(s, 1))
-        keep = tl.exp2(m - top)
-        p = tl.exp2(s - top[:, None])
-        weights = weights * keep[:, None] + p
-        m = top
-        keep = keep[:, None]
+        new_m = tl.maximum(m, tl.max(s, 1))
+        rescale = tl.exp2(m - new_m)
+        p = tl.exp2(s - new_m[:, None])
+        weights = weights * rescale[:, None] + p
+        m = new_m
+        rescale = rescale[:, None]
         p = p.to(k0.dtype)
-        a0 = tl.dot(p, k0, a0 * keep)
-        b0 = tl.dot(p, l0, b0 * keep)
-        a1 = tl.dot(p, k1, a1 * keep)
-        b1 = tl.dot(p, l1, b1 * keep)
-        a2 = tl.dot(p, k2, a2 * keep)
-        b2 = tl.dot(p, l2, b2 * keep)
-        a3 = tl.dot(p, k3, a3 * keep)
-        b3 = tl.dot(p, l3, b3 * keep)
+        a0 = tl.dot(p, k0, a0 * rescale)
+        b0 = tl.dot(p, l0, b0 * rescale)
+        a1 = tl.dot(p, k1, a1 * rescale)
+        b1 = tl.dot(p, l1, b1 * rescale)
+        a2 = tl.dot(p, k2, a2 * rescale)
+        b2 = tl.dot(p, l2, b2 * rescale)
+        a3 = tl.dot(p, k3, a3 * rescale)
+        b3 = tl.dot(p, l3, b3 * rescale)
     denominator = tl.sum(weights, 1)
     return m, denominator, a0, a1, a2, a3, b0, b1, b2, b3
 
 
 @triton.jit
-def _times(number, at):
+def _times_value_at(number, at):
     """A number times that on the device, if there is one there."""
     if at is not None:
         number *= tl.load(at).to(tl.float32)
@@ -329,23 +355,24 @@ def _decode_kernel(
     """One piece of the work. With a PAGE_SIZE, ``indptr`` holds lengths and ``token_ids`` is the block table. What
     stands at k_scale_at and v_scale_at, where these are given, goes with sm_scale and v_scale."""
     program = tl.program_id(0)
-    partial_lse, spans, requests = _tables(partial, tl.num_programs(0), H)
+    partial_lse, shared_requests, owners = _scratch_tables(partial, tl.num_programs(0), H)
     if PDL:
         gdc_launch_dependents()  # the merge may be set up; it waits for the end of this kernel before it reads
-    lane, tiles = _requests(indptr, B, ROWS, BLOCK_N, PAGE_SIZE > 0)
-    total = tl.sum(tiles, 0)
-    each = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
-    start = program * each
-    stop = tl.minimum(start + each, total)
+    lane, tiles = _count_tiles(indptr, B, ROWS, BLOCK_N, PAGE_SIZE > 0)
+    total_tiles = tl.sum(tiles, 0)
+    per_program = (total_tiles + tl.num_programs(0) - 1) // tl.num_programs(0)
+    start = program * per_program
+    stop = tl.minimum(start + per_program, total_tiles)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_head = head < H
-    sm_scale, v_scale = _times(sm_scale, k_scale_at), _times(v_scale, v_scale_at)
-    span = spans + program * 4  # which request this program shares with those before it, and with how many
-    tl.store(span, -1)
+    sm_scale, v_scale = _times_value_at(sm_scale, k_scale_at), _times_value_at(v_scale, v_scale_at)
+    # what this program shares with programs before it: nothing so far
+    shared_request = shared_requests + program * 4
+    tl.store(shared_request, -1)
     position = start
     while position < stop:
         # counted anew for every request, so that the counts hold no registers while keys are read
-        lane, tiles = _requests(indptr, B, ROWS, BLOCK_N, PAGE_SIZE > 0)
+        lane, tiles = _count_tiles(indptr, B, ROWS, BLOCK_N, PAGE_SIZE > 0)
         ends = tl.cumsum(tiles, 0)
         b = tl.sum(((ends <= position) & (lane < B)).to(tl.int32), 0)
         end = tl.sum(tl.where(lane == b, ends, 0), 0)
@@ -367,73 +394,73 @@ def _decode_kernel(
             source, rope, mask, kv, ids, position - begin, count, length, length, sm_scale, logit_cap, xai_len,
             kv_stride, page_stride, KIND, CAPPED, XAI, BLOCK_H, BLOCK_N, STAGES, PAGE_SIZE,
         )  # fmt: skip
-        own_lse = m + tl.log2(denominator)
-        whole = (position == begin) & (position + count == end)
+        piece_lse = m + tl.log2(denominator)
+        is_unsplit = (position == begin) & (position + count == end)
         if sinks is not None:
             sink = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32)
-            denominator += tl.where(whole, tl.exp2(sink * 1.4426950408889634 - m), 0.0)
-        factor = (tl.where(whole, v_scale, 1.0) / denominator)[:, None]
+            denominator += tl.where(is_unsplit, tl.exp2(sink * 1.4426950408889634 - m), 0.0)
+        factor = (tl.where(is_unsplit, v_scale, 1.0) / denominator)[:, None]
         a0, a1, a2, a3 = a0 * factor, a1 * factor, a2 * factor, a3 * factor
         b0, b1, b2, b3 = b0 * factor, b1 * factor, b2 * factor, b3 * factor
-        if whole:
-            tl.store(requests + 2 * b + 1, -1)
-            final = out + b.to(tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
-            final = tl.multiple_of(final, [16, 16])
-            _store_chunk(final, a0, b0, mask, KIND)
-            _store_chunk(final + 128, a1, b1, mask, KIND)
-            _store_chunk(final + 256, a2, b2, mask, KIND)
-            _store_chunk(final + 384, a3, b3, mask, KIND)
+        if is_unsplit:
+            tl.store(owners + 2 * b + 1, -1)
+            to_out = out + b.to(tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
+            to_out = tl.multiple_of(to_out, [16, 16])
+            _store_chunk(to_out, a0, b0, mask, KIND)
+            _store_chunk(to_out + 128, a1, b1, mask, KIND)
+            _store_chunk(to_out + 256, a2, b2, mask, KIND)
+            _store_chunk(to_out + 384, a3, b3, mask, KIND)
             if lse is not None:
                 _store_lse(lse, b, head, lse_stride_b, lse_stride_h, m, denominator, is_head)
         else:
             if position == begin:
-                tl.store(requests + 2 * b, program)
-                tl.store(requests + 2 * b + 1, (end - 1) // each)
+                tl.store(owners + 2 * b, program)
+                tl.store(owners + 2 * b + 1, (end - 1) // per_program)
             else:
-                tl.store(span, b)
-                tl.store(span + 1, begin // each)
-                tl.store(span + 2, (end - 1) // each)
-            # a request that began before this piece goes to the even place, one that begins inside it to the odd one
-            place = (2 * program + (position == begin).to(tl.int32)).to(tl.int64) * H
-            part = partial + (place + head[:, None]) * 512
-            _store_chunk(part, a0, b0, mask, KIND)
-            _store_chunk(part + 128, a1, b1, mask, KIND)
-            _store_chunk(part + 256, a2, b2, mask, KIND)
-            _store_chunk(part + 384, a3, b3, mask, KIND)
-            tl.store(partial_lse + place + head, own_lse, mask=is_head)
+                tl.store(shared_request, b)
+                tl.store(shared_request + 1, begin // per_program)
+                tl.store(shared_request + 2, (end - 1) // per_program)
+            # a request that began before this piece goes to the even row, one that begins inside it to the odd one
+            row = (2 * program + (position == begin).to(tl.int32)).to(tl.int64) * H
+            to_partial = partial + (row + head[:, None]) * 512
+            _store_chunk(to_partial, a0, b0, mask, KIND)
+            _store_chunk(to_partial + 128, a1, b1, mask, KIND)
+            _store_chunk(to_partial + 256, a2, b2, mask, KIND)
+            _store_chunk(to_partial + 384, a3, b3, mask, KIND)
+            tl.store(partial_lse + row + head, piece_lse, mask=is_head)
         position += count
     # nobody else comes by a request of no keys
     for empty in range(program, B, tl.num_programs(0)):
         if PAGE_SIZE > 0:
-            nothing = tl.load(indptr + empty) <= 0
+            has_no_key = tl.load(indptr + empty) <= 0
         else:
-            nothing = tl.load(indptr + empty + 1) <= tl.load(indptr + empty)
-        if nothing:
+            has_no_key = tl.load(indptr + empty + 1) <= tl.load(indptr + empty)
+        if has_no_key:
             zero = tl.zeros([BLOCK_H, 512], out.dtype.element_ty)
             to = out + tl.cast(empty, tl.int64) * out_stride_b + head[:, None].to(tl.int64) * out_stride_h
             to = tl.multiple_of(to, [16, 16])
             tl.store(to + tl.arange(0, 512)[None, :], zero, mask=is_head[:, None])
-            tl.store(requests + 2 * empty + 1, -1)  # nothing to merge
+            tl.store(owners + 2 * empty + 1, -1)  # nothing to merge
             if lse is not None:
-                none = lse + tl.cast(empty, tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
-                tl.store(none, tl.full([BLOCK_H], -float("inf"), lse.dtype.element_ty), mask=is_head)
+                to_lse = lse + tl.cast(empty, tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h
+                tl.store(to_lse, tl.full([BLOCK_H], -float("inf"), lse.dtype.element_ty), mask=is_head)
 
 
 @triton.jit
 def _merge_columns(partial, partial_lse, first, last, h, H, m, d, BLOCK_S: tl.constexpr):
     """The weighted sum of a request's partials in columns ``d``; ``m`` is the largest log-sum-exp."""
     acc = tl.zeros([d.shape[0]], tl.float32)
-    for at in range(first, last + 1, BLOCK_S):
-        some = at + tl.arange(0, BLOCK_S)
-        place = _place(some, first, H) + h
-        weight = tl.exp2(tl.load(partial_lse + place, mask=some <= last, other=-float("inf")) - m)
-        part = tl.load(partial + place[:, None] * 512 + d[None, :], mask=(some <= last)[:, None], other=0.0)
+    for block in range(first, last + 1, BLOCK_S):
+        program = block + tl.arange(0, BLOCK_S)
+        row = _partial_row(program, first, H) + h
+        weight = tl.exp2(tl.load(partial_lse + row, mask=program <= last, other=-float("inf")) - m)
+        part = tl.load(partial + row[:, None] * 512 + d[None, :], mask=(program <= last)[:, None], other=0.0)
         acc += tl.sum(part.to(tl.float32) * weight[:, None], 0)
     return acc
 
 
 @triton.jit
-def _place(program, first, H):
+def _partial_row(program, first, H):
     """Where a program left its part of a request: the odd one of its two places where the request begins."""
     return (2 * program + (program == first).to(tl.int32)).to(tl.int64) * H
 
@@ -466,35 +493,37 @@ def _merge_kernel(
     of sixteen with 32 columns each, so that one long request among many short ones finds many hands.
     """
     program, h = tl.program_id(0), tl.program_id(1)
-    partial_lse, spans, requests = _tables(partial, programs, H)
+    partial_lse, shared_requests, owners = _scratch_tables(partial, programs, H)
     if PDL:
         gdc_wait()
     if SLICES > 0:
         b = program // SLICES
-        mine = program % SLICES
-        first = tl.load(requests + 2 * b)
-        last = tl.load(requests + 2 * b + 1)
-        wanted = last >= 0  # else one program had all of it, and wrote it
+        share = program % SLICES
+        first = tl.load(owners + 2 * b)
+        last = tl.load(owners + 2 * b + 1)
+        has_work = last >= 0  # else one program had all of it, and wrote it
     else:
-        b = tl.load(spans + program * 4)
-        first = tl.load(spans + program * 4 + 1)
-        last = tl.load(spans + program * 4 + 2)
-        mine = program - first - 1
-        wanted = (b >= 0) & ((mine == 0) | ((last - first >= 16) & (mine < 16)))
-    if wanted:
-        s = first + tl.arange(0, PARTIALS)
-        parts = tl.load(partial_lse + _place(s, first, H) + h, mask=s <= last, other=-float("inf"))
-        m = tl.max(parts, 0)
-        denominator = tl.sum(tl.exp2(parts - m), 0)
+        b = tl.load(shared_requests + program * 4)
+        first = tl.load(shared_requests + program * 4 + 1)
+        last = tl.load(shared_requests + program * 4 + 2)
+        share = program - first - 1
+        has_work = (b >= 0) & ((share == 0) | ((last - first >= 16) & (share < 16)))
+    if has_work:
+        sharing = first + tl.arange(0, PARTIALS)
+        piece_lse = tl.load(
+            partial_lse + _partial_row(sharing, first, H) + h, mask=sharing <= last, other=-float("inf")
+        )
+        m = tl.max(piece_lse, 0)
+        denominator = tl.sum(tl.exp2(piece_lse - m), 0)
         if sinks is not None:
             denominator += tl.exp2(tl.load(sinks + h).to(tl.float32) * 1.4426950408889634 - m)
         if lse is not None:
-            _store_lse(lse, b, h, lse_stride_b, lse_stride_h, m, denominator, mine == 0)
-        factor = _times(v_scale, v_scale_at) / denominator
+            _store_lse(lse, b, h, lse_stride_b, lse_stride_h, m, denominator, share == 0)
+        factor = _times_value_at(v_scale, v_scale_at) / denominator
         to = out + b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
         kind = out.dtype.element_ty
         if SLICES > 0:
-            d = mine * (512 // SLICES) + tl.arange(0, 512 // SLICES)
+            d = share * (512 // SLICES) + tl.arange(0, 512 // SLICES)
             acc = _merge_columns(partial, partial_lse, first, last, h, H, m, d, BLOCK_S)
             tl.store(to + d, rounded(acc * factor, kind))
         elif last - first < 16:
@@ -502,9 +531,9 @@ def _merge_kernel(
             acc = _merge_columns(partial, partial_lse, first, last, h, H, m, d, 4)
             tl.store(to + d, rounded(acc * factor, kind))
         else:
-            few = mine * 32 + tl.arange(0, 32)
-            part = _merge_columns(partial, partial_lse, first, last, h, H, m, few, BLOCK_S)
-            tl.store(to + few, rounded(part * factor, kind))
+            columns = share * 32 + tl.arange(0, 32)
+            part = _merge_columns(partial, partial_lse, first, last, h, H, m, columns, BLOCK_S)
+            tl.store(to + columns, rounded(part * factor, kind))
 
 
 watch_compiles(_decode_kernel, _merge_kernel)

@@ -127,13 +127,13 @@ def _check_tensor(
 
 def _stride(name: str, stride: int | None, tensor: torch.Tensor, rows: int | None = None) -> int:
     """A row stride as the host passed it; one that is not the tensor's own must still keep all rows in its memory."""
-    own = tensor.stride(0)
-    if stride is None or stride == own:
-        return own
+    natural = tensor.stride(0)
+    if stride is None or stride == natural:
+        return natural
     last = (tensor.shape[0] if rows is None else rows) - 1
     room = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
     if stride < 0 or last * stride >= max(room, 1):
-        raise ValueError(f"{name}: {stride} for {last + 1} rows, expected {own} as the tensor has, or less")
+        raise ValueError(f"{name}: {stride} for {last + 1} rows, expected {natural} as the tensor has, or less")
     return stride
 
 

@@ -128,7 +128,7 @@ def _combine_kernel(
     shift = tl.load(swa_base + row, mask=owned, other=0) + (pos - recent + 1) - compressed
     shift -= seq - tl.load(gather_lens + row, mask=owned, other=0)
     # up to where sums are int32: decided here, as 64 bits for every column cost more time than memory does
-    most = 2147483647 - tl.maximum(base, 0)
+    max_index = 2147483647 - tl.maximum(base, 0)
     last = tl.minimum(total, 2147483648 - shift).to(tl.int32)
     shift = shift.to(tl.int32)
     source = topk_indices + t * topk_stride
@@ -141,7 +141,7 @@ def _combine_kernel(
     for begin in range(0, width, BLOCK):
         j = begin + tl.arange(0, BLOCK)
         v = tl.load(source + j, mask=j < readable, other=-1)
-        found = tl.where((j < compressed) & (v >= 0) & (v <= most), v + base, -1)
+        found = tl.where((j < compressed) & (v >= 0) & (v <= max_index), v + base, -1)
         found = tl.where((j >= compressed) & (j < last), j + shift, found)
         tl.store(to + j, found, mask=j < end)
 
