@@ -339,16 +339,20 @@ def shared_memory(index: int) -> int:
     return told or _SHARED.get(capability(index), 48) * 1024
 
 
-def elsewhere(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies on another GPU than the current one, where Triton launches whatever tensors say."""
+def on_other_device(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies on another GPU than the current one. Triton launches on the current one, whatever tensors
+    say."""
     import torch
 
     return tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
 
 
-def aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row begins on 16 bytes. Kernels say so of q and out: if Triton were to find out, it would compile
-    them twice, and without it they move two bytes at a time."""
+def has_16b_rows(tensor: torch.Tensor) -> bool:
+    """Whether every row begins on 16 bytes. Kernels rely on it for q and out, and tell Triton so.
+
+    Triton would find it out by itself, too, but then it would compile every kernel twice. Without it, kernels move two
+    bytes at a time.
+    """
     if tensor.data_ptr() % 16:
         return False
     size = tensor.element_size()
@@ -359,9 +363,9 @@ def aligned(tensor: torch.Tensor) -> bool:
     return True
 
 
-def realigned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or, where it is not `aligned`, a copy that is."""
-    if aligned(tensor):
+def ensure_16b_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy whose rows begin on 16 bytes, where its own do not."""
+    if has_16b_rows(tensor):
         return tensor
     import torch
 

@@ -31,11 +31,11 @@ def tensor(index: int | None) -> Any:
     return SimpleNamespace(is_cuda=index is not None, device=SimpleNamespace(index=index))
 
 
-def test_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert gpu.elsewhere(tensor(0)) and gpu.elsewhere(tensor(2)) and not gpu.elsewhere(tensor(1))
+    assert gpu.on_other_device(tensor(0)) and gpu.on_other_device(tensor(2)) and not gpu.on_other_device(tensor(1))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("CUDA was asked about a CPU tensor"))
-    assert not gpu.elsewhere(tensor(None))
+    assert not gpu.on_other_device(tensor(None))
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_launches_follow_the_tensors(name: str, monkeypatch: pytest.MonkeyPatch)
             return self.kernel[grid]
 
     monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(gpu, "elsewhere", lambda tensor: current[-1] != str(tensor.device))
+    monkeypatch.setattr(gpu, "on_other_device", lambda tensor: current[-1] != str(tensor.device))
     for kernel in kernels:
         monkeypatch.setattr(module, kernel, Watched(kernel))
     call()

@@ -45,7 +45,7 @@ def can_launch(tensor: torch.Tensor) -> bool:
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one. Triton launches on the current GPU, wherever its arguments lie."""
-    return torch.cuda.device(tensor.device) if gpu.elsewhere(tensor) else _HERE
+    return torch.cuda.device(tensor.device) if gpu.on_other_device(tensor) else _HERE
 
 
 @contextmanager

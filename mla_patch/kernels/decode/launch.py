@@ -104,7 +104,8 @@ def _decode(
     key has all that checks look at and that Triton compiles apart, but for what changes from step to step.
     """
     q, rope = query if isinstance(query, tuple) else (query, None)
-    if gpu.elsewhere(q):  # not `on_device_of`: this is on the way of every call, and an empty context takes time, too
+    # not `on_device_of`: this is on the way of every call, and an empty context takes time, too
+    if gpu.on_other_device(q):
         with torch.cuda.device(q.device):
             return _decode(
                 query, kv, out, indptr, token_ids, paged, k_scale, v_scale, sinks, lse, sm_scale, logit_cap,
@@ -167,10 +168,10 @@ def _first_launch(
     batch, heads = q.shape[0], q.shape[1]
     if batch == 0:
         return out
-    if not gpu.aligned(q) or (rope is not None and not gpu.aligned(rope)):
-        q = gpu.realigned(q)
-        return _decode(q if rope is None else (q, gpu.realigned(rope)), kv, out, indptr, token_ids, *options)
-    if not gpu.aligned(out):
+    if not gpu.has_16b_rows(q) or (rope is not None and not gpu.has_16b_rows(rope)):
+        q = gpu.ensure_16b_rows(q)
+        return _decode(q if rope is None else (q, gpu.ensure_16b_rows(rope)), kv, out, indptr, token_ids, *options)
+    if not gpu.has_16b_rows(out):
         aligned = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         return out.copy_(_decode(q if rope is None else (q, rope), kv, aligned, indptr, token_ids, *options))
     # without pages these two are no parameters at all

@@ -187,7 +187,7 @@ def mla_decode_splits(
         numbers.pop(name, None)
     splits = attn_lse.shape[2]
     with on_device_of(q):
-        q = gpu.realigned(q)
+        q = gpu.ensure_16b_rows(q)
         _splits_kernel[(batch, -(-heads // numbers["BLOCK_H"]), splits)](
             q, kv, indptr, token_ids, attn_logits, attn_lse, num_kv_splits, heads, splits,
             float(sm_scale * k_scale), float(logit_cap), int(xai_temperature_len),

@@ -123,7 +123,7 @@ def _launch(
     if batch == 0 or queries == 0:
         return out, lse
     chip = chip_of(q)
-    q = gpu.realigned(q)
+    q = gpu.ensure_16b_rows(q)
     sm90 = config is None and takes_sm90(q, out, sm_scale, chip.capability)
     numbers = dict(SM90_TILES if sm90 else config or sparse_config(heads, chip.capability, INTERPRETED))
     results = plan_splits(out, lse, (keys.topk, extra.topk), numbers, chip, batch_invariant)

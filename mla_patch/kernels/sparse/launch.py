@@ -136,8 +136,10 @@ def _sm90_kernel() -> tuple[Any, int]:
 
 
 def takes_sm90(q: torch.Tensor, out: torch.Tensor, sm_scale: float, capability: tuple[int, int]) -> bool:
-    """Whether `sparse_sm90` serves these queries, given `gpu.realigned`."""
-    return HAS_GLUON and capability == (9, 0) and q.shape[-2] >= SM90_MIN_HEADS and sm_scale > 0 and gpu.aligned(out)
+    """Whether `sparse_sm90` serves these queries, given `gpu.ensure_16b_rows`."""
+    return (
+        HAS_GLUON and capability == (9, 0) and q.shape[-2] >= SM90_MIN_HEADS and sm_scale > 0 and gpu.has_16b_rows(out)
+    )
 
 
 def launch_sm90(

@@ -88,7 +88,7 @@ def _launch(
         results = Results(out, lse[..., None], lse, lse, splits=1)
         # each query as a request of one token
         launch_sm90(
-            gpu.realigned(q)[:, None], keys, NO_KEYS, results, max_logits, sm_scale=sm_scale, log_unit=log_unit,
+            gpu.ensure_16b_rows(q)[:, None], keys, NO_KEYS, results, max_logits, sm_scale=sm_scale, log_unit=log_unit,
             sinks=sinks,
         )  # fmt: skip
         return out, max_logits, lse

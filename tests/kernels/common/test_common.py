@@ -177,7 +177,7 @@ def test_a_launch_goes_to_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.cuda, "device", device)
     for elsewhere in (False, True):
-        monkeypatch.setattr(gpu, "elsewhere", lambda tensor, elsewhere=elsewhere: elsewhere)
+        monkeypatch.setattr(gpu, "on_other_device", lambda tensor, elsewhere=elsewhere: elsewhere)
         with launch.on_device_of(torch.ones(1)):
             pass
         assert entered == ["cpu"] * elsewhere

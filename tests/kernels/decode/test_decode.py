@@ -651,7 +651,7 @@ def test_which_kernel_has_a_call(heads, cache, change, name, grid, monkeypatch):
     monkeypatch.setattr(launch_module, "_decode_kernel", Launches("decode", seen))
     monkeypatch.setattr(launch_module, "_merge_kernel", Launches("merge", seen))
     monkeypatch.setattr(launch_module, "HAS_GLUON", change != "no Gluon")
-    monkeypatch.setattr(gpu, "elsewhere", lambda q: False)
+    monkeypatch.setattr(gpu, "on_other_device", lambda q: False)
     monkeypatch.setattr(gpu, "capability", lambda index: (10, 0) if change == "sm_100" else (9, 0))
     monkeypatch.setattr(gpu, "sm_count", lambda index: 132)
     pad = {"row": 8, "place": 0}.get(change, 0)

@@ -123,7 +123,7 @@ def combine_topk_swa_indices(
         out_lens = torch.empty(queries, dtype=torch.int32, device=device)
     _check_vector("out_lens", out_lens, queries, device)
     if queries:
-        fours = topk % 4 == 0 and gpu.aligned(topk_indices) and gpu.aligned(out_indices)
+        fours = topk % 4 == 0 and gpu.has_16b_rows(topk_indices) and gpu.has_16b_rows(out_indices)
         with on_device_of(topk_indices):
             _combine_kernel[(queries,)](
                 out_indices, out_lens, topk_indices, query_start_loc, query_pos, seq_lens, gather_lens,
