@@ -22,11 +22,7 @@ from mla_patch.kernels.cache.layouts import LAYOUTS, V4, V32, Pages, new_pages, 
 from mla_patch.kernels.common.checks import check_device, describe
 from mla_patch.kernels.common.e4m3 import e4m3_to_f32, scale_e4m3_to_bf16
 from mla_patch.kernels.common.launch import INTERPRETED, can_launch, chip_of, on_device_of, warming_up
-from mla_patch.kernels.common.rounding import operand as operand
-from mla_patch.kernels.common.rounding import round_bf16 as round_bf16
-from mla_patch.kernels.common.rounding import rounded as rounded
-
-e4m3_value = e4m3_to_f32  # until kv_cast asks `common`
+from mla_patch.kernels.common.rounding import round_bf16
 
 _PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembler
 

@@ -23,10 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_patch.kernels.common.checks import describe as told
 from mla_patch.kernels.common.constants import ROPE, V4_PAGE_MULTIPLE, V4_TOKEN_BYTES, V32_TOKEN_BYTES
 
-__all__ = ["LAYOUTS", "ROPE", "V4", "V32", "Layout", "Pages", "new_pages", "pages_of", "told"]
+__all__ = ["LAYOUTS", "ROPE", "V4", "V32", "Layout", "Pages", "new_pages", "pages_of"]
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ Shared memory, 216 KiB of 16-bit values, in tiles that the tensor cores read as 
     even_rope             64 keys x 64      the even tile's rotary values, and later its probabilities (heads x keys);
                                             odd_rope likewise
 
-and, of 64 numbers each, top_even and top_odd (row maxima), sum_even and sum_odd (sums of weights) and, in the sparse
-kernels, known (which keys count). There is no room for a third tile, so that a tile is brought in two halves, each as
-soon as the consumer that reads it last has let go of it.
+There are also vectors of 64: top_even and top_odd (row maxima), sum_even and sum_odd (sums of weights) and, in the
+sparse kernel, seen_even and seen_odd, which tell the consumers as ``known`` which keys count. There is no room for a
+third tile. Therefore a tile is brought in two halves, each as soon as the consumer that reads it last has let go of it.
 
 Registers of a consumer, per warp group: the score tile ``s`` (64 x 64 float32), its probabilities (64 x 64), and
 ``acc`` (64 x 256 float32), its columns of the output.
