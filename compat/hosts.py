@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from mla_patch.compat import HOST_PACKAGES
-from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang import release as sglang
 from mla_patch.compat.types import SWITCHED_ON, Host
 
 VLLM = Host(

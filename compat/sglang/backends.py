@@ -41,15 +41,11 @@ Decode context parallelism (flashinfer and flashmla from 0.5.15) wants the log-s
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from packaging.version import Version
-
-from mla_patch.compat.sglang import decode as sglang
-from mla_patch.compat.types import Change, Edit, Target, Undo
+from mla_patch.compat.eras import Eras, era_of, value_at
+from mla_patch.compat.types import Home
 
 _ATTENTION = "sglang.srt.layers.attention"
 _POOLS = "sglang.srt.mem_cache.memory_pool"
@@ -292,11 +288,6 @@ def paged(cache: Any, page_size: int) -> Any:
     return cache.as_strided((cache.shape[0] // page_size, page_size, 576), (row * page_size, row, 1))
 
 
-def shadow_clone(call: BackendCall) -> tuple[BackendCall, None]:
-    """For shadow checks: the output is what is returned. Both arms store the new tokens, the same bytes twice."""
-    return call, None
-
-
 _FIRST = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")
 _HALVES = (*_FIRST, "q_rope", "k_rope")
 _SINKS = (*_HALVES, "sinks")
@@ -304,65 +295,30 @@ _DESCALES = (
     *_SINKS, "q_descale", "k_descale", "v_descale", "score_mod", "aux_tensors", "rel_bias", "rel_bias_event",
 )  # fmt: skip
 # of forward_decode; forward_extend takes the same, but for FlashMLA's
-PARAMS: dict[type[BackendCall], sglang.Eras] = {
-    Fa3Call: (("0.5.21", (*_DESCALES, "return_lse")), ("0.5.16", _DESCALES), ("0", _SINKS)),
-    FlashInferCall: (("0", _HALVES),),
-    FlashMlaCall: (("0", _FIRST),),
+PARAMS: dict[type[BackendCall], Eras[tuple[str, ...]]] = {
+    Fa3Call: (("0.5.21", (*_DESCALES, "return_lse")), ("0.5.16", _DESCALES), ("0.5.1", _SINKS)),
+    FlashInferCall: (("0.5.1", _HALVES),),
+    FlashMlaCall: (("0.5.1", _FIRST),),
 }
 
 
-def decode_targets(version: str | None) -> tuple[Change, ...]:
-    """``forward_decode`` of the three classes in ``version``, and the edits around each."""
-    if version is not None and Version(version) < Version("0.5.1"):
-        return ()
-    hook = "mla_patch.hooks.sglang.decode_backends"
-    targets: list[Change] = []
-    for call in CALLS:
-        targets += [
-            Target(
-                call.module,
-                f"{call.owner}.forward_decode",
-                params,
-                "call",
-                call,
-                f"{hook}:declines",
-                f"{hook}:serve",
-                shadow_clone=shadow_clone,
-                group=call.name,
-                arms=False,
-            )
-            for params in sglang.era_of(PARAMS[call], version)
-        ]
-        if call is FlashMlaCall and (version is None or Version(version) >= Version("0.5.6")):
-            name = f"{call.owner}.scales"
-            targets.append(Edit(call.module, name, leave_scale_out, survives_restore=True, group=call.name))
-        targets.append(Edit(call.module, f"{call.owner}.warmup", _WARMING[call], group=call.name))
-    return tuple(targets)
+# FlashMLA multiplies what it reads of an 8-bit cache by k_scale, with which nobody has divided
+_FLASHMLA_SCALES: Eras[bool] = (("0.5.6", True), ("0.5.1", False))
 
 
-def leave_scale_out(module: ModuleType) -> Undo:
-    """From 0.5.6 FlashMLA reads an 8-bit cache times k_scale, and nobody stores it divided: read it without.
-
-    On either arm, in decode and in verify, as both read the same bytes; prompts with a prefix have always read them so.
-    """
-    compiling = sglang.is_compiling()
-
-    def read(backend: Any, layer: Any) -> Any:
-        if layer.k_scale is None or layer.k_scale_float == 1.0 or not getattr(backend, "is_fp8_kvcache", False):
-            return layer
-        if not compiling():
-            sglang.say_once(
-                "flashmla",
-                "the checkpoint's k_scale (%s, layer %s) is not used: SGLang's FlashMLA backend stores latents without",
-                layer.k_scale_float, layer.layer_id,
-            )  # fmt: skip
-        return sglang.Unscaled(layer)
-
-    return sglang.wrap_methods(module.FlashMLABackend, ("forward_decode", "forward_extend"), read)
+def flashmla_reads_scales(version: str | None) -> bool:
+    """Whether FlashMLA's backend reads an 8-bit cache with k_scale; an unknown release is taken for a new one."""
+    return value_at(_FLASHMLA_SCALES, version)
 
 
-class BackendCapacity(NamedTuple):
-    """What a backend can be asked to decode, as far as it is known when it has been built."""
+def homes(call: type[BackendCall], version: str | None) -> list[Home]:
+    """``forward_decode`` of the backend that makes ``call``, in ``version``; in every shape where that is unknown."""
+    name = f"{call.owner}.forward_decode"
+    return [Home(call.module, name, params, "call", call) for params in era_of(PARAMS[call], version)]
+
+
+class BackendWarmup(NamedTuple):
+    """What a backend can be asked to decode, as far as it is known when it has been built: what a warm-up compiles."""
 
     name: str  # "fa3"
     device: Any
@@ -373,7 +329,7 @@ class BackendCapacity(NamedTuple):
     page_size: int  # 0: by token ids
 
 
-def capacity(call: type[BackendCall], backend: Any, runner: Any) -> BackendCapacity | None:
+def warmup_of(call: type[BackendCall], backend: Any, runner: Any) -> BackendWarmup | None:
     """What ``backend`` can be asked to decode of a latent cache; None where its calls are declined."""
     kind = type(backend)
     pool = latent_pool(runner.token_to_kv_pool)
@@ -384,7 +340,7 @@ def capacity(call: type[BackendCall], backend: Any, runner: Any) -> BackendCapac
     page = {"fa3": getattr(backend, "page_size", 1), "flashmla": FLASHMLA_PAGE}.get(call.name, 0)
     heads = runner.model_config.num_attention_heads // _attention_ranks()
     requests = runner.req_to_token_pool.size
-    return BackendCapacity(call.name, runner.device, heads, runner.dtype, pool.dtype, requests, page)
+    return BackendWarmup(call.name, runner.device, heads, runner.dtype, pool.dtype, requests, page)
 
 
 def _attention_ranks() -> int:
@@ -393,28 +349,3 @@ def _attention_ranks() -> int:
     if ask is not None:
         return int(ask())
     return int(sys.modules["sglang.srt.runtime_context"].get_parallel().attn_tp_size)
-
-
-def _warm_once_built(call: type[BackendCall], module: ModuleType) -> Undo:
-    owner = getattr(module, call.owner)
-    return sglang.warm_once_built(owner, "mla_patch.hooks.sglang.decode_backends:warm", partial(capacity, call))
-
-
-def warm_fa3(module: ModuleType) -> Undo:
-    """Have our decode compiled once a backend is built, before graphs are captured."""
-    return _warm_once_built(Fa3Call, module)
-
-
-def warm_flashinfer(module: ModuleType) -> Undo:
-    """As `warm_fa3`."""
-    return _warm_once_built(FlashInferCall, module)
-
-
-def warm_flashmla(module: ModuleType) -> Undo:
-    """As `warm_fa3`."""
-    return _warm_once_built(FlashMlaCall, module)
-
-
-_WARMING: dict[type[BackendCall], Callable[[ModuleType], Undo]] = {
-    Fa3Call: warm_fa3, FlashInferCall: warm_flashinfer, FlashMlaCall: warm_flashmla,
-}  # fmt: skip

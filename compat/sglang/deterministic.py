@@ -25,20 +25,21 @@ kernel keeps tokens apart; the splits of FlashMLA's decode depend on the batch i
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import sys
-import threading
-from types import ModuleType
-from typing import Any
 
-from mla_patch.compat.types import SWITCHED_ON, Undo
-from mla_patch.hooks.editing import set_methods
+from mla_patch.compat.eras import Eras, value_at
+from mla_patch.compat.sglang import release
+from mla_patch.compat.types import SWITCHED_ON
 
-VARIABLE = "SGLANG_ENABLE_DETERMINISTIC_INFERENCE"
-REASON = "deterministic inference: the engine promises batch-invariant results"
+VARIABLE, REASON = release.DETERMINISTIC, release.DETERMINISTIC_PROMISE
+_HAS_MODE: Eras[bool] = (("0.5.3", True), ("0.5.1", False))
 _OPS = "sglang.srt.batch_invariant_ops"
+
+
+def has_mode(version: str | None) -> bool:
+    """Whether the release has the mode; an unknown one is taken for a new one."""
+    return value_at(_HAS_MODE, version)
 
 
 def inherited() -> str | None:
@@ -51,32 +52,3 @@ def is_on() -> bool:
     """Whether this process's engine keeps the promise. Imports nothing."""
     ops = sys.modules.get(_OPS)
     return ops is not None and bool(ops.is_batch_invariant_mode_enabled())
-
-
-class _Decoding(threading.local):
-    """What this thread's backend promises while it decodes: REASON or None."""
-
-    promise: str | None = None
-
-
-decoding = _Decoding()
-
-
-def watch_decodes(module: ModuleType) -> Undo:
-    """Tell a decode whether the backend that asks for it is deterministic: its call does not say."""
-    owner = module.TritonAttnBackend
-    original = vars(owner)["forward_decode"]
-    if next(iter(inspect.signature(original).parameters)) != "self":
-        raise TypeError(f"{owner.__qualname__}.forward_decode is no method of an instance")
-
-    @functools.wraps(original)
-    def forward_decode(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not getattr(self, "enable_deterministic", False):
-            return original(self, *args, **kwargs)
-        before, decoding.promise = decoding.promise, REASON
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            decoding.promise = before
-
-    return set_methods(owner, {"forward_decode": forward_decode})

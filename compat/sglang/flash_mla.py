@@ -47,9 +47,9 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from mla_patch.compat import gpu
-from mla_patch.compat.sglang.decode import warm_once_built
 from mla_patch.compat.types import Change, Edit, Target, Undo
 from mla_patch.hooks.editing import Undoing
+from mla_patch.hooks.sglang.edits.warmup import warm_once_built
 
 log = logging.getLogger("mla_patch")
 

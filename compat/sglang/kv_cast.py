@@ -6,7 +6,7 @@
 
 In every release both say `get_key_buffer(layer).to(q.dtype)` of the whole pool of a layer: for target verify, draft
 extend, and the prompts that attend to a prefix in MLA's absorbed form. Parameters, pool and the write of the new keys,
-which comes first, are forward_decode's: see `sglang_backends`.
+which comes first, are forward_decode's: see `backends`.
 
 FA3 finds its pages by the metadata's page_table and cache_seqlens_int32, of requests. Target verify with topk > 1 reads
 the drafts by a second table, in forward_metadata_spec_decode_expand, of slots whatever the page size.
@@ -22,19 +22,14 @@ Neither applies a scale: what an 8-bit MLA pool stores is a plain cast.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
-import wrapt
-
+from mla_patch.compat.eras import era_of
 from mla_patch.compat.sglang import backends as sglang_backends
-from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang.backends import latent_pool, pool_of, shares_context
-from mla_patch.compat.types import Change, Edit, Target, Undo
+from mla_patch.compat.types import Home
 
-_HOOK = "mla_patch.hooks.sglang.kv_cast"
 LATENT, WIDTH = 512, 576
 _EIGHT_BIT = ("torch.float8_e4m3fn", "torch.float8_e5m2")
 _SIXTEEN_BIT = ("torch.bfloat16", "torch.float16")
@@ -84,10 +79,6 @@ class ExtendCall:
         """Why the backend's own tables cannot be followed, or None."""
         raise NotImplementedError
 
-    def renumbered(self, places: list[Any]) -> dict[str, Any]:
-        """The backend's attributes with ``places`` instead of the ids of `tables`."""
-        raise NotImplementedError
-
 
 class Fa3Extend(ExtendCall):
     __slots__ = ()
@@ -108,13 +99,6 @@ class Fa3Extend(ExtendCall):
         if not self.backend.use_mla:
             return NOT_ABSORBED
         return SLOTS_IN_PAGES if self._reads_a_tree() and self.backend.page_size > 1 else None
-
-    def renumbered(self, places: list[Any]) -> dict[str, Any]:
-        names = ("forward_metadata", "forward_metadata_spec_decode_expand")
-        return {
-            name: _Seen(getattr(self.backend, name), page_table=place)
-            for name, place in zip(names, places, strict=False)
-        }
 
 
 class FlashInferExtend(ExtendCall):
@@ -137,11 +121,6 @@ class FlashInferExtend(ExtendCall):
         if wrapper._use_cuda_graph and "DFLASH" in getattr(kind, "name", ""):
             return NO_LENGTHS
         return None
-
-    def renumbered(self, places: list[Any]) -> dict[str, Any]:
-        metadata = self.backend.forward_metadata
-        wrapper = _Wrapper(metadata.prefill_wrapper, places[0][0])
-        return {"forward_metadata": _Seen(metadata, prefill_wrapper=wrapper)}
 
 
 def problem(call: ExtendCall) -> str | None:
@@ -182,61 +161,8 @@ def read(call: ExtendCall) -> Any:
     return pool_of(call).get_key_buffer(call.layer.layer_id)
 
 
-class _Seen(wrapt.ObjectProxy):
-    """An object of the host's as one call sees it: some attributes are others."""
-
-    def __init__(self, wrapped: Any, **seen: Any) -> None:
-        super().__init__(wrapped)
-        self._self_seen = seen
-
-    def __getattr__(self, name: str) -> Any:
-        seen = self._self_seen
-        return seen[name] if name in seen else getattr(self.__wrapped__, name)
-
-
-class _Pool(wrapt.ObjectProxy):
-    """The pool as one call sees it: what it reads of a layer is in 16 bits already."""
-
-    def __init__(self, wrapped: Any, cast: Callable[[Any], Any]) -> None:
-        super().__init__(wrapped)
-        self._self_cast = cast
-
-    def get_key_buffer(self, layer_id: int) -> Any:
-        return self._self_cast(self.__wrapped__.get_key_buffer(layer_id))
-
-
-class _Wrapper(wrapt.ObjectProxy):
-    """FlashInfer's wrapper with another list of pages while it runs."""
-
-    def __init__(self, wrapped: Any, ids: Any) -> None:
-        super().__init__(wrapped)
-        self._self_ids = ids
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        wrapper = self.__wrapped__
-        planned, wrapper._kv_indices_buf = wrapper._kv_indices_buf, self._self_ids
-        try:
-            return wrapper.run(*args, **kwargs)
-        finally:
-            wrapper._kv_indices_buf = planned
-
-
-def extend(original: Callable[..., Any], call: ExtendCall, cast: Callable[[Any], Any], places: list[Any] | None) -> Any:
-    """The host's own method. What it reads of the pool is ``cast(cache)``, in which it finds its pages under the
-    numbers in ``places``, one tensor for each of `tables`, or under their own."""
-    batch = call.batch
-    view = _Pool(pool_of(call), cast)
-    seen = call.renumbered(places) if places is not None else {}
-    if getattr(batch, "token_to_kv_pool", None) is None:
-        seen["token_to_kv_pool"] = view
-    else:
-        batch = _Seen(batch, token_to_kv_pool=view)
-    backend = _Seen(call.backend, **seen) if seen else call.backend
-    return original(backend, call.q, call.k, call.v, call.layer, batch, *call.args, **call.kwargs)
-
-
 @dataclass(frozen=True)
-class Casts:
+class CastWarmup:
     """What a backend's calls can ask of the cast."""
 
     device: Any
@@ -245,7 +171,7 @@ class Casts:
     page_sizes: tuple[int, ...]
 
 
-def casts(backend: Any, runner: Any) -> Casts | None:
+def warmup_of(backend: Any, runner: Any) -> CastWarmup | None:
     """What a backend can ask, once it is built; None: nothing."""
     config = runner.model_config
     shape = getattr(config, "kv_lora_rank", None), getattr(config, "qk_rope_head_dim", None)
@@ -255,35 +181,14 @@ def casts(backend: Any, runner: Any) -> Casts | None:
         return None
     # FlashInfer's lists are of slots, but for the first releases
     sizes = tuple(dict.fromkeys((1, backend.page_size)))
-    return Casts(runner.device, runner.dtype, runner.kv_cache_dtype, sizes)
+    return CastWarmup(runner.device, runner.dtype, runner.kv_cache_dtype, sizes)
 
 
-def warm_fa3(module: ModuleType) -> Undo:
-    """Have what its calls can reach compiled once a backend is built."""
-    return sglang.warm_once_built(module.FlashAttentionBackend, f"{_HOOK}:warm", casts)
+CALLS: tuple[type[ExtendCall], ...] = (Fa3Extend, FlashInferExtend)
 
 
-def warm_flashinfer(module: ModuleType) -> Undo:
-    """As `warm_fa3`; backends that inherit from it are built by its constructor, too."""
-    return sglang.warm_once_built(module.FlashInferMLAAttnBackend, f"{_HOOK}:warm", casts)
-
-
-def targets(version: str | None) -> tuple[Change, ...]:
-    """Both backends in ``version``; FA3's in every shape when it is unknown."""
-    found: list[Change] = []
-    for call, warm in ((Fa3Extend, warm_fa3), (FlashInferExtend, warm_flashinfer)):
-        module, owner, group = call.home.module, call.home.owner, call.home.name
-        found += [
-            Target(
-                module, f"{owner}.forward_extend", params, bind=call, declines=f"{_HOOK}:declines",
-                serve=f"{_HOOK}:serve", around=True, shadow_clone=shadow_clone, group=group,
-            )
-            for params in sglang.era_of(sglang_backends.PARAMS[call.home], version)
-        ]  # fmt: skip
-        found.append(Edit(module, f"{owner}.warmup", warm, group=group))
-    return tuple(found)
-
-
-def shadow_clone(call: ExtendCall) -> tuple[ExtendCall, None]:
-    """For a shadow check: the same call, since the method returns what it makes, and stores the same keys twice."""
-    return call, None
+def homes(call: type[ExtendCall], version: str | None) -> list[Home]:
+    """``forward_extend`` of the backend that makes ``call``, in ``version``; in every shape where that is unknown."""
+    home = call.home
+    name = f"{home.owner}.forward_extend"
+    return [Home(home.module, name, params, bind=call) for params in era_of(sglang_backends.PARAMS[home], version)]

@@ -48,10 +48,10 @@ from packaging.version import Version
 from mla_patch.compat import gpu
 from mla_patch.compat.generations import bump, generation_of
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
-from mla_patch.compat.sglang.decode import warm_once_built
 from mla_patch.compat.sglang.flash_mla import SGL_KERNEL, v4_heads, v32_backend
 from mla_patch.compat.types import Change, Edit, Target, Undo
 from mla_patch.hooks.editing import set_methods
+from mla_patch.hooks.sglang.edits.warmup import warm_once_built
 
 _HOOK = "mla_patch.hooks.sglang.sparse_prefill"
 _BACKEND = "sglang.srt.layers.attention.deepseek_v4_backend"

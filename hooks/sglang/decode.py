@@ -1,6 +1,6 @@
 """SGLang's MLA decode, served by mla_patch.kernels.decode: that of its Triton backend, and the feature as a whole.
 
-The decode of FlashAttention-3, FlashInfer and FlashMLA is `sglang_decode_backends`'s.
+The decode of FlashAttention-3, FlashInfer and FlashMLA is `decode_backends`'s.
 
 Why: the host's kernel reads the latent cache once per 16 query heads, and its split scratch grows with rows x heads x
 splits. From 0.5.12 the host has an MLA kernel of its own; there the table below says on which GPUs ours is faster.
@@ -24,19 +24,26 @@ read the same bytes. So ours reads what the release stores:
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from math import inf
+from types import ModuleType
+from typing import Any
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import backends as sglang_backends
 from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
-from mla_patch.compat.sglang.decode import Capacity, DecodeCall
-from mla_patch.compat.sglang.deterministic import decoding
-from mla_patch.compat.types import Change, Gpu, Variable
+from mla_patch.compat.sglang.decode import DecodeCall, DecodeWarmup, Scales
+from mla_patch.compat.sglang.release import supported
+from mla_patch.compat.types import Change, Edit, Gpu, Undo, Variable
 from mla_patch.features import DeviceCheck, Feature
 from mla_patch.flags import nearest, variable
 from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
+from mla_patch.hooks.sglang.edits.deterministic import decoding, watch_decodes
+from mla_patch.hooks.sglang.edits.scales import leave_scales_out, watch_scales
+from mla_patch.hooks.sglang.edits.warmup import warm_once_built
 from mla_patch.hookspecs import hookimpl
 
 # compute capability -> ours is faster than SGLang's own MLA decode (docs/performance.md); no row: not measured
@@ -46,7 +53,7 @@ FASTER = {(9, 0): True}
 def native(target: Change, version: str | None) -> DeviceCheck | None:
     """Where the Triton backend has an MLA decode of its own, the GPU decides which one serves.
 
-    Of the other backends it depends on the cache, too: see `sglang_decode_backends`.
+    Of the other backends it depends on the cache, too: see `decode_backends`.
     """
     return host_is_kept if target.group == "triton" and sglang.has_mla_decode(version) else None
 
@@ -74,8 +81,36 @@ def _backends(text: str) -> str:
 def targets(version: str | None) -> tuple[Change, ...]:
     """The entry points of the backends that MLA_PATCH_DECODE_BACKENDS leaves to us."""
     wanted = variable(FEATURE, "BACKENDS").split(",")
-    every = (*sglang.decode_targets(version), *sglang_backends.decode_targets(version))
+    every = (*triton_targets(version), *sglang_decode_backends.targets(version))
     return tuple(target for target in every if target.group in wanted)
+
+
+# what the backend does with the scales of an fp8 cache -> the edit of it, and whether that outlives restore()
+_SCALES: dict[Scales, tuple[Callable[[ModuleType], Undo], bool]] = {
+    "divided": (watch_scales, False),
+    "read": (leave_scales_out, True),
+}
+
+
+def triton_targets(version: str | None) -> tuple[Change, ...]:
+    """The Triton backend's decode of ``version``, and the edits of the backend around it."""
+    module, owner, group = sglang.BACKEND, "TritonAttnBackend", "triton"
+    found: list[Change] = [
+        home.target(declines, serve, shadow_clone=shadow_clone, group=group) for home in sglang.homes(version)
+    ]
+    scales = _SCALES.get(sglang.scales_of(version))
+    if scales is not None:
+        edit, survives = scales
+        found.append(Edit(module, f"{owner}.scales", edit, survives_restore=survives, group=group))
+    if sglang_deterministic.has_mode(version):
+        found.append(Edit(module, f"{owner}.deterministic", watch_decodes, group=group))
+    found.append(Edit(module, f"{owner}.warmup", warm_decode, group=group))
+    return tuple(found)
+
+
+def warm_decode(module: ModuleType) -> Undo:
+    """Have our decode compiled once a backend is built, which all releases do before they capture graphs or serve."""
+    return warm_once_built(module.TritonAttnBackend, warm, sglang.decode_warmup)
 
 
 def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -> list[tuple[str, str]]:
@@ -94,7 +129,7 @@ def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -
 
 FEATURE = Feature(
     name="decode",
-    host="sglang>=0.5.1,<0.5.24",
+    host=supported(),
     targets=targets,
     why="Triton's kernel reads the cache once per 16 query heads; FA3 and FlashInfer first cast the whole fp8 pool",
     upstream="https://github.com/sgl-project/sglang/pull/20479",
@@ -181,7 +216,16 @@ def serve(call: DecodeCall) -> None:
         )
 
 
-def warm(capacity: Capacity) -> int:
+def shadow_clone(call: DecodeCall) -> tuple[DecodeCall, list[tuple[Any, Any]]]:
+    """For shadow checks: the call with an output of its own."""
+    if call.splits is not None:  # scratch that the caller reads, which our kernel would have filled before the host
+        raise ValueError("no shadow check: the caller reads the split scratch")
+    ours = copy.copy(call)
+    ours.out = call.out.clone()
+    return ours, [(call.out, ours.out)]
+
+
+def warm(asked: DecodeWarmup) -> int:
     """Compile what one backend's calls can reach, before graphs are captured; how many kernels that took.
 
     The backend's token ids, too: a few small kernels, for the feature beside this one.
@@ -192,12 +236,11 @@ def warm(capacity: Capacity) -> int:
     from mla_patch.kernels.decode import splits as decode_splits
     from mla_patch.kernels.indices import kv as kv_indices
 
-    if capacity.heads == 1 or not gpu.on_nvidia(torch.empty(0, device=capacity.device)):
+    if asked.heads == 1 or not gpu.on_nvidia(torch.empty(0, device=asked.device)):
         return 0  # its calls are declined
-    c = capacity
-    ids = kv_indices.warmup(c.device, ())
-    if c.deterministic:
+    ids = kv_indices.warmup(asked.device, ())
+    if asked.deterministic:
         return ids  # its calls are declined
-    if c.splits:
-        return ids + decode_splits.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.splits)
-    return ids + decode.warmup(c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch)
+    if asked.splits:
+        return ids + decode_splits.warmup(asked.device, asked.heads, asked.dtype, asked.cache_dtype, asked.splits)
+    return ids + decode.warmup(asked.device, asked.heads, asked.dtype, asked.cache_dtype, asked.max_batch)

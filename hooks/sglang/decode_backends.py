@@ -12,12 +12,17 @@ heads: MLA_PATCH_DECODE=on serves it, and so does an experiment, which has to co
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import backends as sglang_backends
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
-from mla_patch.compat.sglang.backends import BackendCall, BackendCapacity, FlashInferCall
+from mla_patch.compat.sglang.backends import BackendCall, BackendWarmup, Fa3Call, FlashInferCall, FlashMlaCall
+from mla_patch.compat.types import Change, Edit, Undo
+from mla_patch.hooks.sglang.edits.scales import leave_scale_out
+from mla_patch.hooks.sglang.edits.warmup import warm_once_built
 
 CONVERTS = ("fa3", "flashinfer")  # with an 8-bit cache, the whole pool, whatever the chip
 SIXTEEN_BITS = "a 16-bit cache, which mla-patch serves only with MLA_PATCH_DECODE=on"
@@ -95,25 +100,60 @@ def _query(call: BackendCall, rows: int, heads: int) -> Any:
     return call.q.reshape(rows, heads, 512), call.q_rope.reshape(rows, heads, 64)
 
 
-def warm(capacity: BackendCapacity) -> int:
+def shadow_clone(call: BackendCall) -> tuple[BackendCall, None]:
+    """For shadow checks: the output is what is returned. Both arms store the new tokens, the same bytes twice."""
+    return call, None
+
+
+def targets(version: str | None) -> tuple[Change, ...]:
+    """``forward_decode`` of the three classes in ``version``, and the edits around each."""
+    found: list[Change] = []
+    for call, warm_up in ((Fa3Call, warm_fa3), (FlashInferCall, warm_flashinfer), (FlashMlaCall, warm_flashmla)):
+        found += [
+            home.target(declines, serve, shadow_clone=shadow_clone, group=call.name, arms=False)
+            for home in sglang_backends.homes(call, version)
+        ]
+        if call is FlashMlaCall and sglang_backends.flashmla_reads_scales(version):
+            name = f"{call.owner}.scales"
+            found.append(Edit(call.module, name, leave_scale_out, survives_restore=True, group=call.name))
+        found.append(Edit(call.module, f"{call.owner}.warmup", warm_up, group=call.name))
+    return tuple(found)
+
+
+def _warm_once_built(call: type[BackendCall], module: ModuleType) -> Undo:
+    owner = getattr(module, call.owner)
+    return warm_once_built(owner, warm, functools.partial(sglang_backends.warmup_of, call))
+
+
+def warm_fa3(module: ModuleType) -> Undo:
+    """Have our decode compiled once a backend is built, before graphs are captured."""
+    return _warm_once_built(Fa3Call, module)
+
+
+def warm_flashinfer(module: ModuleType) -> Undo:
+    """As `warm_fa3`."""
+    return _warm_once_built(FlashInferCall, module)
+
+
+def warm_flashmla(module: ModuleType) -> Undo:
+    """As `warm_fa3`."""
+    return _warm_once_built(FlashMlaCall, module)
+
+
+def warm(asked: BackendWarmup) -> int:
     """Compile what one backend's calls can reach, before graphs are captured; how many kernels that took."""
     import torch
 
     from mla_patch.kernels import decode
 
-    probe = torch.empty(0, device=capacity.device)
-    kept = None if _Flag.asked else by_default(capacity.name, capacity.cache_dtype.itemsize, gpu.capability_of(probe))
+    probe = torch.empty(0, device=asked.device)
+    kept = None if _Flag.asked else by_default(asked.name, asked.cache_dtype.itemsize, gpu.capability_of(probe))
     if kept is not None or sglang_deterministic.is_on() or not gpu.on_nvidia(probe):
         return 0  # its calls are declined
-    c = capacity
-    whole = c.name == "flashmla"  # models join the query for this backend alone
+    whole = asked.name == "flashmla"  # models join the query for this backend alone
     lens = (torch.int32, torch.int64) if whole else (torch.int32,)
-    return sum(
-        decode.warmup(
-            c.device, c.heads, c.dtype, c.cache_dtype, c.max_batch, c.page_size, (kind, torch.int32), not whole
-        )
-        for kind in lens
-    )
+    more = (asked.dtype, asked.cache_dtype, asked.max_batch, asked.page_size)
+    return sum(decode.warmup(asked.device, asked.heads, *more, (kind, torch.int32), not whole) for kind in lens)
 
 
 def serves(capability: tuple[int, int], asked: bool) -> list[tuple[str, str]]:

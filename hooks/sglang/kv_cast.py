@@ -13,19 +13,48 @@ of a step take turns in the same memory, and a captured graph has it in its pool
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import kv_cast as compat
-from mla_patch.compat.sglang.kv_cast import Casts, ExtendCall
+from mla_patch.compat.sglang.kv_cast import CastWarmup, ExtendCall, Fa3Extend, FlashInferExtend
+from mla_patch.compat.sglang.release import supported
+from mla_patch.compat.types import Change, Edit, Undo
 from mla_patch.features import Feature
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
+from mla_patch.hooks.sglang.edits.cast_view import extend
+from mla_patch.hooks.sglang.edits.warmup import warm_once_built
 from mla_patch.hookspecs import hookimpl
+
+
+def targets(version: str | None) -> tuple[Change, ...]:
+    """Both backends in ``version``; FA3's in every shape when it is unknown."""
+    found: list[Change] = []
+    for call, warm_up in ((Fa3Extend, warm_fa3), (FlashInferExtend, warm_flashinfer)):
+        module, owner, group = call.home.module, call.home.owner, call.home.name
+        found += [
+            home.target(declines, serve, around=True, shadow_clone=shadow_clone, group=group)
+            for home in compat.homes(call, version)
+        ]
+        found.append(Edit(module, f"{owner}.warmup", warm_up, group=group))
+    return tuple(found)
+
+
+def warm_fa3(module: ModuleType) -> Undo:
+    """Have what its calls can reach compiled once a backend is built."""
+    return warm_once_built(module.FlashAttentionBackend, warm, compat.warmup_of)
+
+
+def warm_flashinfer(module: ModuleType) -> Undo:
+    """As `warm_fa3`; backends that inherit from it are built by its constructor, too."""
+    return warm_once_built(module.FlashInferMLAAttnBackend, warm, compat.warmup_of)
+
 
 FEATURE = Feature(
     name="kv_cast",
-    host="sglang>=0.5.1,<0.5.24",
-    targets=compat.targets,
+    host=supported(),
+    targets=targets,
     why="FA3 and FlashInfer read a 16-bit cache, so the engine casts a layer's whole fp8 pool for each call",
     upstream="https://github.com/sgl-project/sglang/issues/35291",
     drop_when="the engine casts only what a batch names, or its kernels read fp8",
@@ -67,10 +96,15 @@ def serve(original: Callable[..., Any], call: ExtendCall) -> Any:
             first += ids.numel() if packs else 0
         return out
 
-    return compat.extend(original, call, cast, places)
+    return extend(original, call, cast, places)
 
 
-def warm(asked: Casts) -> int:
+def shadow_clone(call: ExtendCall) -> tuple[ExtendCall, None]:
+    """For a shadow check: the same call, since the method returns what it makes, and stores the same keys twice."""
+    return call, None
+
+
+def warm(asked: CastWarmup) -> int:
     """Compile what a backend's casts can reach, before it serves; how many kernels that took."""
     import torch
 

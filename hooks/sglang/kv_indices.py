@@ -7,16 +7,33 @@ parallel over context and batch alike, and correct for any grid and for tables b
 
 from __future__ import annotations
 
-from mla_patch.compat.sglang import decode as sglang
-from mla_patch.compat.sglang.decode import PageTableCall, TokenIndicesCall
+import copy
+from typing import Any
+
+from mla_patch.compat.sglang import kv_indices as sglang_kv_indices
+from mla_patch.compat.sglang.kv_indices import PageTableCall, TokenIndicesCall
+from mla_patch.compat.sglang.release import supported
+from mla_patch.compat.types import Target
 from mla_patch.features import Feature
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 from mla_patch.hookspecs import hookimpl
 
+
+def targets(version: str | None) -> tuple[Target, ...]:
+    """The two builders of ``version``; every known home and parameter list when it is unknown."""
+    builders = (
+        (sglang_kv_indices.page_table, serve_page_table),
+        (sglang_kv_indices.token_indices, serve_token_indices),
+    )
+    return tuple(
+        home.target(declines, serve, shadow_clone=shadow_clone) for homes, serve in builders for home in homes(version)
+    )
+
+
 FEATURE = Feature(
     name="kv_indices",
-    host="sglang>=0.5.1,<0.5.24",
-    targets=sglang.kv_indices_targets,
+    host=supported(),
+    targets=targets,
     why="the engine builds the KV indices of a request in one program, however long its context is",
     upstream="https://github.com/sgl-project/sglang/pull/27320",
     drop_when="the engine's builders are parallel over context and batch for every caller",
@@ -69,3 +86,17 @@ def serve_token_indices(call: TokenIndicesCall) -> None:
         rows=call.grid[0],
         row_stride=call.row_stride,
     )
+
+
+_SHADOWED = 1 << 22  # entries of an index table, beyond which a copy of it is too much to compare
+
+
+def shadow_clone(call: PageTableCall | TokenIndicesCall) -> tuple[Any, list[tuple[Any, Any]]]:
+    """For shadow checks: the launch of a builder with a table of its own."""
+    if call.out.numel() > _SHADOWED:
+        raise ValueError(f"no shadow check: {call.out.numel()} entries, at most {_SHADOWED}")
+    if not call.out.is_contiguous():  # the launch says its stride
+        raise ValueError("no shadow check: a table that is not contiguous")
+    ours = copy.copy(call)
+    ours.out = call.out.clone()
+    return ours, [(call.out, ours.out)]

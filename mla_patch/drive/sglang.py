@@ -32,7 +32,7 @@ from unittest import mock
 import torch
 
 from mla_patch.compat import interpreter
-from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang import kv_indices
 from mla_patch.compat.triton import interpreted
 
 TOKEN_IDS = "create_flashinfer_kv_indices_triton"
@@ -518,8 +518,8 @@ def _bytes(pool: Any) -> torch.Tensor:
 
 def builder(name: str, version: str | None) -> Any:
     """The host's index builder of that name, from where ``version`` has it, or else from wherever it is."""
-    targets = (*sglang.kv_indices_targets(version), *sglang.kv_indices_targets(None))
-    homes = [target.module for target in targets if target.name == name]
+    find = (kv_indices.page_table, kv_indices.token_indices)
+    homes = [home.module for told in (version, None) for homes in find for home in homes(told) if home.name == name]
     home = next((home for home in dict.fromkeys(homes) if importlib.util.find_spec(home) is not None), homes[0])
     return getattr(importlib.import_module(home), name)
 

@@ -15,9 +15,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from scratch import TESTS
 
-from mla_patch.compat.sglang import backends as sglang_backends
-from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang import decode as compat
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
+from mla_patch.compat.sglang import graphs
+from mla_patch.compat.sglang import release as sglang
 from mla_patch.compat.sglang import sparse_prefill as routes
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 from mla_patch.compat.types import Change, Edit
@@ -28,6 +29,7 @@ from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
 from mla_patch.hooks.sglang import sparse_prefill as sglang_sparse_prefill
 from mla_patch.hooks.sglang import tokenspeed as tokenspeed_hook
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
+from mla_patch.hooks.sglang.edits.scales import leave_scales_out, watch_scales
 
 TOLD = json.loads(TESTS.joinpath("hosts", "reviewed.json").read_text())
 RELEASES = tuple(TOLD["pins"])
@@ -46,9 +48,7 @@ def at(release: str) -> Version:
 
 
 def releases_of(table: str) -> list[str]:
-    """Those in a feature's range; the index builders and decode have eras before it, too."""
-    if table in ("decode", "kv_indices"):
-        return list(RELEASES)
+    """Those in a feature's range."""
     host = FEATURES["decode" if table == "graphs" else table].host
     return [one for one in RELEASES if SpecifierSet(host.removeprefix("sglang")).contains(one)]
 
@@ -89,11 +89,6 @@ def test_what_targets_name_is_there(table: str) -> None:
 
 # (table, function) -> why a release that has it is not asked for it
 LEFT = {
-    # releases before the feature's range; of the Triton backend alone those are known, too
-    **{
-        ("decode", f"{call.module}:{call.owner}.forward_decode"): lambda r: at(r) < at("0.5.1")
-        for call in sglang_backends.CALLS
-    },
     ("sparse_prefill", f"{V4}:DeepseekV4AttnBackend.forward"): lambda r: at(r) >= at("0.5.13"),  # calls the next
     # from 0.5.21 the release's own route is right, and has our kernels one by one
     ("sparse_prefill", f"{V4}:DeepseekV4AttnBackend._forward_prefill_sparse"): lambda r: bool(
@@ -117,14 +112,12 @@ def test_what_is_there_is_named(table: str) -> None:
 def test_scales_of_decode() -> None:
     """Read with from 0.5.10, where nothing divides what is stored; from 0.5.12 by the release's own MLA decode."""
     for release in RELEASES:
-        (decode,) = (one for one in sglang.decode_targets(release) if one.kind == "call")
+        (decode,) = (one for one in sglang_decode.triton_targets(release) if one.kind == "call")
         params = function(decode.module, decode.name, release)
         assert params is not None
-        edits = [one.edit for one in sglang.decode_targets(release) if one.name.endswith(".scales")]
-        assert sglang.has_mla_decode(release) == ("has_mla" in params), release
-        want = (
-            [] if "k_scale" not in params else [sglang.watch_scales if "has_mla" in params else sglang.leave_scales_out]
-        )
+        edits = [one.edit for one in sglang_decode.triton_targets(release) if one.name.endswith(".scales")]
+        assert compat.has_mla_decode(release) == ("has_mla" in params), release
+        want = [] if "k_scale" not in params else [watch_scales if "has_mla" in params else leave_scales_out]
         assert edits == want, release
 
 
@@ -199,10 +192,10 @@ def test_tokenspeed_is_the_releases_own() -> None:
 
 def test_graphs_by_size_or_by_key() -> None:
     for release in releases_of("graphs"):
-        (graphs,) = (one for one in sglang_graphs.step_targets(release) if one.name == "graphs")
-        by_key = function(sglang_graphs._BY_KEY, "DecodeCudaGraphRunner._make_graph_key", release) is not None
-        by_size = function(sglang_graphs._BY_SIZE, "CudaGraphRunner.capture_one_batch_size", release) is not None
-        assert (graphs.edit is sglang_graphs.arms_by_key, graphs.edit is sglang_graphs.arms_by_size) == (
+        (edit,) = (one for one in sglang_graphs.step_targets(release) if one.name == "graphs")
+        by_key = function(graphs.BY_KEY, "DecodeCudaGraphRunner._make_graph_key", release) is not None
+        by_size = function(graphs.BY_SIZE, "CudaGraphRunner.capture_one_batch_size", release) is not None
+        assert (edit.edit is sglang_graphs.arms_by_key, edit.edit is sglang_graphs.arms_by_size) == (
             by_key,
             by_size,
         )

@@ -19,6 +19,7 @@ from fake_engine import ERROR, LAYERS, ByKey, BySize, DraftByKey, Engine, Tape, 
 
 from mla_patch.cli import ab
 from mla_patch.compat import steps
+from mla_patch.compat.sglang.graphs import rank_info
 from mla_patch.dispatch import ArmCode, FeatureGate
 from mla_patch.experiment import analysis, control, control_file, merge
 from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
@@ -26,7 +27,9 @@ from mla_patch.experiment.record import Error, Timing
 from mla_patch.experiment.schedule import AGAIN, NOT_COMPARED, Plan, Sampling, Schedule
 from mla_patch.experiment.shadow import Drain
 from mla_patch.features import Counts, State
+from mla_patch.hooks import editing
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
+from mla_patch.hooks.sglang.edits.steps import watch_steps
 
 __all__ = ["tapes"]  # a fixture
 
@@ -44,7 +47,7 @@ class Running:
         self.live = ExperimentSession(str(folder), lambda: "engine-1")
         self.experiment: FeatureExperiment = self.live.add("decode", mode, ab, shadow, more)
         module = self.engine.module
-        edits = [sglang_graphs.watch_steps, sglang_graphs.arms_by_size, sglang_graphs.arms_by_key]
+        edits = [watch_steps, sglang_graphs.arms_by_size, sglang_graphs.arms_by_key]
         self.undo = [edit(module) for edit in edits]
         self.engine.switch.set(arms=self.experiment)
         self.experiment.attach(self.engine.switch, self.engine.counts)
@@ -85,7 +88,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         one.live.close()
         for undo in one.undo:
             undo()
-    assert steps.watcher is None and not sglang_graphs._edited and not sglang_graphs._drafts
+    assert steps.watcher is None and not editing._shared and not sglang_graphs._drafts
 
 
 def planned(first: int, last: int, **changes: Any) -> list[str]:
@@ -330,7 +333,7 @@ def test_after_undo_the_engines_graphs_are_replayed(start: Start, runner: type) 
 def test_features_share_the_edits() -> None:
     module = Engine().module
     plain = module.ModelRunner.forward
-    first, second = (sglang_graphs.watch_steps(module) for _ in range(2))
+    first, second = (watch_steps(module) for _ in range(2))
     ours = module.ModelRunner.forward
     first()
     assert module.ModelRunner.forward is ours is not plain
@@ -345,8 +348,8 @@ def test_a_runner_with_other_methods_is_reported() -> None:
         sglang_graphs.arms_by_size(module)
     module.ModelRunner.forward = lambda self, batch: None
     with pytest.raises(TypeError, match=r"ModelRunner\.forward takes \(self, batch\), expected \(self, forward_batch"):
-        sglang_graphs.watch_steps(module)
-    assert not sglang_graphs._edited
+        watch_steps(module)
+    assert not editing._shared
 
 
 @pytest.mark.parametrize("runner", [None, *RUNNERS])
@@ -650,7 +653,7 @@ def test_an_engine_may_restart_its_step_count(start: Start) -> None:
 
 def test_the_name_of_a_run_is_the_same_on_all_its_ranks(start: Start) -> None:
     one = start()
-    rank = sglang_graphs.rank_info(one.runner)
+    rank = rank_info(one.runner)
     assert (rank.rank, rank.ranks, rank.device) == (0, 1, "cpu")
     assert rank.run.startswith("sglang-") and rank.run.endswith("-1234")
     one.run(1)

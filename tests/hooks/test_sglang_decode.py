@@ -17,23 +17,26 @@ from scratch import ROOT
 from mla_patch import eligibility
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
-from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
+from mla_patch.compat.sglang.release import HOST as SGLANG
 from mla_patch.compat.types import Gpu, Target
 from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
 from mla_patch.features import Counts, State
 from mla_patch.flags import Setting
+from mla_patch.hooks import editing
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.hooks.sglang.decode import FEATURE, native
+from mla_patch.hooks.sglang.edits.deterministic import decoding, watch_decodes
+from mla_patch.hooks.sglang.edits.scales import leave_scales_out, watch_scales
 from mla_patch.patcher import Patcher
 
-ERAS = ["0.4.10", "0.5.1", "0.5.9", "0.5.10", "0.5.11", "0.5.12", "0.5.14", "0.5.15", "0.5.16", "0.5.18", "0.5.19"]
+ERAS = ["0.5.1", "0.5.9", "0.5.10", "0.5.11", "0.5.12", "0.5.14", "0.5.15", "0.5.16", "0.5.18", "0.5.19"]
 ERAS += ["0.5.22", "0.5.23"]
 LENS = (3, 0, 1)
 
 
 def target_of(version: str | None) -> Target:
-    return next(one for one in sglang.decode_targets(version) if one.kind == "call")
+    return next(one for one in sglang_decode.triton_targets(version) if one.kind == "call")
 
 
 def arguments(version: str, heads: int = 16, **changes: Any) -> dict[str, Any]:
@@ -201,7 +204,7 @@ def test_the_docs_say_which_calls_are_the_hosts(monkeypatch: pytest.MonkeyPatch)
     # the other two: ours serves a rank, and fills what it was given; a deterministic backend's decode is the host's
     parallel, promised = section.partition("- Decode context parallelism")[2].split("\n- ")[:2]
     assert reason(**SPLITS) is None and "our kernel fills them" in parallel
-    monkeypatch.setattr(sglang_deterministic.decoding, "promise", sglang_deterministic.REASON)
+    monkeypatch.setattr(decoding, "promise", sglang_deterministic.REASON)
     assert reason(**SPLITS) == reason() == sglang_deterministic.REASON
     assert "Deterministic inference. The engine's own kernel decodes" in promised
 
@@ -280,7 +283,7 @@ def test_without_nvml_the_first_calls_gpu_decides(
 ) -> None:
     monkeypatch.setattr(gpu, "from_nvml", lambda: None)
     monkeypatch.setattr(gpu, "_told", [])
-    where = Installed(sglang.HOST, "0.5.23", "")
+    where = Installed(SGLANG, "0.5.23", "")
     monkeypatch.setattr(eligibility, "_source_problem", lambda target: None)
     told = eligibility.check(FEATURE, Setting("MLA_PATCH_DECODE", "on", "default"), where)
     assert told.state == "armed" and told.reason.endswith(eligibility.UNKNOWN_GPU)
@@ -313,7 +316,7 @@ class Backend:
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A release's triton_backend, before anybody edited it or was warned."""
-    monkeypatch.setattr(sglang, "_said", set())
+    monkeypatch.setattr(editing, "_said", set())
     module = ModuleType("triton_backend")
     vars(module)["TritonAttnBackend"] = type("TritonAttnBackend", (Backend,), dict(vars(Backend)))
     return module
@@ -335,21 +338,23 @@ def forward(module: ModuleType, one: Any, use_mla: bool = True) -> list[Any]:
 
 @pytest.mark.parametrize("version", ERAS)
 def test_each_release_has_the_edit_for_its_scales(version: str) -> None:
-    *edits, last = [(one.edit, one.survives_restore) for one in sglang.decode_targets(version) if one.kind == "edit"]
-    assert last == (sglang.warm_decode, False)
+    *edits, last = [
+        (one.edit, one.survives_restore) for one in sglang_decode.triton_targets(version) if one.kind == "edit"
+    ]
+    assert last == (sglang_decode.warm_decode, False)
     release = tuple(map(int, version.split(".")))
     if release >= (0, 5, 3):
-        assert edits.pop() == (sglang_deterministic.watch_decodes, False)
+        assert edits.pop() == (watch_decodes, False)
     if release < (0, 5, 10):
         assert edits == []
     elif release < (0, 5, 12):
-        assert edits == [(sglang.leave_scales_out, True)]
+        assert edits == [(leave_scales_out, True)]
     else:
-        assert edits == [(sglang.watch_scales, False)]
+        assert edits == [(watch_scales, False)]
 
 
 def test_scales_that_were_never_stored_are_left_out(module: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
-    undo = sglang.leave_scales_out(module)
+    undo = leave_scales_out(module)
     unscaled = [("decode", None, None, 7), ("extend", None, None, 7)]
     assert forward(module, layer(None, None)) == unscaled
     assert forward(module, layer(1.0, 1.0)) == unscaled and not caplog.records
@@ -378,12 +383,12 @@ def test_scales_that_were_never_stored_are_left_out(module: ModuleType, caplog: 
 def test_scales_that_the_host_cannot_be_right_with_are_said_once(
     scales: tuple[float | None, float | None], says: str | None, module: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
-    undo = sglang.watch_scales(module)
+    undo = watch_scales(module)
     one = layer(*scales)
     for _ in range(3):
         assert forward(module, one)[0] == ("decode", *scales, 7)
     undo()
-    sglang.watch_scales(module)
+    watch_scales(module)
     forward(module, one), forward(module, layer(*scales, layer_id=8))
     assert [record.getMessage().endswith(f"layer 7's scales: {says}") for record in caplog.records] == [True] * bool(
         says
@@ -391,7 +396,7 @@ def test_scales_that_the_host_cannot_be_right_with_are_said_once(
     assert forward(module, layer(0.5, 0.5), use_mla=False)[0][1] == 0.5
 
 
-@pytest.mark.parametrize("edit", [sglang.leave_scales_out, sglang.watch_scales])
+@pytest.mark.parametrize("edit", [leave_scales_out, watch_scales])
 def test_an_edit_leaves_what_others_put_there(edit: Callable[[ModuleType], Any], module: ModuleType) -> None:
     before = dict(vars(module.TritonAttnBackend))
     undo = edit(module)
@@ -411,7 +416,7 @@ def test_an_edit_does_not_break_a_compiled_graph(run_python) -> None:
     code = """
 import torch
 from types import SimpleNamespace
-from mla_patch.compat.sglang import decode as sglang
+from mla_patch.hooks.sglang.edits.scales import leave_scales_out, watch_scales
 
 class TritonAttnBackend:
     use_mla = True
@@ -421,7 +426,7 @@ class TritonAttnBackend:
 
 module = SimpleNamespace(TritonAttnBackend=TritonAttnBackend)
 layer = SimpleNamespace(layer_id=7, k_scale=0.5, v_scale=0.25, k_scale_float=0.5, v_scale_float=0.25)
-sglang.watch_scales(module), sglang.leave_scales_out(module)
+watch_scales(module), leave_scales_out(module)
 backend = TritonAttnBackend()
 
 def step(x):

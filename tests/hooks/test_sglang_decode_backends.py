@@ -17,12 +17,14 @@ from mla_patch import flags
 from mla_patch.compat.sglang import backends as sglang_backends
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang.backends import CALLS, Fa3Call, FlashInferCall
-from mla_patch.compat.types import Target
+from mla_patch.compat.types import Change, Edit
 from mla_patch.dispatch import HOST, PATCH, SHADOW, ArmCode, EntryPoint, FeatureGate, stand_in
 from mla_patch.features import Counts
+from mla_patch.hooks import editing
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
 from mla_patch.hooks.sglang.decode import FEATURE
+from mla_patch.hooks.sglang.edits.scales import leave_scale_out
 
 BY_NAME = {call.name: call for call in CALLS}
 ERAS = ["0.5.1", "0.5.5", "0.5.6", "0.5.15", "0.5.16", "0.5.20", "0.5.21", "0.5.23"]
@@ -251,14 +253,14 @@ def patched(step: Step, monkeypatch: pytest.MonkeyPatch) -> EntryPoint:
     owner = type(step.backend)
     site = EntryPoint(
         f"{owner.__name__}.forward_decode", step.call, {PATCH: ArmCode(hook.serve, hook.declines)}, Counts(),
-        FeatureGate(lambda reason, state: None), sglang_backends.shadow_clone,
+        FeatureGate(lambda reason, state: None), sglang_decode_backends.shadow_clone,
     )  # fmt: skip
     monkeypatch.setattr(owner, "forward_decode", stand_in(vars(owner)["forward_decode"], "call", site))
     return site
 
 
-def targets_of(version: str | None, group: str) -> list[Target]:
-    return [one for one in sglang_backends.decode_targets(version) if one.group == group and one.kind == "call"]
+def targets_of(version: str | None, group: str) -> list[Change]:
+    return [one for one in sglang_decode_backends.targets(version) if one.group == group and one.kind == "call"]
 
 
 @pytest.mark.parametrize("version", ERAS)
@@ -276,7 +278,6 @@ def test_every_release_binds_its_own_parameters_in_its_order(version: str) -> No
 
 def test_an_unknown_release_may_have_any_of_them() -> None:
     assert [len(targets_of(None, name)) for name in BY_NAME] == [3, 1, 1]
-    assert sglang_backends.decode_targets("0.4.10") == ()
 
 
 ERA = {
@@ -686,14 +687,13 @@ def test_requests_without_keys(
 def test_flashmlas_scale_is_left_out_on_both_arms(
     version: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edits = [one for one in sglang_backends.decode_targets(version) if one.name == "FlashMLABackend.scales"]
-    assert [(one.edit, one.survives_restore) for one in edits] == [(sglang_backends.leave_scale_out, True)]
-    from mla_patch.compat.sglang import decode as sglang
+    edits = [one for one in sglang_decode_backends.targets(version) if one.name == "FlashMLABackend.scales"]
+    assert [(one.edit, one.survives_restore) for one in edits] == [(leave_scale_out, True)]
 
-    monkeypatch.setattr(sglang, "_said", set())
+    monkeypatch.setattr(editing, "_said", set())
     step = Step("flashmla")
     step.layer.k_scale, step.layer.k_scale_float = torch.tensor(0.5), 0.5
-    undo = sglang_backends.leave_scale_out(step.module)
+    undo = leave_scale_out(step.module)
     with caplog.at_level(logging.WARNING, "mla_patch"):
         step.decode(), step.decode()
     assert step.backend.asked == [None, None]
@@ -712,7 +712,7 @@ def test_flashmlas_scale_is_left_out_on_both_arms(
 
 
 def test_to_0_5_5_flashmla_reads_without_a_scale() -> None:
-    assert not [one for one in sglang_backends.decode_targets("0.5.5") if one.name == "FlashMLABackend.scales"]
+    assert not [one for one in sglang_decode_backends.targets("0.5.5") if one.name == "FlashMLABackend.scales"]
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -765,7 +765,7 @@ def test_arms_and_shadow_checks(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_arm_for_the_triton_backends_calls_gets_none_of_these(
     candidate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    targets = sglang_backends.decode_targets("0.5.23")
+    targets = sglang_decode_backends.targets("0.5.23")
     assert [one.arms for one in targets if one.kind == "call"] == [False] * 3
     step = Step("fa3")
     site = patched(step, monkeypatch)
@@ -814,7 +814,8 @@ def warmed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_a_backend_is_warmed_once_it_is_built(warmed: list[tuple[Any, ...]], caplog: pytest.LogCaptureFixture) -> None:
-    undos = [sglang_backends._WARMING[call](sys.modules[call.module]) for call in CALLS]
+    edits = [one for one in sglang_decode_backends.targets("0.5.23") if isinstance(one, Edit) and "warmup" in one.name]
+    undos = [one.edit(sys.modules[one.module]) for one in edits]
     expected = {
         "fa3": [(16, (torch.int32, torch.int32), True)], "flashinfer": [(0, (torch.int32, torch.int32), True)],
         "flashmla": [(64, (torch.int32, torch.int32), False), (64, (torch.int64, torch.int32), False)],
@@ -849,10 +850,10 @@ def test_the_runtimes_context_knows_the_ranks_of_later_releases(
     monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)
     module = sys.modules[Fa3Call.module]
     backend = module.FlashAttentionBackend(Runner(E4M3))
-    told = sglang_backends.capacity(Fa3Call, backend, Runner(E4M3))
+    told = sglang_backends.warmup_of(Fa3Call, backend, Runner(E4M3))
     assert told is not None and told.heads == 8
     monkeypatch.setattr(module, "get_parallel", lambda: PARALLEL, raising=False)
-    assert sglang_backends.capacity(Fa3Call, backend, Runner(E4M3)) is None
+    assert sglang_backends.warmup_of(Fa3Call, backend, Runner(E4M3)) is None
 
 
 def test_a_warm_up_by_pages_compiles_what_serving_does(monkeypatch: pytest.MonkeyPatch, real_kernel: None) -> None:

@@ -11,12 +11,14 @@ import pytest
 
 from mla_patch import eligibility, plugins
 from mla_patch.compat.hosts import Installed
-from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
-from mla_patch.compat.sglang.deterministic import REASON, VARIABLE, decoding
+from mla_patch.compat.sglang.decode import DecodeWarmup
+from mla_patch.compat.sglang.deterministic import REASON, VARIABLE
+from mla_patch.compat.sglang.release import HOST
 from mla_patch.features import State
 from mla_patch.flags import Setting
 from mla_patch.hooks.sglang import decode as sglang_decode
+from mla_patch.hooks.sglang.edits.deterministic import decoding, watch_decodes
 
 
 class Backend:
@@ -42,7 +44,7 @@ def module() -> ModuleType:
 
 def test_a_decode_knows_what_its_backend_promises(module: ModuleType) -> None:
     before = vars(module.TritonAttnBackend)["forward_decode"]
-    undo = sglang_deterministic.watch_decodes(module)
+    undo = watch_decodes(module)
     make = module.TritonAttnBackend
     assert make().forward_decode(1) == make(enable_deterministic=False).forward_decode(1) == [None]
     promised = make(enable_deterministic=True)
@@ -58,7 +60,7 @@ def test_a_decode_knows_what_its_backend_promises(module: ModuleType) -> None:
 
 
 def test_another_threads_backend_promises_nothing_here(module: ModuleType) -> None:
-    sglang_deterministic.watch_decodes(module)
+    watch_decodes(module)
     seen: list[Any] = []
 
     class Waiting(Backend):
@@ -77,7 +79,7 @@ def test_a_compiled_step_declines_too(run_python: Any) -> None:
 import torch
 from types import SimpleNamespace
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
-from mla_patch.compat.sglang.deterministic import decoding
+from mla_patch.hooks.sglang.edits.deterministic import decoding, watch_decodes
 
 seen = []
 
@@ -91,7 +93,7 @@ class TritonAttnBackend:
     def forward_decode(self, q):
         return decode(q * 2)
 
-sglang_deterministic.watch_decodes(SimpleNamespace(TritonAttnBackend=TritonAttnBackend))
+watch_decodes(SimpleNamespace(TritonAttnBackend=TritonAttnBackend))
 backend = TritonAttnBackend()
 step = torch.compile(lambda x: backend.forward_decode(x) + 1, backend="eager")
 step(torch.zeros(2)), step(torch.zeros(2))
@@ -110,7 +112,7 @@ def test_a_process_of_a_deterministic_engine_knows_from_its_start(
 ) -> None:
     monkeypatch.setenv(VARIABLE, value)
     monkeypatch.setattr(eligibility, "_source_problem", lambda target: None)
-    where = Installed(sglang.HOST, "0.5.11", "")
+    where = Installed(HOST, "0.5.11", "")
     for mode in ("on", "ab"):  # ours serves in neither, whoever asks
         told = eligibility.check(sglang_decode.FEATURE, Setting("MLA_PATCH_DECODE", mode, "environment"), where)
         assert (told.state is State.REFUSED) == on, mode
@@ -141,7 +143,7 @@ def test_a_deterministic_backend_compiles_no_decode(monkeypatch: pytest.MonkeyPa
         backend = SimpleNamespace(
             num_head=16, kv_indptr=numel, dcp_size=2, max_kv_splits=8, enable_deterministic=deterministic
         )
-        sglang_decode.warm(sglang.Capacity(backend, runner, None))
+        sglang_decode.warm(DecodeWarmup(backend, runner, None))
     assert [name.removeprefix("mla_patch.kernels.") for name in asked] == ["indices.kv", "decode.splits", "indices.kv"]
 
 

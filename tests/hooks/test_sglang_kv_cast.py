@@ -11,7 +11,9 @@ import torch
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import kv_cast as compat
+from mla_patch.compat.sglang.backends import pool_of as the_pool
 from mla_patch.compat.sglang.kv_cast import Fa3Extend, FlashInferExtend
+from mla_patch.compat.types import Target
 from mla_patch.hooks.sglang import kv_cast as hook
 from mla_patch.hooks.sglang.kv_cast import declines, serve
 
@@ -146,7 +148,7 @@ def read_fa3(backend: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, *args
 @pytest.mark.parametrize("pool_of", ["backend", "batch"])
 def test_the_hosts_method_reads_a_workspace(pool_of: str) -> None:
     call = fa3()
-    pool = compat.pool_of(call)
+    pool = the_pool(call)
     if pool_of == "batch":
         call.batch.token_to_kv_pool, call.backend.token_to_kv_pool = pool, None
     call.args, call.kwargs = (True,), {"q_rope": 7}
@@ -156,7 +158,7 @@ def test_the_hosts_method_reads_a_workspace(pool_of: str) -> None:
     assert torch.equal(rows[0], want[[5, 9]]) and torch.equal(rows[1], want[[40]])
     assert (held, args, kwargs) == (4, (True,), {"q_rope": 7})
     # nothing of the host's has been changed
-    assert vars(call.backend.forward_metadata) == before and compat.pool_of(call) is pool
+    assert vars(call.backend.forward_metadata) == before and the_pool(call) is pool
 
 
 def test_tables_wider_than_the_pool_keep_their_numbers() -> None:
@@ -164,7 +166,7 @@ def test_tables_wider_than_the_pool_keep_their_numbers() -> None:
     wide[:, :2] = ints([5, 9], [40, 0])
     call = fa3(metadata={"page_table": wide})
     rows, held, *_ = serve(read_fa3, call)
-    assert torch.equal(rows[0], compat.pool_of(call).buffer.to(torch.float16)[[5, 9], 0]) and held == SLOTS
+    assert torch.equal(rows[0], the_pool(call).buffer.to(torch.float16)[[5, 9], 0]) and held == SLOTS
 
 
 def test_flashinfers_list_is_another_while_it_runs() -> None:
@@ -177,7 +179,7 @@ def test_flashinfers_list_is_another_while_it_runs() -> None:
         return backend.forward_metadata.prefill_wrapper.run(cache), len(cache)
 
     rows, held = serve(read, call)
-    assert torch.equal(rows, compat.pool_of(call).buffer.to(torch.float16)[[5, 9, 40]]) and held == 3
+    assert torch.equal(rows, the_pool(call).buffer.to(torch.float16)[[5, 9, 40]]) and held == 3
     assert wrapper._kv_indices_buf is planned
     wrapper.run = lambda cache: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -204,18 +206,20 @@ def runner(**changes: Any) -> Any:
 
 def test_what_a_backend_can_ask() -> None:
     backend = SimpleNamespace(use_mla=True, page_size=64)
-    assert compat.casts(backend, runner()) == compat.Casts("cpu", torch.bfloat16, E4M3, (1, 64))
-    assert compat.casts(SimpleNamespace(page_size=1), runner()).page_sizes == (1,)  # FlashInfer's says no use_mla
-    assert compat.casts(SimpleNamespace(use_mla=False, page_size=1), runner()) is None
-    assert compat.casts(backend, runner(kv_cache_dtype=torch.bfloat16)) is None
-    assert compat.casts(backend, runner(model_config=SimpleNamespace(kv_lora_rank=256, qk_rope_head_dim=64))) is None
-    assert compat.casts(backend, runner(model_config=SimpleNamespace())) is None
+    assert compat.warmup_of(backend, runner()) == compat.CastWarmup("cpu", torch.bfloat16, E4M3, (1, 64))
+    assert compat.warmup_of(SimpleNamespace(page_size=1), runner()).page_sizes == (1,)  # FlashInfer's says no use_mla
+    assert compat.warmup_of(SimpleNamespace(use_mla=False, page_size=1), runner()) is None
+    assert compat.warmup_of(backend, runner(kv_cache_dtype=torch.bfloat16)) is None
+    assert (
+        compat.warmup_of(backend, runner(model_config=SimpleNamespace(kv_lora_rank=256, qk_rope_head_dim=64))) is None
+    )
+    assert compat.warmup_of(backend, runner(model_config=SimpleNamespace())) is None
 
 
 def test_warming(monkeypatch: pytest.MonkeyPatch) -> None:
     from mla_patch.kernels.cache import kv_cast
 
-    asked = compat.Casts("cpu", torch.bfloat16, E4M3, (1, 64))
+    asked = compat.CastWarmup("cpu", torch.bfloat16, E4M3, (1, 64))
     assert hook.warm(asked) == 0
     warmed: list[Any] = []
     monkeypatch.setattr(gpu, "on_nvidia", lambda tensor: True)
@@ -225,6 +229,8 @@ def test_warming(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_targets_without_a_version_are_those_of_all() -> None:
-    every = {(one.module, one.name, one.params) for one in compat.targets(None)}
-    some = {(one.module, one.name, one.params) for v in ("0.5.1", "0.5.16", "0.5.23") for one in compat.targets(v)}
+    every = {(one.module, one.name, one.params) for one in hook.targets(None) if isinstance(one, Target)}
+    releases = ("0.5.1", "0.5.16", "0.5.23")
+    known = [one for release in releases for one in hook.targets(release) if isinstance(one, Target)]
+    some = {(one.module, one.name, one.params) for one in known}
     assert every == some

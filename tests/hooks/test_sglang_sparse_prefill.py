@@ -15,15 +15,16 @@ from packaging.version import Version
 from mla_patch import flags
 from mla_patch.compat import gpu
 from mla_patch.compat.generations import bump, generation_of
-from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang import sparse_prefill as compat
+from mla_patch.compat.sglang.release import REVIEWED as RELEASES
 from mla_patch.compat.types import Gpu, key_targets
 from mla_patch.hooks.sglang import sparse_prefill as hook
+from mla_patch.hooks.sglang.edits import warmup
 from mla_patch.kernels.cache import dequantize
 from mla_patch.kernels.indices import prefill as prefill_indices
 from mla_patch.kernels.sparse import prefill as sparse_prefill
 
-REVIEWED = [version for version in sglang.HOST.reviewed if Version(version) >= Version("0.5.5")]
+REVIEWED = [version for version in RELEASES if Version(version) >= Version("0.5.5")]
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
 ROUTE, WORKSPACE = "MLA_PATCH_SPARSE_PREFILL_ROUTE", "MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
 V32 = {compat.V32_PREFILL, compat.V32_DEQUANTIZE, compat.V32_WARMUP}
@@ -558,8 +559,8 @@ def test_one_feature_s_warm_up_goes_without_the_other_s(first, monkeypatch) -> N
             """The host's own."""
 
     own, told = Backend.__init__, []
-    monkeypatch.setattr(sglang, "warm_up", lambda path, backend, runner, find: told.append(path))
-    undo = [sglang.warm_once_built(Backend, path, print) for path in ("one", "other")]
+    monkeypatch.setattr(warmup, "warm_up", lambda path, backend, runner, find: told.append(path))
+    undo = [warmup.warm_once_built(Backend, path, print) for path in ("one", "other")]
     assert Backend.__init__.__doc__ == own.__doc__
     Backend(None)
     assert told == ["one", "other"]
@@ -568,11 +569,11 @@ def test_one_feature_s_warm_up_goes_without_the_other_s(first, monkeypatch) -> N
     assert told[2:] == [("other", "one")[first]]
     undo[1 - first]()
     assert Backend.__init__ is own
-    undo = sglang.warm_once_built(Backend, "again", print)
+    undo = warmup.warm_once_built(Backend, "again", print)
     Backend.__init__ = foreign = functools.wraps(Backend.__init__)(lambda self, model_runner: None)
     undo()
     assert Backend.__init__ is foreign
-    sglang.warm_once_built(Backend, "on top", print)()
+    warmup.warm_once_built(Backend, "on top", print)()
     assert Backend.__init__ is foreign
 
 

@@ -16,7 +16,7 @@ from mla_patch import eligibility
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
-from mla_patch.compat.sglang.decode import HOST
+from mla_patch.compat.sglang.release import HOST
 from mla_patch.compat.types import Gpu, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill
 from mla_patch.features import Counts, State
 from mla_patch.flags import Setting

@@ -187,11 +187,13 @@ def warm(trial) -> dict:
     """What the release's own backend and pool tell a warm-up, which is then made, as when a backend has been built."""
     from types import SimpleNamespace
 
-    from mla_patch.compat.sglang import decode as sglang
+    from mla_patch.compat.sglang.decode import decode_warmup
+    from mla_patch.hooks.sglang import decode as sglang_decode
+    from mla_patch.hooks.sglang.edits.warmup import warm_up
 
     runner = SimpleNamespace(token_to_kv_pool=trial.pool, device="cpu", dtype=trial.q.dtype)
-    sglang.warm_up("mla_patch.hooks.sglang.decode:warm", trial.backend, runner)  # a failure would be in the log
-    seen = sglang.decode_capacity(trial.backend, runner)
+    warm_up(sglang_decode.warm, trial.backend, runner, decode_warmup)  # a failure would be in the log
+    seen = decode_warmup(trial.backend, runner)
     return {name: str(getattr(seen, name)) for name in seen.__slots__}
 
 
@@ -215,8 +217,6 @@ def main(release: str, out: str) -> None:
     from mla_patch.drive import sglang as sglang_trial
 
     seen: dict = {"release": release, "stubbed": sglang_trial.prepare()}
-    if release.startswith("0.4."):
-        importlib.import_module("sglang.srt.layers.quantization")  # else its modules import one another in a ring
     seen["holders"] = holders(builders)
     seen["imported after"] = round(time.perf_counter() - start, 1)
     ours = drive()

@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 IMPORTERS = json.loads((HERE / "importers.json").read_text())
-KNOWN = tuple(dict.fromkeys(release for eras in IMPORTERS.values() for era in eras for release in era["releases"]))
-# before the reviewed range: the builders are there, and ours accepts them when told to skip the version check
-OLD = tuple(release for release in KNOWN if release.startswith("0.4."))
-REVIEWED = tuple(release for release in KNOWN if release not in OLD)
+REVIEWED = tuple(dict.fromkeys(release for eras in IMPORTERS.values() for era in eras for release in era["releases"]))
 SPREAD = ("0.5.1", "0.5.3", "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.15", "0.5.16", "0.5.18", "0.5.20")
 SPREAD += ("0.5.22", "0.5.23")
 
@@ -54,14 +51,13 @@ WHEEL_FILES = r"^(sgl_kernel/flash_mla\.py|flash_mla/(\w+\.py|VERSION)|[^/]+\.di
 PYTHON_OPTIONS = {"0.5.4": ["-O"]}
 
 # read without scales; stored without and read with; divided when stored
-UNSCALED = tuple(release for release in KNOWN if release in OLD or Version(release) < Version("0.5.10"))
+UNSCALED = tuple(release for release in REVIEWED if Version(release) < Version("0.5.10"))
 MISREAD = ("0.5.10", "0.5.11")
 
 DETERMINISTIC = Version("0.5.3")  # the first with --enable-deterministic-inference
 
 # (release, route): what is wrong in the release itself, so that its own result is no measure
 FAULTS = {
-    ("0.4.6", "flashmla_backend decode"): "one entry too many per row: its masks use <= instead of <",
     **{
         (
             release,
@@ -78,11 +74,11 @@ def chosen() -> tuple[str, ...]:
     if asked == "spread":
         return SPREAD
     if asked == "all":
-        return KNOWN
+        return REVIEWED
     releases = tuple(asked.replace(",", " ").split())
-    unknown = set(releases) - set(KNOWN)
+    unknown = set(releases) - set(REVIEWED)
     if unknown:
-        raise ValueError(f"HOSTS names {', '.join(sorted(unknown))}; known are spread, all, {', '.join(KNOWN)}")
+        raise ValueError(f"HOSTS names {', '.join(sorted(unknown))}; known are spread, all, {', '.join(REVIEWED)}")
     return releases
 
 
@@ -136,8 +132,6 @@ def kept_by(script: str, release: str, factory: pytest.TempPathFactory, options:
 def _start(release: str) -> dict:
     env = environment(release)
     env["MLA_PATCH_DECODE"] = "on"  # forced, where the release has an MLA decode of its own
-    if release in OLD:
-        env["MLA_PATCH_SKIP_VERSION_CHECK"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "seen.json")
         command = [sys.executable, *PYTHON_OPTIONS.get(release, []), str(HERE / "child.py"), release, str(out)]

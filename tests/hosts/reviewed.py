@@ -21,21 +21,23 @@ from typing import Any
 import hosts
 
 from mla_patch import sources
-from mla_patch.compat.sglang import backends as sglang_backends
-from mla_patch.compat.sglang import decode as sglang
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
-from mla_patch.compat.sglang import kv_cast as sglang_kv_cast
+from mla_patch.compat.sglang import release as sglang
 from mla_patch.compat.sglang import sparse_prefill as sglang_sparse_prefill
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 from mla_patch.drive.sglang_fetch import fetch_files, fetch_package
+from mla_patch.hooks.sglang import decode as sglang_decode
+from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
+from mla_patch.hooks.sglang import kv_cast as sglang_kv_cast
+from mla_patch.hooks.sglang import kv_indices as sglang_kv_indices
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 
 PATH = hosts.HERE / "reviewed.json"
 TABLES = {
-    "decode": sglang.decode_targets,
-    "decode of other backends": sglang_backends.decode_targets,
+    "decode": sglang_decode.triton_targets,
+    "decode of other backends": sglang_decode_backends.targets,
     "kv_cast": sglang_kv_cast.targets,
-    "kv_indices": sglang.kv_indices_targets,
+    "kv_indices": sglang_kv_indices.targets,
     "sched_meta": sglang_flash_mla.flash_mla_targets,
     "sparse_prefill": sglang_sparse_prefill.targets,
     "tokenspeed": sglang_tokenspeed.targets,
@@ -70,7 +72,7 @@ def names() -> dict[str, set[str]]:
     """Functions to look for, by module: all that any release's targets name, and what is edited."""
     found: dict[str, set[str]] = defaultdict(set)
     for targets in TABLES.values():
-        for release in (*hosts.KNOWN, None):
+        for release in (*hosts.REVIEWED, None):
             for one in targets(release):
                 if one.kind != "edit" and one.module.startswith("sglang."):
                     found[one.module].add(one.name)
@@ -81,7 +83,7 @@ def names() -> dict[str, set[str]]:
 
 def modules() -> set[str]:
     """Modules whose being there decides something."""
-    found = {one.module for targets in TABLES.values() for release in hosts.KNOWN for one in targets(release)}
+    found = {one.module for targets in TABLES.values() for release in hosts.REVIEWED for one in targets(release)}
     found |= {name for _, some in sglang.HOST.marks for name in some} | {sglang_tokenspeed.OWN_BACKEND.module}
     return {name for name in found if name.startswith("sglang.")}
 
@@ -136,7 +138,7 @@ def read() -> dict[str, Any]:
     told: dict[str, Any] = {"functions": {}, "modules": {}, "imports": {}, "switch": {}, "pins": {}}
     told["wheels"] = {wheel: wrappers(wheel) for wheel in hosts.WHEELS}
     wanted = names()
-    for release in hosts.KNOWN:
+    for release in hosts.REVIEWED:
         print(f"SGLang {release}", file=sys.stderr)
         for module in sorted(wanted):
             path = source(release, module)

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 ERAS = ("0.5.1", "0.5.3", "0.5.5", "0.5.7", "0.5.9", "0.5.11", "0.5.13", "0.5.15", "0.5.16", "0.5.18", "0.5.20")
 ERAS += ("0.5.22", "0.5.23")
-EVERY = set(hosts.chosen()) == set(hosts.KNOWN)
+EVERY = set(hosts.chosen()) == set(hosts.REVIEWED)
 SPREAD = hosts.chosen() == hosts.SPREAD
 RELEASES = [
     one for one in hosts.REVIEWED if (one in hosts.chosen() and (EVERY or one in ERAS)) or (SPREAD and one in ERAS)

@@ -52,7 +52,7 @@ def test_applied(release: str, seen: dict) -> None:
 
 def test_tokenspeed_stands_aside_where_the_release_has_it(release: str, seen: dict) -> None:
     (state,) = {row["state"] for row in seen["features"] if row["name"] == "tokenspeed"}
-    assert state == ("drifted" if release in hosts.OLD else "native" if release in NATIVE else "applied")
+    assert state == ("native" if release in NATIVE else "applied")
 
 
 def test_decode_applied(release: str, seen: dict) -> None:
@@ -179,7 +179,7 @@ def test_the_hosts_splits_are_not_ours(release: str, seen: dict) -> None:
 def test_decodes_a_ranks_part(release: str, seen: dict) -> None:
     """Decode context parallelism: the caller reads the log-sum-exp of the splits that it was left."""
     ours, host = seen["decode"]["ranks"]["ours"], seen["decode"]["ranks"]["host"]
-    assert bool(ours) == (release not in hosts.OLD and Version(release) >= Version("0.5.15"))
+    assert bool(ours) == (Version(release) >= Version("0.5.15"))
     for cache, row in ours.items():
         # one call for each rank; a request of which the rank has no key gives zeros, and a log-sum-exp left at -inf
         assert (row["served"], row["type"], host[cache]["served"]) == (2, "torch.float32", 0), cache

@@ -21,9 +21,10 @@ from mla_patch.cli import warmup
 from mla_patch.compat import compiles, gpu
 from mla_patch.compat import triton as compat_triton
 from mla_patch.compat.compiles import Compiles
-from mla_patch.compat.sglang import decode as sglang
+from mla_patch.compat.sglang.decode import DecodeWarmup
 from mla_patch.compat.types import Gpu
 from mla_patch.features import Counts
+from mla_patch.hooks import editing
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.kernels import decode
 from mla_patch.kernels.common import launch as common_launch
@@ -282,7 +283,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             self.kv_indptr = torch.zeros(model_runner.most + 1, dtype=torch.int32)
             self.skip_prefill = skip_prefill
 
-    monkeypatch.setattr(sglang, "_said", set())
+    monkeypatch.setattr(editing, "_said", set())
     module = ModuleType("triton_backend")
     module.TritonAttnBackend = TritonAttnBackend  # type: ignore[attr-defined]
     return module
@@ -313,7 +314,7 @@ def test_a_backend_is_warmed_when_it_has_been_built(
 ) -> None:
     caplog.set_level(logging.INFO)
     before = dict(vars(backend.TritonAttnBackend))
-    undo = sglang.warm_decode(backend)
+    undo = sglang_decode.warm_decode(backend)
     built = backend.TritonAttnBackend(runner(), skip_prefill=True)
     assert built.skip_prefill
     assert warmed == [("kv_indices", "cpu", ()), ("decode", "cpu", 16, torch.float16, torch.float8_e4m3fn, 6)]
@@ -334,7 +335,7 @@ def test_a_warm_up_with_nothing_to_compile_says_nothing(
     caplog.set_level(logging.INFO)
     asked = []
     monkeypatch.setattr(sglang_decode, "warm", lambda capacity: asked.append(capacity) or 0)
-    sglang.warm_decode(backend)
+    sglang_decode.warm_decode(backend)
     backend.TritonAttnBackend(runner())
     assert len(asked) == 1 and not caplog.records
 
@@ -345,26 +346,26 @@ def test_a_warm_up_with_nothing_to_compile_says_nothing(
 def test_a_cache_that_is_not_ours_warms_nothing(
     pool: Any, backend: ModuleType, warmed: list[tuple[Any, ...]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    sglang.warm_decode(backend)
+    sglang_decode.warm_decode(backend)
     backend.TritonAttnBackend(runner(token_to_kv_pool=pool))
     assert not warmed and not caplog.records
 
 
 def test_decode_context_parallelism_is_warmed_for_its_splits(warmed: list[tuple[Any, ...]]) -> None:
     ranks = SimpleNamespace(num_head=32, kv_indptr=torch.zeros(5), dcp_size=2, max_kv_splits=16)
-    assert sglang_decode.warm(sglang.Capacity(ranks, runner(), torch.float16)) == 6
+    assert sglang_decode.warm(DecodeWarmup(ranks, runner(), torch.float16)) == 6
     assert warmed[1:] == [("decode_splits", "cpu", 32, torch.float16, torch.float16, 16)]
 
 
 def test_one_head_is_declined_and_not_warmed(warmed: list[tuple[Any, ...]]) -> None:
     one = SimpleNamespace(num_head=1, kv_indptr=torch.zeros(5))
-    assert sglang_decode.warm(sglang.Capacity(one, runner(), torch.float16)) == 0 and not warmed
+    assert sglang_decode.warm(DecodeWarmup(one, runner(), torch.float16)) == 0 and not warmed
 
 
 def test_an_amd_gpu_is_not_warmed(warmed: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4), cuda=False))
     sixteen = SimpleNamespace(num_head=16, kv_indptr=torch.zeros(5))
-    assert sglang_decode.warm(sglang.Capacity(sixteen, runner(), torch.float16)) == 0 and not warmed
+    assert sglang_decode.warm(DecodeWarmup(sixteen, runner(), torch.float16)) == 0 and not warmed
 
 
 @pytest.mark.parametrize("broken", ["runner", "kernel"])
@@ -375,7 +376,7 @@ def test_a_warm_up_that_fails_is_said_once_and_the_engine_goes_on(
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(kv_indices, "warmup", fail)
-    undo = sglang.warm_decode(backend)
+    undo = sglang_decode.warm_decode(backend)
     given = runner()
     if broken == "runner":
         del given.token_to_kv_pool
@@ -387,12 +388,12 @@ def test_a_warm_up_that_fails_is_said_once_and_the_engine_goes_on(
 
 
 def test_the_edit_leaves_what_others_put_there_and_tells_a_strange_init(backend: ModuleType) -> None:
-    undo = sglang.warm_decode(backend)
+    undo = sglang_decode.warm_decode(backend)
     backend.TritonAttnBackend.__init__ = theirs = lambda self, other: None
     undo()
     assert vars(backend.TritonAttnBackend)["__init__"] is theirs
     with pytest.raises(TypeError, match=r"__init__ does not take \(model_runner"):
-        sglang.warm_decode(backend)
+        sglang_decode.warm_decode(backend)
 
 
 def test_explain_shows_the_warm_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,7 +401,7 @@ def test_explain_shows_the_warm_up(capsys: pytest.CaptureFixture[str]) -> None:
     routes = json.loads(capsys.readouterr().out)["routes"]
     (route,) = [route for route in routes if route["name"] == "TritonAttnBackend.warmup"]
     assert (route["releases"], route["kind"]) == ("0.5.1 - 0.5.23", "edit")
-    assert route["replaced_by"] == "mla_patch.compat.sglang.decode:warm_decode"
+    assert route["replaced_by"] == "mla_patch.hooks.sglang.decode:warm_decode"
 
 
 # the count

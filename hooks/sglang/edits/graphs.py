@@ -1,164 +1,48 @@
-"""SGLang: where a forward step begins and ends, and how its decode graphs are captured once per arm.
+"""SGLang's decode graphs are captured once per arm of an experiment, and each step replays its arm's.
 
-A step is a call of ``ModelRunner.forward``, numbered by its ``forward_pass_id`` in all releases. Draft models' are no
-steps: they keep the host's arm, unless it is asked for that their decodes run that of the target model's step before
-them. Their extends keep it in any case, as do prefill graphs.
+* Where the runner keeps graphs by batch size, each pair of graph and output becomes one pair for each arm, and both
+  dicts look up the step's arm.
+* Where it keeps them by key, the key's variant_label gets the step's arm, beside what the engine says there. The arms
+  and the engine's own attention variants multiply.
 
-    0.5.1 - 0.5.13    srt.model_executor.cuda_graph_runner.CudaGraphRunner
-                      capture_one_batch_size returns (graph, output), which capture() files under a key of its own in
-                      self.graphs and self.output_buffers; replay() reads both under the key. So the pair becomes one
-                      pair for each arm, and both dicts look up the step's arm.
-    from 0.5.14       srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner
-                      capture_one_shape, can_run_graph and load_batch take their key from _make_graph_key, a frozen
-                      ShapeKey with a free variant_label (LoRA's). So the key's label gets the step's arm, beside what
-                      the host says there, and beside its own attention variants (0.5.18, 0.5.20): they multiply.
+Draft models' graph runners are found when they capture, so that their module is nobody's to wait for. Draft extends and
+prefill graphs keep the engine's arm in any case.
 
-EAGLE's and stand-alone draft models decode in graphs of srt.speculative.eagle_draft_cuda_graph_runner, all their steps
-in one: to 0.5.13 a class beside the above whose capture() calls CudaGraphRunner's, later a subclass. Both are found
-when they capture, so that their module is nobody's to wait for.
-
-Each arm is captured with the host's own method, so from the host's one memory pool, on its stream, after its warm-ups.
+Each arm is captured with the engine's own method, so from the engine's one memory pool, on its stream, after its
+warm-ups.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from packaging.version import Version
-
-from mla_patch.compat import gpu, processes, steps
+from mla_patch.compat import gpu, steps
+from mla_patch.compat.sglang.graphs import BY_KEY, DRAFT_RUNNER, RUNNER, graph_runners
 from mla_patch.compat.types import Edit, Undo
-from mla_patch.hooks.editing import Undoing, set_methods
+from mla_patch.hooks.editing import checked_method, set_methods, shared_edit
+from mla_patch.hooks.sglang.edits.steps import until_end, watch_steps
 
 log = logging.getLogger("mla_patch")
-
-_RUNNER = "sglang.srt.model_executor.model_runner"
-_BY_SIZE = "sglang.srt.model_executor.cuda_graph_runner"
-_BY_KEY = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
 
 
 def step_targets(version: str | None) -> tuple[Edit, ...]:
     """The edits that an experiment needs in ``version``; where it is unknown, in whichever home there is."""
-    steps_ = Edit(_RUNNER, "ModelRunner.step", watch_steps)
-    by_key = Edit(_BY_KEY, "graphs", arms_by_key)
-    by_size = Edit(_BY_SIZE, "graphs", arms_by_size)
-    if version is None:
-        return steps_, by_key, by_size
-    return steps_, by_key if Version(version) >= Version("0.5.14") else by_size
+    graphs = [Edit(home, "graphs", arms_by_key if home == BY_KEY else arms_by_size) for home in graph_runners(version)]
+    return Edit(RUNNER, "ModelRunner.step", watch_steps), *graphs
 
 
-_edited: dict[type, tuple[int, Undoing]] = {}  # features under test at the same time share the edits
 _drafts: dict[type, Undo] = {}  # draft models' graph runners that have been edited, too
 
 
-def _shared(edit: Callable[[ModuleType], tuple[type, dict[str, Any]]]) -> Callable[[ModuleType], Undo]:
-    """An edit of a class's methods, made for the first feature that asks and undone after the last."""
-
-    @functools.wraps(edit)
-    def edit_once(module: ModuleType) -> Undo:
-        owner, ours = edit(module)
-        if owner not in _edited:
-            _edited[owner] = (0, set_methods(owner, ours))
-        count, undo = _edited[owner]
-        _edited[owner] = (count + 1, undo)
-
-        def give_back() -> None:
-            count, undo = _edited.pop(owner)
-            if count > 1:
-                _edited[owner] = (count - 1, undo)
-                return
-            undo()
-            while _drafts:
-                _drafts.popitem()[1]()
-
-        return Undoing(give_back, undo.places)
-
-    return edit_once
-
-
-def _method(owner: type, name: str, *params: str) -> Callable[..., Any]:
-    """``owner``'s own method, which must begin with these parameters."""
-    method = vars(owner).get(name)
-    found = tuple(inspect.signature(method).parameters) if method is not None else ()
-    if found[: len(params) + 1] != ("self", *params):
-        told = f"takes ({', '.join(found)})" if method is not None else "does not exist"
-        raise TypeError(f"{owner.__qualname__}.{name} {told}, expected (self, {', '.join((*params, '...'))})")
-    assert method is not None
-    return method
-
-
-# steps
-
-
-@_shared
-def watch_steps(module: ModuleType) -> tuple[type, dict[str, Any]]:
-    """Tell the experiment of each forward step of the target model."""
-    owner = module.ModelRunner
-    original = _method(owner, "forward", "forward_batch")
-
-    @functools.wraps(original)
-    def forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        watcher = steps.watcher
-        if watcher is None:
-            return original(self, forward_batch, *args, **kwargs)
-        if not self.is_draft_worker:
-            watcher.begin(functools.partial(rank_info, self), self.forward_pass_id + 1)
-        elif watcher.draft and forward_batch.forward_mode.is_decode():
-            watcher.begin_draft()
-        else:
-            return original(self, forward_batch, *args, **kwargs)
-        return _until_end(watcher, original, self, forward_batch, args, kwargs)
-
-    return owner, {"forward": forward}
-
-
-def _until_end(
-    watcher: steps.Watcher, original: Callable[..., Any], runner: Any, batch: Any, args: Any, kwargs: Any
-) -> Any:
-    """What has begun, to its end."""
-    work = None
-    try:
-        output = original(runner, batch, *args, **kwargs)
-        work = functools.partial(step_info, batch)
-        return output
-    finally:
-        watcher.end(work)
-
-
-def step_info(batch: Any) -> steps.StepInfo | None:
-    """What a batch was; None for an idle one. Python numbers, no tensor."""
-    mode, count = batch.forward_mode, batch.batch_size
-    if mode.is_idle() or not count:
-        return None
-    total = batch.seq_lens_sum  # None where the host plans ahead and has not been told yet
-    kind = "decode" if mode.is_decode() or mode.is_target_verify() else "prefill"
-    return steps.StepInfo(kind, count, (total or 0) // count)
-
-
-def rank_info(runner: Any) -> steps.RankInfo:
-    """This process's place. The ranks that step together have one parent and one port between them."""
-    rank, ranks = 0, 1
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    args = getattr(runner, "server_args", None)
-    parent = f"{os.getppid()}-{processes.start_ticks(os.getppid()) or 0}"
-    if getattr(args, "nnodes", 1) > 1:  # what all nodes know
-        parent = "".join(c if c.isalnum() else "-" for c in str(getattr(args, "dist_init_addr", "")))
-    port = getattr(runner, "dist_port", None)
-    return steps.RankInfo(f"sglang-{parent}-{port}", rank, ranks, str(getattr(runner, "device", "cpu")))
-
-
-# graphs
+def _forget_drafts() -> None:
+    while _drafts:
+        _drafts.popitem()[1]()
 
 
 class ByArm(dict[Any, Any]):
@@ -212,20 +96,20 @@ def _watcher(runner: Any, draft: bool) -> steps.Watcher | None:
     return watcher
 
 
-@_shared
+@shared_edit(at_end=_forget_drafts)
 def arms_by_size(module: ModuleType) -> tuple[type, dict[str, Any]]:
     """0.5.1 - 0.5.13: each batch size is captured once per arm, and replayed for the step's."""
     owner = module.CudaGraphRunner
-    return owner, {**_by_size(owner, "bs"), "capture": _told(_method(owner, "capture"), _draft_by_size)}
+    return owner, {**_by_size(owner, "bs"), "capture": _told(checked_method(owner, "capture"), _draft_by_size)}
 
 
 def _draft_by_size(owner: type) -> dict[str, Any]:
-    replay = _drafting(_method(owner, "replay", "forward_batch"))
+    replay = _drafting(checked_method(owner, "replay", "forward_batch"))
     return {**_by_size(owner, "num_seqs", draft=True), "replay": replay}
 
 
 def _by_size(owner: type, size: str, draft: bool = False) -> dict[str, Any]:
-    capture_one = _method(owner, "capture_one_batch_size", size, "forward")
+    capture_one = checked_method(owner, "capture_one_batch_size", size, "forward")
 
     @functools.wraps(capture_one)
     def capture_one_batch_size(self: Any, bs: int, *args: Any, **kwargs: Any) -> Any:
@@ -248,11 +132,11 @@ def _by_size(owner: type, size: str, draft: bool = False) -> dict[str, Any]:
     return {"capture_one_batch_size": capture_one_batch_size}
 
 
-@_shared
+@shared_edit(at_end=_forget_drafts)
 def arms_by_key(module: ModuleType) -> tuple[type, dict[str, Any]]:
     """From 0.5.14: each shape is captured once per arm under a key with the arm in its label."""
     owner = module.DecodeCudaGraphRunner
-    return owner, {**_by_key(owner), "capture": _told(_method(owner, "capture"), _draft_by_key)}
+    return owner, {**_by_key(owner), "capture": _told(checked_method(owner, "capture"), _draft_by_key)}
 
 
 def _draft_by_key(owner: type) -> dict[str, Any]:
@@ -261,9 +145,9 @@ def _draft_by_key(owner: type) -> dict[str, Any]:
 
 
 def _by_key(owner: type, draft: bool = False) -> dict[str, Any]:
-    capture_one = _method(owner, "capture_one_shape", "size", "forward")
-    make_key = _method(owner, "_make_graph_key")
-    execute_ = _method(owner, "execute", "forward_batch")
+    capture_one = checked_method(owner, "capture_one_shape", "size", "forward")
+    make_key = checked_method(owner, "_make_graph_key")
+    execute_ = checked_method(owner, "execute", "forward_batch")
 
     def known(self: Any) -> dict[Any, dict[str, int]]:
         """Our keys, with the calls of ours in each graph."""
@@ -329,14 +213,14 @@ def _drafting(original: Callable[..., Any]) -> Callable[..., Any]:
         if watcher is None:
             return original(self, forward_batch, *args, **kwargs)
         watcher.begin_draft()
-        return _until_end(watcher, original, self, forward_batch, args, kwargs)
+        return until_end(watcher, original, self, forward_batch, args, kwargs)
 
     return wrapped
 
 
 def _edit_draft(runner: Any, edit: Callable[[type], dict[str, Any]]) -> bool:
     """Have a draft model's graph runner choose arms; False where it is not one that decodes, or has changed."""
-    owner = next((c for c in type(runner).__mro__ if c.__name__ == "EAGLEDraftCudaGraphRunner"), None)
+    owner = next((c for c in type(runner).__mro__ if c.__name__ == DRAFT_RUNNER), None)
     if owner is None:
         return False
     if owner not in _drafts:
