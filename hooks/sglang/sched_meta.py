@@ -20,6 +20,7 @@ from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.compat.sglang.flash_mla import KvCacheCall, MetadataCall, PrefillCall
+from mla_patch.compat.sglang.release import supported
 from mla_patch.compat.types import Provider
 from mla_patch.features import CallRejected, Feature
 from mla_patch.hookspecs import hookimpl
@@ -154,7 +155,7 @@ PREFILL_PROVIDERS = (
 
 FEATURE = Feature(
     name="sched_meta",
-    host="sglang>=0.5.3,<0.5.24",
+    host=supported("0.5.3"),
     targets=sglang_flash_mla.flash_mla_targets,
     why="older FlashMLA packages lack the newer API, and FlashMLA has no build for many GPUs and shapes",
     upstream="https://github.com/sgl-project/sglang/pull/26132",

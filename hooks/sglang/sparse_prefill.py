@@ -19,6 +19,7 @@ from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.compat.sglang import sparse_prefill as compat
+from mla_patch.compat.sglang.release import supported
 from mla_patch.compat.sglang.sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
 from mla_patch.compat.types import Change, Provider, Variable
 from mla_patch.features import Feature
@@ -113,7 +114,7 @@ def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -
 
 FEATURE = Feature(
     name="sparse_prefill",
-    host="sglang>=0.5.5,<0.5.24",
+    host=supported("0.5.5"),
     targets=compat.targets,
     why="sparse prefill of DeepSeek V4 is missing or faulty, and that of V3.2 accepts few head counts",
     upstream="https://github.com/sgl-project/sglang/pull/25418",

@@ -26,6 +26,7 @@ from typing import Any
 
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
+from mla_patch.compat.sglang.release import supported
 from mla_patch.compat.types import Change, Gpu, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill, Variable
 from mla_patch.features import Feature
 from mla_patch.hookspecs import hookimpl
@@ -55,7 +56,7 @@ def problem(device: Gpu | None) -> str | None:
 
 FEATURE = Feature(
     name="tokenspeed",
-    host="sglang>=0.5.1,<0.5.24",
+    host=supported(),
     targets=sglang_tokenspeed.targets,
     why="the release has no attention backend for the TokenSpeed MLA kernels",
     upstream="https://github.com/sgl-project/sglang/pull/24925",
