@@ -24,12 +24,12 @@ Undo = Callable[[], None]
 
 @dataclass(frozen=True)
 class CachedOn:
-    """Living instances that keep a target's function in an attribute, where a late activation can set ours."""
+    """Living instances that keep a target's function in an attribute, where a late activation can set our function."""
 
     place: str  # "module:Class.attribute"
     # what they keep is within(function), a function made by functools.wraps; None: the function itself
     within: Callable[[Any], Any] | None = None
-    fixed: Callable[[Any], str | None] | None = None  # (instance) -> why ours would not be reached from it, or None
+    fixed: Callable[[Any], str | None] | None = None  # (instance) -> why it would not call our function, or None
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Home:
         arms: bool = True,
     ) -> Target:
         """The target that a hook makes of this entry point; see `Target` for the arguments."""
-        told = {one.name: getattr(self, one.name) for one in fields(Home)}
+        told: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(Home)}
         return Target(
             **told,
             declines=declines,

@@ -29,18 +29,18 @@ class Undoing:
         self.undo()
 
 
-def set_methods(owner: type, ours: dict[str, Any]) -> Undoing:
+def set_methods(owner: type, methods: dict[str, Any]) -> Undoing:
     """Give ``owner`` these methods, in place of its own: the class itself is bound elsewhere by value."""
-    before = {name: vars(owner)[name] for name in ours}
-    for name, method in ours.items():
+    before = {name: vars(owner)[name] for name in methods}
+    for name, method in methods.items():
         setattr(owner, name, method)
 
     def undo() -> None:
-        for name, method in ours.items():
+        for name, method in methods.items():
             if vars(owner).get(name) is method:  # or somebody has put something else there since
                 setattr(owner, name, before[name])
 
-    return Undoing(undo, lambda: [(owner, name, method) for name, method in ours.items()])
+    return Undoing(undo, lambda: [(owner, name, method) for name, method in methods.items()])
 
 
 def checked_method(owner: type, name: str, *params: str) -> Callable[..., Any]:
@@ -72,9 +72,9 @@ def shared_edit(
     def share(edit: Callable[[ModuleType], Methods]) -> Callable[[ModuleType], Undo]:
         @functools.wraps(edit)
         def edit_once(module: ModuleType) -> Undo:
-            owner, ours = edit(module)
+            owner, methods = edit(module)
             if owner not in _shared:
-                _shared[owner] = (0, set_methods(owner, ours))
+                _shared[owner] = (0, set_methods(owner, methods))
             count, undo = _shared[owner]
             _shared[owner] = (count + 1, undo)
 
@@ -98,7 +98,7 @@ _said: set[str] = set()
 
 
 def say_once(what: str, text: str, *values: Any) -> None:
-    """A warning, once in a process, whatever is restored and applied again."""
+    """Warn once in a process, even if the feature is restored and applied again. ``what`` names the warning."""
     if what not in _said:
         _said.add(what)
         log.warning("mla-patch: " + text, *values)

@@ -31,7 +31,7 @@ What a step's metadata holds for us:
     flashmla    forward_metadata.block_kv_indices, of pages of 64. When a graph is captured it is a view that is one
                 column wide, over a buffer of full width: only its rows' stride means something
                 forward_batch.seq_lens, int32 or int64
-    flashinfer  self.kv_indptr, and _kv_indices_buf of the wrapper: slots, whatever the server's page size. At a graph's
+    flashinfer  self.kv_indptr, and _kv_indices_buf of the wrapper: slots, for every server's page size. At a graph's
                 replay the wrapper's own _kv_indptr_buf is what it was at capture. A draft step's backend has a row of
                 the drafts' buffers as its kv_indptr, which spec_info shows, too
 
@@ -77,14 +77,14 @@ class BackendCall:
         self.save = save_kv_cache
         self.q_rope = q_rope
         self.k_rope = k_rope
-        self.extra = extra  # what of this call ours does not do
+        self.extra = extra  # what of this call our kernel does not do
 
     def metadata_problem(self, rows: int) -> str | None:
         """What keeps this step's metadata from being those of one query for each of ``rows`` requests, or None."""
         raise NotImplementedError
 
     def location(self) -> Any:
-        """Where the new tokens are stored, as this release's pool wants to be told."""
+        """Where the new tokens are stored, as the pool of this release takes it."""
         kind: Any = getattr(sys.modules[self.module], "KVWriteLoc", None)
         return kind.for_batch(self.batch) if hasattr(kind, "for_batch") else self.batch.out_cache_loc
 

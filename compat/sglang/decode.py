@@ -21,7 +21,7 @@ there, unless the graphs that it replays are captured already:
 
 Scales of an fp8 latent cache (V is the first 512 of the same stored row, so one scale is the only right number):
 
-    to 0.5.9          stored without, read without: consistent, whatever the checkpoint says
+    to 0.5.9          stored without, read without: consistent for every checkpoint
     0.5.10 - 0.5.11   stored without, decode and extend read with the layer's scales: wrong unless they are 1
     from 0.5.12       decode and extend store K / k_scale and read with both scales, or with none unless both exist;
                       MHA prefill stores the same rows without
@@ -41,11 +41,11 @@ BACKEND = "sglang.srt.layers.attention.triton_backend"  # its TritonAttnBackend 
 
 
 class DecodeCall:
-    """One decode step of one layer, whatever the release; see ``kernels.decode`` for shapes.
+    """One decode step of one layer, of any release; see ``mla_patch.kernels.decode`` for shapes.
 
-    Takes a call of 0.5.12 and later as it comes, in the newest release's order. The scratch and its splits are the
-    host's: ours brings its own, but for a caller who may read them. PDL and page_size only say how the host's kernel
-    works, and only ROCm looks at the lean arguments.
+    Takes a call of 0.5.12 and later as it comes, in the newest release's order. Our kernel has
+    its own scratch and fills the engine's only for a caller who may read it. PDL and page_size only say how the
+    engine's kernel works, and only ROCm looks at the lean arguments.
     """
 
     __slots__ = (
@@ -72,9 +72,9 @@ class DecodeCall:
         self.logit_cap = logit_cap
         self.sinks = sinks
         self.xai_temperature_len = xai_temperature_len
-        # what of this call ours does not do
+        # what of this call our kernel does not do
         self.extra = None if score_mod is None else "score_mod"
-        if has_mla:  # then the host, too, reads values from k_buffer, and nobody the scratch
+        if has_mla:  # then the engine reads values from k_buffer, too, and nobody reads the scratch
             self.splits = None
         else:
             self.splits = (attn_logits, attn_lse, num_kv_splits, max_kv_splits)

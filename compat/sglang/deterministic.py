@@ -1,4 +1,4 @@
-"""SGLang: deterministic inference, in which no result depends on what else is in the batch, per release.
+"""SGLang: deterministic inference: no result depends on the other requests of the batch. Per release.
 
     to 0.5.2      there is no such mode
     from 0.5.3    --enable-deterministic-inference

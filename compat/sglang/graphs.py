@@ -40,7 +40,7 @@ def step_info(batch: Any) -> steps.StepInfo | None:
     mode, count = batch.forward_mode, batch.batch_size
     if mode.is_idle() or not count:
         return None
-    total = batch.seq_lens_sum  # None where the host plans ahead and has not been told yet
+    total = batch.seq_lens_sum  # None if the engine plans ahead and does not know it yet
     kind = "decode" if mode.is_decode() or mode.is_target_verify() else "prefill"
     return steps.StepInfo(kind, count, (total or 0) // count)
 

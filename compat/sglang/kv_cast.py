@@ -9,7 +9,7 @@ extend, and the prompts that attend to a prefix in MLA's absorbed form. Paramete
 which comes first, are forward_decode's: see `backends`.
 
 FA3 finds its pages by the metadata's page_table and cache_seqlens_int32, of requests. Target verify with topk > 1 reads
-the drafts by a second table, in forward_metadata_spec_decode_expand, of slots whatever the page size.
+the drafts by a second table, in forward_metadata_spec_decode_expand, of slots for every page size.
 
 FlashInfer finds them by a list in the planned wrapper. An eager plan keeps a list of which every entry counts. A
 wrapper for CUDA graphs has a buffer, and the last number of _kv_indptr_buf tells how much of it counts: plan() writes
@@ -56,7 +56,7 @@ class Table(NamedTuple):
 
 
 class ExtendCall:
-    """One call of forward_extend, whatever the backend and the release."""
+    """One call of forward_extend, of either backend and of any release."""
 
     __slots__ = ("args", "backend", "batch", "k", "kwargs", "layer", "q", "v")
     tensors = ("q",)
@@ -124,7 +124,7 @@ class FlashInferExtend(ExtendCall):
 
 
 def problem(call: ExtendCall) -> str | None:
-    """Why the host casts the pool itself, or None."""
+    """Why the engine casts the pool, or None."""
     layer = call.layer
     pool = latent_pool(pool_of(call))
     if pool is None:
@@ -152,7 +152,7 @@ def problem(call: ExtendCall) -> str | None:
             return OTHER_TABLE
     if not tables[0].ids.numel():
         return NOTHING
-    named = getattr(call.batch, "seq_lens_sum", None)  # a number of the host's, which no address depends on
+    named = getattr(call.batch, "seq_lens_sum", None)  # the engine's number; no address depends on it
     return MANY if isinstance(named, int) and named > cache.shape[0] else None
 
 

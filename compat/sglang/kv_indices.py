@@ -30,7 +30,7 @@ from mla_patch.compat.types import Home
 
 
 class PageTableCall:
-    """One launch of the page-table builder, whatever the release. Shapes: ``mla_patch/kernels/indices/kv.py``."""
+    """One launch of the page-table builder, of any release. Shapes: ``mla_patch/kernels/indices/kv.py``."""
 
     __slots__ = (
         "extra", "grid", "kv_start", "lens", "out", "out_stride", "page_size", "req_pool", "req_to_token", "row_stride",
@@ -64,7 +64,7 @@ class PageTableCall:
 
 
 class TokenIndicesCall:
-    """One launch of the token-id builder, whatever the release."""
+    """One launch of the token-id builder, of any release."""
 
     __slots__ = ("extra", "grid", "indptr", "kv_start", "lens", "out", "req_pool", "req_to_token", "row_stride")
     tensors, numbers = ("req_to_token", "req_pool", "lens", "indptr", "out"), ("row_stride",)
@@ -93,7 +93,7 @@ class TokenIndicesCall:
         self.extra = extra
 
 
-# The parameters below carry the host's names, since a caller may pass any of them by name.
+# The parameters below carry the engine's names, since a caller may pass any of them by name.
 
 
 def page_table_call(
@@ -152,7 +152,7 @@ def token_indices_call_0519(
     grid, req_to_token_ptr, req_pool_indices_ptr, page_kernel_lens_ptr, kv_indptr, kv_start_idx, kv_indices_ptr,
     req_to_token_ptr_stride, ENTRY_PAGE_SIZE=1, TOKEN_BLOCK_PARALLEL=False, token_mapping=None,
 ):  # fmt: skip
-    # TOKEN_BLOCK_PARALLEL only says how the host's kernel divides its work: our kernel divides it anyway
+    # TOKEN_BLOCK_PARALLEL only says how the engine's kernel divides its work: our kernel divides it anyway
     extra = "ENTRY_PAGE_SIZE" if ENTRY_PAGE_SIZE != 1 else "token_mapping" if token_mapping is not None else None
     return TokenIndicesCall(
         grid, req_to_token_ptr, req_pool_indices_ptr, page_kernel_lens_ptr, kv_indptr, kv_start_idx, kv_indices_ptr,

@@ -22,7 +22,7 @@ def supported(first: str = REVIEWED[0]) -> str:
 DETERMINISTIC = "SGLANG_ENABLE_DETERMINISTIC_INFERENCE"
 DETERMINISTIC_PROMISE = "deterministic inference: the engine promises batch-invariant results"
 _ATTENTION, _OPS = "sglang.srt.layers.attention", "sglang.kernels.ops"
-# (release, two modules that no earlier release has): source whose version tells nothing is told by them
+# (release, two modules that no earlier release has): they tell the release of source whose version does not
 MARKS = (
     ("0.5.23", (f"{_OPS}.attention.kv_indices", f"{_OPS}.attention.flash_mla_interface")),
     ("0.5.22", (f"{_OPS}.kvcache.copy_pages", "sglang.kernels.numerics")),

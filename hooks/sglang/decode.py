@@ -1,25 +1,26 @@
-"""SGLang's MLA decode, served by mla_patch.kernels.decode: that of its Triton backend, and the feature as a whole.
+"""SGLang's MLA decode, served by mla_patch.kernels.decode: the Triton backend's, and the feature as a whole.
 
-The decode of FlashAttention-3, FlashInfer and FlashMLA is `decode_backends`'s.
+`decode_backends` serves the decode of FlashAttention-3, FlashInfer and FlashMLA.
 
-Why: the host's kernel reads the latent cache once per 16 query heads, and its split scratch grows with rows x heads x
-splits. From 0.5.12 the host has an MLA kernel of its own; there the table below says on which GPUs ours is faster.
+Why: the engine's kernel reads the latent cache once per 16 query heads, and its split scratch grows with rows x heads x
+splits. From 0.5.12 on, the engine has an MLA kernel. The table below says on which GPUs our kernel is faster.
 
-A caller who does not say `has_mla` may read the split scratch, as decode context parallelism does from 0.5.15 on: then
-ours fills it as the host would.
+A caller who does not pass `has_mla` may read the split scratch, as decode context parallelism does from 0.5.15 on. For
+such a caller, our kernel fills the scratch as the engine's kernel would.
 
-Our kernel cuts the keys of all requests into equal pieces, so that the order in which it adds up one request's values
-depends on the others. Where the engine promises that no result depends on the batch, the host's kernel serves.
+Our kernel cuts the keys of all requests into equal pieces. So the order in which it adds up the values of a request
+depends on the other requests. If the engine promises that no result depends on the batch, the engine's kernel serves.
 
-Scales of an fp8 cache. What is stored is never ours to change: MHA prefill, other processes and the host's own arm
-read the same bytes. So ours reads what the release stores:
+Scales of an fp8 cache. MHA prefill, other processes and the host arm read the same bytes, so that we must not change
+what is stored. Our kernel reads what the release stores:
 
-* to 0.5.9 latents are stored and read without scales, and the prefix half of the host's extend kernel takes none;
-* 0.5.10 and 0.5.11 store without and read with: the scales are left out of reading, in decode and extend, by an edit
-  that holds for both arms and outlives the breaker and restore;
-* from 0.5.12 both scales come with the call. V is part of the stored K, so only k_scale == v_scale can be right; any
-  other pair is declined, and the host says of its own cache what it says without us. Where the checkpoint has one scale
-  of the two, the call shows 1 and 1: that, and what MHA prefill stores undivided, is warned of once.
+* Up to and including 0.5.9, the engine stores and reads latents without scales. The half of its extend kernel that
+  reads the prefix takes none.
+* 0.5.10 and 0.5.11 store without scales and read with them. An edit leaves the scales out of reading, in decode and
+  extend. It holds for both arms, and it outlives the breaker and restore().
+* From 0.5.12 on, both scales come with the call. V is part of the stored K, so that only k_scale == v_scale can be
+  right. We decline any other pair. If the checkpoint has one scale of the two, the call shows 1 and 1. One warning
+  tells of that, and of prompts that MHA prefill stores undivided.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ from mla_patch.hooks.sglang.edits.scales import leave_scales_out, watch_scales
 from mla_patch.hooks.sglang.edits.warmup import warm_once_built
 from mla_patch.hookspecs import hookimpl
 
-# compute capability -> ours is faster than SGLang's own MLA decode (docs/performance.md); no row: not measured
+# compute capability -> whether our kernel is faster than SGLang's (docs/performance.md); no row: not measured
 FASTER = {(9, 0): True}
 
 
 def native(target: Change, version: str | None) -> DeviceCheck | None:
-    """Where the Triton backend has an MLA decode of its own, the GPU decides which one serves.
+    """If the Triton backend of the release has an MLA decode, the GPU decides which of the two serves.
 
-    Of the other backends it depends on the cache, too: see `decode_backends`.
+    For the other backends that depends on the cache, too: see `decode_backends`.
     """
     return host_is_kept if target.group == "triton" and sglang.has_mla_decode(version) else None
 
 
 def host_is_kept(device: Gpu) -> str | None:
-    """Why the host's own MLA decode is kept on this device, or None."""
+    """Why the engine's MLA decode serves on this device, or None."""
     faster = FASTER.get(device.capability)
     if faster is None:
         return f"not measured on {device.sm}"
@@ -156,7 +157,7 @@ def mla_patch_features() -> list[Feature]:
 
 
 def declines(call: DecodeCall) -> str | None:
-    """Why this call goes to the host, or None. What is left of shapes and dtypes is the launcher's to refuse."""
+    """Why this call goes to the engine, or None. The launcher refuses other shapes and dtypes that it cannot take."""
     reason = call.extra or decoding.promise
     if reason is not None:
         return reason
@@ -218,11 +219,11 @@ def serve(call: DecodeCall) -> None:
 
 def shadow_clone(call: DecodeCall) -> tuple[DecodeCall, list[tuple[Any, Any]]]:
     """For shadow checks: the call with an output of its own."""
-    if call.splits is not None:  # scratch that the caller reads, which our kernel would have filled before the host
+    if call.splits is not None:  # our kernel would fill the scratch that the caller reads before the engine's does
         raise ValueError("no shadow check: the caller reads the split scratch")
-    ours = copy.copy(call)
-    ours.out = call.out.clone()
-    return ours, [(call.out, ours.out)]
+    clone = copy.copy(call)
+    clone.out = call.out.clone()
+    return clone, [(call.out, clone.out)]
 
 
 def warm(asked: DecodeWarmup) -> int:

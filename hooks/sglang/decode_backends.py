@@ -1,13 +1,14 @@
-"""SGLang's FlashAttention-3, FlashInfer MLA and FlashMLA: their decode steps, served by mla_patch.kernels.decode.
+"""SGLang's FlashAttention-3, FlashInfer and FlashMLA: their decode steps, served by mla_patch.kernels.decode.
 
 Why: with an fp8 cache, FlashAttention-3 and FlashInfer convert the layer's whole pool to 16 bits at every layer of
-every step, and FlashMLA rounds the query to e4m3. Our kernel reads the bytes of the requests' own rows, once.
+every step, and FlashMLA rounds the query to e4m3. Our kernel reads the bytes of the requests' rows, once.
 
-Ours stores the new tokens as the engine's method does, and reads what is stored without scales: no release of SGLang
-divides by one before it stores. FlashMLA's k_scale, with which its own kernel reads, is left out on both arms.
+We store the new tokens as the engine's method does, and read what is stored without scales, because no release of
+SGLang divides by a scale before it stores. FlashMLA's kernel multiplies by k_scale; an edit leaves that out, on both
+arms.
 
-An 8-bit cache is served by default. Whether ours is the faster one with a 16-bit cache depends on the batch and on the
-heads: MLA_PATCH_DECODE=on serves it, and so does an experiment, which has to compare something.
+By default we serve 8-bit caches. With a 16-bit cache, the batch and the number of heads decide which kernel is faster:
+MLA_PATCH_DECODE=on serves it, and so does an experiment, which needs something to compare.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from mla_patch.compat.types import Change, Edit, Undo
 from mla_patch.hooks.sglang.edits.scales import leave_scale_out
 from mla_patch.hooks.sglang.edits.warmup import warm_once_built
 
-CONVERTS = ("fa3", "flashinfer")  # with an 8-bit cache, the whole pool, whatever the chip
+CONVERTS = ("fa3", "flashinfer")  # they convert the whole pool of an 8-bit cache, on every chip
 SIXTEEN_BITS = "a 16-bit cache, which mla-patch serves only with MLA_PATCH_DECODE=on"
 _SIXTEEN_BITS = {call.name: f"{call.name}: {SIXTEEN_BITS}" for call in sglang_backends.CALLS}
-# where ours takes FlashMLA's place with an 8-bit cache: exact, and from 1.25 times its speed at 16 heads to 0.74 of it
-# at 128 (docs/performance.md)
+# where our kernel replaces FlashMLA's with an 8-bit cache: it is exact, and runs at 1.25 times FlashMLA's speed at 16
+# heads, at 0.74 times at 128 heads (docs/performance.md)
 MEASURED = ((9, 0),)
 
 
@@ -44,7 +45,7 @@ def on_decision(mode: str, asked_for: bool) -> None:
 
 
 def declines(call: BackendCall) -> str | None:
-    """Why the engine's own backend serves this call, or None. What is left of shapes is the launcher's to refuse."""
+    """Why the engine's backend serves this call, or None. The launcher refuses all other shapes that it cannot take."""
     if not _Flag.asked:
         # first, since it is what most servers meet in every layer
         dtype = getattr(sglang_backends.pool_of(call), "dtype", None)
@@ -55,7 +56,7 @@ def declines(call: BackendCall) -> str | None:
 
 
 def _kept(call: BackendCall) -> str | None:
-    """Why a decode that ours could serve is left to the engine, or None."""
+    """Why the engine serves a decode that our kernel could serve, or None."""
     if sglang_deterministic.is_on():
         return sglang_deterministic.REASON
     if _Flag.asked or call.name in CONVERTS:

@@ -1,13 +1,17 @@
 """SGLang's FA3 and FlashInfer backends over an fp8 MLA cache: mla_patch.kernels.cache.kv_cast casts what a call reads.
 
-Why: their kernels read 16 bits, so each layer of each target verify, draft extend and prompt with a prefix casts the
-whole pool of that layer, however little the batch names.
+Why: the kernels of these backends read 16 bits. So each layer of each target verify, draft extend and prompt with a
+prefix casts the layer's whole pool, however little of it the batch names.
 
-The host's own method still stores the keys and attends, with the same rows in the same order, so its result does not
-change by a bit. It reads a workspace: the pages that the batch's tables name, packed, where they are fewer than the
-pool's; else, as under CUDA graphs with long contexts, room for the pool, of which the named pages alone are written,
-under their own numbers. The workspace comes from torch's allocator at each call and goes back after it, so the layers
-of a step take turns in the same memory, and a captured graph has it in its pool, where the host's own copy would be.
+The engine's method still stores the keys and attends, with the same rows in the same order, so that its result does not
+change by a bit. It reads a workspace instead of the pool. The workspace has one of two forms:
+
+* the pages that the batch's tables name, packed, if these are fewer than the pool's pages;
+* else room for the whole pool, as under CUDA graphs with long contexts. Only the named pages are written there, under
+  their own numbers.
+
+The workspace comes from torch's allocator at each call and goes back after it. So the layers of a step use the same
+memory in turn, and a captured graph has the workspace in its pool, where the engine's copy would be.
 """
 
 from __future__ import annotations
@@ -71,7 +75,7 @@ def mla_patch_features() -> list[Feature]:
 
 
 def declines(call: ExtendCall) -> str | None:
-    """Why the host casts the pool itself, or None."""
+    """Why the engine casts the pool, or None."""
     return compat.problem(call)
 
 
@@ -100,7 +104,7 @@ def serve(original: Callable[..., Any], call: ExtendCall) -> Any:
 
 
 def shadow_clone(call: ExtendCall) -> tuple[ExtendCall, None]:
-    """For a shadow check: the same call, since the method returns what it makes, and stores the same keys twice."""
+    """For shadow checks: the output is what is returned. Both arms store the same keys, twice."""
     return call, None
 
 

@@ -1,8 +1,8 @@
 """SGLang's two KV-index builders, served by mla_patch.kernels.indices.kv.
 
-Why: the host's kernels walk one request's context in one program (all releases to 0.5.12.post1, the
-token ids by default to this day), so that one long request keeps the whole step waiting. Ours are
-parallel over context and batch alike, and correct for any grid and for tables beyond 2**31 bytes.
+Why: the engine's kernels walk the context of a request in one program: both up to and including 0.5.12.post1, the
+token-id builder by default in all releases. One long request then keeps the whole step waiting. Our kernels are
+parallel over context and batch, and correct for any grid and for tables beyond 2**31 bytes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def mla_patch_features() -> list[Feature]:
 
 
 def declines(call: PageTableCall | TokenIndicesCall) -> str | None:
-    """Why this launch goes to the host, or None. Shapes and dtypes are the launcher's to refuse."""
+    """Why this launch goes to the engine, or None. The launcher refuses shapes and dtypes that it cannot take."""
     if call.extra is not None:
         return call.extra
     if type(call.grid) is not tuple:
@@ -88,7 +88,7 @@ def serve_token_indices(call: TokenIndicesCall) -> None:
     )
 
 
-_SHADOWED = 1 << 22  # entries of an index table, beyond which a copy of it is too much to compare
+_SHADOWED = 1 << 22  # entries: a larger index table is too much to copy and compare
 
 
 def shadow_clone(call: PageTableCall | TokenIndicesCall) -> tuple[Any, list[tuple[Any, Any]]]:
@@ -97,6 +97,6 @@ def shadow_clone(call: PageTableCall | TokenIndicesCall) -> tuple[Any, list[tupl
         raise ValueError(f"no shadow check: {call.out.numel()} entries, at most {_SHADOWED}")
     if not call.out.is_contiguous():  # the launch says its stride
         raise ValueError("no shadow check: a table that is not contiguous")
-    ours = copy.copy(call)
-    ours.out = call.out.clone()
-    return ours, [(call.out, ours.out)]
+    clone = copy.copy(call)
+    clone.out = call.out.clone()
+    return clone, [(call.out, clone.out)]

@@ -12,7 +12,7 @@ from mla_patch.compat.sglang.kv_cast import ExtendCall, FlashInferExtend
 
 
 class _Seen(wrapt.ObjectProxy):
-    """An object of the host's as one call sees it: some attributes are others."""
+    """An object of the engine as one call sees it: some of its attributes are others."""
 
     def __init__(self, wrapped: Any, **seen: Any) -> None:
         super().__init__(wrapped)

@@ -32,7 +32,7 @@ log = logging.getLogger("mla_patch")
 
 
 def step_targets(version: str | None) -> tuple[Edit, ...]:
-    """The edits that an experiment needs in ``version``; where it is unknown, in whichever home there is."""
+    """The edits that an experiment needs in ``version``; where it is unknown, for every graph runner."""
     graphs = [Edit(home, "graphs", arms_by_key if home == BY_KEY else arms_by_size) for home in graph_runners(version)]
     return Edit(RUNNER, "ModelRunner.step", watch_steps), *graphs
 
@@ -46,7 +46,7 @@ def _forget_drafts() -> None:
 
 
 class ByArm(dict[Any, Any]):
-    """A runner's graphs, or their outputs, under the host's keys: what is read is the one of the step's arm."""
+    """A runner's graphs, or their outputs, under the engine's keys: reading a key gives that of the step's arm."""
 
     def __getitem__(self, key: Any) -> Any:
         value = dict.__getitem__(self, key)
@@ -100,7 +100,7 @@ def _watcher(runner: Any, draft: bool) -> steps.Watcher | None:
 def arms_by_size(module: ModuleType) -> tuple[type, dict[str, Any]]:
     """0.5.1 - 0.5.13: each batch size is captured once per arm, and replayed for the step's."""
     owner = module.CudaGraphRunner
-    return owner, {**_by_size(owner, "bs"), "capture": _told(checked_method(owner, "capture"), _draft_by_size)}
+    return owner, {**_by_size(owner, "bs"), "capture": _with_cost(checked_method(owner, "capture"), _draft_by_size)}
 
 
 def _draft_by_size(owner: type) -> dict[str, Any]:
@@ -136,12 +136,12 @@ def _by_size(owner: type, size: str, draft: bool = False) -> dict[str, Any]:
 def arms_by_key(module: ModuleType) -> tuple[type, dict[str, Any]]:
     """From 0.5.14: each shape is captured once per arm under a key with the arm in its label."""
     owner = module.DecodeCudaGraphRunner
-    return owner, {**_by_key(owner), "capture": _told(checked_method(owner, "capture"), _draft_by_key)}
+    return owner, {**_by_key(owner), "capture": _with_cost(checked_method(owner, "capture"), _draft_by_key)}
 
 
 def _draft_by_key(owner: type) -> dict[str, Any]:
-    ours = _by_key(owner, draft=True)
-    return {**ours, "execute": _drafting(ours["execute"])}
+    methods = _by_key(owner, draft=True)
+    return {**methods, "execute": _drafting(methods["execute"])}
 
 
 def _by_key(owner: type, draft: bool = False) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _by_key(owner: type, draft: bool = False) -> dict[str, Any]:
     execute_ = checked_method(owner, "execute", "forward_batch")
 
     def known(self: Any) -> dict[Any, dict[str, int]]:
-        """Our keys, with the calls of ours in each graph."""
+        """Our keys, with the calls in each graph that our code served."""
         return vars(self).setdefault("_mla_patch_keys", {})
 
     @functools.wraps(make_key)
@@ -161,14 +161,14 @@ def _by_key(owner: type, draft: bool = False) -> dict[str, Any]:
             return key
         making = vars(self).get("_mla_patch_making")  # a capture: the key is about to exist
         label = watcher.label if making is None else making[0]
-        ours = dataclasses.replace(key, variant_label=f"{key.variant_label or ''}+{label}") if label else key
+        with_arm = dataclasses.replace(key, variant_label=f"{key.variant_label or ''}+{label}") if label else key
         if making is not None:
-            making[1].append(ours)
-        elif label and ours not in known(self):
+            making[1].append(with_arm)
+        elif label and with_arm not in known(self):
             watcher.missing = True
-            ours = key
-        self._mla_patch_key = ours
-        return ours
+            with_arm = key
+        self._mla_patch_key = with_arm
+        return with_arm
 
     @functools.wraps(capture_one)
     def capture_one_shape(self: Any, size: int, *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +233,7 @@ def _edit_draft(runner: Any, edit: Callable[[type], dict[str, Any]]) -> bool:
 
 
 class _Cost:
-    """What the captures of one runner took: seconds and bytes, the host's arm and the others'."""
+    """What the captures of one runner took, in seconds and bytes: for the host arm and for the others."""
 
     def __init__(self) -> None:
         self.seconds = {"host": 0.0, "more": 0.0}
@@ -261,7 +261,7 @@ _cost: _Cost | None = None  # of the capture that is under way
 
 
 def _capture_all(watcher: steps.Watcher, one: Callable[[str], Any], draft: bool) -> Any:
-    """Capture one size for the host's arm, whose failure is the host's, then for the others."""
+    """Capture one size for the host arm, whose failure is the engine's to handle, then for the others."""
 
     def timed(which: str, label: str) -> Any:
         free, start = gpu.free_memory(), time.perf_counter()
@@ -280,7 +280,7 @@ def _capture_all(watcher: steps.Watcher, one: Callable[[str], Any], draft: bool)
         except Exception as problem:
             watcher.failed(label, problem)
         if first and _cost is not None:
-            # of the host's first graph the host's own compiles and allocations are a part: it foretells nothing
+            # the engine compiles and allocates while it captures its first graph, which therefore foretells nothing
             first = False
             log.warning(
                 "mla-patch: every CUDA graph%s is captured %d more times (%s); the first of these, of the largest "
@@ -291,8 +291,8 @@ def _capture_all(watcher: steps.Watcher, one: Callable[[str], Any], draft: bool)
     return result
 
 
-def _told(capture: Callable[..., Any], edit_draft: Callable[[type], dict[str, Any]]) -> Callable[..., Any]:
-    """``capture``, with its cost told before, by the first size, and after. Draft models' runners come here, too."""
+def _with_cost(capture: Callable[..., Any], edit_draft: Callable[[type], dict[str, Any]]) -> Callable[..., Any]:
+    """``capture``, which logs its cost: an estimate after the first size, and the sum. Draft runners use it, too."""
 
     @functools.wraps(capture)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:

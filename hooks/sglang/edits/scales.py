@@ -56,7 +56,7 @@ def leave_scales_out(module: ModuleType) -> Undo:
 
 
 def watch_scales(module: ModuleType) -> Undo:
-    """From 0.5.12 the host's scales are its own: say once where it cannot be right with them."""
+    """From 0.5.12 on the engine stores and reads with scales: warn once where they cannot be right."""
     seen: set[int] = set()
     compiling = is_compiling()
 
