@@ -57,9 +57,9 @@ class Home:
         arms: bool = True,
     ) -> Target:
         """The target that a hook makes of this entry point; see `Target` for the arguments."""
-        told: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(Home)}
+        facts: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(Home)}
         return Target(
-            **told,
+            **facts,
             declines=declines,
             serve=serve,
             around=around,

@@ -34,7 +34,7 @@ from mla_patch.compat.types import SWITCHED_ON
 
 VARIABLE, REASON = release.DETERMINISTIC, release.DETERMINISTIC_PROMISE
 _HAS_MODE: Eras[bool] = (("0.5.3", True), ("0.5.1", False))
-_OPS = "sglang.srt.batch_invariant_ops"
+OPS = "sglang.srt.batch_invariant_ops"
 
 
 def has_mode(version: str | None) -> bool:
@@ -50,5 +50,5 @@ def inherited() -> str | None:
 
 def is_on() -> bool:
     """Whether this process's engine keeps the promise. Imports nothing."""
-    ops = sys.modules.get(_OPS)
+    ops = sys.modules.get(OPS)
     return ops is not None and bool(ops.is_batch_invariant_mode_enabled())

@@ -15,9 +15,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from scratch import TESTS
 
+from mla_patch.compat.sglang import backends, deterministic, graphs
 from mla_patch.compat.sglang import decode as compat
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
-from mla_patch.compat.sglang import graphs
 from mla_patch.compat.sglang import release as sglang
 from mla_patch.compat.sglang import sparse_prefill as routes
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
@@ -119,6 +119,17 @@ def test_scales_of_decode() -> None:
         assert compat.has_mla_decode(release) == ("has_mla" in params), release
         want = [] if "k_scale" not in params else [watch_scales if "has_mla" in params else leave_scales_out]
         assert edits == want, release
+
+
+def test_scales_of_flashmla() -> None:
+    for release in RELEASES:
+        reads = release in TOLD["mentions"][f"{FLASHMLA} k_scale"].split()
+        assert backends.flashmla_reads_scales(release) == reads, release
+
+
+def test_deterministic_inference() -> None:
+    for release in RELEASES:
+        assert deterministic.has_mode(release) == has_module(deterministic.OPS, release), release
 
 
 def test_where_flashmla_is_taken_from() -> None:

@@ -120,10 +120,10 @@ def test_a_process_of_a_deterministic_engine_knows_from_its_start(
 
 
 def test_the_modes_own_switch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, sglang_deterministic._OPS, raising=False)
+    monkeypatch.delitem(sys.modules, sglang_deterministic.OPS, raising=False)
     assert not sglang_deterministic.is_on()
     ops = SimpleNamespace(is_batch_invariant_mode_enabled=lambda: mode)
-    monkeypatch.setitem(sys.modules, sglang_deterministic._OPS, ops)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, sglang_deterministic.OPS, ops)  # type: ignore[arg-type]
     for mode in (False, True):
         assert sglang_deterministic.is_on() is mode
 
@@ -152,7 +152,7 @@ def mode(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """A process whose engine has its batch-invariant operators on."""
     on = [True]
     ops = SimpleNamespace(is_batch_invariant_mode_enabled=lambda: on[0])
-    monkeypatch.setitem(sys.modules, sglang_deterministic._OPS, ops)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, sglang_deterministic.OPS, ops)  # type: ignore[arg-type]
     return on
 
 

@@ -2,9 +2,9 @@
 
     python tests/hosts/reviewed.py --write      fetch every release and write the file (`make reviewed`)
 
-Names alone, no code: parameters of the functions that ours replaces or edits, in which releases; which releases have a
-module; where a module takes FlashMLA from; what a release pins. `tests/compat/test_reviewed.py` holds the tables of
-compat against it, without a network.
+Names alone, no code: parameters of the functions that we replace or edit, in which releases; which releases have a
+module; where a module takes FlashMLA from; which releases' backends look at scales; what a release pins.
+`tests/compat/test_reviewed.py` holds the tables of compat against it, without a network.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import hosts
 
 from mla_patch import sources
+from mla_patch.compat.sglang import deterministic
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.compat.sglang import release as sglang
 from mla_patch.compat.sglang import sparse_prefill as sglang_sparse_prefill
@@ -63,6 +64,8 @@ EDITED = {
     "sglang.srt.model_executor.cuda_graph_runner": ("CudaGraphRunner.capture_one_batch_size",),
     "sglang.srt.model_executor.runner.decode_cuda_graph_runner": ("DecodeCudaGraphRunner._make_graph_key",),
 }  # fmt: skip
+# names in a backend's source that tell what it does with an 8-bit cache
+MENTIONED = {f"{_SRT}.flashmla_backend": ("k_scale",)}
 IMPORTERS = (f"{_SRT}.flashmla_backend", f"{_SRT}.deepseek_v4_backend")
 FLASH_MLA = ("flash_mla", "flash_mla.flash_mla_interface", "sgl_kernel.flash_mla", sglang_flash_mla.INTERFACE)
 SWITCH = "SGLANG_OPT_FLASHMLA_SPARSE_PREFILL"
@@ -85,6 +88,7 @@ def modules() -> set[str]:
     """Modules whose being there decides something."""
     found = {one.module for targets in TABLES.values() for release in hosts.REVIEWED for one in targets(release)}
     found |= {name for _, some in sglang.HOST.marks for name in some} | {sglang_tokenspeed.OWN_BACKEND.module}
+    found |= {deterministic.OPS}
     return {name for name in found if name.startswith("sglang.")}
 
 
@@ -135,7 +139,7 @@ def wrappers(wheel: str) -> dict[str, str]:
 
 
 def read() -> dict[str, Any]:
-    told: dict[str, Any] = {"functions": {}, "modules": {}, "imports": {}, "switch": {}, "pins": {}}
+    told: dict[str, Any] = {"functions": {}, "modules": {}, "imports": {}, "mentions": {}, "switch": {}, "pins": {}}
     told["wheels"] = {wheel: wrappers(wheel) for wheel in hosts.WHEELS}
     wanted = names()
     for release in hosts.REVIEWED:
@@ -159,16 +163,22 @@ def read() -> dict[str, Any]:
             path = source(release, module)
             for name in sorted(imported(path) & set(FLASH_MLA)) if path else ():
                 told["imports"].setdefault(f"{module} <- {name}", []).append(release)
+        for module, some in MENTIONED.items():
+            path = source(release, module)
+            text = path.read_text(encoding="utf-8") if path else ""
+            for name in some:
+                if re.search(rf"\b{name}\b", text):
+                    told["mentions"].setdefault(f"{module} {name}", []).append(release)
         on = is_on(release)
         if on is not None:
             told["switch"].setdefault("on" if on else "off", []).append(release)
         told["pins"][release] = pin(release)
-    for part in ("functions", "modules", "imports"):
+    for part in ("functions", "modules", "imports", "mentions"):
         told[part] = dict(sorted(told[part].items()))
     for eras in told["functions"].values():
         for era in eras:
             era["releases"] = " ".join(era["releases"])
-    for part in ("modules", "imports", "switch"):
+    for part in ("modules", "imports", "mentions", "switch"):
         told[part] = {name: " ".join(releases) for name, releases in told[part].items()}
     return told
 
