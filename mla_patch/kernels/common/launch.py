@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Chip(NamedTuple):
 
 
 _INTERPRETER = Chip((0, 0), 1)
+_chip = lru_cache(Chip)  # at every call: to make a named tuple takes several times as long as to find one
 _HERE = nullcontext()
 
 
@@ -35,7 +37,7 @@ def chip_of(tensor: torch.Tensor) -> Chip:
     if INTERPRETED:
         return _INTERPRETER
     index = tensor.device.index
-    return Chip(gpu.capability(index), gpu.sm_count(index))
+    return _chip(gpu.capability(index), gpu.sm_count(index))
 
 
 def can_launch(tensor: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from mla_patch.kernels.common.constants import LATENT, ROPE, WIDTH
 from mla_patch.kernels.decode.config import DIRECT, EIGHT_BIT_KINDS
 
 MAX_HEADS = 128
+_ROW_SHAPES = ((1, WIDTH), (WIDTH,))
 
 
 def check(
@@ -63,7 +64,7 @@ def check(
 
 def check_rows(kv: torch.Tensor) -> None:
     """A cache by rows."""
-    if kv.shape[1:] not in ((1, WIDTH), (WIDTH,)) or kv.stride(-1) != 1:
+    if kv.shape[1:] not in _ROW_SHAPES or kv.stride(-1) != 1:
         found = f"shape {tuple(kv.shape)}, strides {kv.stride()}"
         raise ValueError(f"kv: {found}, expected [N, 1, {WIDTH}] or [N, {WIDTH}]")
 

@@ -284,6 +284,9 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
 _STRIDES = ("q_stride_b", "q_stride_h", "kv_stride")
 
 
+_VALUES, _LAST_DIMENSIONS = f", {LATENT}", ((), (LATENT,))
+
+
 def _check_scratch(
     q: torch.Tensor,
     attn_logits: torch.Tensor,
@@ -292,10 +295,10 @@ def _check_scratch(
     max_kv_splits: int | None,
 ) -> None:
     batch, heads = q.shape[0], q.shape[1]
-    for name, tensor, rank, rest in (("attn_lse", attn_lse, 3, ""), ("attn_logits", attn_logits, 4, f", {LATENT}")):
+    for name, tensor, rank, rest in (("attn_lse", attn_lse, 3, ""), ("attn_logits", attn_logits, 4, _VALUES)):
         shape = tensor.shape
         expected = f"[{batch} or more, {heads}, S{rest}]"
-        if len(shape) != rank or shape[0] < batch or shape[1] != heads or shape[3:] not in ((), (LATENT,)):
+        if len(shape) != rank or shape[0] < batch or shape[1] != heads or shape[3:] not in _LAST_DIMENSIONS:
             raise ValueError(f"{name}: shape {tuple(shape)}, expected {expected}")
         if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
             found = f"{tensor.dtype}, strides {tensor.stride()}"
