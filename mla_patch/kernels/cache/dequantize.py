@@ -20,6 +20,7 @@ from mla_patch.compat.triton import TARGETS, CompileCase, watch_compiles
 from mla_patch.kernels.cache import offsets
 from mla_patch.kernels.cache.layouts import LAYOUTS, V4, V32, Pages, new_pages, pages_of
 from mla_patch.kernels.common.checks import check_device, describe
+from mla_patch.kernels.common.constants import ROPE
 from mla_patch.kernels.common.e4m3 import e4m3_to_f32, scale_e4m3_to_bf16
 from mla_patch.kernels.common.launch import INTERPRETED, can_launch, chip_of, on_device_of, warming_up
 from mla_patch.kernels.common.rounding import round_bf16
@@ -212,11 +213,14 @@ def gather(pages: Pages, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         return raw[page[:, None], first[:, None] + torch.arange(count, device=slots.device)]
 
     if pages.layout is V32:
-        values, scales, rope = bytes_at(at * 656, 512), bytes_at(at * 656 + 512, 16), bytes_at(at * 656 + 528, 128)
+        first, nope = at * V32.bytes, V32.nope
+        values, scales = bytes_at(first, nope), bytes_at(first + nope, 4 * V32.tiles)
+        rope = bytes_at(first + nope + 4 * V32.tiles, 2 * ROPE)
         scale = scales.view(torch.float32)
     else:
-        values, rope = bytes_at(at * 576, 448), bytes_at(at * 576 + 448, 128)
-        scale = (bytes_at(pages.page_size * 576 + at * 8, 7).int() << 23).view(torch.float32)
+        token, nope = V4.nope + 2 * ROPE, V4.nope
+        values, rope = bytes_at(at * token, nope), bytes_at(at * token + nope, 2 * ROPE)
+        scale = (bytes_at(pages.page_size * token + at * 8, V4.tiles).int() << 23).view(torch.float32)
     return values.view(torch.float8_e4m3fn), scale, rope.view(torch.bfloat16)
 
 

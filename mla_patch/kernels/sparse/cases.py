@@ -9,6 +9,7 @@ import itertools
 from typing import Any
 
 from mla_patch.compat.triton import TARGETS, CompileCase
+from mla_patch.kernels.common.constants import LATENT, WIDTH
 from mla_patch.kernels.sparse.config import MERGE, sparse_config, sparse_prefill_config
 from mla_patch.kernels.sparse.triton import (
     dense_kernel,
@@ -114,7 +115,7 @@ def _prefills(every: bool) -> list[CompileCase]:
         else:
             options |= {"lens": None, "sinks": None}
         divisible = ("q", "kv", "out", "q_s", "q_h", "kv_s", "out_s", "out_h")
-        name = f"sparse_prefill {576 if rope else 512} {kind}, {heads} heads, {full}"
+        name = f"sparse_prefill {WIDTH if rope else LATENT} {kind}, {heads} heads, {full}"
         # addresses of 64 gathered rows beside an accumulator of 64 x 512, in 8 warps
         stack = {90: 400, 100: 100}.get(sm, 0) if heads > 16 else 0
         cases.append(

@@ -122,7 +122,7 @@ def _check(
     return k_cache
 
 
-def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, page_size: int = 64, width: int = 576) -> int:
+def warmup(device: torch.device | str, heads: int, dtype: torch.dtype, page_size: int = 64, width: int = WIDTH) -> int:
     """Compile what `dense_decode` can reach with queries and a cache of this kind. Returns how many kernels that took;
     0 on a CPU.
 

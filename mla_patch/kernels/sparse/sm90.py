@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from mla_patch.compat.triton import CompileCase, gluon_barrier, gluon_copy, gluon_reinterpret, watch_compiles
 from mla_patch.kernels.cache import offsets
+from mla_patch.kernels.common.constants import LATENT, WIDTH
 from mla_patch.kernels.sm90 import layouts as sm90
 from mla_patch.kernels.sm90 import seesaw_pipeline as seesaw
 
@@ -545,7 +546,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
     """A workspace and both fp8 layouts, all options off and all on, or, for ``every``, the product."""
     cases = []
     switches = list(itertools.product((False, True), repeat=2)) if every else [(False, False), (True, True)]
-    for fp8, width, (full, merge) in itertools.product((False, True), (576, 512), switches):
+    for fp8, width, (full, merge) in itertools.product((False, True), (WIDTH, LATENT), switches):
         merge = merge and fp8  # a prefill has no splits
         signature = {"q": "*bf16", "values": "*i32" if fp8 else "*bf16", "indices": "*i32", "out": "*bf16"}
         signature |= {"lse": "*fp32", "partial": "*fp32", "partial_lse": "*fp32", "sm_scale": "fp32"}
@@ -568,7 +569,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         divisible: tuple[str, ...] = ("values", "partial", "partial_lse", "q_h", "out_l", "out_h")
         divisible += ("extra_values",) if second else ()
         divisible += () if fp8 else ("stride",)
-        what = ("V3.2" if width == 576 else "V4") if fp8 else f"16 bits {width}"
+        what = ("V3.2" if width == WIDTH else "V4") if fp8 else f"16 bits {width}"
         name = f"sparse_sm90 {what}, {full} {merge}"
         # strides of what comes last, kept while keys are read: 8 with Triton 3.6, 80 with 3.9
         cases.append(CompileCase(name, sparse_sm90, signature, options, divisible, targets=(90,), stack=80))

@@ -15,9 +15,13 @@ KERNELS = ROOT / "mla_patch" / "kernels"
 NAMED = {constants.WIDTH, constants.V32_TOKEN_BYTES, constants.V4_TOKEN_BYTES}
 
 
+def is_device_code(node: ast.FunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
 def on_the_host(node: ast.AST) -> Iterator[ast.AST]:
-    """A module's nodes, without the device functions."""
-    if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in node.decorator_list):
+    """A module's nodes, without the device functions, and without definitions, which spell out every byte."""
+    if isinstance(node, ast.FunctionDef) and (node.name.endswith("_ref") or is_device_code(node)):
         return
     yield node
     for child in ast.iter_child_nodes(node):
