@@ -1,6 +1,6 @@
 """The protocol between the edits in an engine's step and graph runner and an experiment. Standard library only.
 
-The edits in a host's own file (``sglang_graphs``) call ``watcher``, which ``experiment.live`` sets.
+An engine's edits (for SGLang those in ``hooks/sglang/edits``) call ``watcher``, which ``experiment.live`` sets.
 """
 
 from __future__ import annotations

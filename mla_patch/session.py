@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mla_patch.eligibility import Eligibility
-    from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
+    from mla_patch.experiment.feature import FeatureExperiment
+    from mla_patch.experiment.live import ExperimentSession
     from mla_patch.features import Feature
     from mla_patch.flags import Flags, Setting
     from mla_patch.plugins import Plugins
@@ -237,7 +238,8 @@ def experiment(
     Raises:
         ValueError: it cannot be; says why.
     """
-    from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
+    from mla_patch.experiment.feature import FeatureExperiment
+    from mla_patch.experiment.live import ExperimentSession
 
     if "shadow" in setting.value:
         for target in checked.targets:

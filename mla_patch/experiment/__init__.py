@@ -15,6 +15,7 @@ An arm is one implementation of a feature's calls: ``host`` is the engine's own,
     control_file    how commands are stored on disk
     html, svg       verdicts -> one page with plots
     metrics         Prometheus metrics, if the engine exposes them
+    feature         the experiment on one feature: the arm of its calls
     live            all of this in a running engine
 
 Importing any of these modules imports neither torch nor an engine.

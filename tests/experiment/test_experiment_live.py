@@ -22,7 +22,8 @@ from mla_patch.compat import steps
 from mla_patch.compat.sglang.graphs import rank_info
 from mla_patch.dispatch import ArmCode, FeatureGate
 from mla_patch.experiment import analysis, control, control_file, merge
-from mla_patch.experiment.live import ExperimentSession, FeatureExperiment
+from mla_patch.experiment.feature import FeatureExperiment
+from mla_patch.experiment.live import ExperimentSession
 from mla_patch.experiment.record import Error, Timing
 from mla_patch.experiment.schedule import AGAIN, NOT_COMPARED, Plan, Sampling, Schedule
 from mla_patch.experiment.shadow import Drain
@@ -715,7 +716,7 @@ def test_no_step_waits_for_the_device(
         return Never()
 
     # data leave the device only by the drain's copy on a side stream
-    monkeypatch.setattr("mla_patch.experiment.live.Drain", functools.partial(Drain, copy=copy_aside))
+    monkeypatch.setattr("mla_patch.experiment.feature.Drain", functools.partial(Drain, copy=copy_aside))
     with torch.device("meta"):
         one = start("ab+shadow", "block=4,warmup=4,draft=1", runner=runner)
         draft = one.engine.start(draft=True)

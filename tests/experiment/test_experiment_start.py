@@ -107,7 +107,7 @@ def test_arms_alternate_as_the_flags_say(engine: FakeHost, tmp_path: Path) -> No
     assert row["replayed"] == 0
     assert [target["replaced_by"] for target in row["targets"]] == [
         "fakeplug:serve",
-        "mla_patch.hooks.sglang.edits.graphs:watch_steps",
+        "mla_patch.hooks.sglang.edits.steps:watch_steps",
     ]
     ((run,), problems) = merge.read_runs(folder)
     assert problems == [] and [timing.step for timing in run.timings] == list(range(1, 41))
