@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import readable_ids
 from scratch import ROOT, build, clean_env
 
 # Triton reads this when it is imported. A run on a GPU sets it to 0.
@@ -20,6 +21,12 @@ from mla_patch.compat.triton import interpreted  # noqa: E402
 
 if interpreted():
     interpreter.quicken()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.is_registered(readable_ids):
+        config.pluginmanager.register(readable_ids)
+
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 

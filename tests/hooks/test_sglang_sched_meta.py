@@ -356,7 +356,7 @@ NOTHING, POINT, LINE = None, torch.zeros(()), torch.zeros(584)
     {"q": NOTHING}, {"q": POINT}, {"q": LINE}, {"q": torch.zeros(2, 512)}, {"k_cache": NOTHING}, {"k_cache": POINT},
     {"k_cache": LINE}, {"indices": POINT}, {"indices": LINE}, {"indices": [3]}, {"topk_length": [1, 2]},
     {"extra_indices_in_kvcache": POINT}, {"extra_k_cache": LINE}, {"softmax_scale": "x"},
-], ids=lambda changes: next(iter(changes)))  # fmt: skip
+])  # fmt: skip
 @pytest.mark.parametrize("capability", [SM90, SM120])
 @CPU
 def test_shapes_that_nobody_takes(changes, capability, machine):
