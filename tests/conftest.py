@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import budget
 import pytest
 import readable_ids
 from scratch import ROOT, build, clean_env
@@ -24,8 +25,9 @@ if interpreted():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.pluginmanager.is_registered(readable_ids):
-        config.pluginmanager.register(readable_ids)
+    for plugin in (budget, readable_ids):
+        if not config.pluginmanager.is_registered(plugin):
+            config.pluginmanager.register(plugin)
 
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -20,6 +20,8 @@ from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import KernelStandIn
 from mla_patch.drive import sglang as trial
 
+CPU_SECONDS = 35  # see budget.py
+
 in_the_interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 KEYS = {"kernel", "device", "host", "floor_us", "copy_gbps", "cases", "right", "notes", "findings"}
 

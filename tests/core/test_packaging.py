@@ -15,6 +15,8 @@ from scratch import DEPENDENCIES, ROOT, Scratch, build, copy_tree, fake_wheel
 
 import mla_patch
 
+CPU_SECONDS = 50  # see budget.py
+
 pytestmark = pytest.mark.xdist_group("scratch")  # one worker, so that the wheel is built once
 
 # A release of the host that has the two builders where 0.5.11 has them; nothing here is ever launched.

@@ -13,6 +13,8 @@ from mla_patch import plugins
 from mla_patch.compat.types import Target
 from mla_patch.features import Feature
 
+CPU_SECONDS = 60  # see budget.py
+
 __all__ = ["fake_host"]  # a fixture
 
 SAMPLE = ROOT / "tests" / "sample_plugin"

@@ -16,6 +16,8 @@ from mla_patch.experiment.merge import Merged
 from mla_patch.experiment.record import Error, Note, Timing
 from mla_patch.experiment.schedule import AGAIN, HOST, NOT_COMPARED, PATCH, Plan, Schedule
 
+CPU_SECONDS = 50  # see budget.py
+
 
 def latencies(runs: int, steps: int, seed: int) -> np.ndarray:
     """[runs, steps] microseconds: drifting, autocorrelated, heavy-tailed, with stalls."""

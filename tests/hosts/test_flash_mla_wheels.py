@@ -15,6 +15,8 @@ import pytest
 
 from mla_patch.drive.sglang_fetch import fetch_files
 
+CPU_SECONDS = 50  # see budget.py
+
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 HERE = Path(__file__).parent

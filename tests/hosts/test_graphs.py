@@ -15,6 +15,8 @@ from mla_patch.experiment import merge
 from mla_patch.experiment.schedule import Plan, Sampling, Schedule
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 
+CPU_SECONDS = 80  # see budget.py
+
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 # of every shape of the runner: one class and dict of its own, one backend and its keys, with more in the keys
 RELEASES = [release for release in hosts.chosen() if release in ("0.5.9", "0.5.13", "0.5.18", "0.5.23")]

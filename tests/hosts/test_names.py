@@ -21,6 +21,8 @@ from mla_patch.features import Feature, State
 from mla_patch.flags import Setting
 from mla_patch.session import find_host
 
+CPU_SECONDS = 70  # see budget.py
+
 FEATURES = plugins.load().features
 GPUS = [(8, 0), (9, 0), (12, 0)]
 # a build whose checkout had no tags, a source build after an older tag, nightlies from before and after the range, and

@@ -15,6 +15,8 @@ from scratch import ROOT, TESTS
 from mla_patch.compat.triton import TARGETS, gpu_compile, interpreted, slow_code
 from mla_patch.drive import sglang_fetch
 
+CPU_SECONDS = 400  # see budget.py
+
 # how many compiles each kernel module's launch tables come to: one that silently had none would pass
 COMPILES = {
     "sparse.cases": 104,

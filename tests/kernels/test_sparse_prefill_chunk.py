@@ -26,6 +26,8 @@ from mla_patch.kernels.cache.dequantize import dequantize_k_cache_paged_ref
 from mla_patch.kernels.cache.layouts import V4
 from mla_patch.kernels.indices.prefill import combine_topk_swa_indices_ref
 
+CPU_SECONDS = 60  # see budget.py
+
 DEVICE = "cpu" if interpreted() else "cuda"
 PAGE, WINDOW, TOPK, HEADS = 8, 5, 3, 3
 RATIOS = (0, 4, 8, 4, 0)  # layers: one window alone, the indexer's choice, every compressed token, and again
