@@ -28,3 +28,8 @@ def mla_patch_arms() -> list[Arm]:  # type: ignore[empty-body]
 @hookspec
 def mla_patch_mla_kernels() -> list[MlaKernel]:  # type: ignore[empty-body]
     """Decode and prefill kernels for the backend that the feature ``tokenspeed`` adds; see docs/tokenspeed.md."""
+
+
+@hookspec
+def mla_patch_begin(kernels: list[MlaKernel]) -> None:
+    """All plugins of this process are loaded; ``kernels`` is what they offer. Called once in each process."""

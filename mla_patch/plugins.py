@@ -32,12 +32,25 @@ class Plugins:
     arms: list[Arm] = field(default_factory=list)
     kernels: list[MlaKernel] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(hookspecs.PROJECT), repr=False)
+
+    def begin(self) -> list[str]:
+        """Tell the plugins of this process what they all offer. Returns what went wrong, a line for each plugin."""
+        problems = []
+        for name, plugin in self.manager.list_name_plugin():
+            try:
+                others = [other for other in self.manager.get_plugins() if other is not plugin]
+                self.manager.subset_hook_caller("mla_patch_begin", others)(kernels=self.kernels)
+            except BaseException as problem:
+                endings.pass_on(problem)
+                problems.append(f"plugin {name}, mla_patch_begin: {endings.text_of(problem)}")
+        return problems
 
 
 def load() -> Plugins:
     """Load every plugin of the group; one that fails is named in ``problems`` and left out."""
     found = Plugins()
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager = found.manager
     manager.add_hookspecs(hookspecs)
     for name, value in _entry_points():
         try:

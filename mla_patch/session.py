@@ -46,9 +46,8 @@ class Session:
     def begin(self) -> None:
         """This session has become the process's own: what is set for the whole process."""
         from mla_patch.compat.compiles import COMPILES
-        from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 
-        sglang_tokenspeed.KERNELS.update((kernel.name, kernel) for kernel in self.plugins.kernels)
+        self.report.problems += self.plugins.begin()
         COMPILES.has_served = self.report.has_served
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forked)

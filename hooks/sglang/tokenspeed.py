@@ -27,8 +27,11 @@ from typing import Any
 from mla_patch.compat import gpu
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 from mla_patch.compat.sglang.release import supported
-from mla_patch.compat.types import Change, Gpu, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill, Variable
+from mla_patch.compat.types import Change, Edit, Gpu, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill
 from mla_patch.features import Feature
+from mla_patch.hooks.sglang.edits.mla_kernels import VARIABLES, offer
+from mla_patch.hooks.sglang.edits.server_args import accept_backend_name, accept_other_backend_name
+from mla_patch.hooks.sglang.edits.trtllm_backend import install_kernel_slot
 from mla_patch.hookspecs import hookimpl
 
 log = logging.getLogger("mla_patch")
@@ -54,10 +57,20 @@ def problem(device: Gpu | None) -> str | None:
     return None
 
 
+def targets(version: str | None) -> tuple[Edit, ...]:
+    """The arguments that name the backend, and the backend that becomes ours."""
+    both = sglang_tokenspeed.NAME in sglang_tokenspeed.free_names(version)
+    accept = accept_backend_name if both else accept_other_backend_name
+    return (
+        Edit(sglang_tokenspeed.ARGUMENTS, "ServerArgs.backend", accept),
+        Edit(sglang_tokenspeed.BACKEND, "TRTLLMMLABackend.kernels", install_kernel_slot, counts_calls=True),
+    )
+
+
 FEATURE = Feature(
     name="tokenspeed",
     host=supported(),
-    targets=sglang_tokenspeed.targets,
+    targets=targets,
     why="the release has no attention backend for the TokenSpeed MLA kernels",
     upstream="https://github.com/sgl-project/sglang/pull/24925",
     drop_when="the engine lets a plugin choose the kernels of its TRT-LLM MLA backend",
@@ -66,10 +79,7 @@ FEATURE = Feature(
     promises="deterministic inference: the backend is refused when the engine reads its arguments, because nobody has "
     "shown that results of these kernels are independent of the batch. The engine refuses trtllm_mla and "
     "tokenspeed_mla in this mode, too",
-    variables=(
-        Variable("DECODE", (), PACKAGE, "decode kernel of the backend, by name; `host` is the TRT-LLM kernel"),
-        Variable("PREFILL", (), PACKAGE, "prefill kernel of the backend, by name; `host` is the TRT-LLM kernel"),
-    ),
+    variables=tuple(VARIABLES.values()),
 )
 _HERE = "mla_patch.hooks.sglang.tokenspeed"
 KERNEL = MlaKernel(PACKAGE, f"{_HERE}:decode", f"{_HERE}:prefill", problem, f"{_HERE}:prepare")
@@ -83,6 +93,11 @@ def mla_patch_features() -> list[Feature]:
 @hookimpl
 def mla_patch_mla_kernels() -> list[MlaKernel]:
     return [KERNEL]
+
+
+@hookimpl
+def mla_patch_begin(kernels: list[MlaKernel]) -> None:
+    offer(kernels)
 
 
 _USED = {

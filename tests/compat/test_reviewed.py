@@ -29,6 +29,7 @@ from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
 from mla_patch.hooks.sglang import sparse_prefill as sglang_sparse_prefill
 from mla_patch.hooks.sglang import tokenspeed as tokenspeed_hook
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
+from mla_patch.hooks.sglang.edits import server_args
 from mla_patch.hooks.sglang.edits.scales import leave_scales_out, watch_scales
 
 TOLD = json.loads(TESTS.joinpath("hosts", "reviewed.json").read_text())
@@ -195,10 +196,10 @@ def test_tokenspeed_is_the_releases_own() -> None:
     own = sglang_tokenspeed.OWN_BACKEND
     for release in releases_of("tokenspeed"):
         assert sglang_tokenspeed.is_native(release) == has_module(own.module, release), release
-        names = [one.edit for one in sglang_tokenspeed.targets(release) if one.name == "ServerArgs.backend"]
+        names = [one.edit for one in tokenspeed_hook.targets(release) if one.name == "ServerArgs.backend"]
         # its name stays the release's from then on, also where the backend has gone
         known = at(release) >= min(map(at, TOLD["modules"][own.module].split()))
-        assert names == [sglang_tokenspeed.take_other_name if known else sglang_tokenspeed.take_name], release
+        assert names == [server_args.accept_other_backend_name if known else server_args.accept_backend_name], release
 
 
 def test_graphs_by_size_or_by_key() -> None:

@@ -86,7 +86,6 @@ WRONG: set[tuple[str, str]] = {
     ("compat.sglang", "flash_mla"),
     ("compat.sglang", "hooks.editing"),
     ("compat.sglang", "hooks.sglang"),
-    ("session", "compat.sglang"),
 }
 
 
@@ -269,7 +268,7 @@ def test_versions_are_data_of_a_host() -> None:
 
 
 # Files that compare versions themselves, instead of by a table of compat.eras. May only shrink.
-COMPARES = {f"compat.sglang.{name}" for name in ("flash_mla", "sparse_prefill", "tokenspeed")}
+COMPARES = {f"compat.sglang.{name}" for name in ("flash_mla", "sparse_prefill")}
 
 
 def test_versions_are_compared_in_one_file() -> None:

@@ -377,5 +377,17 @@ def test_an_mla_kernel_that_is_no_good(offer: str, reason: str, fake_host: FakeH
 def test_mla_kernels_are_known_where_the_backend_looks(fake_host: FakeHost) -> None:
     text = "FEATURES = []\nfrom mla_patch.compat.types import MlaKernel\n@hookimpl\n"
     add(fake_host, text + "def mla_patch_mla_kernels():\n    return [MlaKernel('mine', 'other:decode')]")
-    code = "mla_patch.report()\nfrom mla_patch.compat.sglang.tokenspeed import KERNELS\nprint(*sorted(KERNELS))"
+    code = "mla_patch.report()\nfrom mla_patch.hooks.sglang.edits.mla_kernels import offered\nprint(*offered())"
     assert fake_host.run(code).stdout.split() == ["mine", "tokenspeed_mla"]
+
+
+def test_every_plugin_is_told_what_all_offer(fake_host: FakeHost) -> None:
+    """Once in a process; one that raises costs nobody else anything."""
+    begin = "from mla_patch.hookspecs import hookimpl\nFEATURES = []\n@hookimpl\ndef mla_patch_begin(kernels):\n"
+    add(
+        fake_host, begin + "    print('told', sorted(kernel.name for kernel in kernels))\n    raise OSError('too much')"
+    )
+    code = "import mla_patch\nprint(mla_patch.report()['problems'])\nmla_patch.report()"
+    told, problems = fake_host.run(code).stdout.splitlines()
+    assert told == "told ['tokenspeed_mla']"
+    assert "plugin other, mla_patch_begin: OSError('too much')" in problems

@@ -188,11 +188,11 @@ def test_v4s_route_is_the_releases(mode: list[bool], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("given", [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}])
 def test_kernels_of_which_nothing_is_known_are_refused(given: dict[str, Any]) -> None:
-    from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
+    from mla_patch.hooks.sglang.edits import server_args
 
     args = SimpleNamespace(attention_backend="tokenspeed_mla", kv_cache_dtype="fp8_e4m3", page_size=64, **given)
     with pytest.raises(ValueError, match=f"tokenspeed_mla beside {REASON}"):
-        sglang_tokenspeed._choose(args, ("tokenspeed_mla",))
+        server_args._choose(args, ("tokenspeed_mla",))
     assert args.attention_backend == "tokenspeed_mla"
 
 

@@ -15,12 +15,12 @@ import torch
 from mla_patch import eligibility
 from mla_patch.compat import gpu
 from mla_patch.compat.hosts import Installed
-from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 from mla_patch.compat.sglang.release import HOST
 from mla_patch.compat.types import Gpu, MlaBackendSpec, MlaDecode, MlaKernel, MlaPrefill
 from mla_patch.features import Counts, State
 from mla_patch.flags import Setting
 from mla_patch.hooks.sglang import tokenspeed as hook
+from mla_patch.hooks.sglang.edits import mla_kernels, server_args, trtllm_backend
 
 B200, B300, H200, RTX = (
     Gpu("NVIDIA B200", (10, 0)), Gpu("NVIDIA B300", (10, 3)), Gpu("NVIDIA H200", (9, 0)),
@@ -67,10 +67,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, MlaKernel]:
     mine = MlaKernel("mine", f"{__name__}:decode", f"{__name__}:prefill", prepare=f"{__name__}:prepare")
     never = MlaKernel("never", "nowhere:decode", problem=lambda device: f"not on {device}")
     offered = {kernel.name: kernel for kernel in (hook.KERNEL, mine, never)}
-    monkeypatch.setattr(sglang_tokenspeed, "KERNELS", offered)
+    monkeypatch.setattr(mla_kernels, "_offered", offered)
     monkeypatch.setattr(gpu, "from_nvml", lambda: None)
-    for variable in sglang_tokenspeed.VARIABLES.values():
-        monkeypatch.setenv(variable, "mine")
+    for part in mla_kernels.VARIABLES:
+        monkeypatch.setenv(mla_kernels.variable_of(part), "mine")
     calls.clear()
     return offered
 
@@ -97,7 +97,7 @@ def prepare(seam: MlaBackendSpec, parts: frozenset[str]) -> None:
 def args(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Arguments of a release, read by it, with our names in them."""
 
-    def read(owner: type = PostInit, edit: Any = sglang_tokenspeed.take_name, **given: Any) -> Any:
+    def read(owner: type = PostInit, edit: Any = server_args.accept_backend_name, **given: Any) -> Any:
         module = ModuleType("server_args")
         module.ServerArgs = type(owner.__name__, (owner,), dict(vars(owner)))  # type: ignore[attr-defined]
         edit(module)
@@ -113,12 +113,12 @@ def args(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "edit, name, ours",
     [
-        (sglang_tokenspeed.take_name, "tokenspeed_mla", True),
-        (sglang_tokenspeed.take_name, "tokenspeed_mla_patch", True),
-        (sglang_tokenspeed.take_other_name, "tokenspeed_mla_patch", True),
-        (sglang_tokenspeed.take_other_name, "tokenspeed_mla", False),  # the host's own, or its alias
-        (sglang_tokenspeed.take_name, "trtllm_mla", False),
-        (sglang_tokenspeed.take_name, None, False),
+        (server_args.accept_backend_name, "tokenspeed_mla", True),
+        (server_args.accept_backend_name, "tokenspeed_mla_patch", True),
+        (server_args.accept_other_backend_name, "tokenspeed_mla_patch", True),
+        (server_args.accept_other_backend_name, "tokenspeed_mla", False),  # the host's own, or its alias
+        (server_args.accept_backend_name, "trtllm_mla", False),
+        (server_args.accept_backend_name, None, False),
     ],
 )
 def test_a_name_becomes_the_hosts_and_a_mark(args: Any, owner: type, edit: Any, name: str, ours: bool) -> None:
@@ -159,7 +159,7 @@ def test_choices(owner: type) -> None:
     module = ModuleType("server_args")
     module.ServerArgs = type("ServerArgs", (owner,), dict(vars(owner)))  # type: ignore[attr-defined]
     before = dict(vars(module.ServerArgs))
-    undo = sglang_tokenspeed.take_name(module)
+    undo = server_args.accept_backend_name(module)
     parser = argparse.ArgumentParser(exit_on_error=False)
     module.ServerArgs.add_cli_args(parser)
     assert parser.parse_args(["--attention-backend", "tokenspeed_mla"]).attention_backend == "tokenspeed_mla"
@@ -170,7 +170,7 @@ def test_choices(owner: type) -> None:
     assert {name: vars(module.ServerArgs)[name] for name in before if callable(before[name])} == {
         name: value for name, value in before.items() if callable(value)
     }
-    sglang_tokenspeed.take_other_name(module)
+    server_args.accept_other_backend_name(module)
     module.ServerArgs.add_cli_args = theirs = staticmethod(lambda parser: None)
     undo()
     assert vars(module.ServerArgs)["add_cli_args"] is theirs
@@ -180,10 +180,10 @@ def test_arguments_that_have_moved() -> None:
     module = ModuleType("server_args")
     module.ServerArgs = type("ServerArgs", (PostInit,), {"__post_init__": PostInit.__post_init__})  # type: ignore[attr-defined]
     with pytest.raises(KeyError, match="add_cli_args"):
-        sglang_tokenspeed.take_name(module)
+        server_args.accept_backend_name(module)
     module.ServerArgs.add_cli_args = classmethod(lambda cls, parser: None)
     with pytest.raises(TypeError, match="takes something else"):
-        sglang_tokenspeed.take_name(module)
+        server_args.accept_backend_name(module)
 
 
 # hardware and package
@@ -503,7 +503,7 @@ def queries(batch: int = 2) -> torch.Tensor:
 def test_decode_through_the_seam(host: Any) -> None:
     module, seen = host()
     counts = Counts()
-    sglang_tokenspeed.seam(module, counts)
+    trtllm_backend.install_kernel_slot(module, counts)
     backend = module.TRTLLMMLABackend(runner())
     assert isinstance(backend, module.TRTLLMMLABackend) and type(backend).__name__ == "TRTLLMMLABackend"
     seam, parts = calls.pop()
@@ -524,7 +524,7 @@ def test_decode_through_the_seam(host: Any) -> None:
 def test_prefill_through_the_seam(host: Any, causal: bool) -> None:
     module, seen = host()
     counts = Counts()
-    sglang_tokenspeed.seam(module, counts)
+    trtllm_backend.install_kernel_slot(module, counts)
     backend = module.TRTLLMMLABackend(runner())
     del calls[:]
     q, k, v = torch.randn(6, 4, 192), torch.randn(6, 4, 192).to(E4M3), torch.randn(6, 4, 128)
@@ -542,7 +542,7 @@ def test_prefill_through_the_seam(host: Any, causal: bool) -> None:
 def test_who_is_not_ours(host: Any) -> None:
     module, seen = host()
     counts = Counts()
-    sglang_tokenspeed.seam(module, counts)
+    trtllm_backend.install_kernel_slot(module, counts)
     ours = module.TRTLLMMLABackend(runner())
     for other in (module.TRTLLMMLABackend(runner(None)), module.Other(runner())):
         assert type(other) in (module.TRTLLMMLABackend, module.Other)
@@ -556,9 +556,9 @@ def test_who_is_not_ours(host: Any) -> None:
 @HOSTS
 @pytest.mark.parametrize("part", ["decode", "prefill"])
 def test_the_hosts_own_kernel_for_one_part(host: Any, part: str, monkeypatch: Any) -> None:
-    monkeypatch.setenv(sglang_tokenspeed.VARIABLES[part], "host")
+    monkeypatch.setenv(mla_kernels.variable_of(part), "host")
     module, seen = host()
-    sglang_tokenspeed.seam(module, Counts())
+    trtllm_backend.install_kernel_slot(module, Counts())
     backend = module.TRTLLMMLABackend(runner())
     q = torch.randn(6, 4, 192)
     told = {
@@ -577,14 +577,14 @@ def test_undo(host: Any) -> None:
     module, _ = host()
     before = {name: value for name, value in vars(module).items() if not name.startswith("__")}
     init = module.TRTLLMMLABackend.__init__
-    undo = sglang_tokenspeed.seam(module, Counts())
+    undo = trtllm_backend.install_kernel_slot(module, Counts())
     ours = module.TRTLLMMLABackend(runner())
     undo()
     assert {name: vars(module)[name] for name in before} == before and module.TRTLLMMLABackend.__init__ is init
     assert type(module.TRTLLMMLABackend(runner())) is module.TRTLLMMLABackend
     if host is with_points:  # what has been built keeps its kernels
         assert torch.is_tensor(ours.forward_decode(queries(), None, None, LAYER, None))
-    undo = sglang_tokenspeed.seam(module, Counts())
+    undo = trtllm_backend.install_kernel_slot(module, Counts())
     module.TRTLLMMLABackend.__init__ = theirs = lambda self, model_runner: None
     module.flashinfer = "theirs"
     undo()
@@ -593,10 +593,10 @@ def test_undo(host: Any) -> None:
 
 def test_flashinfer_is_as_it_was_to_everybody_else() -> None:
     module, _ = in_line()
-    sglang_tokenspeed.seam(module, Counts())
+    trtllm_backend.install_kernel_slot(module, Counts())
     assert (module.flashinfer.rope, module.flashinfer.decode.other) == ("rope", "other")
     del module.flashinfer
-    undo = sglang_tokenspeed.seam(in_line_without(module), Counts())
+    undo = trtllm_backend.install_kernel_slot(in_line_without(module), Counts())
     with pytest.raises(AttributeError, match=r"flashinfer\.rope: flashinfer is not installed"):
         _ = module.flashinfer.rope
     undo()
@@ -619,7 +619,7 @@ def in_line_without(module: ModuleType) -> ModuleType:
 )
 def test_backends_that_cannot_be(host: Any, changes: dict[str, Any], text: str) -> None:
     module, _ = host()
-    sglang_tokenspeed.seam(module, Counts())
+    trtllm_backend.install_kernel_slot(module, Counts())
     with pytest.raises(ValueError, match=text):
         module.TRTLLMMLABackend(runner(**changes))
     module.TRTLLMMLABackend(runner(None, **changes))  # nobody asked
@@ -635,7 +635,7 @@ def test_without_nvml_the_backend_asks_its_own_gpu(host: Any, device: Gpu, monke
     monkeypatch.setattr(hook, "prepare", prepare)
     monkeypatch.delenv("MLA_PATCH_TOKENSPEED_DECODE")
     module, _ = host()
-    sglang_tokenspeed.seam(module, Counts())
+    trtllm_backend.install_kernel_slot(module, Counts())
     on_a_gpu = runner()
     on_a_gpu.device = "cuda"
     if device is B200:
@@ -652,7 +652,7 @@ def test_without_nvml_the_backend_asks_its_own_gpu(host: Any, device: Gpu, monke
 @pytest.mark.parametrize("name", ["k_scale_float", "v_scale_float"])
 def test_scales(host: Any, name: str) -> None:
     module, _ = host()
-    sglang_tokenspeed.seam(module, Counts())
+    trtllm_backend.install_kernel_slot(module, Counts())
     backend = module.TRTLLMMLABackend(runner())
     q = torch.randn(6, 4, 192)
     layer = SimpleNamespace(**vars(LAYER) | {"k_scale_float": 1.0, "v_scale_float": 1.0})
@@ -664,7 +664,7 @@ def test_scales(host: Any, name: str) -> None:
 
 def test_ranks_are_refused() -> None:
     module, _ = with_points()
-    sglang_tokenspeed.seam(module, Counts())
+    trtllm_backend.install_kernel_slot(module, Counts())
     backend = module.TRTLLMMLABackend(runner())
     backend.forward_decode(queries(), None, None, LAYER, None, cp_world=1, cp_rank=0, causal_seqs=None)
     for more in ({"cp_world": 2}, {"return_lse": True}, {"causal_seqs": LENS}, {"cp_rank": 1}, {"new": None}):
@@ -684,7 +684,7 @@ def test_a_backend_that_has_moved(change: str, text: str) -> None:
     module, _ = in_line()
     setattr(module.TRTLLMMLABackend, change, lambda self, config: None)
     with pytest.raises(TypeError, match=text):
-        sglang_tokenspeed.seam(module, Counts())
+        trtllm_backend.install_kernel_slot(module, Counts())
     assert isinstance(module.flashinfer, SimpleNamespace)
 
 
@@ -692,7 +692,7 @@ def test_half_of_the_points() -> None:
     module, _ = with_points()
     del module.TRTLLMMLABackend._run_prefill_kernel
     with pytest.raises(TypeError, match="has _run_decode_kernel alone"):
-        sglang_tokenspeed.seam(module, Counts())
+        trtllm_backend.install_kernel_slot(module, Counts())
 
 
 # the feature
@@ -701,12 +701,12 @@ def test_half_of_the_points() -> None:
 @pytest.mark.parametrize(
     "version, edit, state",
     [
-        ("0.5.1", "take_name", State.ARMED),
-        ("0.5.11", "take_name", State.ARMED),
-        ("0.5.12", "take_other_name", State.NATIVE),
-        ("0.5.22", "take_other_name", State.NATIVE),
-        ("0.5.23", "take_other_name", State.ARMED),
-        (None, "take_other_name", State.ARMED),
+        ("0.5.1", "accept_backend_name", State.ARMED),
+        ("0.5.11", "accept_backend_name", State.ARMED),
+        ("0.5.12", "accept_other_backend_name", State.NATIVE),
+        ("0.5.22", "accept_other_backend_name", State.NATIVE),
+        ("0.5.23", "accept_other_backend_name", State.ARMED),
+        (None, "accept_other_backend_name", State.ARMED),
     ],
 )
 def test_releases(version: str | None, edit: str, state: State, monkeypatch: Any) -> None:
