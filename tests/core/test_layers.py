@@ -15,7 +15,8 @@ from pathlib import Path
 from scratch import ROOT
 
 CORE = {"features", "flags", "hookspecs", "plugins", "sources", "eligibility", "release", "patcher", "dispatch"}
-CORE |= {"keepers", "standing", "reports", "survey", "endings", "files", "at_exit", "redact", "imports", "session"}
+CORE |= {"active", "bindings", "confirm", "displaced", "keepers", "replacing", "turns", "standing", "reports", "survey"}
+CORE |= {"endings", "files", "at_exit", "redact", "imports", "session"}
 CORE |= {"startup", "_autostart", "bootstrap", "__init__"}
 FAMILIES = {"decode", "sparse", "indices"}
 # what a kernel needs to know of devices and of Triton
@@ -65,9 +66,16 @@ MAY: dict[str, set[str]] = {
     "release": {"features"} | SHARED,
     "eligibility": {"endings", "release", "sources", "flags", "features"} | SHARED,
     "dispatch": {"endings", "imports", "features"} | SHARED,
-    "keepers": {"dispatch", "endings", "features"} | SHARED,
+    "turns": {"imports"},
+    "bindings": {"standing"},
+    "active": {"bindings", "turns", "standing", "dispatch", "reports", "flags", "features"} | SHARED,
+    "keepers": {"active", "bindings", "standing", "dispatch", "features"} | SHARED,
+    "displaced": {"active", "bindings", "standing", "dispatch", "eligibility", "features"} | SHARED,
+    "confirm": {"active", "keepers", "displaced", "standing", "dispatch", "eligibility", "features"} | SHARED,
+    "replacing": {"active", "bindings", "confirm", "displaced", "keepers", "standing", "dispatch", "endings"} | SHARED,
     "experiment": {"files", "at_exit", "dispatch", "reports", "features"} | SHARED,
-    "patcher": {"keepers", "standing", "dispatch", "endings", "imports", "eligibility", "reports", "flags", "features"}
+    "patcher": {"active", "displaced", "replacing", "dispatch", "endings", "imports", "eligibility", "reports", "flags"}
+    | {"features"}
     | SHARED,
     "session": {"patcher", "eligibility", "reports", "experiment", "flags", "sources", "features", "plugins"}
     | {"imports", "endings"}
@@ -227,7 +235,7 @@ def test_imports_are_of_the_one_copy_and_engines_are_imported_beside_their_facts
     assert not wrong
 
 
-DECLARING = CORE - {"dispatch", "patcher", "keepers", "standing"} | {"experiment", "hooks.sglang"}
+DECLARING = CORE - {"dispatch"} | {"experiment", "hooks.sglang"}
 HEAVY = ("torch", "triton", "numpy")
 
 

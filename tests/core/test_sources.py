@@ -38,14 +38,14 @@ def test_parameters(text: str, params: tuple[str, ...] | None, tmp_path: Path) -
 
 def test_parameters_are_those_that_python_sees(tmp_path: Path) -> None:
     """The live check writes them in the same way."""
-    from mla_patch.patcher import _live_params
+    from mla_patch.confirm import live_params
 
     text = "def f(a, /, b, *args, c, d=1, **kwargs): pass\nclass C:\n    @staticmethod\n    def s(x): pass\n"
     space: dict = {}
     exec(text, space)
     module = parsed(tmp_path, text)
-    assert module.params["f"] == _live_params(space["f"])
-    assert module.params["C.s"] == _live_params(vars(space["C"])["s"])
+    assert module.params["f"] == live_params(space["f"])
+    assert module.params["C.s"] == live_params(vars(space["C"])["s"])
 
 
 def test_methods(tmp_path: Path) -> None:
