@@ -10,10 +10,11 @@ from typing import Any
 
 from mla_patch.bindings import Binding
 from mla_patch.compat.types import Change, Edit, Undo
-from mla_patch.dispatch import ArmSelector, FeatureGate, is_ours
+from mla_patch.dispatch import ArmSelector, FeatureGate
 from mla_patch.features import Counts, DeviceCheck, Feature, State
 from mla_patch.flags import Setting
 from mla_patch.reports import FeatureStatus
+from mla_patch.stand_ins import is_ours
 from mla_patch.standing import own
 from mla_patch.turns import Turns
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from mla_patch.active import ActiveFeature, Mismatch, ours_below
 from mla_patch.compat.types import Target
-from mla_patch.dispatch import is_ours
 from mla_patch.displaced import describe_object
 from mla_patch.eligibility import difference
 from mla_patch.features import State
 from mla_patch.keepers import CachedReference, cached_references, other_referrer
+from mla_patch.stand_ins import is_ours
 from mla_patch.standing import find, own
 
 log = logging.getLogger("mla_patch")

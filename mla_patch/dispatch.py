@@ -7,19 +7,16 @@ about a call happens here, so that counting, the breaker and experiments are the
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-import wrapt
 
 from mla_patch import endings, imports
 from mla_patch.compat import dynamo, gpu
 from mla_patch.compat.types import Gpu
+from mla_patch.failures import fields_of, is_out_of_memory, made_up, odd_argument, passes
 from mla_patch.features import CallRejected, Counts, State
 
 log = logging.getLogger("mla_patch")
@@ -37,9 +34,6 @@ IN_A_ROW = 3  # failures of `serve` that can pass, such as an out-of-memory
 AN_HOUR = 16  # of these, whatever was served between them
 PAUSE = 1.0  # seconds in which the host serves after an out-of-memory: one step's layers would fail one after the other
 PAUSED = "left to the engine for one second after an out-of-memory"
-
-
-MADE_UP = "a tensor without memory, as tracers have"
 
 _compiled: Callable[[], Any] = type(None)  # whether this thread runs what torch.compile has made
 _outside: Callable[..., Any] | None = None  # `EntryPoint.dispatch`, with nothing of it compiled
@@ -312,7 +306,7 @@ class EntryPoint:
                 self.switch.set(pause=time.monotonic() + PAUSE)
 
     def _check_hardware(self, call: Any) -> None:
-        for name in _fields(call):
+        for name in fields_of(call):
             value = getattr(call, name, None)
             if getattr(value, "is_cuda", False):
                 device = gpu.from_tensor(value)
@@ -322,6 +316,15 @@ class EntryPoint:
                 if verdict:
                     switch.on_stop(verdict[1], verdict[0])
                 return
+
+
+def prepare_for_dynamo() -> None:
+    """Have torch.compile leave `EntryPoint.dispatch` alone; called before the first stand-in is put in place."""
+    global _compiled
+    _compiled = dynamo.callback()
+    if not _waits:
+        _waits.append(EntryPoint.dispatch)
+        imports.when_imported("torch._dynamo", lambda module: dynamo.leave_alone(module, EntryPoint.dispatch))
 
 
 def _leave_dynamo() -> Callable[..., Any]:
@@ -341,144 +344,3 @@ def _unbound(problem: TypeError) -> str:
     # newer Pythons go on: 'scal'. Did you mean 'scale'?
     name = rest.strip("'").partition("'")[0]
     return f"unknown argument {name}" if found else f"arguments: {text}"
-
-
-def odd_argument(call: Any) -> str | None:
-    """Which argument of a call no kernel takes, in words; None where those that its class declares are tensors and
-    numbers. A class declares them as tuples of names: ``tensors``, ``numbers``, and ``optional`` for tensors or None.
-    """
-    kind = type(call)
-    optional = getattr(kind, "optional", ())
-    for name in (*getattr(kind, "tensors", ()), *optional):
-        value = getattr(call, name, None)
-        if not hasattr(value, "data_ptr") and not (value is None and name in optional):
-            return f"{name}: expected a tensor, found {type(value).__name__}"
-    for name in getattr(kind, "numbers", ()):
-        value = getattr(call, name, None)
-        if not isinstance(value, (int, float)):
-            return f"{name}: expected a number, found {type(value).__name__}"
-    return None
-
-
-def _fields(call: Any) -> Iterable[str]:
-    """The names of what a call holds, its bases' too; a plugin's call may be a tuple, which has none."""
-    slots = [name for kind in type(call).__mro__ for name in kind.__dict__.get("__slots__", ())]
-    return slots or list(getattr(call, "__dict__", ()))
-
-
-def made_up(call: Any) -> str | None:
-    """Whether a call has tensors that only stand for tensors, whose data nobody may touch: a decline, in words."""
-    for name in _fields(call):
-        value: Any = getattr(call, name, None)
-        if hasattr(value, "data_ptr"):
-            try:
-                value.data_ptr()
-            except Exception:
-                return MADE_UP
-    return None
-
-
-def is_out_of_memory(problem: BaseException) -> bool:
-    if isinstance(problem, RuntimeError):
-        return "out of memory" in endings.text_of(problem, str)
-    return isinstance(problem, MemoryError)
-
-
-def passes(problem: BaseException) -> bool:
-    """Whether a failure of `serve` says nothing of the next call, and nothing on the device was touched by it.
-
-    A compile that lost a race for its cache, or a compiler that was killed, and an allocation that failed. Whatever
-    else the device reports may have left it in a state in which nobody's next call can be trusted.
-    """
-    return isinstance(problem, (OSError, subprocess.CalledProcessError)) or is_out_of_memory(problem)
-
-
-def _is_method(function: Any) -> bool:
-    return "." in getattr(function, "__qualname__", "").rpartition("<locals>.")[2]
-
-
-class _Named:
-    """Copied and pickled as functions are: itself, and by its name. A bare proxy would raise in a host that does it."""
-
-    __slots__ = ()
-
-    def __copy__(self) -> Any:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        original = self.__wrapped__  # type: ignore[attr-defined]
-        return getattr(original, "__qualname__", original.__name__)
-
-
-class _Opaque:
-    """To Dynamo what it is, which nobody can trace, and to all others what it stands for; see `compat.dynamo`."""
-
-    __slots__ = ()
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        tracer = dynamo.asks(sys._getframe(1))
-        original = self.__wrapped__  # type: ignore[attr-defined]
-        if tracer is None:
-            return original.__class__
-        if not tracer.may_break:
-            self._self_entry.counts.trace(tracer.graph)  # type: ignore[attr-defined]
-            return original.__class__
-        if type(self) is FunctionStandIn and _is_method(original):
-            raise dynamo.unsupported(f"mla-patch serves {original.__qualname__}")  # Dynamo would call it unbound
-        return type(self)
-
-
-class _BoundStandIn(_Opaque, wrapt.BoundFunctionWrapper):
-    """A `FunctionStandIn` that was got from an instance or a class."""
-
-    __slots__ = ()
-
-    @property
-    def _self_entry(self) -> EntryPoint:
-        return self._self_parent._self_entry
-
-
-class FunctionStandIn(_Opaque, _Named, wrapt.FunctionWrapper):
-    """Takes the place of a host's function or method; looks like it in every other respect."""
-
-    __bound_function_wrapper__ = _BoundStandIn
-
-    def __init__(self, original: Any, site: EntryPoint) -> None:
-        super().__init__(original, site.dispatch)
-        self._self_entry = site
-
-
-class KernelStandIn(_Opaque, _Named, wrapt.CallableObjectProxy):
-    """Takes the place of a host's kernel object, launched as ``kernel[grid](...)``.
-
-    ``run``, ``warmup``, ``fn`` and the rest stay the host's.
-    """
-
-    def __init__(self, original: Any, site: EntryPoint) -> None:
-        super().__init__(original)
-        self._self_entry = site
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        def launch(*args: Any, **kwargs: Any) -> Any:
-            return self._self_entry.dispatch(self.__wrapped__[grid], grid, args, kwargs)
-
-        return launch
-
-
-def is_ours(value: Any) -> bool:
-    """Whether ``value`` is a stand-in of ours; asked of anything, so by its real type alone."""
-    return issubclass(type(value), (FunctionStandIn, KernelStandIn))
-
-
-def stand_in(original: Any, kind: str, site: EntryPoint) -> FunctionStandIn | KernelStandIn:
-    """What is put in ``original``'s place."""
-    global _compiled
-    _compiled = dynamo.callback()
-    if not _waits:
-        _waits.append(EntryPoint.dispatch)
-        imports.when_imported("torch._dynamo", lambda module: dynamo.leave_alone(module, EntryPoint.dispatch))
-    return KernelStandIn(original, site) if kind == "kernel" else FunctionStandIn(original, site)

@@ -11,9 +11,9 @@ from typing import Any
 from mla_patch.active import STANDING, ActiveFeature, Around, Taken
 from mla_patch.bindings import Binding, name_of
 from mla_patch.compat.types import Edit, Target
-from mla_patch.dispatch import is_ours
 from mla_patch.eligibility import code_of
 from mla_patch.features import State
+from mla_patch.stand_ins import is_ours
 from mla_patch.standing import attribute_of, describe, find, is_a, is_found, own, reaches
 
 

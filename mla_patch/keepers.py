@@ -13,8 +13,8 @@ from typing import Any
 from mla_patch.active import Mismatch, declines_nothing, ours_below
 from mla_patch.bindings import loaded_modules
 from mla_patch.compat.types import Target
-from mla_patch.dispatch import is_ours
 from mla_patch.features import Counts, State
+from mla_patch.stand_ins import is_ours
 from mla_patch.standing import attribute_of, is_a, names_of, own, text_of
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from mla_patch import endings
 from mla_patch.active import STANDING, ActiveFeature, Mismatch, declines_nothing
 from mla_patch.compat.types import Arm, Code, Edit, Gpu
-from mla_patch.dispatch import PATCH, ArmCode, ArmSelector, FeatureGate, is_ours
+from mla_patch.dispatch import PATCH, ArmCode, ArmSelector, FeatureGate
 from mla_patch.displaced import cover, update_state
 from mla_patch.eligibility import UNKNOWN_GPU, Eligibility
 from mla_patch.features import FIRST_CALLS, Feature, State
@@ -25,6 +25,7 @@ from mla_patch.flags import Setting
 from mla_patch.imports import is_executed_now, is_initializing, when_executed_again, when_imported
 from mla_patch.replacing import take, take_back
 from mla_patch.reports import FeatureStatus, TargetStatus
+from mla_patch.stand_ins import is_ours
 
 __all__ = ["Patcher", "is_ours"]
 

@@ -15,9 +15,10 @@ from mla_patch.active import ActiveFeature, Around, Taken, ours_below
 from mla_patch.bindings import Binding, bindings_of, going_on
 from mla_patch.compat.types import Edit, Target, Undo
 from mla_patch.confirm import ConfirmedTarget, find_live
-from mla_patch.dispatch import ArmCode, EntryPoint, is_ours, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint
 from mla_patch.displaced import hiders, stands
 from mla_patch.keepers import all_that_lives
+from mla_patch.stand_ins import is_ours, stand_in
 from mla_patch.standing import is_a, names_of, own, text_of
 
 log = logging.getLogger("mla_patch")

@@ -16,8 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_patch.compat import gpu
-from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.features import Counts, State
+from mla_patch.stand_ins import stand_in
 
 LAYERS, WIDTH, ERROR = 3, 8, 1e-3
 

@@ -161,7 +161,7 @@ HOST = {
 
         def left():
             '''Names in the host that are not its own.'''
-            from mla_patch.dispatch import is_ours
+            from mla_patch.stand_ins import is_ours
             hosts = [m for n, m in sys.modules.items() if n.partition(".")[0] in ("fakehost", "sglang")]
             hosts += [c for m in hosts for c in vars(m).values() if isinstance(c, type)]
             return sorted(f"{h.__name__}.{n}" for h in hosts for n, v in vars(h).items()

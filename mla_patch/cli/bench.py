@@ -20,12 +20,12 @@ import triton
 from mla_patch.cli.explain import in_range
 from mla_patch.compat import interpreter
 from mla_patch.compat.triton import interpreted
-from mla_patch.dispatch import is_ours
 from mla_patch.drive import sglang as trial
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.hooks.sglang import kv_indices as sglang_kv_indices
 from mla_patch.kernels import decode as decode_
 from mla_patch.kernels.indices import kv as kv_indices
+from mla_patch.stand_ins import is_ours
 
 RAGGED = "ragged"  # one request of 131072 tokens, the others of 512
 # (requests, tokens of each)

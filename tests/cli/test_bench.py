@@ -17,8 +17,8 @@ from mla_patch.cli import main as cli
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
-from mla_patch.dispatch import KernelStandIn
 from mla_patch.drive import sglang as trial
+from mla_patch.stand_ins import KernelStandIn
 
 CPU_SECONDS = 35  # see budget.py
 

@@ -18,8 +18,9 @@ from triton.runtime.jit import JITFunction
 
 from mla_patch import reports
 from mla_patch.compat import dynamo
-from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, is_ours, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.features import Counts, State
+from mla_patch.stand_ins import is_ours, stand_in
 
 
 class Call:
@@ -272,7 +273,8 @@ def test_neither_torch_nor_dynamo_is_imported(run_python: Any) -> None:
     code = """
 import sys
 from mla_patch.compat import dynamo
-from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
+from mla_patch.stand_ins import stand_in
 from mla_patch.features import Counts
 
 def host(q):

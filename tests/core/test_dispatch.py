@@ -19,8 +19,10 @@ import wrapt
 from mla_patch import dispatch
 from mla_patch.compat import gpu
 from mla_patch.compat.types import Gpu
-from mla_patch.dispatch import AN_HOUR, IN_A_ROW, MADE_UP, MALFORMED, PAUSED, ArmCode, EntryPoint, FeatureGate, stand_in
+from mla_patch.dispatch import AN_HOUR, IN_A_ROW, MALFORMED, PAUSED, ArmCode, EntryPoint, FeatureGate
+from mla_patch.failures import MADE_UP
 from mla_patch.features import FIRST_CALLS, MAX_REASONS, CallRejected, Counts, State
+from mla_patch.stand_ins import stand_in
 
 
 class Call:

@@ -11,10 +11,11 @@ import torch
 
 from mla_patch.compat.sglang.decode import DecodeCall
 from mla_patch.compat.triton import Relaunch, interpreted
-from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.features import Counts
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.kernels import decode
+from mla_patch.stand_ins import stand_in
 
 BATCH, TOKENS = 4, 8192
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from scratch import ROOT
 
 CORE = {"features", "flags", "hookspecs", "plugins", "sources", "eligibility", "release", "patcher", "dispatch"}
+CORE |= {"failures", "stand_ins"}
 CORE |= {"active", "bindings", "confirm", "displaced", "keepers", "replacing", "turns", "standing", "reports", "survey"}
 CORE |= {"endings", "files", "at_exit", "redact", "imports", "session"}
 CORE |= {"startup", "_autostart", "bootstrap", "__init__"}
@@ -23,6 +24,8 @@ FAMILIES = {"decode", "sparse", "indices"}
 DEVICES = {"compat.gpu", "compat.triton", "compat.compiles"}
 KERNELS_BELOW = {"kernels.common", "kernels.cache", "kernels.sm90"} | DEVICES
 SHARED = {"compat", "compat.eras"} | DEVICES | {"compat.hosts"}
+# what a call of the host passes through
+CALLS = {"dispatch", "stand_ins"} | SHARED
 
 # room -> the rooms that it may know besides itself
 MAY: dict[str, set[str]] = {
@@ -65,18 +68,19 @@ MAY: dict[str, set[str]] = {
     "survey": {"files", "redact", "reports"} | SHARED,
     "release": {"features"} | SHARED,
     "eligibility": {"endings", "release", "sources", "flags", "features"} | SHARED,
-    "dispatch": {"endings", "imports", "features"} | SHARED,
+    "failures": {"endings"},
+    "dispatch": {"endings", "failures", "imports", "features"} | SHARED,
+    "stand_ins": {"dispatch"} | SHARED,
     "turns": {"imports"},
     "bindings": {"standing"},
-    "active": {"bindings", "turns", "standing", "dispatch", "reports", "flags", "features"} | SHARED,
-    "keepers": {"active", "bindings", "standing", "dispatch", "features"} | SHARED,
-    "displaced": {"active", "bindings", "standing", "dispatch", "eligibility", "features"} | SHARED,
-    "confirm": {"active", "keepers", "displaced", "standing", "dispatch", "eligibility", "features"} | SHARED,
-    "replacing": {"active", "bindings", "confirm", "displaced", "keepers", "standing", "dispatch", "endings"} | SHARED,
+    "active": {"bindings", "turns", "standing", "reports", "flags", "features"} | CALLS,
+    "keepers": {"active", "bindings", "standing", "features"} | CALLS,
+    "displaced": {"active", "bindings", "standing", "eligibility", "features"} | CALLS,
+    "confirm": {"active", "keepers", "displaced", "standing", "eligibility", "features"} | CALLS,
+    "replacing": {"active", "bindings", "confirm", "displaced", "keepers", "standing", "endings"} | CALLS,
     "experiment": {"files", "at_exit", "dispatch", "reports", "features"} | SHARED,
-    "patcher": {"active", "displaced", "replacing", "dispatch", "endings", "imports", "eligibility", "reports", "flags"}
-    | {"features"}
-    | SHARED,
+    "patcher": {"active", "displaced", "replacing", "endings", "imports", "eligibility", "reports", "flags", "features"}
+    | CALLS,
     "session": {"patcher", "eligibility", "reports", "experiment", "flags", "sources", "features", "plugins"}
     | {"imports", "endings"}
     | SHARED,
@@ -235,7 +239,7 @@ def test_imports_are_of_the_one_copy_and_engines_are_imported_beside_their_facts
     assert not wrong
 
 
-DECLARING = CORE - {"dispatch"} | {"experiment", "hooks.sglang"}
+DECLARING = CORE | {"experiment", "hooks.sglang"}
 HEAVY = ("torch", "triton", "numpy")
 
 

@@ -20,7 +20,7 @@ from mla_patch.compat.hosts import Installed
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang.release import HOST as SGLANG
 from mla_patch.compat.types import Gpu, Target
-from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.features import Counts, State
 from mla_patch.flags import Setting
 from mla_patch.hooks import editing
@@ -29,6 +29,7 @@ from mla_patch.hooks.sglang.decode import FEATURE, native
 from mla_patch.hooks.sglang.edits.deterministic import decoding, watch_decodes
 from mla_patch.hooks.sglang.edits.scales import leave_scales_out, watch_scales
 from mla_patch.patcher import Patcher
+from mla_patch.stand_ins import stand_in
 
 CPU_SECONDS = 90  # see budget.py
 

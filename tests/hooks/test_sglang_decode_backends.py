@@ -18,13 +18,14 @@ from mla_patch.compat.sglang import backends as sglang_backends
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang.backends import CALLS, Fa3Call, FlashInferCall
 from mla_patch.compat.types import Change, Edit
-from mla_patch.dispatch import HOST, PATCH, SHADOW, ArmCode, EntryPoint, FeatureGate, stand_in
+from mla_patch.dispatch import HOST, PATCH, SHADOW, ArmCode, EntryPoint, FeatureGate
 from mla_patch.features import Counts
 from mla_patch.hooks import editing
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
 from mla_patch.hooks.sglang.decode import FEATURE
 from mla_patch.hooks.sglang.edits.scales import leave_scale_out
+from mla_patch.stand_ins import stand_in
 
 BY_NAME = {call.name: call for call in CALLS}
 ERAS = ["0.5.1", "0.5.5", "0.5.6", "0.5.15", "0.5.16", "0.5.20", "0.5.21", "0.5.23"]
@@ -879,7 +880,8 @@ def test_a_compiled_step_reaches_ours(run_python) -> None:
 import sys, torch
 from types import ModuleType
 from mla_patch.compat.sglang.backends import Fa3Call
-from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
+from mla_patch.stand_ins import stand_in
 from mla_patch.features import Counts
 
 module = ModuleType(Fa3Call.module)

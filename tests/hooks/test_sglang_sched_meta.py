@@ -20,13 +20,14 @@ from mla_patch.compat import gpu
 from mla_patch.compat.sglang import flash_mla as compat
 from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
-from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate, stand_in
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.features import Counts
 from mla_patch.hooks.sglang import sched_meta as hook
 from mla_patch.kernels.cache.layouts import V4, new_pages
 from mla_patch.kernels.sparse import decode as sparse_decode
 from mla_patch.kernels.sparse import dense as dense_decode
 from mla_patch.kernels.sparse import prefill as sparse_prefill
+from mla_patch.stand_ins import stand_in
 
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
 CPU = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1: tensors lie on the CPU")
