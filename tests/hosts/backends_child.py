@@ -230,7 +230,7 @@ class Engine:
     def runner(self, pool: Any, page: int) -> Any:
         from mla_patch.drive import sglang as sglang_trial
 
-        self.translator = sglang_trial._translator(SimpleNamespace(table=self.table, device="cpu"), page)
+        self.translator = sglang_trial.translator(SimpleNamespace(table=self.table, device="cpu"), page)
         import torch
 
         return Bag(
@@ -553,7 +553,7 @@ def main(release: str, out: str) -> None:
 
     stubbed = sglang_trial.prepare()
     if importlib.util.find_spec("cutlass") is None:  # of kernels that 0.5.15 imports beside its hybrid backend
-        sys.meta_path.insert(0, sglang_trial._StubFinder(["cutlass", "cuda"]))
+        sys.meta_path.insert(0, sglang_trial.StubFinder(["cutlass", "cuda"]))
     if release in ("0.5.1", "0.5.3", "0.5.5"):
         importlib.import_module("sglang.srt.layers.quantization")  # else its modules import one another in a ring
     from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends

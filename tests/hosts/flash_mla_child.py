@@ -191,7 +191,7 @@ def through_v4(heads: int) -> dict[str, Any]:
         c4_sparse_topk_lengths=lens["extra"], c4_flashmla_metadata=module._create_flashmla_metadata(),
     )  # fmt: skip
     batch = sglang_trial.make_batch("cpu", (64,), width=256, page=64)
-    backend = sglang_trial._backend(
+    backend = sglang_trial.bare_backend(
         module.DeepseekV4AttnBackend, batch, head_dim_v=512, softmax_scale=0.05, mtp_enabled=False,
         forward_metadata=SimpleNamespace(core_attn_metadata=core),
     )  # fmt: skip
@@ -250,9 +250,9 @@ def warm_ups(release: str) -> dict[str, Any]:
                         "DeepseekV4AttnBackend")
             if one in vars(module) and vars(module)[one].__module__ == target.module
         )  # fmt: skip
-        bare = sglang_trial._backend(owner, batch)  # with every attribute that its __init__ sets
+        bare = sglang_trial.bare_backend(owner, batch)  # with every attribute that its __init__ sets
         given = {key: value for key, value in known[name][0].items() if key in vars(bare)}
-        backend = sglang_trial._backend(owner, batch, **given)
+        backend = sglang_trial.bare_backend(owner, batch, **given)
         scope = {f"NSA_{part.upper()}_IMPL": impl for part, impl in impls.items()}
         for key in scope.keys() & vars(module).get("__annotations__", {}).keys():
             setattr(module, key, scope[key])
@@ -269,7 +269,7 @@ IMPLS = {"prefill": "flashmla_sparse", "decode": "flashmla_kv"}
 
 def main(release: str, out: str) -> None:
     # what the stand-in lacks of sgl_kernel is stood in for once it has been looked for in vain
-    sys.meta_path.append(sglang_trial._StubFinder(["sgl_kernel"]))
+    sys.meta_path.append(sglang_trial.StubFinder(["sgl_kernel"]))
     sglang_trial.prepare()
     importlib.import_module("sglang")
     package = None

@@ -91,7 +91,7 @@ def main(release: str, out: str) -> None:
     top = "flash_mla" if package else "sgl_kernel"
     folder = next(path for path in map(Path, sys.path) if (path / top).is_dir() and (path / "given.json").exists())
     load(folder, package, json.loads((folder / "given.json").read_text()))
-    sys.meta_path.append(sglang_trial._StubFinder(["sgl_kernel"]))
+    sys.meta_path.append(sglang_trial.StubFinder(["sgl_kernel"]))
     mla_patch.startup.start()
     sglang_trial.prepare()
     importlib.import_module("sglang")

@@ -235,7 +235,7 @@ class World:
         arguments = Bag(kv_cache_dtype="fp8_e4m3", enable_deterministic_inference=False,
                         speculative_num_draft_tokens=DRAFTS, disaggregation_mode="null", dp_size=1,
                         disable_chunked_prefix_cache=True)  # fmt: skip
-        self.translator = sglang_trial._translator(
+        self.translator = sglang_trial.translator(
             sglang_trial.Batch(torch.tensor(LENS), torch.tensor(ROWS), self.table, LENS), page
         )
         runner = Bag(
@@ -272,7 +272,7 @@ class World:
         prefix = [length - count for length, count in zip(lens, new, strict=True)]
         reads = {"req_pool_indices": rows, "seq_lens": seq, "seq_lens_cpu": seq.clone()}
         plan = getattr(self.translator, "plan", None)
-        return sglang_trial._ForwardBatch(**vars(Bag(
+        return sglang_trial.ForwardBatch(**vars(Bag(
             forward_mode=getattr(ForwardMode, mode), batch_size=len(lens), seq_lens_sum=sum(lens), out_cache_loc=loc,
             extend_prefix_lens=torch.tensor(prefix), extend_prefix_lens_cpu=prefix, spec_info=spec, encoder_lens=None,
             extend_seq_lens=torch.tensor(new), extend_seq_lens_cpu=list(new), positions=torch.zeros(sum(new)),

@@ -107,7 +107,7 @@ def ints(values: Any) -> torch.Tensor:
     return torch.tensor(values, device=DEVICE)
 
 
-class Step(sglang_trial._Metadata, sglang_trial._ForwardBatch):
+class Step(sglang_trial.PrefillMetadata, sglang_trial.ForwardBatch):
     """What a scheduler hands the backend; what is not given is None."""
 
 
@@ -191,7 +191,7 @@ class Trial:
         for name, kind in OWN_WORKSPACES.items():
             if hasattr(self.module, kind):
                 known[name] = getattr(self.module, kind)(device)
-        return sglang_trial._backend(owner, self.batch, **known)
+        return sglang_trial.bare_backend(owner, self.batch, **known)
 
     def forward_batch(self, seq: tuple[int, ...], ext: tuple[int, ...]) -> Any:
         modes = importlib.import_module("sglang.srt.model_executor.forward_batch_info").ForwardMode
@@ -564,10 +564,10 @@ def main(release: str, out: Path) -> None:
     os.environ |= {"SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "1", "SGLANG_TOPK_TRANSFORM_512_TORCH": "1"}
     os.environ |= {"SGLANG_OPT_USE_TOPK_V2": "0", "SGLANG_OPT_FLASHMLA_SPARSE_PREFILL": "1"}
     _autostart.run()  # as the start-up file does, which looks at MLA_PATCH
-    sglang_trial._STUBS |= {"cutlass": {}, "cuda": {}}
+    sglang_trial.STUBS |= {"cutlass": {}, "cuda": {}}
     if ON_GPU:  # where the release imports more
         os.environ["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
-        sglang_trial._STUBS |= {"deep_gemm": {}, "flashinfer": {"__version__": "0.0"}}
+        sglang_trial.STUBS |= {"deep_gemm": {}, "flashinfer": {"__version__": "0.0"}}
     stubbed = sglang_trial.prepare()
     if FLASH_MLA and "flash_mla" in stubbed:
         sys.exit(f"--heads {HEADS}: flash_mla is not there or cannot be imported")

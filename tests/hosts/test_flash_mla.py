@@ -56,8 +56,8 @@ _ANY = """
 def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
-    from mla_patch.drive.sglang import _Anything, _Stub
-    return _Anything(name, (_Stub,), {})
+    from mla_patch.drive.sglang import Anything, Stub
+    return Anything(name, (Stub,), {})
 """
 
 

@@ -182,7 +182,7 @@ def _of_flashinfer(*args: Any, **kwargs: Any) -> None:
 
 def stand_in_flashinfer() -> None:
     """A flashinfer whose attention kernels raise. The release looks for it, and on a CPU would say that it has none."""
-    sys.meta_path.insert(0, sglang_trial._StubFinder(["flashinfer"]))
+    sys.meta_path.insert(0, sglang_trial.StubFinder(["flashinfer"]))
     flashinfer = importlib.import_module("flashinfer")
     for name in ("rope", "decode", "prefill"):
         setattr(flashinfer, name, importlib.import_module(f"flashinfer.{name}"))
@@ -221,7 +221,7 @@ def one_process(module: ModuleType, batch: Any) -> Iterator[None]:
     """What a server would have published before it builds backends, and no FlashInfer planner behind the backend."""
 
     def parent(self: Any, runner: Any, skip_prefill: bool = False, *args: Any, **kwargs: Any) -> None:
-        made = sglang_trial._backend(
+        made = sglang_trial.bare_backend(
             type(self), batch, page_size=runner.page_size, max_context_len=256, skip_prefill=skip_prefill,
             token_to_kv_pool=runner.token_to_kv_pool, req_to_token_pool=runner.req_to_token_pool,
             device=DEVICE, q_indptr_decode=torch.arange(9, dtype=torch.int32, device=DEVICE), _kernel_page_multiplier=1,
@@ -251,7 +251,7 @@ def one_process(module: ModuleType, batch: Any) -> Iterator[None]:
         "DEFAULT_WORKSPACE_SIZE_MB": 1,
     }
     with ExitStack() as stack:
-        stack.enter_context(sglang_trial._one_rank())
+        stack.enter_context(sglang_trial.one_rank())
         stack.enter_context(mock.patch.object(module.FlashInferMLAAttnBackend, "__init__", parent))
         for name in names.keys() & vars(module).keys():
             stack.enter_context(mock.patch.object(module, name, names[name]))
@@ -271,7 +271,7 @@ class Drive:
             layer_num=1, device=GIVEN.device, enable_memory_saver=False,
         )  # fmt: skip
         self.slots = sglang_trial.expected_token_ids(self.batch, LENS)
-        self.store = sglang_trial._bytes(self.pool)
+        self.store = sglang_trial.pool_bytes(self.pool)
         self.store.fill_(0x7F)  # NaN where nobody stores
         self.latents = self.random(len(self.slots), 576).to(E4M3)
         self.store[self.slots, 0] = self.latents.view(torch.uint8)
@@ -295,7 +295,7 @@ class Drive:
     def step(self, mode: str, lens: tuple[int, ...], **more: Any) -> Any:
         rows = self.batch.rows[: len(lens)]
         batch = sglang_trial.Batch(torch.tensor(lens, device=DEVICE), rows, self.batch.table, lens)
-        step = sglang_trial._forward_batch(batch, mode, self.backend, more.pop("prefix", None))
+        step = sglang_trial.forward_batch(batch, mode, self.backend, more.pop("prefix", None))
         vars(step).update(
             token_to_kv_pool=self.pool, out_cache_loc_is_physical=True, mha_return_lse=False,
             positions=torch.zeros(1, dtype=torch.int64, device=DEVICE), attn_attend_prefix_cache=None,
