@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import wrapt
-from scratch import ROOT
+from scratch import ROOT, clean_env
 
 from mla_patch import eligibility
 from mla_patch.compat import gpu
@@ -492,78 +495,108 @@ from sglang.srt.layers.attention import triton_backend
 """
 
 
-@pytest.mark.parametrize(
-    ("steps", "says"),
-    [
-        (["mla_patch.apply('decode')", "b = triton_backend.TritonAttnBackend(runner)"], ("ours", "applied", 1, "")),
-        (
-            ["b = triton_backend.TritonAttnBackend(runner)", "mla_patch.apply('decode')"],
-            ("ours", "applied", 1, ""),
-        ),
-        (
-            [
-                "b = triton_backend.TritonAttnBackend(runner)",
-                "had = id(b.decode_attention_fwd)",
-                "mla_patch.apply('decode')",
-                "mla_patch.restore('decode')",
-                "assert id(b.decode_attention_fwd) == had",
-            ],
-            ("host", "off", 0, "restored"),
-        ),
-        (
-            [
-                "mla_patch.apply('decode')",
-                "b = triton_backend.TritonAttnBackend(runner)",
-                "mla_patch.restore('decode')",
-            ],
-            ("host", "off", 0, "restored"),
-        ),
-        (
-            [
-                "mla_patch.apply('decode')",
-                "b = triton_backend.TritonAttnBackend(runner)",
-                "mla_patch.restore('decode')",
-                "mla_patch.apply('decode')",
-            ],
-            ("ours", "applied", 1, ""),
-        ),
-        (
-            [
-                "b = triton_backend.TritonAttnBackend(runner)",
-                "b.decode_attention_fwd = functools.partial(b.decode_attention_fwd)",
-                "mla_patch.apply('decode')",
-            ],
-            ("host", "refused", 0, "a living TritonAttnBackend has a partial for its decode_attention_fwd"),
-        ),
-        (
-            [
-                "b = triton_backend.TritonAttnBackend(runner)",
-                "b.cuda_graph_attn_logits = torch.zeros(1)",
-                "graph = torch.cuda.CUDAGraph()",
-                "mla_patch.apply('decode')",
-            ],
-            ("host", "refused", 0, "its CUDA graphs are already captured and replay the engine's kernel"),
-        ),
-        (
-            [
-                "b = triton_backend.TritonAttnBackend(runner)",
-                "graph = torch.cuda.CUDAGraph()",  # another part's
-                "mla_patch.apply('decode')",
-            ],
-            ("ours", "applied", 1, ""),
-        ),
-    ],
-    ids=["in time", "late", "late and restored", "restored", "applied again", "wrapped", "captured", "not captured"],
-)
-def test_a_backend_that_was_built_before(steps: list[str], says: tuple[Any, ...], tmp_path, run_python) -> None:
+BUILT = [
+    (["mla_patch.apply('decode')", "b = triton_backend.TritonAttnBackend(runner)"], ("ours", "applied", 1, "")),
+    (
+        ["b = triton_backend.TritonAttnBackend(runner)", "mla_patch.apply('decode')"],
+        ("ours", "applied", 1, ""),
+    ),
+    (
+        [
+            "b = triton_backend.TritonAttnBackend(runner)",
+            "had = id(b.decode_attention_fwd)",
+            "mla_patch.apply('decode')",
+            "mla_patch.restore('decode')",
+            "assert id(b.decode_attention_fwd) == had",
+        ],
+        ("host", "off", 0, "restored"),
+    ),
+    (
+        [
+            "mla_patch.apply('decode')",
+            "b = triton_backend.TritonAttnBackend(runner)",
+            "mla_patch.restore('decode')",
+        ],
+        ("host", "off", 0, "restored"),
+    ),
+    (
+        [
+            "mla_patch.apply('decode')",
+            "b = triton_backend.TritonAttnBackend(runner)",
+            "mla_patch.restore('decode')",
+            "mla_patch.apply('decode')",
+        ],
+        ("ours", "applied", 1, ""),
+    ),
+    (
+        [
+            "b = triton_backend.TritonAttnBackend(runner)",
+            "b.decode_attention_fwd = functools.partial(b.decode_attention_fwd)",
+            "mla_patch.apply('decode')",
+        ],
+        ("host", "refused", 0, "a living TritonAttnBackend has a partial for its decode_attention_fwd"),
+    ),
+    (
+        [
+            "b = triton_backend.TritonAttnBackend(runner)",
+            "b.cuda_graph_attn_logits = torch.zeros(1)",
+            "graph = torch.cuda.CUDAGraph()",
+            "mla_patch.apply('decode')",
+        ],
+        ("host", "refused", 0, "its CUDA graphs are already captured and replay the engine's kernel"),
+    ),
+    (
+        [
+            "b = triton_backend.TritonAttnBackend(runner)",
+            "graph = torch.cuda.CUDAGraph()",  # another part's
+            "mla_patch.apply('decode')",
+        ],
+        ("ours", "applied", 1, ""),
+    ),
+]
+BUILT_IDS = ["in time", "late", "late and restored", "restored", "applied again", "wrapped", "captured", "not captured"]
+
+# Each case in a fork of one process that has imported what takes long, and neither the host nor any module of ours.
+FORKS = """
+import json, os, sys, torch, torch._dynamo, traceback, triton
+for code in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(code, {"__name__": "__main__"})
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if os.waitpid(child, 0)[1]:
+        print("failed", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What each case of BUILT printed, a line each."""
+    folder = tmp_path_factory.mktemp("host")
     for name, text in HOST.items():
-        path = tmp_path / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    code = [LOOK, *steps, "print(b.forward_decode(1, 2, 3, layer, None), *state(), sep='|')"]
-    done = run_python("\n".join(code), check=True)
-    arm, state, served, why = done.stdout.strip().split("|")
-    assert (arm, state, int(served)) == says[:3], done.stdout
+    said = "print(b.forward_decode(1, 2, 3, layer, None), *state(), sep='|')"
+    cases = json.dumps(["\n".join([LOOK, *steps, said]) for steps, _ in BUILT])
+    command = [sys.executable, "-c", FORKS, cases]
+    env = clean_env({"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(BUILT), done.stdout + done.stderr
+    return [line if line != "failed" else done.stderr for line in lines]
+
+
+@pytest.mark.parametrize("case", range(len(BUILT)), ids=BUILT_IDS)
+def test_a_backend_that_was_built_before(case: int, built: list[str]) -> None:
+    says = BUILT[case][1]
+    arm, state, served, why = built[case].split("|")
+    assert (arm, state, int(served)) == says[:3], built[case]
     assert says[3] in why
 
 

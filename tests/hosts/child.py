@@ -244,7 +244,7 @@ def main(release: str, out: str) -> None:
     decoded["ranks"]["host"] = decodes.ranks()
     mla_patch.apply("decode")
     decoded["holders"].append(decode_holder())
-    decoded["again"] = decodes.run()
+    decoded["again"] = decodes.run("float16", "e4m3 k_scale 0.5")
     decoded["splits"] = splits()
     decoded["late"] = late()
     mla_patch.apply()

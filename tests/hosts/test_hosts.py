@@ -112,8 +112,9 @@ def test_only_the_triton_backend_takes_decode(release: str) -> None:
 
 def test_decodes_what_was_stored(release: str, seen: dict) -> None:
     told = seen["decode"]
+    assert set(told["again"]) == {"float16", "e4m3 k_scale 0.5"}
     for cache, ours in told["ours"].items():
-        host, again = told["host"][cache], told["again"][cache]
+        host, again = told["host"][cache], told["again"].get(cache, ours)  # two caches are run again
         assert (ours["served"], host["served"], again["served"]) == (1, 0, 1), cache
         # float16 results, and products of 16-bit numbers or better
         assert max(ours["error"], again["error"]) < 4e-3, cache

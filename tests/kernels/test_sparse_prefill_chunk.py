@@ -133,12 +133,12 @@ CHUNKS = [  # (tokens so far, of which are this chunk's): a request that ends, o
 ]
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-def test_three_chunks_equal_one_shot_attention(padding: int) -> None:
+def test_three_chunks_equal_one_shot_attention() -> None:
+    """The first chunk without padding, the others with three rows of it."""
     model = Model([30, 19, 4, 33])
     expected = [[model.expected(layer, r) for r in range(4)] for layer in range(len(RATIOS))]
     cache = SparsePrefillChunkCache()
-    for number, (seq, ext) in enumerate(CHUNKS):
+    for number, ((seq, ext), padding) in enumerate(zip(CHUNKS, (0, 3, 3), strict=True)):
         built = []
         for layer in range(len(RATIOS)):
             chunk = cache.chunk(number, lambda: built.append(1) or model.inputs(seq, ext, padding))  # noqa: B023
