@@ -33,25 +33,19 @@ What a backend can ask of them, which is compiled at the end of its __init__, be
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import import_module, metadata
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import InvalidVersion
 
-from mla_patch.compat import gpu
-from mla_patch.compat.types import Change, Edit, Target, Undo
-from mla_patch.hooks.editing import Undoing
-from mla_patch.hooks.sglang.edits.warmup import warm_once_built
-
-log = logging.getLogger("mla_patch")
+from mla_patch.compat.eras import Eras, between, era_of, since, value_at
+from mla_patch.compat.types import Home
 
 INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
 SGL_KERNEL = "sgl_kernel.flash_mla"
@@ -108,7 +102,7 @@ def dense_widths(module: str) -> tuple[int, ...]:
     """Widths of 16-bit queries that the dense operator behind ``module`` takes; others end the process."""
     if module == SGL_KERNEL:
         try:
-            wide = Version(metadata.version("sglang-kernel")) >= Version("0.4.5")
+            wide = since(metadata.version("sglang-kernel"), "0.4.5")
         except (metadata.PackageNotFoundError, InvalidVersion, TypeError):  # which None has
             wide = False
     else:
@@ -270,40 +264,35 @@ _SGL_KERNEL = (
     ((*_DESCALED, *_NEWER, "kv_format"), True),
 )
 _PACKAGE = ((_FIRST, False), ((*_FIRST, *_SPARSE), False), ((*_FIRST, *_SPARSE, *_NEWER), True))
+PACKAGE_ORDER = _PACKAGE[-1][0]  # of the newer API's arguments
 _INTERFACE = (((*_DESCALED, *_NEWER, "kv_format", "use_legacy"), True),)
 _PREFILL = ("q", "kv", "indices", "sm_scale", "d_v")
 _PREFILL_NEWER = (*_PREFILL, "attn_sink", "topk_length")
 
-_HOOK = "mla_patch.hooks.sglang.sched_meta"
 
-
-def _target(module: str, name: str, params: tuple[str, ...], bind: Callable[..., Any], kind: str) -> Target:
-    return Target(module, name, params, "call", bind, f"{_HOOK}:declines_{kind}", f"{_HOOK}:serve_{kind}")
-
-
-def _wrapper(module: str, prefix: str, home: str, variants: Any, call: Callable[..., Any]) -> list[Change]:
+def _wrapper(module: str, prefix: str, home: str, variants: Any, call: Callable[..., Any]) -> list[Home]:
     """``flash_mla_with_kvcache`` in one module, by each of the parameter lists that it may have."""
     return [
-        _target(home, f"{prefix}flash_mla_with_kvcache", params, partial(call, Build(module, newer)), "kvcache")
+        Home(home, f"{prefix}flash_mla_with_kvcache", params, "call", partial(call, Build(module, newer)))
         for params, newer in variants
     ]
 
 
-def _metadata(module: str, prefix: str, home: str, lists: tuple[tuple[str, ...], ...], version: str | None) -> Any:
+def _metadata(module: str, prefix: str, home: str, lists: tuple[tuple[str, ...], ...], newer: bool) -> list[Home]:
     # its parameters are the same in both APIs; whether it gives a FlashMLASchedMeta is asked when it is called
-    build = Build(module, version is None or Version(version) >= Version("0.5.13"))
+    build = Build(module, newer)
     return [
-        _target(
-            home, f"{prefix}get_mla_metadata", params,
-            partial(package_metadata if "num_heads_per_head_k" in params else MetadataCall, build), "metadata",
+        Home(
+            home, f"{prefix}get_mla_metadata", params, "call",
+            partial(package_metadata if "num_heads_per_head_k" in params else MetadataCall, build),
         )
         for params in lists
     ]  # fmt: skip
 
 
-def _prefill(home: str, variants: tuple[tuple[str, ...], ...]) -> list[Change]:
+def _prefill(home: str, variants: tuple[tuple[str, ...], ...]) -> list[Home]:
     return [
-        _target(home, "flash_mla_sparse_fwd", params, partial(PrefillCall, Build(home, len(params) > 5)), "prefill")
+        Home(home, "flash_mla_sparse_fwd", params, "call", partial(PrefillCall, Build(home, len(params) > 5)))
         for params in variants
     ]
 
@@ -316,197 +305,64 @@ def has_package() -> bool:
     return PathFinder.find_spec("flash_mla") is not None
 
 
-def flash_mla_targets(version: str | None) -> tuple[Change, ...]:
-    """The wrappers of ``version`` and the backends around them; every known home when it is unknown."""
-    release = None if version is None else Version(version)
-    found: list[Change] = []
-    if release is None or release >= Version("0.5.23"):
-        found += _metadata(INTERFACE, "", INTERFACE, (_META,), version)
-        found += _wrapper(INTERFACE, "", INTERFACE, _INTERFACE, KvCacheCall)
-        found += _prefill(INTERFACE, ((*_PREFILL_NEWER, "use_legacy"),))
-    if release is None or Version("0.5.5") <= release < Version("0.5.23"):
-        found += _metadata(SGL_KERNEL, "", SGL_KERNEL, (_META,), version)
-        found += _wrapper(SGL_KERNEL, "", SGL_KERNEL, _SGL_KERNEL, KvCacheCall)
-        found += _prefill(SGL_KERNEL, (_PREFILL, _PREFILL_NEWER))
-        found.append(Edit(SGL_KERNEL, "FlashMLASchedMeta", add_sched_meta))
-    if release is None or release < Version("0.5.5"):
-        found += _metadata(PACKAGE, "", PACKAGE, _PACKAGE_META, version)
-        found += _wrapper(PACKAGE, "", PACKAGE, _PACKAGE, package_call)
-    elif Version("0.5.12") <= release < Version("0.5.13"):
-        if has_package():
-            # beside the others, so by names of its own, which source alone tells nothing of; V4 needs the newer API
-            found += _metadata(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE_META[:1], "0.5.13")
-            found += _wrapper(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE[2:], package_call)
-        else:
-            found.append(Edit(_V4, "flash_mla", be_the_package, counts_calls=True))
-    return (*found, *_warm_ups(release))
+# where the release takes the wrappers from
+HOMES: Eras[str] = (("0.5.23", INTERFACE), ("0.5.5", SGL_KERNEL), ("0.5.3", PACKAGE))
+NEWER_API = "0.5.13"  # from then on the pinned packages have it
+
+
+def v4_is_apart(version: str | None) -> bool:
+    """Whether DeepSeek V4 takes FlashMLA from the package, and all else of the release from another place."""
+    return between(version, "0.5.12", "0.5.13")
+
+
+def wrapper_homes(home: str, version: str | None) -> list[Home]:
+    """The wrappers in ``home``, one of `HOMES`, as ``version`` finds them: by each parameter list that was read."""
+    newer = since(version, NEWER_API, unknown=True)
+    if home == INTERFACE:
+        return [
+            *_metadata(INTERFACE, "", INTERFACE, (_META,), newer),
+            *_wrapper(INTERFACE, "", INTERFACE, _INTERFACE, KvCacheCall),
+            *_prefill(INTERFACE, ((*_PREFILL_NEWER, "use_legacy"),)),
+        ]
+    if home == SGL_KERNEL:
+        return [
+            *_metadata(SGL_KERNEL, "", SGL_KERNEL, (_META,), newer),
+            *_wrapper(SGL_KERNEL, "", SGL_KERNEL, _SGL_KERNEL, KvCacheCall),
+            *_prefill(SGL_KERNEL, (_PREFILL, _PREFILL_NEWER)),
+        ]
+    return [
+        *_metadata(PACKAGE, "", PACKAGE, _PACKAGE_META, newer),
+        *_wrapper(PACKAGE, "", PACKAGE, _PACKAGE, package_call),
+    ]
+
+
+def v4_wrapper_homes() -> list[Home]:
+    """The package's wrappers beside others, where `v4_is_apart`: by names of its own, since source alone does not tell
+    them apart. V4 needs the newer API."""
+    found = _metadata(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE_META[:1], True)
+    return found + _wrapper(PACKAGE, "flash_mla_interface.", "flash_mla", _PACKAGE[2:], package_call)
 
 
 _BACKENDS = "sglang.srt.layers.attention"
-_V4 = f"{_BACKENDS}.deepseek_v4_backend"
+DENSE_BACKEND = f"{_BACKENDS}.flashmla_backend"  # has FlashMLABackend
+V4_BACKEND = f"{_BACKENDS}.deepseek_v4_backend"  # has DeepseekV4AttnBackend, from 0.5.12
+# the module of V3.2's backend; see `v32_backend`
+_V32_BACKENDS: Eras[str] = (("0.5.13", f"{_BACKENDS}.dsa_backend"), ("0.5.3", f"{_BACKENDS}.nsa_backend"))
 
 
-def _warm_ups(release: Version | None) -> list[Edit]:
-    """What has our kernels compiled once a backend is built."""
-
-    def target(backend: str, name: str, edit: Callable[..., Undo], home: str) -> Edit:
-        edit = functools.update_wrapper(partial(edit, home), edit)  # by its own name in reports
-        return Edit(f"{_BACKENDS}.{backend}", f"{name}.warmup", edit)
-
-    if release is None or release >= Version("0.5.23"):
-        home = INTERFACE
-    else:
-        home = SGL_KERNEL if release >= Version("0.5.5") else PACKAGE
-    found = [target("flashmla_backend", "FlashMLABackend", warm_dense, home)]
-    # alternatives where the release is unknown
-    if release is None or release >= Version("0.5.13"):
-        found.append(target("dsa_backend", "SparseAttnBackend", warm_v32, home))
-    if release is None or release < Version("0.5.13"):
-        found.append(target("nsa_backend", "SparseAttnBackend", warm_v32, home))
-    if release is not None and release >= Version("0.5.12"):
-        v4_home = home if release >= Version("0.5.13") else PACKAGE
-        found.append(target("deepseek_v4_backend", "DeepseekV4AttnBackend", warm_v4, v4_home))
-    return found
+def v4_home(version: str | None) -> str:
+    """Where DeepSeek V4 takes the wrappers from."""
+    return PACKAGE if v4_is_apart(version) else value_at(HOMES, version)
 
 
-def knows_sched_meta(build: Build) -> bool:
-    """Whether the wrappers' own module has a FlashMLASchedMeta, whose class its callers test for."""
-    own = getattr(sys.modules.get(build.module), "FlashMLASchedMeta", None)
-    return own is not None and own.__module__ != _CORE
+def v32_modules(version: str | None) -> list[str]:
+    """Where V3.2's backend lives; each place where the version is unknown."""
+    return era_of(_V32_BACKENDS, version)
 
 
-def new_sched_meta(build: Build) -> Any:
-    """A FlashMLASchedMeta of the class that callers of these wrappers test for: the host's own, else ours."""
-    kind = getattr(sys.modules.get(build.module), "FlashMLASchedMeta", None)
-    return (kind or import_module(_CORE).FlashMLASchedMeta)()
-
-
-_CORE = "mla_patch.flash_mla"
-
-
-def add_sched_meta(module: ModuleType) -> Undo:
-    """Callers import the class from where they import the wrappers: ours, where there is none."""
-    if hasattr(module, "FlashMLASchedMeta"):
-        return lambda: None
-    ours = import_module(_CORE).FlashMLASchedMeta
-    module.FlashMLASchedMeta = ours  # type: ignore[attr-defined]
-
-    def undo() -> None:
-        if vars(module).get("FlashMLASchedMeta") is ours:
-            del module.FlashMLASchedMeta
-
-    return Undoing(undo, lambda: [(module, "FlashMLASchedMeta", ours)])
-
-
-def be_the_package(module: ModuleType, counts: Any) -> Undo:
-    """0.5.12's DeepSeek V4 imports flash_mla at each call: where it is not installed, it finds ours.
-
-    In all of this process; nothing else of the release asks for it. ``counts`` takes what is served.
-    """
-    if "flash_mla" in sys.modules:
-        return lambda: None
-    core = import_module(_CORE)
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            counts.served += 1
-            if gpu.capturing():
-                counts.captured += 1
-            return result
-
-        return call
-
-    def flash_mla_with_kvcache(*args: Any, **kwargs: Any) -> Any:
-        """In the package's order, which has no descales."""
-        placed = dict(zip(_PACKAGE[-1][0][: len(args)], args, strict=True))
-        return core.flash_mla_with_kvcache(**placed, **kwargs)
-
-    names = {one.__name__: counted(one) for one in (core.get_mla_metadata, flash_mla_with_kvcache)}
-    names["FlashMLASchedMeta"] = core.FlashMLASchedMeta
-    ours = {}
-    for name in ("flash_mla", PACKAGE):
-        one = ours[name] = ModuleType(name, "mla-patch's, in the place of a package that is not installed")
-        one.__spec__ = ModuleSpec(name, None, is_package=name == "flash_mla")
-        vars(one).update(names)
-    ours["flash_mla"].__path__ = []
-    ours["flash_mla"].flash_mla_interface = ours[PACKAGE]  # type: ignore[attr-defined]
-    sys.modules.update(ours)
-    log.info("mla-patch: flash_mla is not installed: DeepSeek V4's attention runs on our Triton kernels")
-
-    def undo() -> None:
-        for name, one in ours.items():
-            if sys.modules.get(name) is one:
-                del sys.modules[name]
-
-    return Undoing(undo, lambda: [(sys.modules, name, one) for name, one in ours.items()])
-
-
-def warm_dense(home: str, module: ModuleType) -> Undo:
-    return warm_once_built(module.FlashMLABackend, f"{_HOOK}:warm", partial(dense_calls, home))
-
-
-def warm_v32(home: str, module: ModuleType) -> Undo:
-    return warm_once_built(v32_backend(module), f"{_HOOK}:warm", partial(v32_calls, home))
-
-
-def warm_v4(home: str, module: ModuleType) -> Undo:
-    return warm_once_built(module.DeepseekV4AttnBackend, f"{_HOOK}:warm", partial(v4_calls, home))
-
-
-def _build(home: str) -> Build:
-    """The FlashMLA that a backend will call: most import it at their first call, so it may not be loaded yet."""
-    import_module(home)
-    return Build(home, knows_sched_meta(Build(home, False)))
-
-
-def dense_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall]:
-    """What a FlashMLABackend can ask, over one page."""
-    import torch
-
-    if (backend.kv_lora_rank, backend.qk_rope_head_dim) != (512, 64):
-        return []
-    e4m3 = torch.float8_e4m3fn
-    dtype = e4m3 if backend.data_type is e4m3 else backend.q_data_type
-    q = torch.zeros(1, 1, backend.num_q_heads, 576, device=runner.device).to(dtype)
-    cache = torch.zeros(1, 64, 1, 576, device=runner.device).to(dtype)
-    scale = torch.ones(1, device=runner.device) if dtype is e4m3 else None
-    return [KvCacheCall(_build(home), q, cache, None, None, 512, None, descale_q=scale, descale_k=scale)]
-
-
-def v32_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall | PrefillCall]:
-    """What V3.2's backend can ask, over one token."""
-    import torch
-
-    names = ("nsa_prefill_impl", "nsa_decode_impl", "dsa_prefill_impl", "dsa_decode_impl")
-    chosen = {getattr(backend, name, None) for name in names}
-    scope = vars(sys.modules[type(backend).__module__])
-    chosen |= {scope.get("NSA_PREFILL_IMPL"), scope.get("NSA_DECODE_IMPL")}
-    sparse = bool(chosen & {"flashmla_decode", "flashmla_kv", "flashmla_auto"})
-    prefill = bool(chosen & {"flashmla_prefill", "flashmla_sparse", "flashmla_auto"}) and home != PACKAGE
-    # from 0.5.22 there are models without rope, whose caches are the host's
-    if not (sparse or prefill) or getattr(backend, "qk_rope_head_dim", 64) != 64:
-        return []
-    build, device = _build(home), runner.device
-    topk = backend.dsa_index_topk if hasattr(backend, "dsa_index_topk") else backend.nsa_index_topk
-    ids = torch.zeros(1, 1, topk, dtype=torch.int32, device=device)
-    calls: list[KvCacheCall | PrefillCall] = []
-    if sparse:
-        heads = getattr(backend, "flashmla_kv_num_q_heads", backend.num_q_heads)
-        q = torch.zeros(1, 1, heads, 576, dtype=torch.bfloat16, device=device)
-        cache = torch.zeros(1, 64, 1, 656, dtype=torch.uint8, device=device)
-        calls.append(KvCacheCall(build, q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=ids))
-    if prefill:
-        heads, least = backend.num_q_heads, 128 if getattr(backend, "device_sm_major", 0) >= 10 else 64
-        if hasattr(backend, "device_sm_major") and heads % least:
-            heads = least
-        q = torch.zeros(1, heads, 576, dtype=torch.bfloat16, device=device)
-        calls.append(PrefillCall(build, q, q[:, :1], ids, 1.0))
-        if build.newer:  # later releases over it pass lengths with prompts that have a prefix
-            lens = torch.ones(1, dtype=torch.int32, device=device)
-            calls.append(PrefillCall(build, q, q[:, :1], ids, 1.0, topk_length=lens))
-    return calls
+def has_v4(version: str | None) -> bool:
+    """Whether the release has DeepSeek V4's backend; an unknown one is taken to have none."""
+    return since(version, "0.5.12")
 
 
 def v32_backend(module: ModuleType) -> type:
@@ -517,36 +373,3 @@ def v32_backend(module: ModuleType) -> type:
 def v4_heads(runner: Any) -> tuple[int, ...]:
     """What V4's backend gives FlashMLA: all of the model's heads, or those of a rank in 64."""
     return tuple(sorted({runner.model_config.num_attention_heads, 64}))
-
-
-def v4_calls(home: str, backend: Any, runner: Any) -> list[KvCacheCall | PrefillCall]:
-    """What DeepSeek V4's backend can ask, over one token."""
-    import torch
-
-    pool, device = backend.token_to_kv_pool, runner.device
-    place = torch.ones(1, dtype=torch.int32, device=device)
-    # on sm_120 the release has kernels of its own from 0.5.13
-    own = home != PACKAGE and place.is_cuda and gpu.capability(place.device.index)[0] == 12
-    if own or getattr(backend, "trtllm_attn", False) or pool.swa_kv_pool.kv_cache_total_dim != 584:
-        return []
-    build = _build(home)
-
-    def cache(size: int) -> Any:
-        return torch.zeros(1, size, 1, 584, dtype=torch.uint8, device=device)
-
-    ids = torch.zeros(1, 1, 128, dtype=torch.int32, device=device)
-    ratios = [ratio for ratio in getattr(backend, "present_ratios", (4, 128)) if ratio in (4, 128)]
-    calls: list[KvCacheCall | PrefillCall] = []
-    for heads in v4_heads(runner):
-        q = torch.zeros(1, 1, heads, 512, dtype=torch.bfloat16, device=device)
-        sink = torch.zeros(heads, device=device)
-        for ratio in (None, *ratios):
-            given: dict[str, Any] = {}
-            if ratio is not None:
-                given["extra_k_cache"] = cache(pool.page_size // ratio)
-                given |= {"extra_indices_in_kvcache": ids, "extra_topk_length": place}
-            given |= {"is_fp8_kvcache": True, "indices": ids, "attn_sink": sink, "topk_length": place}
-            calls.append(KvCacheCall(build, q, cache(pool.swa_kv_pool.page_size), None, None, 512, None, **given))
-        if hasattr(backend, "_forward_prefill_sparse"):
-            calls.append(PrefillCall(build, q[0], q[0, :, :1], ids, 1.0, attn_sink=sink, topk_length=place))
-    return calls

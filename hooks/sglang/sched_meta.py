@@ -16,13 +16,21 @@ from collections.abc import Callable
 from typing import Any
 
 from mla_patch.compat import gpu
+from mla_patch.compat.eras import era_of, value_at
 from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.compat.sglang.flash_mla import KvCacheCall, MetadataCall, PrefillCall
 from mla_patch.compat.sglang.release import supported
-from mla_patch.compat.types import Provider
+from mla_patch.compat.types import Change, Edit, Home, Provider, Target, Undo
 from mla_patch.features import CallRejected, Feature
+from mla_patch.hooks.sglang.edits.flash_mla_package import (
+    add_sched_meta,
+    install_flash_mla_shim,
+    knows_sched_meta,
+    new_sched_meta,
+)
+from mla_patch.hooks.sglang.edits.flash_mla_reach import warm_dense, warm_v4, warm_v32
 from mla_patch.hookspecs import hookimpl
 
 HOST, OURS = "host", "triton"
@@ -153,10 +161,50 @@ PREFILL_PROVIDERS = (
 )  # fmt: skip
 
 
+_KINDS = {"get_mla_metadata": "metadata", "flash_mla_with_kvcache": "kvcache", "flash_mla_sparse_fwd": "prefill"}
+
+
+def targets(version: str | None) -> tuple[Change, ...]:
+    """The wrappers of ``version`` and the backends around them; every known home when it is unknown."""
+    found: list[Change] = []
+    for place in era_of(sglang_flash_mla.HOMES, version):
+        found += map(_target, sglang_flash_mla.wrapper_homes(place, version))
+        if place == sglang_flash_mla.SGL_KERNEL:
+            found.append(Edit(place, "FlashMLASchedMeta", add_sched_meta))
+    if sglang_flash_mla.v4_is_apart(version):
+        if sglang_flash_mla.has_package():
+            found += map(_target, sglang_flash_mla.v4_wrapper_homes())
+        else:
+            found.append(Edit(sglang_flash_mla.V4_BACKEND, "flash_mla", install_flash_mla_shim, counts_calls=True))
+    return (*found, *_warm_ups(version))
+
+
+def _target(home: Home) -> Target:
+    kind = _KINDS[home.name.rpartition(".")[2]]
+    return home.target(f"{__name__}:declines_{kind}", f"{__name__}:serve_{kind}")
+
+
+def _warm_ups(version: str | None) -> list[Edit]:
+    """What has our kernels compiled once a backend is built."""
+
+    def edit(module: str, name: str, change: Callable[..., Undo], home: str) -> Edit:
+        # by its own name in reports
+        return Edit(module, f"{name}.warmup", functools.update_wrapper(functools.partial(change, home, warm), change))
+
+    home = value_at(sglang_flash_mla.HOMES, version)
+    found = [edit(sglang_flash_mla.DENSE_BACKEND, "FlashMLABackend", warm_dense, home)]
+    # alternatives where the release is unknown
+    found += [edit(module, "SparseAttnBackend", warm_v32, home) for module in sglang_flash_mla.v32_modules(version)]
+    if sglang_flash_mla.has_v4(version):
+        v4 = sglang_flash_mla.v4_home(version)
+        found.append(edit(sglang_flash_mla.V4_BACKEND, "DeepseekV4AttnBackend", warm_v4, v4))
+    return found
+
+
 FEATURE = Feature(
     name="sched_meta",
     host=supported("0.5.3"),
-    targets=sglang_flash_mla.flash_mla_targets,
+    targets=targets,
     why="older FlashMLA packages lack the newer API, and FlashMLA has no build for many GPUs and shapes",
     upstream="https://github.com/sgl-project/sglang/pull/26132",
     drop_when="FlashMLA serves every GPU, head count and page size that the engine runs with",
@@ -227,7 +275,7 @@ def declines_metadata(call: MetadataCall) -> str | None:
     """Why the host makes this metadata, or None."""
     if call.cache_seqlens is None:
         # without operators its wrapper raises, though it has the class
-        own = sglang_flash_mla.knows_sched_meta(call.build) and call.build.has(True)
+        own = knows_sched_meta(call.build) and call.build.has(True)
         return "the engine has its own FlashMLASchedMeta" if own else None
     if _dims(call.cache_seqlens) != 1:
         return None
@@ -249,7 +297,7 @@ def serve_metadata(call: MetadataCall) -> Any:
     from mla_patch.flash_mla import get_mla_metadata
 
     if call.cache_seqlens is None:
-        return sglang_flash_mla.new_sched_meta(call.build), None
+        return new_sched_meta(call.build), None
     return get_mla_metadata(call.cache_seqlens, call.tokens, call.kv_heads, call.heads, call.is_fp8_kvcache, call.topk)
 
 

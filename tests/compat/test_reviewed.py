@@ -137,7 +137,7 @@ def test_where_flashmla_is_taken_from() -> None:
     """The backend imports the wrappers from where they are replaced; DeepSeek V4 of 0.5.12 from the package."""
     homes = (sglang_flash_mla.INTERFACE, sglang_flash_mla.SGL_KERNEL)
     for release in releases_of("sched_meta"):
-        some = sglang_flash_mla.flash_mla_targets(release)
+        some = sglang_sched_meta.targets(release)
         named = {one.module for one in some if one.kind == "call"} & {*homes, sglang_flash_mla.PACKAGE}
         taken = {home for home in homes if takes_from(FLASHMLA, home, release)}
         package = {sglang_flash_mla.PACKAGE} if takes_from(FLASHMLA, "flash_mla", release) else set()
@@ -164,7 +164,7 @@ def test_which_wheels_have_the_newer_api() -> None:
     for release in releases_of("sched_meta"):
         name, _, version = TOLD["pins"][release].partition(" ")
         newer = name == "sglang-kernel" and Version(version) >= Version("0.4.3")
-        some = [one for one in sglang_flash_mla.flash_mla_targets(release) if one.name == "get_mla_metadata"]
+        some = [one for one in sglang_sched_meta.targets(release) if one.name == "get_mla_metadata"]
         assert {one.bind.args[0].newer for one in some} == {newer}, release  # type: ignore[union-attr]
 
 

@@ -23,6 +23,8 @@ from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.features import Counts
 from mla_patch.hooks.sglang import sched_meta as hook
+from mla_patch.hooks.sglang.edits import flash_mla_package
+from mla_patch.hooks.sglang.edits import flash_mla_reach as reach
 from mla_patch.kernels.cache.layouts import V4, new_pages
 from mla_patch.kernels.sparse import decode as sparse_decode
 from mla_patch.kernels.sparse import dense as dense_decode
@@ -47,7 +49,7 @@ def machine(monkeypatch):
 
 
 def targets(version: str, name: str) -> list[Any]:
-    return [one for one in compat.flash_mla_targets(version) if one.name.endswith(name)]
+    return [one for one in hook.targets(version) if one.name.endswith(name)]
 
 
 def sparse(width: int = 576, heads: int = 64, topk: int = 64, batch: int = 2, **more: Any) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def test_metadata_is_of_the_class_that_callers_test_for(machine, monkeypatch):
     monkeypatch.setitem(sys.modules, compat.SGL_KERNEL, module)
     call = targets("0.5.9", "get_mla_metadata")[0].bind()
     assert hook.declines_metadata(call) is None
-    undo = compat.add_sched_meta(module)
+    undo = flash_mla_package.add_sched_meta(module)
     assert module.FlashMLASchedMeta is flash_mla.FlashMLASchedMeta
     assert hook.declines_metadata(call) is None
     assert type(hook.serve_metadata(call)[0]) is module.FlashMLASchedMeta
@@ -233,7 +235,7 @@ def test_metadata_is_of_the_class_that_callers_test_for(machine, monkeypatch):
     assert not hasattr(module, "FlashMLASchedMeta")
     module.FlashMLASchedMeta = own = type("FlashMLASchedMeta", (), {"__module__": compat.SGL_KERNEL})
     assert hook.declines_metadata(call) == "the engine has its own FlashMLASchedMeta"
-    compat.add_sched_meta(module)()
+    flash_mla_package.add_sched_meta(module)()
     assert module.FlashMLASchedMeta is own
 
 
@@ -514,10 +516,10 @@ def test_a_wheel_without_the_kernels_that_our_calls_ask_for(monkeypatch):
 
 def test_homes(monkeypatch):
     def homes(version):
-        return {(one.module, one.name) for one in compat.flash_mla_targets(version) if one.kind != "edit"}
+        return {(one.module, one.name) for one in hook.targets(version) if one.kind != "edit"}
 
     def edits(version):
-        found = [one for one in compat.flash_mla_targets(version) if one.kind == "edit"]
+        found = [one for one in hook.targets(version) if one.kind == "edit"]
         return {(one.module.rpartition(".")[2], one.edit.__name__) for one in found}
 
     monkeypatch.setattr(compat, "has_package", lambda: False)
@@ -530,7 +532,7 @@ def test_homes(monkeypatch):
     dense, nsa, dsa = (("flashmla_backend", "warm_dense"), ("nsa_backend", "warm_v32"), ("dsa_backend", "warm_v32"))
     v4, ours = ("deepseek_v4_backend", "warm_v4"), ("flash_mla", "add_sched_meta")
     assert edits("0.5.4") == {dense, nsa} and edits("0.5.5") == edits("0.5.11") == {dense, nsa, ours}
-    assert edits("0.5.12") == {dense, nsa, v4, ours, ("deepseek_v4_backend", "be_the_package")}
+    assert edits("0.5.12") == {dense, nsa, v4, ours, ("deepseek_v4_backend", "install_flash_mla_shim")}
     assert edits("0.5.13") == edits("0.5.22") == {dense, dsa, v4, ours} and edits("0.5.23") == {dense, dsa, v4}
     assert edits(None) == {dense, nsa, dsa, ours}
     monkeypatch.setattr(compat, "has_package", lambda: True)
@@ -550,7 +552,7 @@ def test_the_package_where_there_is_none(monkeypatch, caplog):
     for name in ("flash_mla", compat.PACKAGE):
         monkeypatch.delitem(sys.modules, name, raising=False)
     counts = Counts()
-    undo = compat.be_the_package(ModuleType("deepseek_v4_backend"), counts)
+    undo = flash_mla_package.install_flash_mla_shim(ModuleType("deepseek_v4_backend"), counts)
     import flash_mla as package  # as the release does
     from flash_mla.flash_mla_interface import FlashMLASchedMeta
 
@@ -571,7 +573,7 @@ def test_the_package_is_called_in_its_own_order(monkeypatch):
     """Which is without descales."""
     for name in ("flash_mla", compat.PACKAGE):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    undo = compat.be_the_package(ModuleType("deepseek_v4_backend"), Counts())
+    undo = flash_mla_package.install_flash_mla_shim(ModuleType("deepseek_v4_backend"), Counts())
     package, made = sys.modules["flash_mla"], flash_mla.FlashMLASchedMeta()
     placed = (half(2, 1, 4, 512), new_pages(V4, 1, 4), None, None, 512, made, None, 0.5, False, True)
     ids = torch.zeros(2, 1, 3, dtype=torch.int32)
@@ -588,7 +590,7 @@ def test_the_package_is_called_in_its_own_order(monkeypatch):
 def test_the_package_where_it_is_is_left_alone(monkeypatch):
     theirs = ModuleType("flash_mla")
     monkeypatch.setitem(sys.modules, "flash_mla", theirs)
-    undo = compat.be_the_package(ModuleType("deepseek_v4_backend"), Counts())
+    undo = flash_mla_package.install_flash_mla_shim(ModuleType("deepseek_v4_backend"), Counts())
     assert sys.modules["flash_mla"] is theirs and compat.PACKAGE not in sys.modules
     undo()
     assert sys.modules["flash_mla"] is theirs
@@ -627,7 +629,7 @@ def test_flashmla_is_warmed_where_ours_serves(cache, machine, warmed):
     module = ModuleType("flashmla_backend")
     module.FlashMLABackend = type("FlashMLABackend", (FlashMLABackend,), dict(vars(FlashMLABackend)))
     before = dict(vars(module.FlashMLABackend))
-    undo = compat.warm_dense(compat.SGL_KERNEL, module)
+    undo = reach.warm_dense(compat.SGL_KERNEL, hook.warm, module)
     module.FlashMLABackend(runner(cache=cache))
     assert not warmed  # on an H200 FlashMLA serves
     machine(SM120)
@@ -639,10 +641,10 @@ def test_flashmla_is_warmed_where_ours_serves(cache, machine, warmed):
 
 def test_e4m3_of_the_package_is_warmed_on_an_h200_too(machine, warmed, monkeypatch):
     """Calls come with descales, which only the package does not take."""
-    monkeypatch.setattr(compat, "_build", lambda home: compat.Build(home, False))
+    monkeypatch.setattr(reach, "_build", lambda home: compat.Build(home, False))
     backend = FlashMLABackend(runner(cache=torch.float8_e4m3fn))
     for home in (compat.SGL_KERNEL, compat.PACKAGE):
-        hook.warm(compat.dense_calls(home, backend, runner()))
+        hook.warm(reach.dense_calls(home, backend, runner()))
     assert warmed == [("sparse.dense", 16, torch.float8_e4m3fn, 64)]
 
 
@@ -658,7 +660,7 @@ def v32(**changes: Any) -> Backend:
 
 
 def warm_v32(backend: Any, home: str = compat.SGL_KERNEL) -> int:
-    return hook.warm(compat.v32_calls(home, backend, runner()))
+    return hook.warm(reach.v32_calls(home, backend, runner()))
 
 
 PREFILLS = [("sparse.prefill", 128, 576, torch.bfloat16, False, lens) for lens in (False, True)]
@@ -701,37 +703,37 @@ def v4(**changes: Any) -> SimpleNamespace:
 
 def test_v4_is_warmed_for_each_of_its_caches(machine, warmed):
     machine((8, 9))
-    compiled = hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(), runner()))
+    compiled = hook.warm(reach.v4_calls(compat.SGL_KERNEL, v4(), runner()))
     both = [("sparse.decode", (128,), extra) for extra in ((), (64,), (2,))]
     both += [("sparse.prefill", 512, torch.bfloat16, True, True)]
     assert warmed == [(name, heads, *rest) for heads in (64, 128) for name, *rest in both] and compiled == 8
     warmed.clear()
     # a model of V4.1's has other ratios
-    hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(present_ratios=(1, 4)), runner()))
+    hook.warm(reach.v4_calls(compat.SGL_KERNEL, v4(present_ratios=(1, 4)), runner()))
     assert {call[3] for call in warmed if call[0] == "sparse.decode"} == {(), (64,)}
     warmed.clear()
     other = SimpleNamespace(page_size=256, swa_kv_pool=SimpleNamespace(page_size=128, kv_cache_total_dim=528))
     for backend in (v4(token_to_kv_pool=other), v4(trtllm_attn=True)):
-        assert compat.v4_calls(compat.SGL_KERNEL, backend, runner()) == []
+        assert reach.v4_calls(compat.SGL_KERNEL, backend, runner()) == []
     machine()
-    assert hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(), runner())) == 0
+    assert hook.warm(reach.v4_calls(compat.SGL_KERNEL, v4(), runner())) == 0
 
 
 def test_v4_on_sm_120_is_the_hosts_from_0513(monkeypatch, warmed):
     monkeypatch.setattr(gpu, "capability", lambda index: SM120)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    assert compat.v4_calls(compat.SGL_KERNEL, v4(), runner()) == []
+    assert reach.v4_calls(compat.SGL_KERNEL, v4(), runner()) == []
     monkeypatch.setattr(gpu, "capability", lambda index: (8, 9))
-    assert compat.v4_calls(compat.SGL_KERNEL, v4(), runner())
+    assert reach.v4_calls(compat.SGL_KERNEL, v4(), runner())
 
 
 def test_v4_of_0512_is_warmed_where_the_package_is_ours(machine, warmed, monkeypatch):
     for name in ("flash_mla", compat.PACKAGE):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    undo = compat.be_the_package(ModuleType("deepseek_v4_backend"), Counts())
+    undo = flash_mla_package.install_flash_mla_shim(ModuleType("deepseek_v4_backend"), Counts())
     backend = v4()
     del backend._forward_prefill_sparse
-    hook.warm(compat.v4_calls(compat.PACKAGE, backend, runner()))  # on an H200
+    hook.warm(reach.v4_calls(compat.PACKAGE, backend, runner()))  # on an H200
     undo()
     assert {call[:2] for call in warmed} == {("sparse.decode", 64), ("sparse.decode", 128)}
 
@@ -747,6 +749,8 @@ from mla_patch.compat.sglang import flash_mla as compat
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.flash_mla import get_mla_metadata
 from mla_patch.hooks.sglang import sched_meta as hook
+from mla_patch.hooks.sglang.edits import flash_mla_package
+from mla_patch.hooks.sglang.edits import flash_mla_reach as reach
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 fake_chip.install()
 gpu.from_tensor = lambda tensor: None
@@ -767,7 +771,7 @@ def tell(what, compiled):
 
 def dense(dtype):
     backend = SimpleNamespace(kv_lora_rank=512, qk_rope_head_dim=64, num_q_heads=16, data_type=dtype, q_data_type=half)
-    compiled = hook.warm(compat.dense_calls(home, backend, runner))
+    compiled = hook.warm(reach.dense_calls(home, backend, runner))
     for rows, queries, width in ((1, 1, 1), (3, 1, 2600), (16, 4, 40), (200, 1, 3)):
         q = torch.zeros(rows * queries, 16, 576).to(dtype).view(rows, queries, 16, 576)
         cache, scale = torch.zeros(9 * 64, 1, 576).to(dtype).view(-1, 64, 1, 576), torch.ones(1)
@@ -782,7 +786,7 @@ def v32():
     backend = SimpleNamespace(num_q_heads=16, dsa_index_topk=2048, dsa_prefill_impl="flashmla_auto")
     backend.flashmla_kv_num_q_heads = 64
     backend.device_sm_major = 8
-    compiled = hook.warm(compat.v32_calls(home, backend, runner))
+    compiled = hook.warm(reach.v32_calls(home, backend, runner))
     for rows in (1, 2, 16, 77):
         q = torch.zeros(rows, 1, 64, 576).to(half)
         cache, lens = new_pages(V32, 9, 64), torch.ones(rows).int()
@@ -797,7 +801,7 @@ def v32():
 
 def v4(heads):
     backend = SimpleNamespace(token_to_kv_pool=pool, _forward_prefill_sparse=None)
-    compiled = hook.warm(compat.v4_calls(home, backend, runner))
+    compiled = hook.warm(reach.v4_calls(home, backend, runner))
     for rows in (1, 2, 16, 77):
         q, sink, lens = torch.zeros(rows, 1, heads, 512).to(half), torch.zeros(heads), torch.ones(rows).int()
         more = {"is_fp8_kvcache": True, "indices": ids(rows, 128), "attn_sink": sink, "topk_length": lens}
@@ -836,7 +840,7 @@ def test_what_releases_call_compiles_nothing_more():
 def test_an_amd_gpu_is_not_warmed(machine, warmed, monkeypatch):
     machine((9, 4), False, False)
     monkeypatch.setattr(gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4), cuda=False))
-    assert hook.warm(compat.v4_calls(compat.SGL_KERNEL, v4(), runner())) == 0 and not warmed
+    assert hook.warm(reach.v4_calls(compat.SGL_KERNEL, v4(), runner())) == 0 and not warmed
 
 
 def test_operators_are_asked_of_torch():

@@ -222,6 +222,7 @@ def noted(rows: list[list[str]], kind: str) -> Any:
 def warm_ups(release: str) -> dict[str, Any]:
     """Of each backend that calls FlashMLA: what ours is compiled for on another chip, by attributes of its own."""
     from mla_patch.hooks.sglang import sched_meta as hook
+    from mla_patch.hooks.sglang.edits import flash_mla_reach as reach
 
     hook.capability_of = lambda tensor: (8, 9)
     runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=128))
@@ -233,13 +234,13 @@ def warm_ups(release: str) -> dict[str, Any]:
     of_dense = {"num_q_heads": 16, "data_type": torch.bfloat16, "q_data_type": torch.bfloat16}
     of_dense |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
     known = {
-        "warm_dense": (of_dense, sglang_flash_mla.dense_calls),
-        "warm_v32": (of_sparse, sglang_flash_mla.v32_calls),
-        "warm_v4": ({"token_to_kv_pool": pool, "present_ratios": (4, 128)}, sglang_flash_mla.v4_calls),
+        "warm_dense": (of_dense, reach.dense_calls),
+        "warm_v32": (of_sparse, reach.v32_calls),
+        "warm_v4": ({"token_to_kv_pool": pool, "present_ratios": (4, 128)}, reach.v4_calls),
     }
     batch = sglang_trial.make_batch("cpu", (64,), width=256, page=64)
     warmed: dict[str, Any] = {}
-    for target in sglang_flash_mla.flash_mla_targets(release):
+    for target in hook.targets(release):
         if not target.name.endswith(".warmup"):
             continue
         module = importlib.import_module(target.module)

@@ -31,6 +31,7 @@ from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
 from mla_patch.hooks.sglang import kv_cast as sglang_kv_cast
 from mla_patch.hooks.sglang import kv_indices as sglang_kv_indices
+from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
 from mla_patch.hooks.sglang import tokenspeed as tokenspeed_hook
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 
@@ -40,7 +41,7 @@ TABLES = {
     "decode of other backends": sglang_decode_backends.targets,
     "kv_cast": sglang_kv_cast.targets,
     "kv_indices": sglang_kv_indices.targets,
-    "sched_meta": sglang_flash_mla.flash_mla_targets,
+    "sched_meta": sglang_sched_meta.targets,
     "sparse_prefill": sglang_sparse_prefill.targets,
     "tokenspeed": tokenspeed_hook.targets,
     "graphs": sglang_graphs.step_targets,

@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.drive.sglang_fetch import fetch
+from mla_patch.hooks.sglang import sched_meta
 from mla_patch.hooks.sglang.sched_meta import PREFILL_PROVIDERS, PROVIDERS
 
 HERE = Path(__file__).parent
@@ -145,7 +146,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_backends_are_built_as_their_warm_ups_need_it(release: str) -> None:
     """From source, in every release."""
     root = fetch(release)[0]
-    found = [one for one in sglang_flash_mla.flash_mla_targets(release) if one.name.endswith(".warmup")]
+    found = [one for one in sched_meta.targets(release) if one.name.endswith(".warmup")]
     assert len(found) == (3 if Version(release) >= Version("0.5.12") else 2)
     for target in found:
         tree = ast.parse(root.joinpath(*target.module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
