@@ -20,6 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import cuda_on_cpu
+
 sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
 
 import mla_patch
@@ -211,8 +213,7 @@ class Engine:
         if hasattr(ranks, "get_attention_tp_size"):
             ranks.get_attention_tp_size = answers(1)
         torch.cuda.get_device_properties = answers(SimpleNamespace(multi_processor_count=132))
-        for name in ("empty", "zeros", "full", "ones", "arange", "tensor"):
-            setattr(torch, name, _on_cpu(getattr(torch, name)))
+        cuda_on_cpu.install()
 
     def pool(self, dtype: Any, page: int) -> Any:
         import torch
@@ -287,16 +288,6 @@ def _stores(pool: Any) -> Any:
         pool.get_key_buffer(layer.layer_id).view(torch.uint8)[loc] = rows.view(torch.uint8)
 
     return set_mla_kv_buffer
-
-
-def _on_cpu(make: Any) -> Any:
-    def made(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)
-        return make(*args, **kwargs)
-
-    return made
 
 
 def feature() -> dict[str, Any]:

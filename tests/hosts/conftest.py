@@ -1,9 +1,26 @@
 """Which worker runs which release; and, at the end, which modules of each release were imported or judged by source."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import hosts
 import pytest
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where answers of processes are kept for this run; with several workers, the folder above all of theirs."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Neighbouring releases import the same packages, and all their processes are forks of one that has done so."""
+    ours = [item for item in items if item.path.parent == hosts.HERE]
+    mine = {id(item) for item in ours}
+    ordered = iter(sorted(ours, key=lambda item: hosts.place_of(item.nodeid)))
+    items[:] = [next(ordered) if id(item) in mine else item for item in items]
 
 
 @pytest.hookimpl(optionalhook=True)

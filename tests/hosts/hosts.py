@@ -3,7 +3,8 @@
 A test that needs a process of a release takes a fixture (`seen`, or `kept` with what it calls) that starts the process
 and keeps what it wrote. Its id begins with the release: then all tests that look at the process run in one worker, and
 other workers import other releases meanwhile (`process_of`). A new kind of process needs nothing more than a script and
-`kept_by`. The import alone costs it about 6 s of CPU, so one process for many assertions.
+`kept_by`. The process is forked from one that has imported torch, transformers and the like (`preloaded.py`); importing
+the release still takes 2 s of CPU, so use one process for many assertions.
 
     python tests/hosts/hosts.py    fetch those of HOSTS, and nothing else
 
@@ -20,16 +21,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import preloaded
 from packaging.version import Version
 
 from mla_patch.drive.sglang_fetch import fetch
-
-if TYPE_CHECKING:
-    import pytest
 
 HERE = Path(__file__).parent
 IMPORTERS = json.loads((HERE / "importers.json").read_text())
@@ -89,19 +88,16 @@ def process_of(nodeid: str) -> str:
     return f"{module} {given.removesuffix(']').partition('-')[0]}" if given else nodeid
 
 
+def place_of(nodeid: str) -> int:
+    """A key that puts tests in the order of the releases that they look at; those of none come last."""
+    given = process_of(nodeid).partition(" ")[2].partition(" ")[0]
+    release = next((one for wheel, one in WHEELS.items() if wheel in nodeid), given)
+    return REVIEWED.index(release) if release in REVIEWED else len(REVIEWED)
+
+
 def builders(release: str) -> dict[str, dict]:
     """Each index builder's home, parameters and importers in ``release``, as they were reviewed."""
     return {name: era for name, eras in IMPORTERS.items() for era in eras if release in era["releases"]}
-
-
-def run(release: str, kept: Path) -> dict:
-    """What a process of its own saw in ``release`` (see ``child.py``); told again from ``kept`` when asked again."""
-    answer = kept / f"sglang-{release}.json"
-    with open(kept / f"sglang-{release}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers ask
-        if not answer.exists():
-            answer.write_text(json.dumps(_start(release)))
-    return json.loads(answer.read_text())
 
 
 def environment(release: str, *first: Path) -> dict[str, str]:
@@ -113,34 +109,47 @@ def environment(release: str, *first: Path) -> dict[str, str]:
     return env | {"CUDA_VISIBLE_DEVICES": "", "MLA_PATCH": "1", "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
 
 
-def kept_by(script: str, release: str, factory: pytest.TempPathFactory, options: Sequence[str] = ()) -> dict:
-    """What a process of ``script`` saw in ``release``; told again to whichever test worker asks again."""
-    base = factory.getbasetemp()
-    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    answer = folder / f"{script}-{release}.json"
+def start(
+    script: str, release: str, out: Path, *arguments: str, env: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Run ``script`` in a process of ``release``, and return what it wrote to ``out`` and what it said as "stderr".
+
+    The process is a fork (see ``preloaded.py``), or a fresh interpreter where that is to have ``options``.
+    """
+    command = [str(HERE / f"{script}.py"), release, str(out), *arguments]
+    env = environment(release) if env is None else env
+    if options:
+        done = subprocess.run(
+            [sys.executable, *options, *command], env=env, cwd=out.parent, capture_output=True, text=True, timeout=300
+        )
+    else:
+        done = preloaded.run(command, env, out.parent, tuple(map(str, fetch(release)[1:])))
+    if not out.exists():
+        raise RuntimeError(f"SGLang {release}: {script} ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    return json.loads(out.read_text()) | {"stderr": done.stderr}
+
+
+def kept_by(
+    script: str, release: str, kept: Path, *arguments: str, env: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """What ``start`` returns; told again from the folder ``kept`` to whichever test worker asks again."""
+    answer = kept / f"{'-'.join((script, release, *arguments))}.json"
     with open(answer.with_suffix(".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not answer.exists():
-            command = [sys.executable, *options, str(HERE / f"{script}.py"), release, str(answer)]
-            env = environment(release)
-            done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
-            if not answer.exists():
-                raise RuntimeError(f"SGLang {release}: ended with {done.returncode}\n{done.stdout}{done.stderr}")
+            with tempfile.TemporaryDirectory(dir=kept) as scratch:
+                told = start(script, release, Path(scratch, "seen.json"), *arguments, env=env, options=options)
+            answer.write_text(json.dumps(told))
     return json.loads(answer.read_text())
 
 
-def _start(release: str) -> dict:
+def run(release: str, kept: Path) -> dict[str, Any]:
+    """What ``child.py`` saw in ``release``."""
     env = environment(release)
     env["MLA_PATCH_DECODE"] = "on"  # forced, where the release has an MLA decode of its own
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch, "seen.json")
-        command = [sys.executable, *PYTHON_OPTIONS.get(release, []), str(HERE / "child.py"), release, str(out)]
-        done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, timeout=300)
-        if not out.exists():
-            raise RuntimeError(
-                f"SGLang {release}: the process ended with {done.returncode}\n{done.stdout}{done.stderr}"
-            )
-        return json.loads(out.read_text()) | {"stderr": done.stderr}
+    return kept_by("child", release, kept, env=env, options=PYTHON_OPTIONS.get(release, ()))
 
 
 def imports_of(source: str) -> dict[str, tuple[str, str]]:

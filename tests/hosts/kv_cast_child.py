@@ -17,6 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cuda_on_cpu
+
 sys.path.pop(0)  # this folder: a host must not find our modules by their plain names
 
 import torch
@@ -148,22 +150,6 @@ def merge(one, one_lse, other, other_lse):
         both = torch.stack([one_lse, other_lse])
         weight = both.softmax(0)[..., None].to(one.dtype)
         return one * weight[0] + other * weight[1], both.logsumexp(0)
-
-
-def on_the_cpu() -> None:
-    """Some of a backend's tensors are made on "cuda" by name, in pinned memory."""
-
-    def wrap(make: Any) -> Any:
-        def made(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("device") == "cuda":
-                kwargs["device"] = "cpu"
-            kwargs.pop("pin_memory", None)
-            return make(*args, **kwargs)
-
-        return made
-
-    for name in ("empty", "zeros", "full", "ones", "arange", "tensor"):
-        setattr(torch, name, wrap(getattr(torch, name)))
 
 
 def module_of(name: str) -> Any:
@@ -446,7 +432,7 @@ def main() -> None:
     global HAS_POOL
     torch.set_num_threads(1)
     sglang_trial.prepare()
-    on_the_cpu()
+    cuda_on_cpu.install()
     torch.cuda.get_device_properties = lambda device=None: Bag(multi_processor_count=132)
     _autostart.run()
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hosts
 import pytest
 from packaging.version import Version
@@ -31,9 +33,9 @@ def release(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def seen(release: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def seen(release: str, kept: Path) -> dict:
     """What a process of its own saw (see ``backends_child.py``), told again when asked again."""
-    return hosts.kept_by("backends_child", release, tmp_path_factory, PYTHON_OPTIONS.get(release, []))
+    return hosts.kept_by("backends_child", release, kept, options=PYTHON_OPTIONS.get(release, ()))
 
 
 def is_right(step: dict, apart: float = 1e-3) -> list[str]:

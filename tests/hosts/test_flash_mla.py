@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from mla_patch.drive.sglang_fetch import fetch
 from mla_patch.hooks.sglang import sched_meta
 from mla_patch.hooks.sglang.sched_meta import PREFILL_PROVIDERS, PROVIDERS
 
-HERE = Path(__file__).parent
 PACKAGED = ("0.5.3", "0.5.4")  # which take all of FlashMLA from the flash_mla package
 RELEASES = (*PACKAGED, "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.22", "0.5.23")
 NEWER = ("0.5.13", "0.5.22", "0.5.23")
@@ -131,11 +127,8 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     stand_in(folder, release, request.param != ALONE)
     env = hosts.environment(release, folder)
     out = tmp_path_factory.mktemp("seen") / "seen.json"
-    options = hosts.PYTHON_OPTIONS.get(release, [])
-    command = [sys.executable, *options, str(HERE / "flash_mla_child.py"), release, str(out)]
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert out.exists(), done.stdout + done.stderr
-    return json.loads(out.read_text()) | {
+    options = hosts.PYTHON_OPTIONS.get(release, ())
+    return hosts.start("flash_mla_child", release, out, env=env, options=options) | {
         "release": release,
         "newer": release in NEWER,
         "alone": request.param == ALONE,

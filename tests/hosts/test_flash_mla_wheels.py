@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ CPU_SECONDS = 50  # see budget.py
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
-HERE = Path(__file__).parent
 SPREAD = ("sglang-kernel 0.4.5", "sgl-flash-mla 1.0.0")
 
 
@@ -50,11 +47,7 @@ def seen(wheel: str, loaded: bool, scratch: Path) -> dict[str, Any]:
     else:
         (folder / "sgl_kernel" / "__init__.py").touch()
     env = hosts.environment(hosts.WHEELS[wheel], folder)
-    out = scratch / "seen.json"
-    command = [sys.executable, str(HERE / "flash_mla_wheels_child.py"), hosts.WHEELS[wheel], str(out)]
-    done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, timeout=300)
-    assert out.exists(), done.stdout + done.stderr
-    return json.loads(out.read_text())
+    return hosts.start("flash_mla_wheels_child", hosts.WHEELS[wheel], scratch / "seen.json", env=env)
 
 
 def test_without_operators_all_is_ours(wheel: str, tmp_path: Path) -> None:

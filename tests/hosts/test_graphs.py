@@ -1,9 +1,6 @@
 """Real SGLang releases' graph runners on a CPU: each size captured once per arm, and the step's arm replayed."""
 
 import ast
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import hosts
@@ -31,11 +28,7 @@ def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
         "MLA_PATCH_SHADOW": "every=8,tolerance=0.02",
         "MLA_PATCH_REPORT": str(report),
     }
-    out = tmp_path / "seen.json"
-    command = [sys.executable, str(hosts.HERE / "graphs_child.py"), release, str(out)]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert out.exists(), done.stdout + done.stderr
-    seen = json.loads(out.read_text())
+    seen = hosts.start("graphs_child", release, tmp_path / "seen.json", env=env)
 
     # two sizes, three arms; a draft model's runner of another kind is left alone
     assert (seen["graphs"], seen["draft graphs"]) == (6, 2)
@@ -51,7 +44,7 @@ def test_arms_in_the_releases_own_graphs(release: str, tmp_path: Path) -> None:
         kinds = ("", "greedy") if variants == 2 else ("",)
         arms = ("", "+decode=patch", "+shadow")
         assert seen["eagle keys"] == [f"{size}{kind}{arm}" for size in (8, 4) for arm in arms for kind in kinds]
-    told = [line for line in done.stderr.splitlines() if "mla-patch: " in line]
+    told = [line for line in seen["stderr"].splitlines() if "mla-patch: " in line]
     assert len(told) == 4, told
     assert "captured 2 more times (decode=patch; shadow)" in told[0]
     assert "CUDA graph of the draft model is captured 2 more times (decode=patch; shadow)" in told[2]

@@ -26,13 +26,6 @@ def release(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where answers are kept for this run; with several workers, the folder above all of theirs."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
 @pytest.fixture
 def seen(release: str, kept: Path, record_property) -> dict:
     seen = hosts.run(release, kept)

@@ -4,6 +4,7 @@ CPU. One process for each release; see kv_cast_child.py."""
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import hosts
@@ -52,8 +53,8 @@ def chosen() -> list[Any]:
 
 
 @pytest.fixture(scope="module", params=chosen())
-def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return hosts.kept_by("kv_cast_child", request.param, tmp_path_factory)
+def seen(request: pytest.FixtureRequest, kept: Path) -> dict[str, Any]:
+    return hosts.kept_by("kv_cast_child", request.param, kept)
 
 
 def test_both_backends_hold_ours(seen: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ Where SGLANG_TREES names a folder with sglang-0.5.12/ and the like, and common/ 
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -17,15 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hosts
 import pytest
 import torch
 
 from mla_patch.compat.sglang.sparse_prefill import DETERMINISTIC, PARALLEL
 from mla_patch.compat.triton import interpreted
-from mla_patch.drive.sglang_fetch import fetch
 from mla_patch.hooks.sglang.sparse_prefill import FEW, TOO_LARGE
 
-HERE = Path(__file__).parent
 # release -> what is set; from 0.5.21 the release's own is right, so ours is asked for
 RELEASES = {"0.5.12": "on", "0.5.21": "on", "0.5.23": "on"}
 RELEASES |= dict.fromkeys(("0.5.13", "0.5.15", "0.5.18", "0.5.19", "0.5.20"), "")
@@ -42,33 +40,19 @@ def chosen(releases: Any) -> list[Any]:
     return [pytest.param(one, marks=[pytest.mark.network, pytest.mark.slow]) for one in found]
 
 
-def start(release: str, folder: Path, **flags: str) -> dict[str, Any]:
-    env = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} | flags
-    return drive(release, folder, fetch(release), (), env)
-
-
-def drive(release: str, folder: Path, path: list[Path], options: Any, flags: dict[str, str]) -> dict[str, Any]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # the next process reads it
-    env |= {"PYTHONPATH": os.pathsep.join(map(str, path))} | flags
-    out = folder / "seen.json"
-    command = [sys.executable, str(HERE / "sparse_prefill_child.py"), release, str(out), *options]
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert out.exists(), done.stdout + done.stderr
-    return json.loads(out.read_text())
+def environment(release: str, **flags: str) -> dict[str, str]:
+    """With ours activated where ``flags`` say so."""
+    env = hosts.environment(release)
+    del env["MLA_PATCH"]
+    return env | flags
 
 
 @pytest.fixture(scope="module", params=chosen(RELEASES))
-def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    release, base = request.param, tmp_path_factory.getbasetemp()
-    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"sparse-prefill-{release}.json"
-    with open(kept.with_suffix(".lock"), "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers ask
-        if not kept.exists():
-            flag = {"MLA_PATCH_SPARSE_PREFILL": RELEASES[release]} if RELEASES[release] else {}
-            told = start(release, tmp_path_factory.mktemp("seen"), MLA_PATCH="1", **flag)
-            kept.write_text(json.dumps(told))
-    return json.loads(kept.read_text())
+def seen(request: pytest.FixtureRequest, kept: Path) -> dict[str, Any]:
+    release = request.param
+    flag = {"MLA_PATCH_SPARSE_PREFILL": RELEASES[release]} if RELEASES[release] else {}
+    env = environment(release, MLA_PATCH="1", **flag)
+    return hosts.kept_by("sparse_prefill_child", release, kept, env=env)
 
 
 def test_all_are_applied(seen: dict[str, Any]) -> None:
@@ -161,13 +145,14 @@ def test_restored(seen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("release", chosen(("0.5.12", "0.5.18")))
 def test_without_the_plugin_nothing_is_touched(release: str, tmp_path: Path) -> None:
-    told = start(release, tmp_path)
+    told = hosts.start("sparse_prefill_child", release, tmp_path / "seen.json", env=environment(release))
     assert not any(told["touched"].values()) and "state" not in told
 
 
 @pytest.mark.parametrize("release", chosen(("0.5.12",)))
 def test_the_backport_waits_to_be_asked(release: str, tmp_path: Path) -> None:
-    told = start(release, tmp_path, MLA_PATCH="1")
+    env = environment(release, MLA_PATCH="1")
+    told = hosts.start("sparse_prefill_child", release, tmp_path / "seen.json", env=env)
     assert not any(told["touched"].values()), told
     assert told["state"]["state"] == "applied" and told["v32"]["heads"]["served"] == 1
     reason = told["state"]["reason"]
@@ -185,6 +170,17 @@ def lacking(release: str) -> str | None:
     if not (TREES / f"sglang-{release}").is_dir():
         return f"SGLANG_TREES, a folder with sglang-{release}"
     return None
+
+
+def drive(release: str, folder: Path, path: list[Path], options: Any, flags: dict[str, str]) -> dict[str, Any]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_PATCH", "SGLANG_"))}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # the next process reads it
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, path))} | flags
+    out = folder / "seen.json"
+    command = [sys.executable, str(hosts.HERE / "sparse_prefill_child.py"), release, str(out), *options]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert out.exists(), done.stdout + done.stderr
+    return json.loads(out.read_text())
 
 
 @pytest.mark.gpu

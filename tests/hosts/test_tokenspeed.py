@@ -2,7 +2,6 @@
 and the real package's wheels, which are looked at for the names that are used."""
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +22,6 @@ ERAS = ("0.5.1", "0.5.3", "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.16", "0.5.2
 EVERY = set(hosts.chosen()) == set(hosts.REVIEWED)
 RELEASES = [one for one in hosts.chosen() if EVERY or one in ERAS]
 WHEELS = ("0.1.1", "0.1.8", "2.0.4")
-
-
-@pytest.fixture(scope="session")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import hosts
@@ -24,19 +20,8 @@ def environment(release: str) -> dict[str, str]:
 
 def run(release: str, kept: Path, by: str) -> dict:
     """What a process of its own saw (see ``tokenspeed_child.py``), its kernels by the package or by the example."""
-    answer = kept / f"tokenspeed-{release}-{by}.json"
-    with open(kept / f"tokenspeed-{release}-{by}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers ask
-        if answer.exists():
-            return json.loads(answer.read_text())
-        command = [sys.executable, *hosts.PYTHON_OPTIONS.get(release, []), str(hosts.HERE / "tokenspeed_child.py")]
-        done = subprocess.run(
-            [*command, release, str(answer), "--provider", by], env=environment(release), cwd=kept,
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        if not answer.exists():
-            raise RuntimeError(f"SGLang {release}: ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    return json.loads(answer.read_text())
+    options = hosts.PYTHON_OPTIONS.get(release, ())
+    return hosts.kept_by("tokenspeed_child", release, kept, "--provider", by, env=environment(release), options=options)
 
 
 def steps_of(release: str) -> set[str]:
