@@ -275,6 +275,8 @@ def test_tests_of_one_process_are_in_one_worker(request: pytest.FixtureRequest) 
     """And processes of two releases may be in two."""
     for item in request.session.items:
         if item.path.parent == hosts.HERE and {"seen", "kept"} & set(getattr(item, "fixturenames", ())):
+            if "NOTSET" in item.nodeid:
+                continue  # HOSTS has none of the releases that this test is about
             given = item.callspec.params
             release = given["release"] if "release" in given else given["seen"]
             assert hosts.process_of(item.nodeid) == f"tests/hosts/{item.path.name} {release}", item.nodeid
