@@ -101,7 +101,7 @@ def preload() -> None:
     """Import what releases import, and leave nothing of ours and nothing that is stood in for."""
     from mla_patch.drive import sglang as sglang_trial
 
-    finder = sglang_trial._StubFinder([name for name in STOOD_IN if importlib.util.find_spec(name) is None])
+    finder = sglang_trial.StubFinder([name for name in STOOD_IN if importlib.util.find_spec(name) is None])
     sys.meta_path.insert(0, finder)
     for name in MODULES:
         try:
