@@ -71,17 +71,17 @@ def add(fake_host: FakeHost, text: str, name: str = "other", value: str = "other
 )
 def test_a_plugin_that_is_no_good(text: str, reason: str, fake_host: FakeHost) -> None:
     add(fake_host, text)
-    done = fake_host.run(SERVED)
-    served, *problems = done.stdout.splitlines()
+    names_after = "\nprint(*(row['name'] for row in (mla_patch.apply(), mla_patch.report())[1]['features']))"
+    done = fake_host.run(SERVED + names_after)
+    served, *problems, names = done.stdout.splitlines()
     assert (served, done.returncode) == ("ours", 0)
     assert problems[0].startswith("plugin other")
     assert reason in "\n".join(problems)
     assert done.stderr.startswith("mla-patch: plugin other ")
     assert done.stderr.count("mla-patch: ") == 1
-    names = fake_host.run("print(*(r['name'] for r in (mla_patch.apply(), mla_patch.report())[1]['features']))")
     names_now = ["both", "decode", "kernel", "kv_cast", "kv_indices", "method", "ops", "sched_meta", "sparse_prefill"]
     names_now += ["tokenspeed", "tools"]
-    assert names.stdout.split() == names_now
+    assert names.split() == names_now
 
 
 EXITS = """
