@@ -2,16 +2,84 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from mla_patch.compat import hosts
+from mla_patch import flags as flags_
+from mla_patch.cli import here, show
+from mla_patch.cli.exits import OK, Misuse
+from mla_patch.cli.show import Line
+from mla_patch.compat import gpu, hosts
 from mla_patch.compat.types import Edit, Gpu, key_targets
-from mla_patch.eligibility import UNKNOWN_GPU, by_flag, code_of, kept
-from mla_patch.features import Feature, State
+from mla_patch.eligibility import UNKNOWN_GPU, by_flag, code_of, kept, release_here
+from mla_patch.features import MEANING, Feature, State
 from mla_patch.flags import Setting
+from mla_patch.session import find_host
+
+
+def explain(args: argparse.Namespace) -> int:
+    plugins, flags = here.read_flags([])
+    features = [feature for feature in plugins.features if feature.matches(args.feature)]
+    if not features:
+        names = [name for feature in plugins.features for name in (feature.name, feature.label)]
+        raise Misuse(f"{args.feature!r} is not a feature{flags_.nearest(args.feature, names)}")
+    places = [row for feature in features for row in routes(feature)]
+    states = [here.would_be(feature, flags, plugins) for feature in features]
+    for row in states:
+        row["meaning"] = MEANING[State(row["state"])]
+    providers = [
+        {"feature": feature.label, "provider": provider, "when": when}
+        for feature in features
+        for provider, when in feature.providers
+    ]
+    verdicts, servers = _elsewhere(features, flags, args)
+    promises = [{"feature": feature.label, "text": feature.promises} for feature in features if feature.promises]
+    if args.json:
+        told: dict[str, Any] = {"feature": args.feature, "routes": places, "states": states}
+        more = {"providers": providers, "verdicts": verdicts, "serves": servers, "promises": promises}
+        show.as_json(told | {name: rows for name, rows in more.items() if rows})
+        return OK
+    for feature in features:
+        show.show(Line(f" {feature.why}", head=feature.label))
+        show.lines(filter(None, [f"from {feature.upstream}", f"needed until {feature.drop_when}", feature.promises]))
+    show.table("routes", ["host", "releases", "module", "name", "kind", "replaced_by"], places)
+    if providers:
+        show.table("who serves a call (the first row that applies)", ["provider", "when"], providers)
+    if verdicts:
+        show.table("on that release and GPU", ["host", "release", "sm", "state", "reason"], verdicts)
+    if servers:
+        title = f"who serves by default, on {servers[0]['host']} {servers[0]['release']} and {servers[0]['sm']}"
+        show.table(title, ["heads", "what", "who"], by_heads(servers))
+    elif not (args.release and args.sm):
+        show.lines(["for another release and GPU, pass both, such as --release 0.5.18 --sm 90"])
+    show.table("on this machine", ["host", "flag", "value", "source", "state", "reason", "meaning"], states)
+    return OK
+
+
+def _elsewhere(
+    features: Sequence[Feature], flags: flags_.Flags, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What becomes of the features on the release and GPU that are named, this machine's where one is not."""
+    verdicts: list[dict[str, Any]] = []
+    servers: list[dict[str, Any]] = []
+    device = Gpu(f"sm_{args.sm[0]}{args.sm[1]}", args.sm) if args.sm else gpu.for_engines()[0]
+    for feature in features:
+        found = find_host(feature.host_name)
+        installed = release_here(feature, found) if found else None
+        release: str | None = installed if args.release is None else args.release
+        if args.release is not None and not in_range(args.release, feature):
+            raise Misuse(f"--release {args.release}: expected a version that is {feature.requirement()[1]}")
+        if release is None:
+            continue
+        setting = flags.feature(feature)
+        if args.release is not None or args.sm:
+            verdicts.append(verdict(feature, setting, release, device))
+        if device is not None and in_range(release, feature):
+            servers += serves(feature, setting, release, device, args.heads)
+    return verdicts, servers
 
 
 def in_range(version: str, feature: Feature) -> bool:

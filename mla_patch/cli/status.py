@@ -7,12 +7,15 @@ and on the backend, and a report tells neither. Both are of processes that run, 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mla_patch
 from mla_patch import survey
+from mla_patch.cli import show
+from mla_patch.cli.exits import FINDING, OK, Misuse
 from mla_patch.cli.show import Line, Table
 from mla_patch.features import SATISFIED, State
 from mla_patch.reports import INTERVAL, traced_text
@@ -21,6 +24,20 @@ Row = Mapping[str, Any]
 ACTIVE = frozenset({State.APPLIED, State.ARMED})
 ALWAYS_TOLD = frozenset({State.DISPLACED, State.FAILED})  # also of a feature that nobody asked for
 _SHOWN = 8  # names of files in one line
+
+
+def status(args: argparse.Namespace) -> int:
+    """What every process of an engine reports, and which processes do not."""
+    try:
+        pruned = prune(args.directory) if args.prune else {}
+        told = look(args.directory) | pruned
+    except (OSError, ValueError) as problem:
+        raise Misuse(f"{args.directory}: {getattr(problem, 'strerror', None) or problem}") from None
+    if args.json:
+        show.as_json(told)
+    else:
+        show.show(*blocks(args.directory, told, args.all))
+    return FINDING if told["findings"] or told["missing"] else OK
 
 
 def look(directory: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from test_experiment_live import Running
 from mla_patch.cli import ab, show
 from mla_patch.cli import main as cli
 from mla_patch.experiment import control, control_file, record
+from mla_patch.experiment import files as run_files
 from mla_patch.experiment.schedule import Plan, Schedule
 
 __all__ = ["tapes"]  # a fixture
@@ -132,7 +133,7 @@ def quiet(tmp_path: Path, ranks: int = 1) -> Path:
 def test_an_engine_that_was_killed_a_second_ago_is_a_finding(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ab, "SILENT", 2.0)
+    monkeypatch.setattr(run_files, "SILENT", 2.0)
     quiet(tmp_path)
     start = time.monotonic()
     status, answer = told(capsys, "stop", tmp_path)
@@ -204,7 +205,7 @@ def test_for_another_users_engine_the_error_names_the_user(
     for what in (["stop"], ["watch", "--once"]):
         assert cli.main(["ab", what[0], str(tmp_path), *what[1:]]) == cli.MISUSE
         err = capsys.readouterr().err
-        name = ab._user(owner)
+        name = run_files._user(owner)
         assert f"the engine runs as user {name}, this is user #{owner + 12345}: run it as that user" in err
 
 
@@ -319,7 +320,7 @@ def test_buckets_with_too_few_groups_are_one_line(tmp_path: Path, capsys: Any) -
 
 
 def test_an_arm_without_a_block_shows_a_dash() -> None:
-    assert (cli._us(None), cli._us(1.25), cli._us(0.0)) == ("-", "1.2", "0.0")
+    assert (ab._us(None), ab._us(1.25), ab._us(0.0)) == ("-", "1.2", "0.0")
 
 
 def test_a_breaker_is_a_finding(tmp_path: Path, capsys: Any) -> None:

@@ -12,11 +12,13 @@ import torch
 from scratch import clean_env
 
 from mla_patch import session
-from mla_patch.cli import bench
+from mla_patch.cli import bench as command
+from mla_patch.cli import child
 from mla_patch.cli import main as cli
 from mla_patch.compat import gpu
 from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
+from mla_patch.drive import bench
 from mla_patch.drive import sglang as trial
 from mla_patch.stand_ins import KernelStandIn
 
@@ -109,7 +111,7 @@ def test_ours_wrong_has_no_time_and_is_1(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(bench.kv_indices, "build_token_indices", wrong)
     told = result(kernel="token-indices")
     assert (told["right"], told["cases"][0]["equal"]["ours"], told["cases"][0]["us"]["ours"]) == (False, False, None)
-    monkeypatch.setattr(cli, "_child", lambda *args: told)
+    monkeypatch.setattr(command, "run_child", lambda *args: told)
     assert cli.main(["bench", "token-indices"]) == 1
     assert "NOT right" in capsys.readouterr().out
 
@@ -240,7 +242,7 @@ def test_the_child_gets_what_was_asked_and_no_plugin(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MLA_PATCH", "1")
     monkeypatch.setenv("MLA_PATCH_STRICT", "1")
     monkeypatch.setattr(gpu, "from_torch", lambda: Gpu("NVIDIA H200", (9, 0)))
-    monkeypatch.setattr(cli, "_child", lambda *args: seen.extend(args))
+    monkeypatch.setattr(command, "run_child", lambda *args: seen.extend(args))
     assert cli.main(["bench", "decode", "--heads", "8", "64", "--dtype", "bf16", "--batch", "2", "--length", "9"]) == 1
     name, (options,), environ, _ = seen
     assert (name, json.loads(options)) == (
@@ -286,7 +288,7 @@ def test_a_release_that_cannot_be_fetched_is_misuse(
     def fetch(version: str) -> list[Path]:
         raise RuntimeError("pip could not fetch it:\nERROR: Could not find\nERROR: No matching distribution")
 
-    monkeypatch.setattr(cli.sglang_fetch, "fetch", fetch)
+    monkeypatch.setattr(child.sglang_fetch, "fetch", fetch)
     assert cli.main(argv) == 2
     err = capsys.readouterr().err
     assert says in err and len(err.splitlines()) == 1
@@ -297,7 +299,7 @@ def test_what_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             "error": {"host": 0.037, "ours": 0.0016}, "gbps": 250.0, "of_copy": 0.0625, "right": True}  # fmt: skip
     told = {"kernel": "decode", "device": "NVIDIA H200", "host": "SGLang 0.5.23", "floor_us": 2.1, "copy_gbps": 4000.0,
             "cases": [case], "right": True, "notes": ["a note"], "findings": []}  # fmt: skip
-    monkeypatch.setattr(cli, "_child", lambda *args: told)
+    monkeypatch.setattr(command, "run_child", lambda *args: told)
     assert cli.main(["bench", "decode"]) == 0
     shown = capsys.readouterr().out
     for text in ("SGLang 0.5.23", "3.00x", "6%", "0.037", "0.0016", "250.0", "2.1 us", "4000.0 GB/s", "a note"):

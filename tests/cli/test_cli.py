@@ -11,7 +11,9 @@ import pytest
 from scratch import Scratch, clean_env
 
 from mla_patch import plugins
+from mla_patch.cli import explain
 from mla_patch.cli import main as cli
+from mla_patch.cli import run as run_command
 from mla_patch.compat import gpu
 from mla_patch.hooks.sglang.decode_backends import SIXTEEN_BITS
 
@@ -382,7 +384,7 @@ def test_explain_without_a_gpu_leaves_it_to_the_first_call(capsys):
 
 
 def test_explain_asks_for_what_it_has_to_know(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "find_host", lambda name: None)
+    monkeypatch.setattr(explain, "find_host", lambda name: None)
     status, told = run(capsys, "explain", "sparse_prefill", "--sm", "90")
     assert status == 0 and "serves" not in told
     assert cli.main(["explain", "sparse_prefill"]) == 0
@@ -522,8 +524,8 @@ def test_run_opens_the_door(tmp_path, installed):
     """Without site-packages' start-up file, a sitecustomize opens it, and the one that was there still runs."""
     (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.theirs = True\n")
     code = "import builtins, sys; print(builtins.theirs, sys.modules.get('mla_patch.startup') is not None)"
-    patch = "" if installed else "cli.start_file = lambda: None; "
-    start = f"from mla_patch.cli import main as cli; {patch}cli.main(['run', '--', {sys.executable!r}, '-c', {code!r}])"
+    patch = "" if installed else "from mla_patch.cli import here; here.start_file = lambda: None; "
+    start = f"import mla_patch.cli.main as cli; {patch}cli.main(['run', '--', {sys.executable!r}, '-c', {code!r}])"
     env = clean_env({"PYTHONPATH": str(tmp_path)})
     done = subprocess.run([sys.executable, "-c", start], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("True True\n", "")
@@ -575,7 +577,7 @@ def test_run_asks_the_python_that_it_starts(kind, where, tmp_path, capfd, monkey
     ids=" ".join,
 )
 def test_run_asks_with_pythons_own_options(argv, options):
-    assert cli._interpreter([sys.executable, *argv], os.environ) == [sys.executable, *options]
+    assert run_command.python_of([sys.executable, *argv], os.environ) == [sys.executable, *options]
 
 
 def test_run_asks_with_options_that_keep_the_plugin_out(capfd):
@@ -587,11 +589,11 @@ def test_run_goes_on_where_a_python_cannot_be_asked(capfd, monkeypatch, tmp_path
     slow = tmp_path / "python3"
     slow.write_text("#!/bin/sh\nsleep 5\n")
     slow.chmod(0o700)
-    monkeypatch.setattr(cli, "_ASKED", 0.1)
+    monkeypatch.setattr(run_command, "ASKED", 0.1)
     assert cli.main(["run", "--json", "--", str(slow), "x.py"]) == 0
     assert "cannot be asked whether it has the plugin" in capfd.readouterr().err
     for command in ("true", "no_such_command", str(tmp_path)):
-        assert cli._interpreter([command], os.environ) is None
+        assert run_command.python_of([command], os.environ) is None
 
 
 def test_run_says_what_it_would_set(capsys):

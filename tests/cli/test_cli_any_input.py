@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from scratch import clean_env
 
+from mla_patch import plugins
+from mla_patch.cli import child
 from mla_patch.cli import main as cli
 from mla_patch.compat import gpu
 
@@ -126,7 +128,7 @@ def test_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     def fetch(version: str) -> list[Path]:
         raise RuntimeError(f"pip could not fetch sglang=={version}:\nthis\nand that\nERROR: no such version\n")
 
-    monkeypatch.setattr(cli.sglang_fetch, "fetch", fetch)
+    monkeypatch.setattr(child.sglang_fetch, "fetch", fetch)
     for text in [*TEXTS, "latest", "0.5", "1" * 5000]:
         for argv in (
             [text], ["doctor", "-f", text], ["doctor", "-f", f"{text}={text}"], ["doctor", "-f", f"decode={text}"],
@@ -145,9 +147,9 @@ def test_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
 def test_a_release_is_fetched_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other spellings of it named another folder of the cache, and got what the oldest release needs."""
-    monkeypatch.setattr(cli.sglang_fetch, "fetch", lambda version: [Path(version)])
+    monkeypatch.setattr(child.sglang_fetch, "fetch", lambda version: [Path(version)])
     spelled = ["0.5.18", "v0.5.18", " 0.5.18\n", "0.5.18RC1", "0.5.12-1"]
-    fetched = [cli._fetched("demo", text) for text in spelled]
+    fetched = [child.fetched("demo", text) for text in spelled]
     assert fetched == [["0.5.18"], ["0.5.18"], ["0.5.18"], ["0.5.18rc1"], ["0.5.12.post1"]]
 
 
@@ -165,11 +167,11 @@ def test_an_error_of_ours_is_one_line_and_3(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for problem in (KeyError("\x1bx"), RecursionError(), SystemExit(1), OSError(28, "No space left"), MemoryError()):
-        monkeypatch.setattr(cli.plugins_, "load", lambda problem=problem: (_ for _ in ()).throw(problem))
+        monkeypatch.setattr(plugins, "load", lambda problem=problem: (_ for _ in ()).throw(problem))
         assert cli.main(["list"]) == cli.ERROR
         out, err = capsys.readouterr()
         assert err.startswith("mla-patch: list: ") and "Traceback" not in err and "\x1b" not in err and not out
-    monkeypatch.setattr(cli.plugins_, "load", lambda: 1 / 0)
+    monkeypatch.setattr(plugins, "load", lambda: 1 / 0)
     assert cli.main(["--traceback", "list"]) == cli.ERROR
     assert "ZeroDivisionError" in (err := capsys.readouterr().err) and "Traceback" in err
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mla_patch
-from mla_patch.cli import demo
+from mla_patch.drive import demo
 
 
 @pytest.mark.parametrize(("spoiled", "equal"), [(0.0, True), (0.001, True), (0.01, False), (torch.nan, False)])

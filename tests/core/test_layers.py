@@ -78,7 +78,7 @@ MAY: dict[str, set[str]] = {
     "displaced": {"active", "bindings", "standing", "eligibility", "features"} | CALLS,
     "confirm": {"active", "keepers", "displaced", "standing", "eligibility", "features"} | CALLS,
     "replacing": {"active", "bindings", "confirm", "displaced", "keepers", "standing", "endings"} | CALLS,
-    "experiment": {"files", "at_exit", "dispatch", "reports", "features"} | SHARED,
+    "experiment": {"files", "at_exit", "dispatch", "reports", "survey", "features"} | SHARED,
     "patcher": {"active", "displaced", "replacing", "endings", "imports", "eligibility", "reports", "flags", "features"}
     | CALLS,
     "session": {"patcher", "eligibility", "reports", "experiment", "flags", "sources", "features", "plugins"}

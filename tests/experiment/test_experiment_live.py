@@ -17,11 +17,11 @@ import pytest
 import torch
 from fake_engine import ERROR, LAYERS, ByKey, BySize, DraftByKey, Engine, Tape, batch, tapes
 
-from mla_patch.cli import ab
 from mla_patch.compat import steps
 from mla_patch.compat.sglang.graphs import rank_info
 from mla_patch.dispatch import ArmCode, FeatureGate
 from mla_patch.experiment import analysis, control, control_file, merge
+from mla_patch.experiment import files as run_files
 from mla_patch.experiment.feature import FeatureExperiment
 from mla_patch.experiment.live import ExperimentSession
 from mla_patch.experiment.record import Error, Timing
@@ -625,7 +625,7 @@ def test_what_is_lost_is_in_the_report(start: Start, monkeypatch: pytest.MonkeyP
     one.experiment.assigner.late += 2
     one.run(4)
     one.rows()
-    told = ab.report(one.folder)
+    told = run_files.report(one.folder)
     (finding,) = told["findings"]
     for part in (
         "rank 0: 1 steps untimed", "2 commands to decode came after their step", "live control: ", "No such file",

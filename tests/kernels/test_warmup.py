@@ -17,12 +17,12 @@ from triton.runtime.jit import JITFunction
 
 from mla_patch import reports
 from mla_patch.cli import main as cli
-from mla_patch.cli import warmup
 from mla_patch.compat import compiles, gpu
 from mla_patch.compat import triton as compat_triton
 from mla_patch.compat.compiles import Compiles
 from mla_patch.compat.sglang.decode import DecodeWarmup
 from mla_patch.compat.types import Gpu
+from mla_patch.drive import warmup
 from mla_patch.features import Counts
 from mla_patch.hooks import editing
 from mla_patch.hooks.sglang import decode as sglang_decode
