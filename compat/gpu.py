@@ -327,8 +327,8 @@ CAPABILITIES = (
     (9, 0), (10, 0), (10, 1), (10, 3), (11, 0), (12, 0), (12, 1),
 )  # fmt: skip
 
-# bytes of shared memory that one block may ask for, in KiB, by compute capability
-_SHARED = {(8, 0): 163, (8, 7): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+# KiB of shared memory that one block may ask for, by compute capability
+SHARED_KIB = {(8, 0): 163, (8, 7): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 
 
 def shared_memory(index: int) -> int:
@@ -336,7 +336,7 @@ def shared_memory(index: int) -> int:
     import torch
 
     told = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", None)
-    return told or _SHARED.get(capability(index), 48) * 1024
+    return told or SHARED_KIB.get(capability(index), 48) * 1024
 
 
 def on_other_device(tensor: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 import triton
 
 from mla_patch.compat.compiles import COMPILES
+from mla_patch.compat.gpu import SHARED_KIB
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents as gdc_launch_dependents
@@ -65,7 +66,7 @@ FEW_TARGETS = (86, 90, 120)
 Enough for a case that differs in few of its instructions from one that is compiled for all.
 """
 
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT = {10 * major + minor: kib for (major, minor), kib in SHARED_KIB.items()}
 """KiB of shared memory one block may use, per compute capability."""
 
 

@@ -123,6 +123,10 @@ class Variable:
     read: Callable[[str], str] = str  # its text -> its value; raises ValueError with what was expected
 
 
+# The names of arms. A shadow check is no arm: the engine's code serves, and our code runs beside it on the same inputs.
+HOST, PATCH, SHADOW = "host", "patch", "shadow"
+
+
 @dataclass(frozen=True)
 class Arm:
     """One more implementation of a feature's calls, beside ``host`` and ``patch``."""

@@ -15,14 +15,12 @@ from typing import Any, Protocol
 
 from mla_patch import endings, imports
 from mla_patch.compat import dynamo, gpu
-from mla_patch.compat.types import Gpu
+from mla_patch.compat.types import HOST, PATCH, SHADOW, Gpu
 from mla_patch.failures import fields_of, is_out_of_memory, made_up, odd_argument, passes
 from mla_patch.features import CallRejected, Counts, State
 
 log = logging.getLogger("mla_patch")
 
-HOST, PATCH = "host", "patch"
-SHADOW = "shadow"  # not an arm: the host's serves, and ours runs beside it on the same inputs
 Serve = Callable[[Any], Any]
 Declines = Callable[[Any], "str | None"]
 ShadowClone = Callable[[Any], "tuple[Any, list[tuple[Any, Any]] | None]"]

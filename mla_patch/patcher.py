@@ -16,8 +16,8 @@ from typing import Any
 
 from mla_patch import endings
 from mla_patch.active import STANDING, ActiveFeature, Mismatch, declines_nothing
-from mla_patch.compat.types import Arm, Code, Edit, Gpu
-from mla_patch.dispatch import PATCH, ArmCode, ArmSelector, FeatureGate
+from mla_patch.compat.types import PATCH, Arm, Code, Edit, Gpu
+from mla_patch.dispatch import ArmCode, ArmSelector, FeatureGate
 from mla_patch.displaced import cover, update_state
 from mla_patch.eligibility import UNKNOWN_GPU, Eligibility
 from mla_patch.features import FIRST_CALLS, Feature, State

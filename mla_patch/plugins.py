@@ -8,7 +8,7 @@ from importlib import import_module, metadata
 import pluggy
 
 from mla_patch import endings, hookspecs
-from mla_patch.compat.types import Arm, MlaKernel
+from mla_patch.compat.types import HOST, PATCH, Arm, MlaKernel
 from mla_patch.features import Feature
 from mla_patch.flags import known
 
@@ -114,7 +114,7 @@ def _check(features: list[Feature], arms: list[Arm]) -> None:
     for arm in arms:
         if not isinstance(arm, Arm):
             raise TypeError(f"mla_patch_arms offered {arm!r}, expected an Arm")
-        if arm.name in ("host", "patch"):
+        if arm.name in (HOST, PATCH):
             raise ValueError(f"arm name {arm.name!r} is taken")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import mla_patch
+from mla_patch import drive
 from mla_patch.cli import ab, show
 from mla_patch.cli.bench import bench
 from mla_patch.cli.clean import clean
@@ -25,9 +26,8 @@ DESCRIPTION = (
 )
 _STATUS = "exit status: 0 fine, 1 a finding, 2 misuse, 3 an error of mla-patch itself, 130 interrupted"
 
-CACHES = ("bf16", "fp16", "e4m3", "e5m2")
 
-WARM_BACKENDS = ("triton", "flashmla", "dsa", "dsv4")  # of SGLang; dsa was called nsa to 0.5.12
+WARM_BACKENDS = [backend for backends in drive.WARM_BACKENDS.values() for backend in backends]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,12 +69,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="the engine's attention backends (dsa also means nsa); default: triton",
     )  # fmt: skip
     sub.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16", help="dtype of the model")
-    sub.add_argument("--cache", nargs="+", choices=CACHES, help="dtypes of the cache; default: the model's and e4m3")
+    sub.add_argument(
+        "--cache", nargs="+", choices=[*drive.DTYPES], help="dtypes of the cache; default: the model's and e4m3"
+    )
     sub.add_argument("--max-batch", type=_count, default=512, help="largest number of requests that decode at once")
     sub = add("bench", bench, "check our kernels and the installed engine's on the same inputs, then time both")
     sub.add_argument("kernel", choices=["decode", "page-table", "token-indices"])
     sub.add_argument("--heads", nargs="+", type=_heads, default=[], help="decode: query heads, 1 to 128")
-    sub.add_argument("--dtype", nargs="+", choices=CACHES, default=[], help="decode: dtypes of the cache")
+    sub.add_argument("--dtype", nargs="+", choices=[*drive.DTYPES], default=[], help="decode: dtypes of the cache")
     sub.add_argument("--batch", nargs="+", type=_count, default=[], help="numbers of requests")
     sub.add_argument("--length", nargs="+", type=_count, default=[], help="tokens of each request")
     _fetch_option(sub)

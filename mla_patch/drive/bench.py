@@ -20,6 +20,7 @@ import triton
 from mla_patch.cli.explain import in_range
 from mla_patch.compat import interpreter
 from mla_patch.compat.triton import interpreted
+from mla_patch.drive import DTYPES
 from mla_patch.drive import sglang as trial
 from mla_patch.hooks.sglang import decode as sglang_decode
 from mla_patch.hooks.sglang import kv_indices as sglang_kv_indices
@@ -33,7 +34,7 @@ DECODE_CASES = ((1, 8192), (16, 16384), (128, 8192), (64, RAGGED))
 INDEX_CASES = ((1, 131072), (64, 16384), (256, 512), (64, RAGGED))
 WIDTH = 163_840  # columns of the table of token slots; an engine's table is as wide as its longest context
 PAGE = 64
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+TYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in DTYPES.items()}
 # The largest error of our kernel that counts as right: relative, in the Frobenius norm, against a float64 reference
 # over the stored bytes. Rounding a result to 16 bits alone costs 2e-3.
 LIMIT = 4e-3

@@ -12,13 +12,14 @@ import torch
 
 from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
+from mla_patch.drive import DTYPES
 from mla_patch.kernels import decode
 from mla_patch.kernels.indices import kv as kv_indices
 from mla_patch.kernels.sparse import decode as sparse_decode
 from mla_patch.kernels.sparse import dense as dense_decode
 from mla_patch.kernels.sparse import prefill as sparse_prefill
 
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+TYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in DTYPES.items()}
 PAGE_SIZES = (32, 64, 128)  # of the hosts' page tables
 V4_PAGES, V4_EXTRA = (128,), (64, 2)  # tokens of a page: of the window's cache, of the two that are compressed
 

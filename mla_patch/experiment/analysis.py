@@ -26,10 +26,11 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from mla_patch.compat.types import HOST
 from mla_patch.experiment import stats
 from mla_patch.experiment.merge import Merged
 from mla_patch.experiment.record import Error, Timing
-from mla_patch.experiment.schedule import HOST, MIN_STEPS, NOT_COMPARED
+from mla_patch.experiment.schedule import MIN_STEPS, NOT_COMPARED
 from mla_patch.experiment.stats import ALPHA
 
 DRIFT_ALPHA = 0.01

@@ -10,20 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from mla_patch.compat import gpu
 from mla_patch.compat.steps import StepInfo
+from mla_patch.compat.types import HOST, PATCH, SHADOW
 from mla_patch.experiment.assign import Assigner
 from mla_patch.experiment.breaker import Breaker
 from mla_patch.experiment.record import Timing, bucket
-from mla_patch.experiment.schedule import (
-    AGAIN,
-    HOST,
-    NOT_COMPARED,
-    PATCH,
-    SHADOW,
-    Assignment,
-    Sampling,
-    parse_ab,
-    parse_shadow,
-)
+from mla_patch.experiment.schedule import AGAIN, NOT_COMPARED, Assignment, Sampling, parse_ab, parse_shadow
 from mla_patch.experiment.shadow import Drain, Ring
 from mla_patch.features import Counts
 

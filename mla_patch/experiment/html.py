@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from mla_patch.compat.types import HOST, PATCH
 from mla_patch.experiment import analysis, svg
 from mla_patch.experiment.analysis import MIN_GROUPS, RESOLUTION
-from mla_patch.experiment.schedule import HOST, PATCH
 from mla_patch.experiment.stats import ALPHA
 
 # the policy forbids every request, so that even a mistake in the page cannot reach the network

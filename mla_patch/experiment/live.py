@@ -24,13 +24,13 @@ from typing import Any
 from mla_patch import files
 from mla_patch.compat import steps
 from mla_patch.compat.steps import RankInfo, StepInfo
+from mla_patch.compat.types import HOST, SHADOW
 from mla_patch.experiment import control_file
 from mla_patch.experiment.assign import Assigner
 from mla_patch.experiment.control import Control
 from mla_patch.experiment.feature import FeatureExperiment
 from mla_patch.experiment.metrics import Metrics, metrics
 from mla_patch.experiment.record import DRAFT, Note, Recorder, Row, Timing
-from mla_patch.experiment.schedule import HOST, SHADOW
 from mla_patch.experiment.timing import EventPool, device_event
 
 log = logging.getLogger("mla_patch")

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-HOST, PATCH = "host", "patch"
+from mla_patch.compat.types import HOST, PATCH
+
 AGAIN = "host-again"  # the engine's code under a second name: (HOST, AGAIN) is the A/A self-check
-SHADOW = "shadow"  # the engine's code, and beside it the first other arm on the same inputs
 _WHOLE = 10**6  # ratios are counted in millionths, so that sums are exact
 MIN_STEPS = 4  # steps that a block must have in a bucket for their median to be compared
 NOT_COMPARED = -1  # stands for the block and the group of a step that no comparison uses

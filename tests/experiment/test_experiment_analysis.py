@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mla_patch.compat.types import HOST, PATCH
 from mla_patch.experiment import analysis, stats
 from mla_patch.experiment.analysis import DRIFTING, EVEN, FASTER, SLOWER, TOO_FEW, Comparison, compare, decide, effect
 from mla_patch.experiment.merge import Merged
 from mla_patch.experiment.record import Error, Note, Timing
-from mla_patch.experiment.schedule import AGAIN, HOST, NOT_COMPARED, PATCH, Plan, Schedule
+from mla_patch.experiment.schedule import AGAIN, NOT_COMPARED, Plan, Schedule
 
 CPU_SECONDS = 50  # see budget.py
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mla_patch.compat.types import PATCH
 from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.experiment import control, control_file
 from mla_patch.experiment.assign import Assigner
@@ -22,7 +23,7 @@ from mla_patch.experiment.breaker import Breaker
 from mla_patch.experiment.control import Control, Controller
 from mla_patch.experiment.control_file import SIZE, SLOT_BYTES, SLOTS_AT, Command, ControlError
 from mla_patch.experiment.record import Error
-from mla_patch.experiment.schedule import NOT_COMPARED, PATCH, Plan, Schedule
+from mla_patch.experiment.schedule import NOT_COMPARED, Plan, Schedule
 from mla_patch.features import Counts
 
 ABOUT = {"run": "r", "ranks": 4, "features": {"decode": ["host", "patch"], "kv_indices": ["host", "patch", "mine"]}}

@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from mla_patch.compat.types import HOST, PATCH
 from mla_patch.experiment import analysis, html, svg
 from mla_patch.experiment.html import report_html
 from mla_patch.experiment.merge import Merged
 from mla_patch.experiment.record import Error, Note, Timing
-from mla_patch.experiment.schedule import HOST, PATCH, Plan, Schedule
+from mla_patch.experiment.schedule import Plan, Schedule
 
 VOID = {"meta", "br", "link", "img", "input"}
 

@@ -7,18 +7,9 @@ from collections import Counter
 
 import pytest
 
-from mla_patch import dispatch, flags
-from mla_patch.experiment.schedule import (
-    AGAIN,
-    HOST,
-    NOT_COMPARED,
-    PATCH,
-    Plan,
-    Sampling,
-    Schedule,
-    parse_ab,
-    parse_shadow,
-)
+from mla_patch import flags
+from mla_patch.compat.types import HOST, PATCH
+from mla_patch.experiment.schedule import AGAIN, NOT_COMPARED, Plan, Sampling, Schedule, parse_ab, parse_shadow
 
 
 def blocks(plan: Plan, count: int) -> list[str]:
@@ -32,10 +23,6 @@ def groups(plan: Plan, count: int) -> list[tuple[str, ...]]:
     size = Schedule(plan).size
     arms = blocks(plan, size * count)
     return [tuple(arms[i * size : (i + 1) * size]) for i in range(count)]
-
-
-def test_the_dispatcher_has_the_same_names() -> None:
-    assert (HOST, PATCH) == (dispatch.HOST, dispatch.PATCH)
 
 
 def test_ratio_one_half_gives_abba_or_baab() -> None:

@@ -17,8 +17,8 @@ from mla_patch import flags
 from mla_patch.compat.sglang import backends as sglang_backends
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang.backends import CALLS, Fa3Call, FlashInferCall
-from mla_patch.compat.types import Change, Edit
-from mla_patch.dispatch import HOST, PATCH, SHADOW, ArmCode, EntryPoint, FeatureGate
+from mla_patch.compat.types import HOST, PATCH, SHADOW, Change, Edit
+from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.features import Counts
 from mla_patch.hooks import editing
 from mla_patch.hooks.sglang import decode as sglang_decode
