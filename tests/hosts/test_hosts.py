@@ -2,13 +2,16 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import budget
 import hosts
 import matrix
+import preloaded
 import pytest
 from packaging.version import Version
 from tokenspeed_runs import NATIVE
@@ -301,3 +304,21 @@ def test_source_tells_where_a_name_comes_from(tmp_path: Path) -> None:
     assert told("again") and told("far", "b")
     assert not told("elsewhere") and not told("ring") and not told("far") and not told("gone")
     assert hosts.importers_in(tmp_path, "build") == {f"sglang.{n}" for n in ("again", "far", "elsewhere", "ring")}
+
+
+def test_forks_are_in_the_budget(tmp_path: Path) -> None:
+    """Their time is counted once: while the process that they come from runs, and after it has ended."""
+    script = tmp_path / "burn.py"
+    script.write_text("import time\nend = time.process_time() + 1.5\nwhile time.process_time() < end: pass\n")
+    preloaded.close()
+    before = budget.cpu_seconds()
+    env = {"PYTHONPATH": str(tmp_path)}
+    assert preloaded.run([str(script)], env, tmp_path, (str(tmp_path),)).returncode == 0
+    told, meanwhile = preloaded.cpu_seconds(), budget.cpu_seconds() - before
+    assert 1.5 <= told <= meanwhile
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    preloaded.close()
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = now.ru_utime + now.ru_stime - children.ru_utime - children.ru_stime
+    assert preloaded.cpu_seconds() == 0 and ended > 1.5
+    assert abs(budget.cpu_seconds() - before - ended) < 1  # and not the forks' once more
