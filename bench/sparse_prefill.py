@@ -45,7 +45,7 @@ import peers
 from peers import Call
 
 from mla_patch.compat.sglang.flash_mla import before_v41
-from mla_patch.compat.sglang.sparse_prefill import most_queries
+from mla_patch.compat.sglang.v4_chunk import most_queries
 from mla_patch.compat.triton import interpreted
 from mla_patch.kernels.cache.dequantize import dequantize, dequantize_config, dequantize_ref
 from mla_patch.kernels.cache.layouts import V4, V32, Layout, new_pages

@@ -79,7 +79,7 @@ def known(features: Iterable[Feature], start: str | None = None) -> dict[str, Kn
     for feature in features:
         flags[feature.flag] = _mode(feature, flags.get(feature.flag))
         for one in feature.variables:
-            own = _own(feature, one)
+            own = _own(feature.flag, one)
             flags[own.name] = own
     return flags
 
@@ -92,9 +92,9 @@ def _mode(feature: Feature, other: Known | None) -> Known:
     return Known(feature.flag, feature.default, partial(_read_mode, modes), ", ".join(modes), feature.why)
 
 
-def _own(feature: Feature, one: Variable) -> Known:
+def _own(flag: str, one: Variable) -> Known:
     read = _one_of(one.values) if one.values else one.read
-    return Known(f"{feature.flag}_{one.name}", one.default, read, ", ".join(one.values) or "text", one.help)
+    return Known(f"{flag}_{one.name}", one.default, read, ", ".join(one.values) or "text", one.help)
 
 
 def read(
@@ -142,9 +142,14 @@ def read(
 
 def variable(feature: Feature, name: str) -> str:
     """The value of ``MLA_PATCH_<FEATURE>_<NAME>`` now; the default where what is set cannot be taken, as was told."""
-    flag = next(_own(feature, one) for one in feature.variables if one.name == name)
-    raw = os.environ.get(flag.name)
-    return flag.default if raw is None else _take(flag, raw, "environment").value
+    return value(feature.flag, next(one for one in feature.variables if one.name == name))
+
+
+def value(flag: str, one: Variable) -> str:
+    """The value now of a variable below ``flag``, "MLA_PATCH_<FEATURE>", for who does not know the feature itself."""
+    own = _own(flag, one)
+    raw = os.environ.get(own.name)
+    return own.default if raw is None else _take(own, raw, "environment").value
 
 
 def _take(flag: Known, raw: str, source: str) -> Setting:

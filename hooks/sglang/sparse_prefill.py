@@ -1,63 +1,105 @@
 """SGLang's sparse prefill of DeepSeek V3.2 and V4: the whole route where V4 has none, single pieces where it has one.
 
 Why: without it V4 attends over fp8 pages, which is slow for prompts and impossible for many queries at once. Later
-releases have it with faults that `compat.sglang_sparse_prefill` lists; V3.2's takes few head counts.
+releases have it with faults that `compat.sglang.sparse_prefill` lists. Sparse prefill of V3.2 accepts few head counts.
 
-Of a release's own kernels ours take the place of those that are wrong, or slow; what is right stays, unless the flag is
-set to on. So does a release without the route: there all of it is ours, and it is taken
-when it is asked for. `V4_PROVIDERS` and `V32_PROVIDERS` say who serves a layer, by the first row that applies.
+By default our kernels replace those of a release that are wrong or slow. The flag set to on also replaces those that
+are right, and adds the whole route to a release without it. `edits.v4_policy.Route` and `V32_PROVIDERS` say who serves
+a layer: the first row that applies.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from mla_patch.compat import gpu
+from mla_patch.compat.eras import era_of, value_at
 from mla_patch.compat.gpu import capability_of
-from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.compat.sglang import sparse_prefill as compat
+from mla_patch.compat.sglang import v4_chunk
 from mla_patch.compat.sglang.release import supported
-from mla_patch.compat.sglang.sparse_prefill import ChunkCall, CombineCall, DequantizeCall, SwaCall, V32Call
-from mla_patch.compat.types import Change, Provider, Variable
+from mla_patch.compat.sglang.sparse_prefill import V4, CombineCall, DequantizeCall, SwaCall, V32Call
+from mla_patch.compat.sglang.v4_chunk import ChunkCall
+from mla_patch.compat.types import Change, Edit, Provider, Undo
 from mla_patch.features import Feature
-from mla_patch.flags import variable
+from mla_patch.hooks.sglang.edits import v4_policy, v4_reach, v4_route
+from mla_patch.hooks.sglang.edits.v4_policy import Route, flash_mla_has_build
+from mla_patch.hooks.sglang.edits.v4_reach import WarmupShapes
 from mla_patch.hookspecs import hookimpl
 
-HOST, OURS, BOTH = "host", "triton", "ours + FlashMLA"
-TOO_LARGE = "a workspace larger than MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
-FEW = "few enough queries to attend over pages (MLA_PATCH_SPARSE_PREFILL_ROUTE)"
+HOST, OURS = "host", "triton"
 
 
-def _says(reason: str) -> Callable[[ChunkCall], bool]:
-    return lambda call: declines_chunk(call) == reason
+def targets(version: str | None) -> tuple[Change, ...]:
+    """The entry points of ``version``; every known home of the kernels and of V3.2's when it is unknown."""
+    found = _v32(version)
+    prompts = compat.v4_prompts(version)
+    if prompts is V4.NO_ROUTE:
+        found += _backport()
+    elif prompts is not V4.NO_MODEL:
+        found += _v4_kernels(version)
+        if prompts is V4.FAULTY_ROUTE:
+            found += _route()
+    return tuple(found)
 
 
-def _built(heads: int, width: int, capability: tuple[int, int] | None) -> bool:
-    """Whether FlashMLA has a build for such layers."""
-    # rows of indices are padded to 128, so that any topk will do
-    return capability in sglang_flash_mla.CHIPS and sglang_flash_mla.prefill_takes(heads, width, 128, capability)
+def _v32(version: str | None) -> list[Change]:
+    attention = [home.target(declines_v32, serve_v32) for home in era_of(compat.V32_ATTENTION_HOMES, version)]
+    homes = era_of(compat.V32_DEQUANTIZE_HOMES, version)
+    return [
+        *attention,
+        *(home.target(declines_dequantize, serve_dequantize) for home in homes),
+        *(
+            Edit(module, f"{owner}.warmup", _with_warm(v4_reach.warm_v32), entry=compat.V32_WARMUP)
+            for module, owner in era_of(compat.V32_BACKEND, version)
+        ),
+    ]
 
 
-def _flash_mla(call: ChunkCall) -> Callable[..., Any] | None:
-    """The release's own flash_mla_sparse_fwd, where FlashMLA has a build for this layer."""
-    queries, heads, width = call.q.shape
-    if not queries or not _built(heads, width, capability_of(call.q)):
-        return None
-    return sglang_flash_mla.prefill_wrapper(call.module)
+def _v4_kernels(version: str | None) -> list[Change]:
+    pieces = (
+        (compat.V4_DEQUANTIZE_HOMES, declines_dequantize, serve_dequantize),
+        (compat.COMBINE_HOMES, declines_combine, serve_combine),
+        (compat.SWA_HOMES, declines_swa, serve_swa),
+    )
+    return [
+        *(home.target(declines, serve) for eras, declines, serve in pieces for home in era_of(eras, version)),
+        Edit(v4_chunk.BACKEND, compat.V4_WARMUP, _with_warm(v4_reach.warm_v4)),
+    ]
 
 
-V4_PROVIDERS = (
-    *(Provider(HOST, reason, _says(reason)) for reason in (
-        compat.DETERMINISTIC, compat.NOT_A_PROMPT, TOO_LARGE, FEW, compat.CAPTURED, compat.HISPARSE, compat.PARALLEL,
-        compat.AHEAD, compat.NO_POSITIONS, compat.OTHER_PAGES,
-    )),
-    Provider(BOTH, "64 or 128 heads on sm_90, sm_100 and sm_103, with a FlashMLA that accepts sinks and lengths",
-        lambda call: _flash_mla(call) is not None),
-    Provider(OURS, "everything else: any GPU from sm_80, 1 to 128 heads", lambda call: True),
-)  # fmt: skip
+def _route() -> list[Change]:
+    """0.5.13 - 0.5.20."""
+    return [
+        compat.PREFILL_HOME.target(v4_policy.declines, serve_chunk),
+        Edit(v4_chunk.BACKEND, "DSV4Metadata.copy_", v4_route.number_metadata),
+        Edit(v4_chunk.BACKEND, "DeepseekV4AttnBackend.forward", v4_route.route_prompts),
+        _PLAN,
+    ]
+
+
+def _backport() -> list[Change]:
+    """0.5.12."""
+    return [
+        compat.FORWARD_HOME.target(v4_policy.declines, serve_chunk),
+        Edit(v4_chunk.BACKEND, "DSV4Metadata.copy_", v4_route.number_metadata),
+        Edit(v4_chunk.BACKEND, "DeepseekV4AttnBackend.init_forward_metadata", v4_route.allocate_topk_positions),
+        Edit(compat.INDEXER, "topk_transform_512", v4_route.record_topk_positions),
+        _PLAN,
+        Edit(v4_chunk.BACKEND, compat.V4_WARMUP, _with_warm(v4_reach.warm_v4)),
+    ]
+
+
+def _with_warm(change: Callable[..., Undo]) -> Callable[..., Undo]:
+    """An edit of `v4_reach`, under its own name in reports."""
+    return functools.update_wrapper(functools.partial(change, warm), change)
+
+
+_PLAN = Edit(compat.PAGED_METADATA, "PagedIndexerMetadata", v4_route.plan_many_queries)
 
 
 def _padded(heads: int, capability: tuple[int, int] | None) -> bool:
@@ -75,19 +117,19 @@ V32_PROVIDERS = (
 )
 
 
+def is_backport(target: Change, version: str | None) -> bool:
+    """Whether this is a part of what the release does not have at all."""
+    return version is not None and compat.v4_prompts(version) is V4.NO_ROUTE and not target.entry
+
+
 def native(target: Change, version: str | None) -> str | None:
     """Why the release is left as it is, or None; an explicit on is not asked."""
-    if compat.is_backport(target, version):
+    entry = target.entry or target.name
+    if is_backport(target, version):
         return "the release has no such route; MLA_PATCH_SPARSE_PREFILL=on adds ours"
-    if compat.own_is_right(target, version):
+    if compat.own_is_right(entry, version):
         return "the release's code is correct; MLA_PATCH_SPARSE_PREFILL=on replaces it"
     return None
-
-
-def _mebibytes(text: str) -> str:
-    if not text.strip().isdecimal():
-        raise ValueError("expected a number of MiB")
-    return text.strip()
 
 
 def memory() -> int:
@@ -96,17 +138,26 @@ def memory() -> int:
     return module.held() if module is not None else 0
 
 
+def _v4_prompts(version: str, capability: tuple[int, int], asked: bool) -> str:
+    """The route of a V4 prompt that fits it, ``asked`` where the flag is set to on; {} attends."""
+    over_pages = "over pages, by the release"
+    prompts = compat.v4_prompts(version)
+    if prompts is V4.NO_MODEL:
+        return prompts.value
+    if prompts is V4.NO_ROUTE:
+        return "our route; {} attends" if asked else over_pages
+    if value_at(compat.SM120_OVER_PAGES, version) and capability[0] == 12:
+        return over_pages
+    if prompts is V4.FAULTY_ROUTE:
+        return "our route; {} attends"
+    return f"the release's route{' with our kernels' if asked else ''}; {{}} attends"
+
+
 def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -> list[tuple[str, str]]:
     """For `explain`: a kind of prompt, and who attends."""
-    attends = "FlashMLA" if _built(heads, 512, capability) else "triton"
-    route = compat.v4_route(version, capability, asked)
-    v4 = {
-        compat.OVER_PAGES: "over pages, by the release",
-        compat.OWN: f"the release's route; {attends} attends",
-        compat.OWN_WITH_OURS: f"the release's route with our kernels; {attends} attends",
-        compat.OURS: f"our route; {attends} attends",
-    }.get(route, route)
-    if compat.is_asked_by_release(version):
+    v4 = _v4_prompts(version, capability, asked)
+    v4 = v4.format("FlashMLA" if flash_mla_has_build(heads, 512, capability) else "triton")
+    if value_at(compat.ASKED_BY_RELEASE, version):
         v4 += "; short prompts over pages unless SGLANG_OPT_FLASHMLA_SPARSE_PREFILL is set"
     v32 = "FlashMLA, called by the release" if _padded(heads, capability) else "triton"
     return [("V4", v4), ("V3.2", f"{v32}; our kernel dequantises the keys")]
@@ -115,19 +166,15 @@ def serves(version: str, capability: tuple[int, int], heads: int, asked: bool) -
 FEATURE = Feature(
     name="sparse_prefill",
     host=supported("0.5.5"),
-    targets=compat.targets,
+    targets=targets,
     why="sparse prefill of DeepSeek V4 is missing or faulty, and that of V3.2 accepts few head counts",
     upstream="https://github.com/sgl-project/sglang/pull/25418",
     drop_when="the engine's sparse prefill is right for every batch and accepts any number of heads",
     native=native,
     hardware=gpu.not_nvidia,
-    variables=(
-        Variable("ROUTE", ("auto", "all", "large"), "auto", "which V4 prompts attend over a workspace: "
-                 "those that are faster there (`auto`), all, or only those that pages cannot serve (`large`)"),
-        Variable("WORKSPACE", (), "4096", "MiB for the V4 workspace; larger prompts attend over pages", _mebibytes),
-    ),
+    variables=(v4_policy.ROUTE, v4_policy.WORKSPACE),
     providers=(
-        *((row.provider, f"V4: {row.when}") for row in V4_PROVIDERS),
+        *((row.provider, f"V4: {row.value}") for row in Route),
         *((row.provider, f"V3.2: {row.when}") for row in V32_PROVIDERS),
     ),
     serves=serves,
@@ -143,77 +190,35 @@ def mla_patch_features() -> list[Feature]:
     return [FEATURE]
 
 
-def limit() -> int:
-    """Bytes that a workspace may have."""
-    return int(variable(FEATURE, "WORKSPACE")) << 20
-
-
-def _too_large(backend: Any, batch: Any) -> bool:
-    from mla_patch.chunk_cache import SparsePrefillChunkCache
-
-    # ratio 4 has the most compressed tokens
-    return SparsePrefillChunkCache.needed(*compat.host_lens(batch), compat.window(backend), 4) > limit()
-
-
-def pages_can(queries: int, device: Any) -> bool:
-    """Whether FlashMLA can make a schedule for so many queries over pages."""
-    most = compat.most_queries(device)
-    return most is None or queries <= most
-
-
-def _few(backend: Any, batch: Any, heads: int, ratio: int, topk: int | None) -> bool:
-    from mla_patch.chunk_cache import pages_are_faster
-
-    if variable(FEATURE, "ROUTE") != "auto":
-        return False
-    return pages_are_faster(*compat.host_lens(batch), compat.window(backend), ratio, topk, heads)
-
-
-def declines_route(backend: Any, batch: Any, queries: int) -> str | None:
-    """Why a prompt attends over pages where the route is all ours, or None. What pages cannot serve is always ours."""
-    if sglang_deterministic.is_on():
-        return compat.DETERMINISTIC
-    if not pages_can(queries, backend.req_to_token.device):
-        return None
-    if variable(FEATURE, "ROUTE") == "large":
-        return FEW
-    return TOO_LARGE if _too_large(backend, batch) else None
-
-
-def prefers_pages(backend: Any, batch: Any, heads: int, ratio: int, topk: int | None) -> bool:
-    """Whether a layer of a prompt that pages can serve attends over them, where the route is the release's."""
-    if variable(FEATURE, "ROUTE") == "large" or _too_large(backend, batch):
-        return True
-    return _few(backend, batch, heads, ratio, topk)
-
-
-def declines_chunk(call: ChunkCall) -> str | None:
-    """Why the host serves this layer, or None."""
-    reason = compat.problem(call)
-    if reason is not None or call.routed is None or not pages_can(call.q.shape[0], call.q.device):
-        return reason
-    few = compat.asked_once(
-        call.backend, call.batch, call.ratio,
-        lambda: _few(call.backend, call.batch, call.q.shape[1], call.ratio, compat.topk(call.core, call.ratio)),
-    )  # fmt: skip
-    return FEW if few else None
-
-
 def serve_chunk(call: ChunkCall) -> Any:
+    """One layer of a V4 prompt, over the workspace of its backend's chunk."""
     from mla_patch.chunk_cache import ChunkInputs, SparsePrefillChunkCache
     from mla_patch.kernels.sparse.prefill import mla_sparse_prefill
 
-    compat.store(call)
-    cache = compat.cache_of(call.backend, SparsePrefillChunkCache)
-    chunk = cache.chunk(compat.generation(call), lambda: ChunkInputs(**compat.chunk_inputs(call)))
-    swa, pages, positions = compat.pages(call)
+    view = v4_chunk.view(call)
+    view.store()
+    cache = _cache_of(view.backend, SparsePrefillChunkCache)
+    chunk = cache.chunk(view.generation, lambda: ChunkInputs(**view.inputs()))
     return cache.attend(
-        call.q, chunk, swa, sm_scale=call.backend.softmax_scale, ratio=call.ratio, pages=pages, topk_indices=positions,
-        attn_sink=call.attn_sink, sparse_fwd=_flash_mla(call) or mla_sparse_prefill,
+        view.q, chunk, view.swa_pages, sm_scale=view.sm_scale, ratio=view.ratio, pages=view.pages,
+        topk_indices=view.positions, attn_sink=view.attn_sink,
+        sparse_fwd=v4_policy.flash_mla(call) or mla_sparse_prefill,
     )  # fmt: skip
 
 
-def warm(asked: compat.Reads) -> int:
+_CACHE = "_mla_patch_chunk_cache"  # on a backend
+
+
+def _cache_of(backend: Any, make: Callable[[], Any]) -> Any:
+    """The backend's own chunk cache, made at the first call."""
+    cache = vars(backend).get(_CACHE)
+    if cache is None:
+        cache = make()
+        setattr(backend, _CACHE, cache)
+    return cache
+
+
+def warm(asked: WarmupShapes) -> int:
     """Compile what a backend's prompts reach of ours, before it serves; how many kernels."""
     import torch
 
@@ -228,7 +233,7 @@ def warm(asked: compat.Reads) -> int:
     if asked.pages:
         compiled += prefill_indices.warmup(asked.device)
     for heads in asked.heads:
-        if not _built(heads, 512, capability_of(probe)):
+        if not flash_mla_has_build(heads, 512, capability_of(probe)):
             compiled += sparse_prefill.warmup(asked.device, heads, 512, torch.bfloat16, True)
     return compiled
 

@@ -21,6 +21,7 @@ from mla_patch.hooks.sglang import kv_indices as sglang_kv_indices
 from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
 from mla_patch.hooks.sglang import sparse_prefill as sglang_sparse_prefill
 from mla_patch.hooks.sglang import tokenspeed
+from mla_patch.hooks.sglang.edits import v4_policy
 
 DISPLAY, H200, A100 = ((12, 0), "GPU-aaaa1111-0000"), ((9, 0), "GPU-bbbb2222-0000"), ((8, 0), "GPU-bbbb3333-0000")
 MIG = {"GPU-bbbb2222-0000": ["MIG-cccc4444-0000", None, "MIG-cccc5555-0000"]}
@@ -265,7 +266,7 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.Monkey
     asked: list[int] = []
     monkeypatch.setattr(gpu, "capability", lambda index: asked.append(index) or (9, 0))
     monkeypatch.setattr(gpu, "shared_memory", lambda index: asked.append(index) or 1000)
-    assert tokenspeed._use_pdl(torch.device("cuda")) and sglang_sparse_prefill.pages_can(50, torch.device("cuda"))
+    assert tokenspeed._use_pdl(torch.device("cuda")) and v4_policy.paged_route_supports(50, torch.device("cuda"))
     assert asked == [3, 3]
 
 

@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from scratch import TESTS
 
+from mla_patch.compat.eras import value_at
 from mla_patch.compat.sglang import backends, deterministic, graphs
 from mla_patch.compat.sglang import decode as compat
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
@@ -29,7 +30,7 @@ from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
 from mla_patch.hooks.sglang import sparse_prefill as sglang_sparse_prefill
 from mla_patch.hooks.sglang import tokenspeed as tokenspeed_hook
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
-from mla_patch.hooks.sglang.edits import server_args
+from mla_patch.hooks.sglang.edits import server_args, v4_route
 from mla_patch.hooks.sglang.edits.scales import leave_scales_out, watch_scales
 
 TOLD = json.loads(TESTS.joinpath("hosts", "reviewed.json").read_text())
@@ -183,12 +184,14 @@ def test_the_wheels_wrappers(wheel: str) -> None:
 def test_routes_of_sparse_prefill() -> None:
     for release in releases_of("sparse_prefill"):
         v4, own = has_module(V4, release), function(V4, "DeepseekV4AttnBackend._forward_prefill_sparse", release)
-        assert routes.has_no_route(release) == (v4 and own is None), release
-        assert routes.is_asked_by_release(release) == (release in TOLD["switch"]["off"].split()), release
+        assert value_at(routes.ASKED_BY_RELEASE, release) == (release in TOLD["switch"]["off"].split()), release
         later = function(V4, "DeepseekV4AttnBackend._forward_attention", release) is not None
-        want = routes.NO_V4 if not v4 else routes.OVER_PAGES if own is None else routes.OWN if later else routes.OURS
-        assert routes.v4_route(release, (9, 0), False) == want, release
-        planned = any(isinstance(one, Edit) and one.edit is routes.guard_route for one in routes.targets(release))
+        served = dict(sglang_sparse_prefill.serves(release, (9, 0), 64, False))["V4"].partition(";")[0]
+        want = "the release's route" if later else "our route"
+        want = routes.V4.NO_MODEL.value if not v4 else "over pages, by the release" if own is None else want
+        assert served == want, release
+        some = sglang_sparse_prefill.targets(release)
+        planned = any(isinstance(one, Edit) and one.edit is v4_route.route_prompts for one in some)
         assert planned == (own is not None and not later), release
 
 

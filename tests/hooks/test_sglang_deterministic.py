@@ -173,17 +173,17 @@ def test_flash_mla_decode_splits_nothing(mode: list[bool], monkeypatch: pytest.M
 
 def test_v4s_route_is_the_releases(mode: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours chooses it by the lengths of all prompts of a step."""
-    from test_sglang_sparse_prefill import Batch, backend, forward, prompt
+    from test_sglang_sparse_prefill import forward, prompt, step
 
-    from mla_patch.hooks.sglang import sparse_prefill as sglang_sparse_prefill
+    from mla_patch.hooks.sglang.edits import v4_policy
 
     monkeypatch.setenv("MLA_PATCH_SPARSE_PREFILL_ROUTE", "all")
-    monkeypatch.setattr("mla_patch.compat.sglang.sparse_prefill.most_queries", lambda device: 5)  # fewer than there are
+    monkeypatch.setattr("mla_patch.compat.sglang.v4_chunk.most_queries", lambda device: 5)  # fewer than there are
     for mode[0], reason in ((True, REASON), (False, None)):
-        assert sglang_sparse_prefill.declines_route(backend(), Batch(), 6) == reason
-        assert [sglang_sparse_prefill.declines_chunk(call) for call in (forward(), prompt(4))] == [reason] * 2
-        row = next(row for row in sglang_sparse_prefill.V4_PROVIDERS if row.applies(prompt(4)))
-        assert (row.provider, row.when == REASON) == (("host", True) if reason else ("triton", False))
+        assert (v4_policy.route(step(), v4_policy.OF_STEP).value == REASON) == bool(reason)
+        assert [v4_policy.declines(call) for call in (forward(), prompt(4))] == [reason] * 2
+        row = v4_policy.route(prompt(4))
+        assert (row.provider, row.value == REASON) == (("host", True) if reason else ("triton", False))
 
 
 @pytest.mark.parametrize("given", [{"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}])

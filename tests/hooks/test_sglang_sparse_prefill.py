@@ -16,15 +16,18 @@ from mla_patch import flags
 from mla_patch.compat import gpu
 from mla_patch.compat.generations import bump, generation_of
 from mla_patch.compat.sglang import sparse_prefill as compat
+from mla_patch.compat.sglang import v4_chunk
 from mla_patch.compat.sglang.release import REVIEWED as RELEASES
 from mla_patch.compat.types import Gpu, key_targets
 from mla_patch.hooks.sglang import sparse_prefill as hook
-from mla_patch.hooks.sglang.edits import warmup
+from mla_patch.hooks.sglang.edits import v4_policy, v4_reach, v4_route, warmup
+from mla_patch.hooks.sglang.edits.v4_policy import Route
 from mla_patch.kernels.cache import dequantize
 from mla_patch.kernels.indices import prefill as prefill_indices
 from mla_patch.kernels.sparse import prefill as sparse_prefill
 
 REVIEWED = [version for version in RELEASES if Version(version) >= Version("0.5.5")]
+FLASH_MLA = Route.FLASH_MLA.provider
 SM90, SM100, SM120 = (9, 0), (10, 0), (12, 0)
 ROUTE, WORKSPACE = "MLA_PATCH_SPARSE_PREFILL_ROUTE", "MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
 V32 = {compat.V32_PREFILL, compat.V32_DEQUANTIZE, compat.V32_WARMUP}
@@ -42,16 +45,16 @@ DEFAULT = {  # what ours takes the place of without being asked, by the first re
 
 @pytest.mark.parametrize("version", REVIEWED)
 def test_what_is_taken_by_default(version: str) -> None:
-    entries = key_targets(compat.targets(version))
+    entries = key_targets(hook.targets(version))
     assert all(len(homes) == 1 for homes in entries.values())
     taken = {name for name, (target,) in entries.items() if hook.native(target, version) is None}
     assert taken == DEFAULT[max((v for v in DEFAULT if Version(v) <= Version(version)), key=Version)]
-    backport = {name for name, (target,) in entries.items() if compat.is_backport(target, version)}
+    backport = {name for name, (target,) in entries.items() if hook.is_backport(target, version)}
     assert len(backport) == (6 if version.startswith("0.5.12") else 0)
 
 
 def test_an_unknown_version_tries_the_homes_of_pieces_and_no_route() -> None:
-    entries = key_targets(compat.targets(None))
+    entries = key_targets(hook.targets(None))
     assert set(entries) == {
         *V32, compat.V4_DEQUANTIZE, compat.V4_WARMUP, "combine_topk_swa_indices", "build_swa_token_ids",
     }  # fmt: skip
@@ -59,7 +62,7 @@ def test_an_unknown_version_tries_the_homes_of_pieces_and_no_route() -> None:
 
 
 def test_the_two_dequantisers_of_one_name_are_two_entry_points() -> None:
-    found = [one for one in compat.targets("0.5.18") if one.name == "dequantize_k_cache_paged"]
+    found = [one for one in hook.targets("0.5.18") if one.name == "dequantize_k_cache_paged"]
     assert [one.module.rpartition(".")[0].rpartition(".")[2] for one in found] == ["dsa", "dsv4"]
     assert len({one.entry for one in found}) == 2
 
@@ -96,10 +99,10 @@ def pool(**more: Any) -> Any:
     return SimpleNamespace(**known | more)
 
 
-def prompt(ratio: int = 0, heads: int = 64, **more: Any) -> compat.ChunkCall:
+def prompt(ratio: int = 0, heads: int = 64, **more: Any) -> v4_chunk.ChunkCall:
     """One layer of 0.5.13 - 0.5.20; layer numbers go by ratio."""
     given = {"backend": backend(), "batch": Batch(), "pool": pool(), "core": core()} | more
-    return compat.prefill_call(
+    return v4_chunk.prefill_call(
         given["backend"], torch.zeros(6, 1, heads, 512), {0: 0, 4: 1, 128: 2}.get(ratio, 1), ratio, given["batch"],
         given["pool"], given["core"], None,
     )  # fmt: skip
@@ -108,7 +111,7 @@ def prompt(ratio: int = 0, heads: int = 64, **more: Any) -> compat.ChunkCall:
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 def test_a_prompt_is_ours(ratio: int) -> None:
     call = prompt(ratio)
-    assert hook.declines_chunk(call) is None and call.q.shape == (6, 64, 512)
+    assert v4_policy.declines(call) is None and call.q.shape == (6, 64, 512)
 
 
 def without_positions() -> Any:
@@ -118,55 +121,57 @@ def without_positions() -> Any:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"backend": backend(hisparse_coordinator=object())}, compat.HISPARSE),
-        ({"batch": Batch(hisparse_coordinator=object())}, compat.HISPARSE),
-        ({"core": core(seq_lens_casual=torch.zeros(3))}, compat.PARALLEL),
-        ({"backend": backend(forward_metadata=SimpleNamespace(sparse_prefill_cache=1))}, compat.AHEAD),
-        ({"core": without_positions()}, compat.NO_POSITIONS),
-        ({"pool": pool(swa_kv_pool=SimpleNamespace(kv_cache_total_dim=528))}, compat.OTHER_PAGES),
-        ({"pool": pool(get_extra_key_page_size=lambda layer: 32)}, compat.OTHER_PAGES),
-        ({"ratio": 2}, compat.OTHER_PAGES),
+        ({"backend": backend(hisparse_coordinator=object())}, Route.HISPARSE.value),
+        ({"batch": Batch(hisparse_coordinator=object())}, Route.HISPARSE.value),
+        ({"core": core(seq_lens_casual=torch.zeros(3))}, Route.PARALLEL.value),
+        ({"backend": backend(forward_metadata=SimpleNamespace(sparse_prefill_cache=1))}, Route.AHEAD.value),
+        ({"core": without_positions()}, Route.NO_POSITIONS.value),
+        ({"pool": pool(swa_kv_pool=SimpleNamespace(kv_cache_total_dim=528))}, Route.OTHER_PAGES.value),
+        ({"pool": pool(get_extra_key_page_size=lambda layer: 32)}, Route.OTHER_PAGES.value),
+        ({"ratio": 2}, Route.OTHER_PAGES.value),
     ],
 )
 def test_why_a_prompt_is_the_hosts(change: dict[str, Any], reason: str) -> None:
     call = prompt(**{"ratio": 4} | change)
-    assert hook.declines_chunk(call) == reason
-    assert next(row.when for row in hook.V4_PROVIDERS if row.applies(call)) == reason
+    assert v4_policy.declines(call) == reason
+    assert v4_policy.route(call).value == reason
 
 
 def test_a_graph_that_is_captured_is_the_hosts(monkeypatch) -> None:
     monkeypatch.setattr(gpu, "capturing", lambda: True)
-    assert hook.declines_chunk(prompt(4)) == compat.CAPTURED
+    assert v4_policy.declines(prompt(4)) == Route.CAPTURED.value
 
 
 def test_without_positions_other_layers_are_ours() -> None:
-    assert hook.declines_chunk(prompt(128, core=without_positions())) is None
+    assert v4_policy.declines(prompt(128, core=without_positions())) is None
 
 
-def forward(route: str | None = "", ratio: int = 0, batch: Any = None, **more: Any) -> compat.ChunkCall:
-    """0.5.12."""
+def forward(
+    route: Route | None = None, settled: bool = True, ratio: int = 0, batch: Any = None, **more: Any
+) -> v4_chunk.ChunkCall:
+    """0.5.12; ``route``: that of its step, None over a workspace."""
     owner = backend()
-    if route is not None:
-        setattr(owner.forward_metadata, compat._ROUTE, route)
+    if settled:
+        setattr(owner.forward_metadata, v4_policy._STEP, route)
     q = torch.zeros(6, 64, 512)
     batch = batch or Batch()
     batch.token_to_kv_pool = pool()
     number = {0: 0, 4: 1, 128: 2}[ratio]
-    return compat.forward_call(owner, q, q, q, SimpleNamespace(layer_id=number), batch, ratio, **more)
+    return v4_chunk.forward_call(owner, q, q, q, SimpleNamespace(layer_id=number), batch, ratio, **more)
 
 
 def test_the_backport_serves_what_was_routed(monkeypatch) -> None:
     monkeypatch.setenv(ROUTE, "all")
-    assert hook.declines_chunk(forward()) is None and forward().k is not None
+    assert v4_policy.declines(forward()) is None and forward().k is not None
     assert forward(save_kv_cache=False).k is None
-    assert hook.declines_chunk(forward(None)) == compat.NOT_A_PROMPT
-    assert hook.declines_chunk(forward(hook.FEW)) == hook.FEW
+    assert v4_policy.declines(forward(settled=False)) == Route.NOT_A_PROMPT.value
+    assert v4_policy.declines(forward(Route.FEW)) == Route.FEW.value
 
 
 @pytest.mark.parametrize(
     "capability, heads, takes, provider",
     [
-        (SM90, 64, True, hook.BOTH), (SM90, 128, True, hook.BOTH), (SM100, 64, True, hook.BOTH),
+        (SM90, 64, True, FLASH_MLA), (SM90, 128, True, FLASH_MLA), (SM100, 64, True, FLASH_MLA),
         (SM90, 20, True, hook.OURS), (SM120, 64, True, hook.OURS), (None, 64, True, hook.OURS),
         (SM90, 64, False, hook.OURS),
     ],
@@ -174,15 +179,15 @@ def test_the_backport_serves_what_was_routed(monkeypatch) -> None:
 def test_who_attends(monkeypatch, capability, heads, takes, provider) -> None:
     def wrapper() -> None: ...
 
-    monkeypatch.setattr(hook, "capability_of", lambda tensor: capability)
-    monkeypatch.setattr(hook.sglang_flash_mla, "prefill_wrapper", lambda module: wrapper if takes else None)
+    monkeypatch.setattr(v4_policy, "capability_of", lambda tensor: capability)
+    monkeypatch.setattr(v4_policy.sglang_flash_mla, "prefill_wrapper", lambda module: wrapper if takes else None)
     call = prompt(heads=heads)
-    assert next(row.provider for row in hook.V4_PROVIDERS if row.applies(call)) == provider
-    assert hook._flash_mla(call) is (wrapper if provider == hook.BOTH else None)
+    assert v4_policy.route(call).provider == provider
+    assert v4_policy.flash_mla(call) is (wrapper if provider == FLASH_MLA else None)
 
 
 def test_a_wrapper_without_lengths_is_not_used(monkeypatch) -> None:
-    flash_mla = hook.sglang_flash_mla
+    flash_mla = v4_policy.sglang_flash_mla
     old = SimpleNamespace(flash_mla_sparse_fwd=lambda q, kv, indices, sm_scale, d_v=512: None)
     new = SimpleNamespace(flash_mla_sparse_fwd=lambda q, kv, indices, sm_scale, topk_length=None: None)
     monkeypatch.setattr(flash_mla, "import_module", {"old": old, "new": new}.__getitem__)
@@ -247,14 +252,43 @@ def test_windows_with_and_without_a_total() -> None:
 # the route
 
 
+def step(**more: Any) -> v4_chunk.Prompt:
+    """What is known of a prompt before its layers."""
+    return v4_chunk.Prompt(backend(), Batch(), core(), 6, torch.device("cpu"), **more)
+
+
+def of_step() -> Route:
+    return v4_policy.route(step(), v4_policy.OF_STEP)
+
+
+def of_layer(ratio: int = 0) -> Route:
+    return v4_policy.route(step(heads=64, ratio=ratio), v4_policy.OF_LAYER)
+
+
+def test_the_shorter_lists_are_in_the_tables_order() -> None:
+    for rows in (v4_policy.OF_STEP, v4_policy.OF_LAYER, v4_policy.OF_CALL):
+        assert list(rows) == [one for one in Route if one in rows] and rows[-1] is Route.TRITON
+    assert set(v4_policy.OVER_PAGES) < set(v4_policy.OF_LAYER)
+    assert [row for row in hook.FEATURE.providers if row[1].startswith("V4: ")] == [
+        (one.provider, f"V4: {one.value}") for one in Route
+    ]
+
+
+def test_lengths_are_not_asked_of_the_device_during_a_capture(monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "capturing", lambda: True)
+    monkeypatch.setattr(v4_chunk, "host_lens", lambda batch: pytest.fail("the device was asked"))
+    call = forward(ratio=4, batch=Batch(seq_lens_cpu=None))
+    assert v4_policy.declines(call) == Route.CAPTURED.value
+
+
 @pytest.fixture
 def device(monkeypatch):
     """A GPU for so many queries over pages, and a model's window."""
 
     def set_(most: int | None):
-        monkeypatch.setattr(compat, "most_queries", lambda device: most)
+        monkeypatch.setattr(v4_chunk, "most_queries", lambda device: most)
 
-    monkeypatch.setattr(compat, "window", lambda backend: 128)
+    monkeypatch.setattr(v4_chunk, "window", lambda backend: 128)
     set_(None)
     return set_
 
@@ -270,58 +304,57 @@ def long(extend: int) -> Any:
 
 
 def test_a_layer_of_few_queries_attends_over_pages(device, monkeypatch) -> None:
-    for extend, ratio, reason in ((128, 4, hook.FEW), (128, 128, None), (16, 128, hook.FEW), (1024, 4, None)):
+    few = Route.FEW.value
+    for extend, ratio, reason in ((128, 4, few), (128, 128, None), (16, 128, few), (1024, 4, None)):
         call = forward(ratio=ratio, batch=long(extend))
-        assert hook.declines_chunk(call) == reason, (extend, ratio)
-        assert hook.V4_PROVIDERS[3].applies(call) == (reason == hook.FEW)
-    few = forward(ratio=4, batch=long(64))
+        assert v4_policy.declines(call) == reason, (extend, ratio)
+        assert (v4_policy.route(call) is Route.FEW) == (reason == Route.FEW.value)
+    call = forward(ratio=4, batch=long(64))
     monkeypatch.setenv(ROUTE, "all")
-    assert hook.declines_chunk(forward(ratio=4, batch=long(64))) is None
+    assert v4_policy.declines(forward(ratio=4, batch=long(64))) is None
     monkeypatch.delenv(ROUTE)
-    assert hook.declines_chunk(few) == hook.FEW
-    bump(few.batch)
+    assert v4_policy.declines(call) == few
+    bump(call.batch)
     device(5)  # of 6
-    assert hook.declines_chunk(few) is None
+    assert v4_policy.declines(call) is None
 
 
 def test_the_answer_of_a_step_is_kept(device, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(hook, "_few", lambda backend, batch, heads, ratio, topk: asked.append((heads, ratio, topk)))
+    monkeypatch.setattr(v4_policy, "ask_lengths", lambda prompt: asked.append((prompt.heads, prompt.ratio)))
     call = forward(ratio=4)
     for _layer in range(3):
-        assert hook.declines_chunk(call) is None
+        assert v4_policy.declines(call) is None
     call.ratio, call.layer_id = 128, 2
-    hook.declines_chunk(call)
-    assert asked == [(64, 4, 512), (64, 128, None)]
+    v4_policy.declines(call)
+    assert asked == [(64, 4), (64, 128)]
 
 
 def test_the_route_follows_the_variables(device, monkeypatch) -> None:
-    assert hook.declines_route(backend(), Batch(), 6) is None
+    assert of_step() is Route.TRITON
     monkeypatch.setenv(ROUTE, "large")
-    assert hook.prefers_pages(backend(), Batch(), 64, 0, None)
-    assert hook.declines_route(backend(), Batch(), 6) == hook.FEW
+    assert of_layer() is of_step() is Route.FEW
     device(6)
-    assert hook.declines_route(backend(), Batch(), 6) == hook.FEW
-    device(5)  # which pages cannot serve: ours, whatever the variables
-    assert hook.declines_route(backend(), Batch(), 6) is None
+    assert of_layer() is of_step() is Route.FEW
+    device(5)  # which pages cannot serve: over a workspace, whatever the variables
+    assert of_layer() is of_step() is Route.TRITON
     monkeypatch.setenv(WORKSPACE, "0")
-    assert hook.declines_route(backend(), Batch(), 6) is None
+    assert of_layer() is of_step() is Route.TRITON
 
 
 @pytest.mark.parametrize("bound, fits", [(BYTES, True), (BYTES - 1, False)])
 def test_the_bound_is_on_the_workspace(device, monkeypatch, bound: int, fits: bool) -> None:
-    monkeypatch.setattr(hook, "limit", lambda: bound)
+    monkeypatch.setattr(v4_policy, "workspace_limit", lambda: bound)
     monkeypatch.setenv(ROUTE, "all")
-    assert hook.declines_route(backend(), Batch(), 6) == (None if fits else hook.TOO_LARGE)
-    assert hook.prefers_pages(backend(), Batch(), 64, 4, 512) == (not fits)
+    assert of_layer(4) is of_step() is (Route.TRITON if fits else Route.TOO_LARGE)
     monkeypatch.setenv(ROUTE, "auto")
-    assert hook.prefers_pages(backend(), Batch(), 64, 4, 512)  # of 6 queries
+    assert of_layer(4) is (Route.FEW if fits else Route.TOO_LARGE)  # of 6 queries
 
 
 def test_the_bound_is_in_mebibytes(monkeypatch) -> None:
-    assert hook.limit() == 4096 << 20
+    assert v4_policy.workspace_limit() == 4096 << 20
     monkeypatch.setenv(WORKSPACE, " 64 ")
-    assert hook.limit() == 64 << 20
+    assert v4_policy.workspace_limit() == 64 << 20
 
 
 @pytest.mark.parametrize(
@@ -336,37 +369,37 @@ def test_a_setting_that_cannot_be_taken_is_told_and_is_the_default(name, value, 
     monkeypatch.setenv(name, value)
     problems = flags.read(os.environ, [hook.FEATURE]).problems
     assert problems == [f"{name}={value}: {told}"]
-    assert hook.limit() == 4096 << 20 and flags.variable(hook.FEATURE, "ROUTE") == "auto"
+    assert v4_policy.workspace_limit() == 4096 << 20 and flags.variable(hook.FEATURE, "ROUTE") == "auto"
 
 
 def test_a_route_may_be_written_in_capitals(monkeypatch) -> None:
     monkeypatch.setenv(ROUTE, "Large")
-    assert hook.prefers_pages(None, None, 64, 4, None)
+    assert of_layer(4) is of_step() is Route.FEW
 
 
 @pytest.mark.parametrize("shared, most", [(227, 11622), (163, 8345), (99, 5068)])
 def test_how_many_queries_a_schedule_holds(monkeypatch, shared: int, most: int) -> None:
     """20 bytes of a block's shared memory for each; upstream's 11673 is what a whole SM of an H200 has."""
     monkeypatch.setattr(gpu, "shared_memory", lambda index: shared * 1024)
-    assert compat.most_queries(torch.device("cuda:0")) == most
-    assert compat.most_queries(torch.device("cpu")) is None
+    assert v4_chunk.most_queries(torch.device("cuda:0")) == most
+    assert v4_chunk.most_queries(torch.device("cpu")) is None
 
 
 def test_lengths_are_asked_of_the_device_where_the_scheduler_has_none() -> None:
-    assert compat.host_lens(Batch()) == ([300, 40], [4, 2])
-    assert compat.host_lens(Batch(seq_lens_cpu=None, extend_seq_lens_cpu=None)) == ([300, 40], [4, 2])
+    assert v4_chunk.host_lens(Batch()) == ([300, 40], [4, 2])
+    assert v4_chunk.host_lens(Batch(seq_lens_cpu=None, extend_seq_lens_cpu=None)) == ([300, 40], [4, 2])
 
 
 def test_a_generation_is_of_this_step_these_pages_and_this_pool() -> None:
     call = prompt()
-    first = compat.generation(call)
-    assert compat.generation(call) == first
+    first = v4_chunk.view(call).generation
+    assert v4_chunk.view(call).generation == first
     for holder in (call.backend.forward_metadata, call.batch, call.pool):
-        before = compat.generation(call)
+        before = v4_chunk.view(call).generation
         bump(holder)
-        assert compat.generation(call) != before
+        assert v4_chunk.view(call).generation != before
     call.pool.full_to_swa_index_mapping = torch.zeros(9)
-    assert compat.generation(call) not in (first, before)
+    assert v4_chunk.view(call).generation not in (first, before)
 
 
 # edits
@@ -414,7 +447,7 @@ def module() -> Any:
 
 
 def test_metadata_filled_anew_has_a_new_number(module) -> None:
-    undo = compat.number_metadata(module)
+    undo = v4_route.number_metadata(module)
     one = module.DSV4Metadata()
     for call, result in ((one.copy_, "copied"), (getattr(one, REFRESH), "refreshed")):
         before, one.sparse_prefill_cache = generation_of(one), "stale"
@@ -432,12 +465,12 @@ Q = torch.zeros(6, 1, 64, 512)
 def test_the_host_is_kept_from_its_route(module, device, monkeypatch) -> None:
     over_pages, asked = set(), []
 
-    def prefers_pages(backend, batch, heads, ratio, topk):
-        asked.append((batch, heads, ratio, topk))
-        return ratio in over_pages
+    def ask_lengths(prompt):
+        asked.append((prompt.heads, prompt.ratio, v4_chunk.topk(prompt.core, prompt.ratio)))
+        return Route.FEW if prompt.ratio in over_pages else None
 
-    monkeypatch.setattr(hook, "prefers_pages", prefers_pages)
-    undo = compat.guard_route(module)
+    monkeypatch.setattr(v4_policy, "ask_lengths", ask_lengths)
+    undo = v4_route.route_prompts(module)
     one = module.DeepseekV4AttnBackend()
     one.forward_metadata = module.DSV4Metadata()
 
@@ -452,7 +485,7 @@ def test_the_host_is_kept_from_its_route(module, device, monkeypatch) -> None:
         return routes[:2]
 
     assert taken() == ["sparse", "sparse"] and taken(Mode(False)) == ["pages", "pages"]
-    assert [one[1:] for one in asked] == [(64, 4, 64), (64, 128, None)]  # once for all layers of a kind
+    assert asked == [(64, 4, 64), (64, 128, None)]  # once for all layers of a kind
     over_pages.add(4)
     assert taken() == ["pages", "sparse"]
     over_pages.clear()
@@ -467,10 +500,10 @@ def test_what_pages_cannot_serve_takes_the_releases_route(module, device, monkey
     """Between what this device's schedule holds and the release's own number, where its switch is off."""
     switch, seen = module.envs.SGLANG_OPT_FLASHMLA_SPARSE_PREFILL, []
     switch.on = on
-    monkeypatch.setattr(hook, "prefers_pages", lambda *args: True)
+    monkeypatch.setattr(v4_policy, "ask_lengths", lambda prompt: Route.FEW)
     owner = module.DeepseekV4AttnBackend
     owner.forward = watched(owner.forward, lambda: seen.append(switch.get()))
-    compat.guard_route(module)
+    v4_route.route_prompts(module)
     one = owner()
     one.forward_metadata = module.DSV4Metadata()
     routes = []
@@ -484,10 +517,10 @@ def test_what_pages_cannot_serve_takes_the_releases_route(module, device, monkey
 @pytest.mark.parametrize("route", ["trtllm", "q8kv8"])
 def test_another_route_of_the_releases_is_left(module, device, monkeypatch, route: str) -> None:
     """Over pages of another layout, or with other queries: no layer of it is sent over pages."""
-    monkeypatch.setattr(hook, "prefers_pages", lambda *args: True)
+    monkeypatch.setattr(v4_policy, "ask_lengths", lambda prompt: Route.FEW)
     asked = ["auto"]
     module.use_dsv4_q8kv8_sparse_prefill = lambda backend: asked.append(backend) or route == "q8kv8"
-    undo = compat.guard_route(module)
+    undo = v4_route.route_prompts(module)
     one = module.DeepseekV4AttnBackend()
     one.forward_metadata, one.dsv4_prefill_backend = module.DSV4Metadata(), "given"
     one.trtllm_attn = route == "trtllm"
@@ -512,26 +545,30 @@ def test_what_a_v4_backend_has_compiled(module, monkeypatch, ratios: tuple[int, 
     )
     runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=20))
     monkeypatch.setattr(hook, "capability_of", lambda tensor: SM90)
-    asked = compat.v4_reads(module, one, runner)
+    asked = v4_reach.v4_shapes(module, one, runner)
     pages = (128, *(256 // ratio for ratio in ratios if ratio))
-    assert asked == compat.Reads("cpu", pages, (20, 64)) and hook.warm(asked) == 3
+    assert asked == v4_reach.WarmupShapes("cpu", pages, (20, 64)) and hook.warm(asked) == 3
     # FlashMLA attends with 64 heads there
     prefill = ("sparse.prefill", "cpu", 20, 512, torch.bfloat16, True)
     assert seen == [("cache.dequantize", "cpu", pages), ("indices.prefill", "cpu"), prefill]
     one.trtllm_attn = True
-    assert compat.v4_reads(module, one, runner) is None
+    assert v4_reach.v4_shapes(module, one, runner) is None
     one.trtllm_attn, small.kv_cache_total_dim = False, 640
-    assert compat.v4_reads(module, one, runner) is None
+    assert v4_reach.v4_shapes(module, one, runner) is None
     seen.clear()
-    assert hook.warm(compat.Reads("cpu")) == 1 and seen == [("cache.dequantize", "cpu", ())]  # V3.2's
+    assert hook.warm(v4_reach.WarmupShapes("cpu")) == 1 and seen == [("cache.dequantize", "cpu", ())]  # V3.2's
     seen.clear()
     monkeypatch.setattr(hook.gpu, "from_tensor", lambda tensor: Gpu("AMD Instinct MI300X", (9, 4), cuda=False))
     assert hook.warm(asked) == 0 and not seen
 
 
-def test_warm_ups_come_once_backends_are_built(module, monkeypatch) -> None:
+def test_warm_ups_come_once_backends_are_built(module) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(hook, "warm", lambda reads: asked.append(reads) or 0)
+
+    def warm(shapes: Any) -> int:
+        asked.append(shapes)
+        return 0
+
     runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=64))
 
     class Backend:
@@ -540,13 +577,13 @@ def test_warm_ups_come_once_backends_are_built(module, monkeypatch) -> None:
             self.token_to_kv_pool = SimpleNamespace(page_size=256, swa_kv_pool=small)
 
     module.DeepseekV4AttnBackend = module.DeepseekSparseAttnBackend = Backend
-    undo = compat.warm_v4(module)
+    undo = v4_reach.warm_v4(warm, module)
     Backend(runner)
-    assert asked == [compat.Reads("cpu", (128, 64, 2), (64,))]
+    assert asked == [v4_reach.WarmupShapes("cpu", (128, 64, 2), (64,))]
     undo()
-    undo = compat.warm_v32(module)
+    undo = v4_reach.warm_v32(warm, module)
     Backend(runner)
-    assert asked[1:] == [compat.Reads("cpu")]
+    assert asked[1:] == [v4_reach.WarmupShapes("cpu")]
     undo()
     Backend(runner)
     assert len(asked) == 2
@@ -603,21 +640,23 @@ class Switch:
 
 def test_a_routed_prompt_gets_a_place_for_positions(module, monkeypatch) -> None:
     reasons: list[Any] = [None]
-    monkeypatch.setattr(hook, "declines_route", lambda backend, batch, queries: reasons[0])
-    undo = compat.keep_positions(module)
+    monkeypatch.setattr(v4_policy, "ask_lengths", lambda prompt: reasons[0])
+    undo = v4_route.allocate_topk_positions(module)
     one = module.DeepseekV4AttnBackend()
 
     def made(mode: Any) -> Any:
         one.init_forward_metadata(Batch(forward_mode=mode))
         inner = one.forward_metadata.core_attn_metadata
-        return vars(one.forward_metadata).get(compat._ROUTE), vars(inner.c4_sparse_page_indices).get(compat._RAW)
+        return vars(one.forward_metadata).get(v4_policy._STEP), vars(inner.c4_sparse_page_indices).get(
+            v4_route._POSITIONS
+        )
 
     route, place = made(Mode())
-    assert route == "" and place.shape == (6, 64) and bool((place == -1).all())
+    assert route is None and place.shape == (6, 64) and bool((place == -1).all())
     assert one.forward_metadata.core_attn_metadata.c4_sparse_raw_indices is place
     assert made(Mode(False)) == (None, None)
-    reasons[0] = hook.FEW
-    assert made(Mode()) == (hook.FEW, None)
+    reasons[0] = Route.FEW
+    assert made(Mode()) == (Route.FEW, None)
     undo()
     assert made(Mode()) == (None, None)
 
@@ -640,10 +679,10 @@ def test_the_indexer_tells_positions_to_those_who_asked() -> None:
         __name__="indexer", topk_transform_512=topk_transform_512, topk_transform_512_v2=topk_transform_512_v2,
         topk_transform_512_pytorch_vectorized=vectorized,
     )  # fmt: skip
-    undo = compat.write_positions(own)
+    undo = v4_route.record_topk_positions(own)
     plain, asked = torch.zeros(2), torch.zeros(2)
-    setattr(asked, compat._RAW, torch.zeros(2))
-    place = vars(asked)[compat._RAW]
+    setattr(asked, v4_route._POSITIONS, torch.zeros(2))
+    place = vars(asked)[v4_route._POSITIONS]
     own.topk_transform_512_v2(None, None, None, plain, 64, None)
     assert called == ["second"]
     for call in (own.topk_transform_512_v2, own.topk_transform_512, own.topk_transform_512_pytorch_vectorized):
@@ -659,7 +698,7 @@ def test_the_indexer_tells_positions_to_those_who_asked() -> None:
     assert own.topk_transform_512 is topk_transform_512
     own.topk_transform_512 = lambda scores: None
     with pytest.raises(TypeError, match="parameters of topk_transform_512"):
-        compat.write_positions(own)
+        v4_route.record_topk_positions(own)
 
 
 def test_many_queries_are_planned_by_the_releases_own_kernel(monkeypatch) -> None:
@@ -674,8 +713,8 @@ def test_many_queries_are_planned_by_the_releases_own_kernel(monkeypatch) -> Non
             seen.append(switch.get())
 
     envs = SimpleNamespace(SGLANG_OPT_USE_JIT_INDEXER_METADATA=switch)
-    undo = compat.plan_many_queries(SimpleNamespace(PagedIndexerMetadata=PagedIndexerMetadata, envs=envs))
-    monkeypatch.setattr(compat, "most_queries", lambda device: 5)
+    undo = v4_route.plan_many_queries(SimpleNamespace(PagedIndexerMetadata=PagedIndexerMetadata, envs=envs))
+    monkeypatch.setattr(v4_chunk, "most_queries", lambda device: 5)
     PagedIndexerMetadata(5)
     PagedIndexerMetadata(6)
     assert seen == [False, True] and not switch.on
@@ -684,7 +723,7 @@ def test_many_queries_are_planned_by_the_releases_own_kernel(monkeypatch) -> Non
     assert seen == [False, True, False]
 
 
-@pytest.mark.parametrize("edit", [compat.number_metadata, compat.guard_route, compat.keep_positions])
+@pytest.mark.parametrize("edit", [v4_route.number_metadata, v4_route.route_prompts, v4_route.allocate_topk_positions])
 def test_methods_that_take_something_else_are_left(module, edit) -> None:
     module.DeepseekV4AttnBackend.forward = lambda self, batch: None
     module.DeepseekV4AttnBackend.init_forward_metadata = lambda self, step: None

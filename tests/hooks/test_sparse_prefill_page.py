@@ -5,7 +5,7 @@ import re
 from scratch import ROOT
 
 from mla_patch.chunk_cache import SparsePrefillChunkCache, workspace_rows
-from mla_patch.compat.sglang.sparse_prefill import ROW_BYTES
+from mla_patch.compat.sglang.v4_chunk import ROW_BYTES
 from mla_patch.hooks.sglang.sparse_prefill import FEATURE
 
 TEXT = (ROOT / "docs" / "sparse-prefill.md").read_text(encoding="utf-8")

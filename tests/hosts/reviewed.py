@@ -24,7 +24,6 @@ from mla_patch import sources
 from mla_patch.compat.sglang import deterministic
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.compat.sglang import release as sglang
-from mla_patch.compat.sglang import sparse_prefill as sglang_sparse_prefill
 from mla_patch.compat.sglang import tokenspeed as sglang_tokenspeed
 from mla_patch.drive.sglang_fetch import fetch_files, fetch_package
 from mla_patch.hooks.sglang import decode as sglang_decode
@@ -32,6 +31,7 @@ from mla_patch.hooks.sglang import decode_backends as sglang_decode_backends
 from mla_patch.hooks.sglang import kv_cast as sglang_kv_cast
 from mla_patch.hooks.sglang import kv_indices as sglang_kv_indices
 from mla_patch.hooks.sglang import sched_meta as sglang_sched_meta
+from mla_patch.hooks.sglang import sparse_prefill as sparse_prefill_hook
 from mla_patch.hooks.sglang import tokenspeed as tokenspeed_hook
 from mla_patch.hooks.sglang.edits import graphs as sglang_graphs
 
@@ -42,7 +42,7 @@ TABLES = {
     "kv_cast": sglang_kv_cast.targets,
     "kv_indices": sglang_kv_indices.targets,
     "sched_meta": sglang_sched_meta.targets,
-    "sparse_prefill": sglang_sparse_prefill.targets,
+    "sparse_prefill": sparse_prefill_hook.targets,
     "tokenspeed": tokenspeed_hook.targets,
     "graphs": sglang_graphs.step_targets,
 }

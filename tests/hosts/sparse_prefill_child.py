@@ -34,11 +34,12 @@ from torch.nn import functional
 import mla_patch
 from mla_patch import _autostart
 from mla_patch.compat import generations
-from mla_patch.compat.sglang import sparse_prefill as compat
+from mla_patch.compat.sglang import v4_chunk
 from mla_patch.compat.sglang.flash_mla import before_v41
 from mla_patch.compat.triton import interpreted
 from mla_patch.drive import sglang as sglang_trial
 from mla_patch.drive.sglang import Batch
+from mla_patch.hooks.sglang.edits import v4_policy
 from mla_patch.kernels.cache import dequantize
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
@@ -347,13 +348,13 @@ BUILT: list[int] = []
 
 
 def watch_builds() -> None:
-    make = compat.chunk_inputs
+    make = v4_chunk.ChunkView.inputs
 
-    def chunk_inputs(call: Any) -> dict[str, Any]:
+    def inputs(view: Any) -> dict[str, Any]:
         BUILT.append(1)
-        return make(call)
+        return make(view)
 
-    compat.chunk_inputs = chunk_inputs
+    v4_chunk.ChunkView.inputs = inputs  # type: ignore[method-assign]
 
 
 def refilled(trial: Trial, method: str) -> dict[str, Any] | None:
@@ -490,7 +491,7 @@ def plans() -> list[str]:
             get_paged_mqa_logits_metadata=plan, get_num_sms=lambda: 1, plan_topk_v2=lambda lens: lens
         )
     flags = {"SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "0", "SGLANG_OPT_USE_JIT_INDEXER_METADATA": "0"}
-    most = compat.most_queries(DEVICE)
+    most = v4_chunk.most_queries(DEVICE)
     owner = module.PagedIndexerMetadata
     fixed = {"page_size": 256, "compressed_page_size": 64, "use_topk_v2": False}
     fixed = {name: value for name, value in fixed.items() if name in owner.__annotations__}
@@ -507,14 +508,14 @@ def many_queries(trial: Trial, release: str) -> dict[str, Any]:
     seq, ext = CHUNKS[0]
     with ExitStack() as stack:
         if not ON_GPU:  # which would tell
-            stack.enter_context(mock.patch.object(compat, "most_queries", lambda device: 4))
+            stack.enter_context(mock.patch.object(v4_chunk, "most_queries", lambda device: 4))
         told: dict[str, Any] = {"plans": plans()}
         if release == "0.5.12":
             stack.enter_context(mock.patch.dict(os.environ, {"MLA_PATCH_SPARSE_PREFILL_ROUTE": "large"}))
             batch = trial.metadata(seq, ext)
             told["many"] = counted(lambda: [one(trial, 0, batch, seq, ext)])
             trial.metadata(CHUNKS[2][0], CHUNKS[2][1])
-            told["few"] = vars(trial.backend.forward_metadata)[compat._ROUTE]
+            told["few"] = vars(trial.backend.forward_metadata)[v4_policy._STEP].value
     return told
 
 

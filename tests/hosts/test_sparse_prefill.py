@@ -20,9 +20,8 @@ import hosts
 import pytest
 import torch
 
-from mla_patch.compat.sglang.sparse_prefill import DETERMINISTIC, PARALLEL
 from mla_patch.compat.triton import interpreted
-from mla_patch.hooks.sglang.sparse_prefill import FEW, TOO_LARGE
+from mla_patch.hooks.sglang.edits.v4_policy import Route
 
 # release -> what is set; from 0.5.21 the release's own is right, so ours is asked for
 RELEASES = {"0.5.12": "on", "0.5.21": "on", "0.5.23": "on"}
@@ -85,14 +84,14 @@ def test_metadata_that_is_filled_anew_is_a_new_chunk(seen: dict[str, Any]) -> No
 
 
 def test_what_goes_over_pages(seen: dict[str, Any]) -> None:
-    for name, reason in (("strided", PARALLEL), ("too large", TOO_LARGE), ("few", FEW)):
+    for name, reason in (("strided", Route.PARALLEL), ("too large", Route.TOO_LARGE), ("few", Route.FEW)):
         row = seen.get(name)
         if row is None:
             assert seen["release"] in ("0.5.21", "0.5.23")
             continue
         assert (row["calls"], row["served"], row["result"]) == ([row["queries"]], 0, 0), row
         # where the release has a route of its own, it is told not to take it
-        assert row["declined"] == ({reason: 1} if seen["release"] == "0.5.12" else {})
+        assert row["declined"] == ({reason.value: 1} if seen["release"] == "0.5.12" else {})
 
 
 def test_deterministic_inference(seen: dict[str, Any]) -> None:
@@ -102,7 +101,7 @@ def test_deterministic_inference(seen: dict[str, Any]) -> None:
     if row is None:
         assert seen["release"] in ("0.5.21", "0.5.23")
         return
-    assert row["declined"] == {DETERMINISTIC: 1}
+    assert row["declined"] == {Route.DETERMINISTIC.value: 1}
     backport = seen["release"] == "0.5.12"
     assert (row["calls"], row["result"] == 0) == (([row["queries"]], True) if backport else ([], False)), row
 

@@ -384,7 +384,7 @@ sys.path.insert(0, TESTS)
 import fake_chip
 import torch
 from mla_patch.compat.compiles import COMPILES
-from mla_patch.compat.sglang.sparse_prefill import Reads
+from mla_patch.hooks.sglang.edits.v4_reach import WarmupShapes
 from mla_patch.hooks.sglang.sparse_prefill import warm
 from mla_patch.kernels.cache.layouts import V4
 from mla_patch.chunk_cache import ChunkInputs, SparsePrefillChunkCache
@@ -414,7 +414,7 @@ def serve(heads, seq, extend):
 
 for fake_chip.SM in (80, 90, 120):
     COMPILES.reset()
-    warmed = warm(Reads("cpu", (128, 64, 2), (20,)))
+    warmed = warm(WarmupShapes("cpu", (128, 64, 2), (20,)))
     for seq, extend in (([1], [1]), ([700, 16, 128], [300, 1, 64]), ([4000, 4000], [0, 3]), ([160] * 16, [16] * 16)):
         serve(20, seq, extend)
     print(fake_chip.SM, 0 < warmed == COMPILES.before, COMPILES.serving)
