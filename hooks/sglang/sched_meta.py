@@ -3,10 +3,10 @@
 Why: code for the newer API (`FlashMLASchedMeta`, sinks, a second cache, lengths) fails on the kernels that releases to
 0.5.12 pin, and FlashMLA has no build for most GPUs, head counts and page sizes.
 
-`PROVIDERS` says who serves a call, by the first row that applies, `PREFILL_PROVIDERS` the same of sparse prefill's;
-`mla-patch explain sched_meta` prints both. What the host's own CUDA operators can serve they keep, in every release.
-Metadata follows calls: whatever keeps the host from making tensors keeps it from serving what they are for. Not so for
-the first row, whose formats metadata do not tell, nor after the breaker, between a call and its metadata.
+`flash_mla_providers` says who serves a call. The engine's CUDA operators keep what they can serve, in every release.
+Metadata follow calls: whatever keeps the engine from making tensors keeps it from serving what they are for. There are
+two exceptions: metadata do not tell the formats of the table's first row, and after the breaker a call goes to the
+engine even if our code made its metadata.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from mla_patch.compat import gpu
 from mla_patch.compat.eras import era_of, value_at
-from mla_patch.compat.gpu import capability_of
 from mla_patch.compat.sglang import deterministic as sglang_deterministic
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.compat.sglang.flash_mla import KvCacheCall, MetadataCall, PrefillCall
 from mla_patch.compat.sglang.release import supported
-from mla_patch.compat.types import Change, Edit, Home, Provider, Target, Undo
+from mla_patch.compat.types import Change, Edit, Home, Target, Undo
 from mla_patch.features import CallRejected, Feature
+from mla_patch.hooks.sglang import flash_mla_providers as providers
 from mla_patch.hooks.sglang.edits.flash_mla_package import (
     add_sched_meta,
     install_flash_mla_shim,
@@ -32,134 +32,6 @@ from mla_patch.hooks.sglang.edits.flash_mla_package import (
 )
 from mla_patch.hooks.sglang.edits.flash_mla_reach import warm_dense, warm_v4, warm_v32
 from mla_patch.hookspecs import hookimpl
-
-HOST, OURS = "host", "triton"
-
-
-def _dims(tensor: Any) -> int:
-    """-1 of what is no tensor."""
-    return len(tensor.shape) if hasattr(tensor, "is_cuda") else -1
-
-
-def _odd(call: KvCacheCall) -> bool:
-    """Whether the rows below would not find what they look at."""
-    ids = [one for one in (call.indices, call.extra_indices) if one is not None]
-    return _dims(call.q) != 4 or _dims(call.k_cache) != 4 or any(_dims(one) != 3 for one in ids)
-
-
-def _unknown_format(call: KvCacheCall) -> bool:
-    known = {None: (656, 584), "V32": (656,)}.get(call.kv_format)
-    if known is None or not call.use_legacy:
-        return True
-    return call.indices is not None and _dims(call.k_cache) == 4 and call.k_cache.shape[-1] not in known
-
-
-def _newer(call: KvCacheCall) -> bool:
-    """Whether a call needs the newer API."""
-    return (
-        hasattr(call.metadata, "have_initialized")
-        or call.attn_sink is not None
-        or call.extra_k_cache is not None
-        or call.topk_length is not None
-        or call.extra_topk_length is not None
-    )
-
-
-def _no_build(call: KvCacheCall) -> bool:
-    return not call.build.has(_newer(call))
-
-
-def _other_chip(call: KvCacheCall | PrefillCall) -> bool:
-    return capability_of(call.q) not in sglang_flash_mla.CHIPS
-
-
-def _other_sparse(call: KvCacheCall) -> bool:
-    if call.indices is None:
-        return False
-    counts = [call.indices.shape[-1]]
-    if call.extra_indices is not None:
-        counts.append(call.extra_indices.shape[-1])
-    return call.q.shape[2] not in (64, 128) or any(count % 64 or not count for count in counts)
-
-
-def _v32_with_more(call: KvCacheCall) -> bool:
-    more = call.topk_length is not None or call.extra_k_cache is not None
-    return call.indices is not None and call.k_cache.shape[-1] == 656 and more
-
-
-def _other_dense(call: KvCacheCall) -> bool:
-    return call.indices is None and (capability_of(call.q) != (9, 0) or call.k_cache.shape[1] != 64)
-
-
-def _dense_e4m3(call: KvCacheCall) -> bool:
-    # the newer operator, which the wrapper gives no descales, takes 16 bits alone, the older one not without them
-    lacks = _newer(call) or call.descale_q is None or call.descale_k is None
-    return call.indices is None and call.q.element_size() == 1 and lacks
-
-
-def _dense_width(call: KvCacheCall) -> bool:
-    if call.indices is not None or call.q.shape[-1] == 576:
-        return False
-    return call.q.element_size() == 1 or call.q.shape[-1] not in sglang_flash_mla.dense_widths(call.build.module)
-
-
-def _descales(call: KvCacheCall) -> bool:
-    if call.descale_q is None and call.descale_k is None:
-        return False
-    refused = call.indices is None and call.q.element_size() > 1 and not call.build.ignores_descales
-    return refused or not call.build.descales
-
-
-PROVIDERS = (
-    Provider(HOST, "cache that our kernels cannot read: kv_format not V32, use_legacy=False, 528 or 288 bytes per row",
-        _unknown_format),
-    Provider(OURS, "invalid shape: q or the cache is not 4-D, or indices are not 3-D", _odd),
-    Provider(OURS, "FlashMLASchedMeta, sink, second cache or lengths, which the release's wrapper does not accept",
-        lambda call: _newer(call) and not call.build.newer),
-    Provider(OURS, "descales, which the release's wrapper or, in 16 bits, sgl-flash-mla does not accept", _descales),
-    Provider(OURS, "no CUDA operator of FlashMLA is loaded", _no_build),
-    Provider(OURS, "GPU other than sm_90, sm_100 and sm_103", _other_chip),
-    Provider(OURS, "empty batch or no queries", lambda call: 0 in call.q.shape[:2]),
-    Provider(OURS, "sparse: heads other than 64 or 128, or topk that is 0 or not a multiple of 64", _other_sparse),
-    Provider(OURS, "sparse, 656 bytes: lengths or a second cache", _v32_with_more),
-    Provider(OURS, "dense: GPU other than sm_90, or page size other than 64", _other_dense),
-    Provider(OURS, "dense: width other than 576 (or 512 in 16 bits, where the operator accepts it)", _dense_width),
-    Provider(OURS, "dense, e4m3: FlashMLASchedMeta or no descales", _dense_e4m3),
-    Provider(HOST, "every other call: the engine's CUDA operator serves it", lambda call: True),
-)  # fmt: skip
-
-
-def _other_prefill(call: PrefillCall) -> bool:
-    heads, width = call.q.shape[-2:]
-    return not sglang_flash_mla.prefill_takes(heads, width, call.indices.shape[-1], capability_of(call.q))
-
-
-def _other_type(call: PrefillCall) -> bool:
-    import torch
-
-    return any(getattr(one, "dtype", None) is not torch.bfloat16 for one in (call.q, call.kv))
-
-
-def _more_than_the_operator(call: PrefillCall) -> bool:
-    more = call.attn_sink is not None or call.topk_length is not None
-    return more and (not call.build.newer or sglang_flash_mla.prefill_arity(call.build.module) < 7)
-
-
-PREFILL_PROVIDERS = (
-    Provider(OURS, "sparse prefill: invalid shape: q or indices are not 3-D",
-        lambda call: _dims(call.q) != 3 or _dims(call.indices) != 3),
-    Provider(OURS, "sparse prefill: no CUDA operator of FlashMLA is loaded",
-        lambda call: not sglang_flash_mla.prefill_arity(call.build.module)),
-    Provider(OURS, "sparse prefill: sink or lengths, which the operator does not accept", _more_than_the_operator),
-    Provider(OURS, "sparse prefill: GPU other than sm_90, sm_100 and sm_103", _other_chip),
-    Provider(OURS, "sparse prefill: dtype other than bfloat16", _other_type),
-    Provider(OURS, "sparse prefill: no queries", lambda call: call.q.shape[0] == 0),
-    Provider(OURS,
-        "sparse prefill: heads other than 64 or 128, or topk that is 0 or not a multiple of 128 (sm_100: at times 64)",
-        _other_prefill),
-    Provider(HOST, "sparse prefill: every other call: the engine's CUDA operator serves it", lambda call: True),
-)  # fmt: skip
-
 
 _KINDS = {"get_mla_metadata": "metadata", "flash_mla_with_kvcache": "kvcache", "flash_mla_sparse_fwd": "prefill"}
 
@@ -209,7 +81,7 @@ FEATURE = Feature(
     upstream="https://github.com/sgl-project/sglang/pull/26132",
     drop_when="FlashMLA serves every GPU, head count and page size that the engine runs with",
     hardware=gpu.not_nvidia,
-    providers=tuple((row.provider, row.when) for row in (*PROVIDERS, *PREFILL_PROVIDERS)),
+    providers=tuple((row.provider, row.when) for row in (*providers.PROVIDERS, *providers.PREFILL_PROVIDERS)),
     promises="deterministic inference: the promise holds for the calls that our kernels serve. Our decode then does "
     "not split the keys of a query, which is slower for few requests with long contexts. Our sparse prefill never "
     "splits them. FlashMLA's decode does not keep the promise, and the engine refuses FlashMLA as --attention-backend",
@@ -223,8 +95,7 @@ def mla_patch_features() -> list[Feature]:
 
 def declines_kvcache(call: KvCacheCall) -> str | None:
     """Why this call goes to the host, or None. What ours cannot take is the launchers' to refuse."""
-    row = next(row for row in PROVIDERS if row.applies(call))
-    return row.when if row.provider == HOST else None
+    return providers.kept_by_host(providers.PROVIDERS, call)
 
 
 def _final(serve: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -236,7 +107,7 @@ def _final(serve: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return serve(call)
         except ValueError as refusal:
             tensor = call.cache_seqlens if isinstance(call, MetadataCall) else call.q
-            if hasattr(tensor, "is_cuda") and capability_of(tensor) is None:
+            if hasattr(tensor, "is_cuda") and providers.capability_of(tensor) is None:
                 raise  # another kind of device, for which the host may have an operator
             raise CallRejected(refusal) from refusal
 
@@ -257,8 +128,7 @@ def serve_kvcache(call: KvCacheCall) -> Any:
 
 def declines_prefill(call: PrefillCall) -> str | None:
     """Why this call goes to the host, or None."""
-    row = next(row for row in PREFILL_PROVIDERS if row.applies(call))
-    return row.when if row.provider == HOST else None
+    return providers.kept_by_host(providers.PREFILL_PROVIDERS, call)
 
 
 @_final
@@ -277,9 +147,9 @@ def declines_metadata(call: MetadataCall) -> str | None:
         # without operators its wrapper raises, though it has the class
         own = knows_sched_meta(call.build) and call.build.has(True)
         return "the engine has its own FlashMLASchedMeta" if own else None
-    if _dims(call.cache_seqlens) != 1:
+    if providers.dims(call.cache_seqlens) != 1:
         return None
-    capability = capability_of(call.cache_seqlens)
+    capability = providers.capability_of(call.cache_seqlens)
     if (
         not call.build.has(False)
         or capability not in sglang_flash_mla.CHIPS

@@ -6,7 +6,7 @@ import pytest
 from scratch import ROOT
 
 from mla_patch.compat.triton import interpreted
-from mla_patch.hooks.sglang.sched_meta import PREFILL_PROVIDERS, PROVIDERS
+from mla_patch.hooks.sglang.flash_mla_providers import PREFILL_PROVIDERS, PROVIDERS
 
 TEXT = (ROOT / "docs" / "flash-mla.md").read_text(encoding="utf-8")
 

@@ -22,6 +22,7 @@ from mla_patch.compat.triton import interpreted
 from mla_patch.compat.types import Gpu
 from mla_patch.dispatch import ArmCode, EntryPoint, FeatureGate
 from mla_patch.features import Counts
+from mla_patch.hooks.sglang import flash_mla_providers as providers
 from mla_patch.hooks.sglang import sched_meta as hook
 from mla_patch.hooks.sglang.edits import flash_mla_package
 from mla_patch.hooks.sglang.edits import flash_mla_reach as reach
@@ -40,7 +41,7 @@ def machine(monkeypatch):
     """A GPU of some capability, and a FlashMLA build with the operators of the older and the newer API."""
 
     def set_(capability=SM90, older=True, newer=True):
-        monkeypatch.setattr(hook, "capability_of", lambda tensor: capability)
+        monkeypatch.setattr(providers, "capability_of", lambda tensor: capability)
         monkeypatch.setattr(compat, "operators", lambda module: (older, newer))
         monkeypatch.setattr(compat, "prefill_arity", lambda module: 7 if newer else 5 if older else 0)
 
@@ -185,7 +186,7 @@ def test_descales_that_the_package_lacks(machine):
 )
 def test_unknown_layouts_are_the_hosts_on_any_gpu(arguments, machine):
     machine(SM120, False, False)
-    assert kept(arguments, "0.5.23") == hook.PROVIDERS[0].when
+    assert kept(arguments, "0.5.23") == providers.PROVIDERS[0].when
 
 
 def test_the_format_that_0522_and_0523_name(machine):
@@ -429,7 +430,7 @@ def prefill_kept(arguments, version="0.5.13"):
 
 
 def test_who_serves_sparse_prefill(machine):
-    own = hook.PREFILL_PROVIDERS[-1].when
+    own = providers.PREFILL_PROVIDERS[-1].when
     more = ({"attn_sink": torch.zeros(64)}, {"topk_length": torch.zeros(2)})
     for call in (prefill(), prefill(128, 2048), prefill(64, 640, 512), *(prefill(**one) for one in more)):
         assert prefill_kept(call) == own
@@ -504,7 +505,7 @@ def test_the_package_is_asked_of_python(package, has, module, monkeypatch):
 def test_a_wheel_without_the_kernels_that_our_calls_ask_for(monkeypatch):
     """sgl-flash-mla whose second extension could not be loaded: all is ours."""
     monkeypatch.setitem(sys.modules, "flash_mla", SimpleNamespace(has_legacy=lambda: False))
-    monkeypatch.setattr(hook, "capability_of", lambda tensor: SM90)
+    monkeypatch.setattr(providers, "capability_of", lambda tensor: SM90)
     compat.operators.cache_clear()
     compat.prefill_arity.cache_clear()
     for call in (dense(), sparse(), sparse(512, **META)):
@@ -748,6 +749,7 @@ from mla_patch.compat import gpu
 from mla_patch.compat.sglang import flash_mla as compat
 from mla_patch.compat.compiles import COMPILES
 from mla_patch.flash_mla import get_mla_metadata
+from mla_patch.hooks.sglang import flash_mla_providers as providers
 from mla_patch.hooks.sglang import sched_meta as hook
 from mla_patch.hooks.sglang.edits import flash_mla_package
 from mla_patch.hooks.sglang.edits import flash_mla_reach as reach
@@ -817,7 +819,7 @@ def v4(heads):
     return compiled
 
 for fake_chip.SM in (80, 89, 120):
-    hook.capability_of = lambda tensor: (fake_chip.SM // 10, fake_chip.SM % 10)
+    providers.capability_of = lambda tensor: (fake_chip.SM // 10, fake_chip.SM % 10)
     work = {"dense": lambda: dense(half), "dense fp8": lambda: dense(fp8), "v3.2": v32}
     if fake_chip.SM != 120:
         work |= {"v4, 64": lambda: v4(64), "v4, 128": lambda: v4(128)}

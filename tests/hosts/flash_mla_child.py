@@ -221,10 +221,11 @@ def noted(rows: list[list[str]], kind: str) -> Any:
 
 def warm_ups(release: str) -> dict[str, Any]:
     """Of each backend that calls FlashMLA: what ours is compiled for on another chip, by attributes of its own."""
+    from mla_patch.hooks.sglang import flash_mla_providers as providers
     from mla_patch.hooks.sglang import sched_meta as hook
     from mla_patch.hooks.sglang.edits import flash_mla_reach as reach
 
-    hook.capability_of = lambda tensor: (8, 9)
+    providers.capability_of = lambda tensor: (8, 9)
     runner = SimpleNamespace(device="cpu", model_config=SimpleNamespace(num_attention_heads=128))
     pool = SimpleNamespace(page_size=256, swa_kv_pool=SimpleNamespace(page_size=128, kv_cache_total_dim=584))
     impls = {"prefill": "flashmla_prefill", "decode": "flashmla_decode"} if release == "0.5.3" else IMPLS
@@ -282,7 +283,7 @@ def main(release: str, out: str) -> None:
     seen["class"] = kind and kind.__module__
     backend = importlib.import_module("sglang.srt.layers.attention.flashmla_backend")
     seen["backend"] = {name: is_ours(getattr(backend, name)) for name in NAMES}
-    from mla_patch.hooks.sglang import sched_meta as hook
+    from mla_patch.hooks.sglang import flash_mla_providers as providers
 
     tensors = {"tile_scheduler_metadata": torch.zeros(1, 8).int(), "num_splits": torch.arange(3).int()}
     tensors |= {"block_table": torch.empty(2, 0).int(), "cache_seqlens": torch.ones(2).int()}
@@ -290,7 +291,7 @@ def main(release: str, out: str) -> None:
     calls: dict[str, Any] = {}
     seen["prefill"] = {}
     for chip, capability in {"sm_90": (9, 0), "sm_120": (12, 0)}.items():
-        hook.capability_of = lambda tensor, capability=capability: capability
+        providers.capability_of = lambda tensor, capability=capability: capability
         for heads in (64, 16):
             args = sparse(heads)
             row = served(lambda args=args: module.flash_mla_with_kvcache(**args, **tensors))
@@ -318,7 +319,7 @@ def main(release: str, out: str) -> None:
     seen["through"] = through(release)
     seen["company"] = company(release)
     if release in PACKAGED:
-        hook.capability_of = lambda tensor: (9, 0)
+        providers.capability_of = lambda tensor: (9, 0)
         seen["through dense"] = through_dense(16)
     if release == "0.5.12":
         importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend")

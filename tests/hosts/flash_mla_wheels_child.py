@@ -22,7 +22,7 @@ import mla_patch
 import mla_patch.startup
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.drive import sglang as sglang_trial
-from mla_patch.hooks.sglang import sched_meta as hook
+from mla_patch.hooks.sglang import flash_mla_providers as providers
 from mla_patch.kernels.cache.layouts import V4, new_pages
 from mla_patch.kernels.cache.quantize import quantize
 from mla_patch.kernels.sparse import sparse_decode_ref
@@ -96,7 +96,7 @@ def main(release: str, out: str) -> None:
     sglang_trial.prepare()
     importlib.import_module("sglang")
     module = importlib.import_module(sglang_flash_mla.INTERFACE if package else sglang_flash_mla.SGL_KERNEL)
-    hook.capability_of = lambda tensor: (9, 0)  # an H200, on which the wheel's operators serve these calls
+    providers.capability_of = lambda tensor: (9, 0)  # an H200, on which the wheel's operators serve these calls
 
     seen: dict[str, Any] = {"state": feature()["state"]}
     seen["schedule by"], (meta, nothing) = by(module.get_mla_metadata)

@@ -14,7 +14,7 @@ from packaging.version import Version
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
 from mla_patch.drive.sglang_fetch import fetch
 from mla_patch.hooks.sglang import sched_meta
-from mla_patch.hooks.sglang.sched_meta import PREFILL_PROVIDERS, PROVIDERS
+from mla_patch.hooks.sglang.flash_mla_providers import PREFILL_PROVIDERS, PROVIDERS
 
 PACKAGED = ("0.5.3", "0.5.4")  # which take all of FlashMLA from the flash_mla package
 RELEASES = (*PACKAGED, "0.5.5", "0.5.9", "0.5.11", "0.5.12", "0.5.13", "0.5.22", "0.5.23")

@@ -21,6 +21,7 @@ import torch
 
 from mla_patch import flash_mla
 from mla_patch.compat.sglang import flash_mla as sglang_flash_mla
+from mla_patch.hooks.sglang import flash_mla_providers as providers
 from mla_patch.hooks.sglang import sched_meta as hook
 from mla_patch.kernels.cache.layouts import V4, V32, new_pages
 from mla_patch.kernels.cache.quantize import quantize
@@ -205,7 +206,7 @@ def one(host: Host, kind: str, asked: dict[str, Any], tell: Callable[[dict[str, 
     loose = asked.get("dtype") == "e4m3"
     if kind == "prefill":
         call: Any = sglang_flash_mla.PrefillCall(host.build, **args)
-        row = row_of(next(one for one in hook.PREFILL_PROVIDERS if one.applies(call)))
+        row = row_of(next(one for one in providers.PREFILL_PROVIDERS if one.applies(call)))
         row["ours"] = outcome(lambda: flash_mla.flash_mla_sparse_fwd(**args, return_log2=True), want, loose)
         tell(row)
         tell(row | {"host": outcome(lambda: host.module.flash_mla_sparse_fwd(**args), want, loose)})
@@ -218,7 +219,7 @@ def one(host: Host, kind: str, asked: dict[str, Any], tell: Callable[[dict[str, 
     made = flash_mla.get_mla_metadata(*given)
     args |= {"head_dim_v": 512, "tile_scheduler_metadata": made[0], "num_splits": made[1]}
     call = sglang_flash_mla.KvCacheCall(host.build, **args)
-    row = row_of(next(one for one in hook.PROVIDERS if one.applies(call)))
+    row = row_of(next(one for one in providers.PROVIDERS if one.applies(call)))
     row["ours"] = outcome(lambda: flash_mla.flash_mla_with_kvcache(**args), want, loose)
     if given:
         meta = sglang_flash_mla.MetadataCall(host.build, *given)

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from test_flash_mla_peers import on_sm_90
 
-from mla_patch.hooks.sglang.sched_meta import PROVIDERS
+from mla_patch.hooks.sglang.flash_mla_providers import PROVIDERS
 
 CHILD = Path(__file__).with_name("flash_mla_builds_child.py")
 FOLDERS = [Path(one) for one in os.environ.get("FLASHMLA_BUILDS", "").split(os.pathsep) if one]
