@@ -11,12 +11,11 @@ import functools
 import logging
 import types
 from collections.abc import Callable, Iterable
-from importlib import import_module
-from typing import Any
 
 from mla_patch import endings
 from mla_patch.active import STANDING, ActiveFeature, Mismatch, declines_nothing
-from mla_patch.compat.types import PATCH, Arm, Code, Edit, Gpu
+from mla_patch.compat.named import named
+from mla_patch.compat.types import PATCH, Arm, Edit, Gpu
 from mla_patch.dispatch import ArmCode, ArmSelector, FeatureGate
 from mla_patch.displaced import cover, update_state
 from mla_patch.eligibility import UNKNOWN_GPU, Eligibility
@@ -248,12 +247,12 @@ class Patcher:
                 continue
             if target.bind is None:
                 raise TypeError(f"{target.module}.{target.name}: a target of kind {target.kind!r} needs bind")
-            patch = ArmCode(_named(target.serve), _named(target.declines) if target.declines else declines_nothing)
+            patch = ArmCode(named(target.serve), named(target.declines) if target.declines else declines_nothing)
             loaded[target.name] = {PATCH: patch}
             for arm in self.arms:
                 if run.feature.matches(arm.feature) and (arm.group == target.group if arm.group else target.arms):
                     loaded[target.name][arm.name] = ArmCode(
-                        _named(arm.serve), _named(arm.declines) if arm.declines else patch.declines
+                        named(arm.serve), named(arm.declines) if arm.declines else patch.declines
                     )
         return loaded
 
@@ -301,11 +300,3 @@ class Patcher:
 def _without(notes: str, note: str) -> str:
     """``notes`` but for those that end in ``note``."""
     return "; ".join(one for one in notes.split("; ") if not one.endswith(note))
-
-
-def _named(path: Code) -> Any:
-    """The function itself, or what "module:function" names."""
-    if not isinstance(path, str):
-        return path
-    module, _, name = path.partition(":")
-    return functools.reduce(getattr, name.split("."), import_module(module))

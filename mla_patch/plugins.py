@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib import import_module, metadata
+from importlib import metadata
 
 import pluggy
 
 from mla_patch import endings, hookspecs
+from mla_patch.compat.named import named
 from mla_patch.compat.types import HOST, PATCH, Arm, MlaKernel
 from mla_patch.features import Feature
 from mla_patch.flags import known
@@ -54,9 +55,7 @@ def load() -> Plugins:
     manager.add_hookspecs(hookspecs)
     for name, value in _entry_points():
         try:
-            module, _, attribute = value.partition(":")
-            loaded = import_module(module)
-            plugin = getattr(loaded, attribute) if attribute else loaded
+            plugin = named(value)
             hash(plugin)  # pluggy puts all plugins into sets, later, when nobody can tell which one is to blame
             manager.register(plugin, name)
             manager.check_pending()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from importlib import import_module
-from typing import Any
 
 from mla_patch.compat.sglang.tokenspeed import NAME, OTHER_NAME
 from mla_patch.compat.types import Gpu, MlaKernel, Variable
@@ -56,9 +54,3 @@ def chosen_kernels(device: Gpu | None, asked: str = OTHER_NAME) -> dict[str, Mla
         if problem is not None:
             raise ValueError(f"{asked}, {part} by {name}: {problem}; {variable} chooses another")
     return found
-
-
-def named(path: str) -> Any:
-    """The function that a plugin names as "module:function"."""
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)

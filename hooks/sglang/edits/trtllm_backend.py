@@ -12,10 +12,11 @@ from types import ModuleType
 from typing import Any
 
 from mla_patch.compat import gpu
+from mla_patch.compat.named import named
 from mla_patch.compat.sglang.tokenspeed import IN_LINE_CALLS, PAGE_SIZES
 from mla_patch.compat.types import MlaBackendSpec, MlaDecode, MlaPrefill, Undo
 from mla_patch.hooks.editing import Undoing, set_methods
-from mla_patch.hooks.sglang.edits.mla_kernels import HOST_KERNEL, chosen_kernels, named
+from mla_patch.hooks.sglang.edits.mla_kernels import HOST_KERNEL, chosen_kernels
 from mla_patch.hooks.sglang.edits.server_args import MARK
 
 log = logging.getLogger("mla_patch")

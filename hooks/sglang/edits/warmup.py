@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
+from mla_patch.compat.named import named
 from mla_patch.compat.types import Undo
 from mla_patch.hooks.editing import Undoing, say_once, set_methods
 
@@ -62,15 +62,8 @@ def warm_up(warm: str | Callable[[Any], int], backend: Any, runner: Any, find: C
         asked = find(backend, runner)
         if asked:
             start = time.perf_counter()
-            compiled = _function(warm)(asked)
+            compiled = named(warm)(asked)
             if compiled:
                 log.info("mla-patch: %d kernels compiled in %.1f s", compiled, time.perf_counter() - start)
     except Exception as problem:
         say_once("warmup", "no warm-up, so kernels compile at their first calls: %r", problem)
-
-
-def _function(warm: str | Callable[[Any], int]) -> Callable[[Any], int]:
-    if not isinstance(warm, str):
-        return warm
-    module, _, name = warm.partition(":")
-    return cast("Callable[[Any], int]", getattr(importlib.import_module(module), name))
