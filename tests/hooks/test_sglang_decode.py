@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -629,3 +630,28 @@ def test_cost_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\n  decode's 18 arguments: {added:.2f} us added, {wrapts:.2f} of it wrapt's")
     assert served.counts.served and added <= limit
+
+
+def test_a_decode_call_passes_few_of_our_files() -> None:
+    """From the engine's function to the kernel: what a reader of one call has to read besides the kernel's family."""
+    served, given, launched = Served("0.5.23"), arguments("0.5.23"), False
+    served.call(**given)
+    passed: list[str] = []
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        nonlocal launched
+        path = Path(frame.f_code.co_filename)
+        launched = launched or "triton" in path.parts or path.name == "triton.py"  # compat's launches a kernel again
+        if event == "call" and not launched and path.is_relative_to(ROOT) and "tests" not in path.parts:
+            name = str(path.relative_to(ROOT)).removeprefix("mla_patch/")
+            passed.extend([] if name in passed else [name])
+
+    sys.setprofile(note)
+    try:
+        served.call(**given)
+    finally:
+        sys.setprofile(None)
+    assert launched and served.counts.served == 2
+    besides = [name for name in passed if not name.startswith("kernels/decode/")]
+    # stand_ins.py is not among them: wrapt calls the dispatcher from C
+    assert besides == ["dispatch.py", "compat/sglang/decode.py", "hooks/sglang/decode.py", "compat/gpu.py"], passed
