@@ -95,7 +95,10 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
         else:
             options |= dict.fromkeys(("sinks", "lse", "v_scale_at", "lse_stride_b", "lse_stride_h"))
         name = f"merge {numbers} {sinks}"
-        cases.append(CompileCase(name, _merge_kernel, pointers | scalars, options | numbers, num_warps=warps))
+        targets = TARGETS if every or sinks else FEW_TARGETS
+        cases.append(
+            CompileCase(name, _merge_kernel, pointers | scalars, options | numbers, num_warps=warps, targets=targets)
+        )
     return cases
 
 

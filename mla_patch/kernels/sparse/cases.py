@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from mla_patch.compat.triton import TARGETS, CompileCase
+from mla_patch.compat.triton import FEW_TARGETS, TARGETS, CompileCase
 from mla_patch.kernels.common.constants import LATENT, WIDTH
 from mla_patch.kernels.sparse.config import MERGE, sparse_config, sparse_prefill_config
 from mla_patch.kernels.sparse.triton import (
@@ -33,9 +33,11 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
 
 
 def _forms(every: bool) -> list[tuple[int, int, bool]]:
-    """Chips, heads, and whether all options are on, of the decode kernels."""
+    """Chips, heads, and whether all options are on, of the decode kernels; off, on `FEW_TARGETS` alone."""
     forms = []
     for sm, heads, full in itertools.product(TARGETS, (16, 64), (False, True)):
+        if not every and not full and sm not in FEW_TARGETS:
+            continue
         chip = (sm // 10, sm % 10)
         same = heads > 16 and sparse_config(heads, chip) == sparse_config(16, chip)
         if not same and (heads == 16 or full or every):
@@ -102,6 +104,8 @@ def _prefills(every: bool) -> list[CompileCase]:
     cases = []
     kinds = ("bf16", "fp16") if every else ("bf16",)
     for sm, heads, rope, full, kind in itertools.product(TARGETS, (16, 64), (False, True), (False, True), kinds):
+        if not every and not full and sm not in FEW_TARGETS:
+            continue
         numbers = sparse_prefill_config(heads, (sm // 10, sm % 10))
         if heads > 16 and numbers == sparse_prefill_config(16, (sm // 10, sm % 10)):
             continue

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mla_patch.compat.triton import CompileCase
+from mla_patch.compat.triton import FEW_TARGETS, TARGETS, CompileCase
 from mla_patch.kernels.common.checks import INDEX_TYPES
 from mla_patch.kernels.common.launch import can_launch, warming_up
 from mla_patch.kernels.indices.kv.config import page_table_config, token_indices_config
@@ -52,6 +52,7 @@ def compile_cases(every: bool = False) -> list[CompileCase]:
                     signature,
                     constexprs,
                     num_warps=numbers["num_warps"],
+                    targets=TARGETS if every or (pool, lens, indptr, out, start) == on else FEW_TARGETS,
                 )
             )
     return cases
