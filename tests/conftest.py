@@ -30,6 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
             config.pluginmanager.register(plugin)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The compile tier first: its tests are the longest, and the last of them would leave a worker without any."""
+    items.sort(key=lambda item: item.path.name != "test_compile.py")
+
+
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
