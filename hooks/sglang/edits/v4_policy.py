@@ -49,14 +49,15 @@ class Route(Enum):
     # the engine attends
     DETERMINISTIC = sglang_deterministic.REASON
     NOT_A_PROMPT = "not a prompt: decode, verify or draft"
-    TOO_LARGE = "a workspace larger than MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
-    FEW = "few enough queries to attend over pages (MLA_PATCH_SPARSE_PREFILL_ROUTE)"
     CAPTURED = "graph capture: the graph would keep the sizes of this chunk"
     HISPARSE = "HiSparse manages its own slots"
     PARALLEL = "context parallelism: this rank has every n-th query"
     AHEAD = "the release built the metadata of this chunk in advance"
     NO_POSITIONS = "the indexer kept no positions"
     OTHER_PAGES = "pages in another layout"
+    # by lengths, which are asked last: where the scheduler does not have them, the device is waited for
+    TOO_LARGE = "a workspace larger than MLA_PATCH_SPARSE_PREFILL_WORKSPACE"
+    FEW = "few enough queries to attend over pages (MLA_PATCH_SPARSE_PREFILL_ROUTE)"
     # over a workspace that our kernels fill
     FLASH_MLA = "64 or 128 heads on sm_90, sm_100 and sm_103, with a FlashMLA that accepts sinks and lengths"
     TRITON = "everything else: any GPU from sm_80, 1 to 128 heads"
@@ -76,10 +77,10 @@ def route(prompt: Prompt, among: tuple[Route, ...] = tuple(Route)) -> Route:
 
 
 OF_STEP = (Route.DETERMINISTIC, Route.TOO_LARGE, Route.FEW, Route.TRITON)
-OF_LAYER = (Route.DETERMINISTIC, Route.TOO_LARGE, Route.FEW, Route.PARALLEL, Route.TRITON)
+OF_LAYER = (Route.DETERMINISTIC, Route.PARALLEL, Route.TOO_LARGE, Route.FEW, Route.TRITON)
 # whose kernel attends over a workspace is looked up once, when the layer is served
 OF_CALL = tuple(one for one in Route if one is not Route.FLASH_MLA)
-OVER_PAGES = (Route.TOO_LARGE, Route.FEW, Route.PARALLEL)  # where the engine is kept from its own route
+OVER_PAGES = (Route.PARALLEL, Route.TOO_LARGE, Route.FEW)  # where the engine is kept from its own route
 
 
 def declines(call: ChunkCall) -> str | None:
