@@ -27,7 +27,7 @@ COMPILES = {
     "indices.prefill.cases": 36,
     "cache.kv_cast": 24,
     "cache.quantize": 12,
-    "sparse.sm90": 5,
+    "sparse.sm90": 8,
     "decode.sm90": 4,
 }
 
