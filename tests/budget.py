@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-DEFAULT = 25.0
+DEFAULT = 50.0
 WORK = 0.0125  # CPU seconds of `work` on the machine that the budgets were measured on
 
 _START = pytest.StashKey[float]()

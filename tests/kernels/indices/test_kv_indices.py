@@ -21,7 +21,7 @@ from mla_patch.kernels.indices.kv import (
     token_indices_ref,
 )
 
-CPU_SECONDS = 45  # see budget.py
+CPU_SECONDS = 80  # see budget.py
 
 DEVICE = "cpu" if interpreted() else "cuda"
 PAGE_SIZES = (1, 16, 32, 64, 128)
